@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN    := .venv/bin
+ready  := .venv/.installed
+
+# Real text, tokenizer files and reference outputs for the tests that want them.
+DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
+export DSL_TEST_DATA
+
+.PHONY: setup quickstart test test-faults lint format clean
+setup: $(ready)
+
+# torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
+$(ready): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(ready)
+	PYTHON=$(BIN)/python $(BIN)/python pipelines/prepare.py quickstart
+
+test: $(ready)
+	$(BIN)/python -m pytest
+
+test-faults: $(ready)
+	$(BIN)/python -m pytest -m faults
+
+lint: $(ready)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(ready)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
