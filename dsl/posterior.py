@@ -1,0 +1,99 @@
+"""The answer of a denoiser, computed only where somebody asks.
+
+Shapes: B rows, L positions, V tokens, D table dimension, N asked positions (flat, in [0, B·L)),
+R rows.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsl.state import State
+
+# Bounds one chunk of [positions, V] work to some 64 MiB of float32, whatever B, L and V.
+CHUNK_ELEMENTS = 2**24
+
+
+class Posterior(ABC):
+    """``p(s_i | state)`` for every position of a batch, over the V real tokens.
+
+    At revealed positions it is one-hot (the token is known); everywhere else subclasses say, for
+    just the positions asked for. Nothing of size B·L·V exists unless `log_probs` is called.
+    """
+
+    def __init__(self, state: State, table_VD: Tensor) -> None:
+        self.state = state
+        self.table_VD = table_VD
+
+    @abstractmethod
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        """Normalised ``[N, V]`` at unrevealed positions."""
+
+    @abstractmethod
+    def with_rows(self, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
+        """This posterior with rows ``rows_R`` answered by ``fresh`` (a posterior of R rows)."""
+
+    def log_probs_at(self, at_N: Tensor) -> Tensor:
+        """``[N, V]`` log-probabilities at flat positions ``at_N``."""
+        log_probs_NV = self._log_probs_unrevealed(at_N)
+        revealed_N = self.state.revealed_BL.flatten()[at_N]
+        if revealed_N.any():
+            tokens_N = self.state.tokens_BL.flatten()[at_N][revealed_N]
+            one_hot = log_probs_NV.new_full((len(tokens_N), len(self.table_VD)), -torch.inf)
+            log_probs_NV = log_probs_NV.clone()
+            log_probs_NV[revealed_N] = one_hot.scatter(1, tokens_N[:, None], 0.0)
+        return log_probs_NV
+
+    def mean_at(self, at_N: Tensor) -> Tensor:
+        """``[N, D]`` posterior mean ``x_hat = E[x | state]`` (003 eq. 2) at flat positions."""
+        # The product runs in the table's dtype: a float64 law keeps its precision.
+        mean_ND = self.table_VD.new_empty(len(at_N), self.table_VD.shape[1])
+        for span in self._spans(len(at_N)):
+            probs_NV = self.log_probs_at(at_N[span]).exp()
+            mean_ND[span] = probs_NV.to(self.table_VD) @ self.table_VD
+        return mean_ND
+
+    def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
+        """Tokens ``[N]`` drawn at flat positions, one uniform in [0, 1) each.
+
+        Inverse CDF in float64: float32 Gumbel draws lower the temperature (arXiv 2409.02908).
+        """
+        tokens_N = torch.empty_like(at_N)
+        for span in self._spans(len(at_N)):
+            cdf_NV = self.log_probs_at(at_N[span]).double().exp().cumsum(-1)
+            # The last entry is 1 up to rounding; scaling by it keeps the draw inside the support.
+            threshold_N1 = (uniform_N[span].to(cdf_NV) * cdf_NV[:, -1])[:, None]
+            tokens_N[span] = torch.searchsorted(cdf_NV, threshold_N1, right=True).squeeze(1)
+        return tokens_N.clamp_max_(len(self.table_VD) - 1)
+
+    def log_probs(self) -> Tensor:
+        """``[B, L, V]`` log-probabilities, normalised over the V real tokens."""
+        rows, length = self.state.gamma_BL.shape
+        at_N = torch.arange(rows * length, device=self.table_VD.device)
+        return self.log_probs_at(at_N).view(rows, length, -1)
+
+    def mean(self) -> Tensor:
+        """``[B, L, D]`` posterior mean; the token's own row where it is revealed."""
+        state = self.state
+        mean_BLD = self.table_VD[state.tokens_BL]
+        unrevealed_BL = ~state.revealed_BL
+        at_N = unrevealed_BL.flatten().nonzero().squeeze(1)
+        mean_BLD[unrevealed_BL] = self.mean_at(at_N)
+        return mean_BLD
+
+    def _spans(self, positions: int) -> list[slice]:
+        size = max(1, CHUNK_ELEMENTS // len(self.table_VD))
+        return [slice(start, start + size) for start in range(0, positions, size)]
+
+
+class Denoises(Protocol):
+    """Anything that answers a state with a posterior: a network, or the exact law."""
+
+    @property
+    def table_VD(self) -> Tensor:
+        """Unit rows ``[V, D]``."""
+
+    def __call__(self, state: State) -> Posterior:
+        """The posterior of every token given the state, and nothing else (003 A.1)."""

@@ -1,0 +1,119 @@
+"""What is known of every token of a batch: nothing, soft evidence, or the token itself.
+
+Shapes: B rows, L positions, D table dimension, V tokens.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of token states under the localization channel (003 eq. 1).
+
+    ``gamma_BL`` is each token's SNR in [0, inf] and says how to read the rest:
+
+    - ``gamma = 0``: masked. ``z = 0`` exactly.
+    - ``0 < gamma < inf``: evidence. ``z = gamma x + sqrt(gamma) eps``; the token is unknown.
+    - ``gamma = inf``: revealed. ``tokens`` holds the id, which is all there is to know.
+
+    ``tokens_BL`` (int64) is 0 where nothing is revealed and ``z_BLD`` is 0 where something is,
+    so equal states are equal tensors. ``frozen_BL`` marks tokens that no path may move. Only
+    `dsl.channel.transition` makes a state from another.
+    """
+
+    tokens_BL: Tensor
+    z_BLD: Tensor
+    gamma_BL: Tensor
+    frozen_BL: Tensor
+
+    @classmethod
+    def masked(
+        cls,
+        rows: int,
+        length: int,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "State":
+        """Zero information everywhere: all gamma 0, z 0, nothing frozen."""
+        return cls(
+            tokens_BL=torch.zeros(rows, length, dtype=torch.int64, device=device),
+            z_BLD=torch.zeros(rows, length, dim, dtype=dtype, device=device),
+            gamma_BL=torch.zeros(rows, length, dtype=dtype, device=device),
+            frozen_BL=torch.zeros(rows, length, dtype=torch.bool, device=device),
+        )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        table_VD: Tensor,
+        tokens_BL: Tensor,
+        known_BL: Tensor,
+        gamma_BL: Tensor | None = None,
+    ) -> "State":
+        """Start from given text: prompts, infilling, garbled drafts (003 C.1).
+
+        Where ``known_BL`` the token is revealed and frozen, whatever its gamma. Elsewhere
+        ``gamma_BL`` says how far the given token is trusted: 0 (the default) not at all, a finite
+        SNR as noise-free soft evidence ``z = gamma x_token``, inf as revealed but editable.
+
+        Raises:
+            ValueError: shapes differ, an id lies outside [0, V), or a gamma is negative or NaN.
+        """
+        if gamma_BL is None:
+            gamma_BL = torch.zeros(tokens_BL.shape)
+        if not tokens_BL.shape == known_BL.shape == gamma_BL.shape:
+            raise ValueError(
+                f"tokens {tuple(tokens_BL.shape)}, known {tuple(known_BL.shape)} and gamma "
+                f"{tuple(gamma_BL.shape)} must share one shape [B, L]"
+            )
+        known_BL = known_BL.to(table_VD.device, torch.bool)
+        tokens_BL = tokens_BL.to(table_VD.device, torch.int64)
+        gamma_BL = gamma_BL.to(table_VD).masked_fill(known_BL, torch.inf)
+        if not (gamma_BL >= 0).all():
+            raise ValueError("gamma must lie in [0, inf]: it is negative or NaN somewhere")
+        given_BL = gamma_BL > 0
+        ids_N = tokens_BL[given_BL]
+        if ids_N.numel() and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < len(table_VD):
+            raise ValueError(f"a token id lies outside [0, {len(table_VD)})")
+        evidence_BL = given_BL & gamma_BL.isfinite()
+        z_BLD = table_VD.new_zeros(*tokens_BL.shape, table_VD.shape[1])
+        z_BLD[evidence_BL] = gamma_BL[evidence_BL, None] * table_VD.detach()[tokens_BL[evidence_BL]]
+        return cls(
+            tokens_BL=tokens_BL.masked_fill(gamma_BL.isfinite(), 0),
+            z_BLD=z_BLD,
+            gamma_BL=gamma_BL,
+            frozen_BL=known_BL,
+        )
+
+    @property
+    def masked_BL(self) -> Tensor:
+        """True where nothing is known: gamma = 0."""
+        return self.gamma_BL == 0
+
+    @property
+    def evidence_BL(self) -> Tensor:
+        """True where there is soft evidence: 0 < gamma < inf."""
+        return (self.gamma_BL > 0) & self.gamma_BL.isfinite()
+
+    @property
+    def revealed_BL(self) -> Tensor:
+        """True where the token is known: gamma = inf."""
+        return self.gamma_BL.isinf()
+
+    def like(self, table_VD: Tensor) -> "State":
+        """The same state with ``z`` and ``gamma`` in the dtype and on the device of a table."""
+        return State(
+            tokens_BL=self.tokens_BL.to(table_VD.device),
+            z_BLD=self.z_BLD.to(table_VD),
+            gamma_BL=self.gamma_BL.to(table_VD),
+            frozen_BL=self.frozen_BL.to(table_VD.device),
+        )
+
+    def rows(self, rows_R: Tensor) -> "State":
+        """The sub-batch of the rows indexed (or masked) by ``rows_R``."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows_R] for f in fields(self)})
