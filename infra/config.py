@@ -1,0 +1,345 @@
+"""Configuration: dataclass defaults < preset < `key.sub=value`, as one frozen dataclass.
+
+A preset is a YAML file with one mapping per verb; a verb reads its own. Each source is a layer,
+and layers are folded field by field along the types: mappings merge, a later value replaces an
+earlier one, and a member of a union that changes its `kind` forgets what the layers before said
+about the old member. A union member that needs no more than its kind is written as a string:
+`path: masked`. Override values are YAML scalars, or YAML lists and mappings in [] and {}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+
+from infra.errors import ConfigError, nearest
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+
+VERBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "generate", "benchmark")
+OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+REQUIRED = dataclasses.MISSING
+
+
+class Field(NamedTuple):
+    """One line of `--help`."""
+
+    key: str
+    type: str
+    default: str
+
+
+class Layer(NamedTuple):
+    """What one source says about one place in the configuration."""
+
+    source: str
+    value: Any
+
+    def __getitem__(self, key: Any) -> Any:
+        return Layer(self.source, self.value[key])
+
+
+def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path) -> T:
+    """The configuration of `verb` from `[PRESET] [key.sub=value …]`.
+
+    PRESET is a name in the folder `presets`, a path that ends in .yaml, or any fsspec URL.
+    Raises ConfigError with the dotted path, the source and what was expected there.
+    """
+    layers: list[Layer] = []
+    names = [argument for argument in argv if not OVERRIDE.fullmatch(argument)]
+    if len(names) > 1:
+        raise ConfigError(
+            "command line", f"one preset at most, got {' and '.join(names)}", "Write key=value"
+        )
+    if names:
+        layers.append(Layer(names[0], _section(names[0], verb, presets)))
+    for argument in argv:
+        if match := OVERRIDE.fullmatch(argument):
+            layers.append(Layer("command line", _nested(match[1].split("."), _value(argument))))
+    return _dataclass(config_type, layers, "")
+
+
+def to_yaml(config: Any, verb: str) -> str:
+    """The whole configuration as a preset: loading it again gives an equal object."""
+    return yaml.safe_dump({verb: to_tree(config)}, sort_keys=False, allow_unicode=True)
+
+
+def to_tree(value: Any) -> Any:
+    """Dataclasses as mappings, tuples as lists, paths as text: what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {
+            f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
+    if isinstance(value, dict):
+        return {str(key): to_tree(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_tree(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def flatten(config: Any) -> dict[str, str | int | float | bool | None]:
+    """{dotted key: scalar}; lists and empty mappings are written as JSON."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            yield prefix, json.dumps(value) if isinstance(value, dict | list) else value
+
+    return dict(walk("", to_tree(config)))
+
+
+def digest(config: Any) -> str:
+    """Twelve hex digits of the sha256 of the resolved configuration."""
+    text = json.dumps(to_tree(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe(config_type: Any, prefix: str = "", outer: tuple[Any, ...] = ()) -> Iterator[Field]:
+    """Every field a user may set, for `--help`; a union lists the fields of each kind."""
+    for field, annotation in _fields(config_type).values():
+        key, default = f"{prefix}{field.name}", _default(field)
+        members = _members(annotation)
+        kinds = _kinds(members)
+        if kinds:
+            shown = "required" if default is REQUIRED else str(getattr(default, "kind", None))
+            yield Field(key, " | ".join(kinds), shown)
+        elif not members:
+            shown = "required" if default is REQUIRED else json.dumps(to_tree(default))
+            yield Field(key, _spell(annotation), shown)
+        for member in members:
+            if member not in outer:  # a path may hold paths
+                yield from describe(member, f"{key}.", (*outer, member))
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+def _section(preset: str, verb: str, presets: Path) -> Tree:
+    """What the preset says about `verb`."""
+    try:
+        content = yaml.safe_load(_read(preset, presets))
+    except yaml.YAMLError as error:
+        raise ConfigError(preset, f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(preset, "not a mapping of verbs", f"Put the settings under `{verb}:`")
+    for name in content:
+        if name not in VERBS:
+            raise ConfigError(f"{preset}: {name}", "no such verb", _hint(str(name), VERBS))
+    if verb not in content:
+        raise ConfigError(preset, f"no section `{verb}`", f"It has {', '.join(content)}")
+    return content[verb] or {}
+
+
+def _read(preset: str, presets: Path) -> str:
+    import fsspec
+
+    if not preset.endswith((".yaml", ".yml")) and "://" not in preset:
+        names = sorted(path.stem for path in presets.glob("*.yaml"))
+        if preset not in names:
+            raise ConfigError(preset, "no such preset", _hint(preset, names))
+        return (presets / f"{preset}.yaml").read_text(encoding="utf-8")
+    try:
+        with fsspec.open(preset, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(preset, f"cannot be read: {error}") from error
+
+
+def _value(argument: str) -> Any:
+    """The value of `key=value`. Text stays as it is typed unless it is a YAML scalar or flow."""
+    text = argument.partition("=")[2]
+    flow = text[:1] in ("[", "{", "'", '"')
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        if flow:
+            raise ConfigError(argument, "not YAML", "Quote text that starts like a list") from None
+        return text
+    return parsed if flow or parsed is None or isinstance(parsed, bool | int | float) else text
+
+
+def _nested(keys: Sequence[str], value: Any) -> Any:
+    return functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value)
+
+
+# --- folding the layers along the types ------------------------------------------------------
+
+
+def _build(annotation: Any, layers: list[Layer], path: str) -> Any:
+    """The value of type `annotation` that the layers, weakest first, say belongs at `path`."""
+    last = layers[-1]
+    if last.value is not None:
+        # A null wipes what the layers before it said.
+        nulls = [i for i, layer in enumerate(layers) if layer.value is None]
+        layers = layers[nulls[-1] + 1 :] if nulls else layers
+        annotation = _without_none(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if last.value is None and type(None) in arguments:
+        return None
+    if members := _members(annotation):
+        kinds = _kinds(members)
+        return _kind(kinds, layers, path) if kinds else _dataclass(members[0], layers, path)
+    if origin is dict and isinstance(last.value, dict):
+        merged: dict[str, list[Layer]] = {}
+        for layer in _mappings(layers, path):
+            for key in layer.value:
+                merged.setdefault(str(key), []).append(layer[key])
+        return {key: _build(arguments[1], found, f"{path}.{key}") for key, found in merged.items()}
+    if origin is tuple and isinstance(last.value, list):
+        size = len(last.value)
+        types_ = arguments[:1] * size if arguments[-1] is Ellipsis else arguments
+        if len(types_) != size:
+            raise _wrong(annotation, last, path)
+        return tuple(_build(t, [last[i]], f"{path}.{i}") for i, t in enumerate(types_))
+    return _leaf(annotation, last, path)
+
+
+def _kind(kinds: dict[str, Any], layers: list[Layer], path: str) -> Any:
+    """The member of a union that the last `kind` names, from the layers since it was named."""
+    kind, kept = None, []
+    for layer in layers:
+        if isinstance(layer.value, str):
+            layer = Layer(layer.source, {"kind": layer.value})
+        (mapping,) = _mappings([layer], path)
+        named = mapping.value.get("kind", kind)
+        if named not in kinds:
+            why = (
+                f"`kind` is missing: {', '.join(kinds)}" if named is None else f"no kind {named!r}"
+            )
+            hint = "" if named is None else _hint(str(named), kinds)
+            raise ConfigError(_where(layer, f"{path}.kind"), why, hint)
+        kept = [*kept, mapping] if named == kind else [mapping]
+        kind = named
+    return _dataclass(kinds[kind], kept, path)
+
+
+def _dataclass(config_type: type[T], layers: list[Layer], path: str) -> T:
+    fields, dotted = _fields(config_type), f"{path}." if path else ""
+    layers = _mappings(layers, path)
+    for layer in layers:
+        for key in layer.value:
+            if key not in fields:
+                raise ConfigError(
+                    _where(layer, f"{dotted}{key}"), "no such key", _hint(str(key), fields)
+                )
+    values = {}
+    for name, (field, annotation) in fields.items():
+        found = [layer[name] for layer in layers if name in layer.value]
+        default = _default(field)
+        if found:
+            known = [] if default is REQUIRED else [Layer("default", to_tree(default))]
+            values[name] = _build(annotation, known + found, f"{dotted}{name}")
+        elif default is REQUIRED:
+            # A required dataclass whose own fields all have defaults needs no word about it.
+            members = _members(annotation)
+            if len(members) != 1:
+                spelt = " | ".join(_kinds(members)) or _spell(annotation)
+                raise ConfigError(f"{dotted}{name}", f"required, a {spelt}", "Set it")
+            values[name] = _dataclass(members[0], [], f"{dotted}{name}")
+    try:
+        return config_type(**values)
+    except ValueError as error:
+        raise ConfigError(path or config_type.__name__, str(error)) from error
+
+
+def _leaf(annotation: Any, layer: Layer, path: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    if isinstance(layer.value, bool) and annotation in (int, float):
+        raise _wrong(annotation, layer, path)  # pydantic would take `yes` for 1
+    try:
+        return TypeAdapter(annotation).validate_python(layer.value)
+    except ValidationError:
+        raise _wrong(annotation, layer, path) from None
+
+
+def _mappings(layers: list[Layer], path: str) -> list[Layer]:
+    for layer in layers:
+        if not isinstance(layer.value, dict):
+            raise _wrong(dict, layer, path)
+    return layers
+
+
+# --- types and messages ----------------------------------------------------------------------
+
+
+@functools.cache
+def _fields(config_type: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(config_type)
+    return {f.name: (f, hints[f.name]) for f in dataclasses.fields(config_type) if f.init}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _without_none(annotation: Any) -> Any:
+    return typing.Union[tuple(o for o in _options(annotation) if o is not type(None))]  # noqa: UP007
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The dataclasses that a field may hold, empty for a leaf."""
+    return [option for option in _options(annotation) if dataclasses.is_dataclass(option)]
+
+
+def _kinds(members: list[Any]) -> dict[str, Any]:
+    """{kind: member}, empty for a plain dataclass."""
+    kinds = {_default(_fields(m)["kind"][0]): m for m in members if "kind" in _fields(m)}
+    if len(members) > 1 and len(kinds) < len(members):
+        raise TypeError(f"a union needs one `kind` a member: {members}")
+    return kinds
+
+
+def _spell(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(map(_spell, typing.get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    return (
+        annotation.__name__
+        if isinstance(annotation, type) and not typing.get_args(annotation)
+        else str(annotation).replace("typing.", "")
+    )
+
+
+def _where(layer: Layer, path: str) -> str:
+    return f"{path or 'configuration'} ({layer.source})"
+
+
+def _wrong(annotation: Any, layer: Layer, path: str) -> ConfigError:
+    expected = "a mapping" if annotation is dict else _spell(annotation)
+    hint = ""
+    if typing.get_origin(annotation) is typing.Literal and isinstance(layer.value, str):
+        hint = _hint(layer.value, map(str, typing.get_args(annotation)))
+    elif str in _options(annotation):
+        hint = "Quote it to keep it text: \"'…'\""
+    return ConfigError(_where(layer, path), f"expected {expected}, got {layer.value!r}", hint)
+
+
+def _hint(name: str, candidates: Iterable[str]) -> str:
+    names = list(candidates)
+    close = nearest(name, names)
+    return f"Did you mean `{close}`?" if close else f"Known: {', '.join(names) or 'none'}"

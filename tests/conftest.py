@@ -1,0 +1,61 @@
+"""Fixtures every room shares: one Ray cluster a session, and real data where it is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Ray reads these when it is first imported, so they are set before any test module is.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_DEDUP_LOGS="0",
+    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_METRICS_ENABLED="0",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10",
+    OMP_NUM_THREADS="1",
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of four logical CPUs: two workers, and two for the data tasks that feed them."""
+    import ray
+
+    # Workers unpickle functions of this repository by name, so they must find it.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=150 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real text and tokenizer files that `DSL_TEST_DATA` names."""
+    folder = os.environ.get("DSL_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("DSL_TEST_DATA does not name a folder of test data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def references(test_data: Path) -> Path:
+    """The reference outputs that lie beside the test data."""
+    folder = test_data.parent / "references"
+    if not folder.is_dir():
+        pytest.skip("no folder `references` beside DSL_TEST_DATA")
+    return folder
