@@ -107,21 +107,27 @@ def digest(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def describe(config_type: Any, prefix: str = "", outer: tuple[Any, ...] = ()) -> Iterator[Field]:
+def describe(config_type: Any) -> Iterator[Field]:
     """Every field a user may set, for `--help`; a union lists the fields of each kind."""
-    for field, annotation in _fields(config_type).values():
-        key, default = f"{prefix}{field.name}", _default(field)
-        members = _members(annotation)
-        kinds = _kinds(members)
-        if kinds:
-            shown = "required" if default is REQUIRED else str(getattr(default, "kind", None))
-            yield Field(key, " | ".join(kinds), shown)
-        elif not members:
-            shown = "required" if default is REQUIRED else json.dumps(to_tree(default))
-            yield Field(key, _spell(annotation), shown)
-        for member in members:
-            if member not in outer:  # a path may hold paths
-                yield from describe(member, f"{key}.", (*outer, member))
+
+    def walk(owner: Any, prefix: str, given: Any, note: str, outer: tuple[Any, ...]) -> Any:
+        for field, annotation in _fields(owner).values():
+            key, default = f"{prefix}{field.name}", getattr(given, field.name, _default(field))
+            members = _members(annotation)
+            kinds = _kinds(members)
+            if not members and field.name != "kind":
+                shown = "required" if default is REQUIRED else json.dumps(to_tree(default))
+                yield Field(key, _spell(annotation) + note, shown)
+            if kinds:
+                shown = "required" if default is REQUIRED else getattr(default, "kind", "null")
+                yield Field(key, " | ".join(kinds) + note, shown)
+            for member in members:
+                if member not in outer:  # a path may hold paths
+                    known = default if isinstance(default, member) else None
+                    of = next((f" ({kind})" for kind in kinds if kinds[kind] is member), note)
+                    yield from walk(member, f"{key}.", known, of, (*outer, member))
+
+    return walk(config_type, "", None, "", ())
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -209,18 +215,15 @@ def _build(annotation: Any, layers: list[Layer], path: str) -> Any:
 
 def _kind(kinds: dict[str, Any], layers: list[Layer], path: str) -> Any:
     """The member of a union that the last `kind` names, from the layers since it was named."""
-    kind, kept = None, []
+    kind, kept = next(iter(kinds)) if len(kinds) == 1 else None, []
     for layer in layers:
         if isinstance(layer.value, str):
             layer = Layer(layer.source, {"kind": layer.value})
         (mapping,) = _mappings([layer], path)
         named = mapping.value.get("kind", kind)
         if named not in kinds:
-            why = (
-                f"`kind` is missing: {', '.join(kinds)}" if named is None else f"no kind {named!r}"
-            )
-            hint = "" if named is None else _hint(str(named), kinds)
-            raise ConfigError(_where(layer, f"{path}.kind"), why, hint)
+            why = "missing" if named is None else f"no kind {named!r}"
+            raise ConfigError(_where(layer, f"{path}.kind"), why, _hint(str(named), kinds))
         kept = [*kept, mapping] if named == kind else [mapping]
         kind = named
     return _dataclass(kinds[kind], kept, path)

@@ -1,0 +1,270 @@
+"""The loader: layers, unions, messages, and the round trip through YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra import config
+from infra.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    kind: Literal["masked"] = "masked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remask:
+    kind: Literal["remask"] = "remask"
+    rule: Literal["cap", "rescale"] = "cap"
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.eta is not None and self.eta < 0:
+            raise ValueError(f"eta is {self.eta}, not in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    kind: Literal["sentence"] = "sentence"
+    gamma_max: float
+    grid: Literal["linear", "log"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    kind: Literal["hybrid"] = "hybrid"
+    first: Sentence = Sentence(gamma_max=50.0)
+    second: Path_
+    split: tuple[int, int] = (16, 32)
+
+
+Path_ = Masked | Remask | Sentence | Hybrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    source: str
+    steps: int = 100
+    seed: int = 0
+    amp: bool = False
+    optimizer: Optimizer = Optimizer(lr=3e-4, betas=(0.9, 0.95))
+    path: Path_ = Masked()
+    judge: Path_ | None = None
+    widths: tuple[int, ...] = ()
+    stages: tuple[Remask, ...] = ()
+    resources: dict[str, float] = field(default_factory=dict)
+    samplers: dict[str, Path_] = field(default_factory=dict)
+    folder: Path = Path("runs")
+
+
+def load(*argv: str, presets: Path = Path("nowhere")) -> Config:
+    return config.load(Config, verb="finetune", argv=argv, presets=presets)
+
+
+def preset(folder: Path, text: str, name: str = "small") -> Path:
+    (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_defaults_then_preset_then_command_line(tmp_path: Path) -> None:
+    preset(
+        tmp_path,
+        "finetune:\n  source: text\n  steps: 10\n  seed: 1\n  optimizer: {lr: 1e-3}\n"
+        "prepare: {anything: goes}\n",
+    )
+    got = load("small", "seed=2", "optimizer.betas=[0.5, 0.6]", "seed=3", presets=tmp_path)
+    assert got == Config(
+        source="text", steps=10, seed=3, optimizer=Optimizer(lr=1e-3, betas=(0.5, 0.6))
+    )
+
+
+def test_a_partial_value_keeps_the_rest_of_the_default_instance() -> None:
+    assert load("source=s", "optimizer.lr=1").optimizer == Optimizer(lr=1.0, betas=(0.9, 0.95))
+
+
+def test_presets_come_by_name_path_and_url(tmp_path: Path) -> None:
+    file = preset(tmp_path, "finetune: {source: here}") / "small.yaml"
+    for argument in ("small", str(file), f"file://{file}"):
+        assert load(argument, presets=tmp_path).source == "here"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["path=remask"], Remask()),
+        (["path={kind: remask, eta: 0.1}"], Remask(eta=0.1)),
+        (["path=remask", "path.eta=1e-1"], Remask(eta=0.1)),
+        # a new kind forgets what was said of the old one; later wins
+        (["path=remask", "path.eta=0.1", "path.kind=sentence", "path.gamma_max=3"],
+         Sentence(gamma_max=3.0)),
+        (["path=remask", "path.eta=0.1", "path.kind=remask"], Remask(eta=0.1)),
+        (["path=remask", "path.eta=0.1", "path=masked", "path=remask"], Remask()),
+        # nested unions, and defaults within the chosen member
+        (["path=hybrid", "path.first.grid=log", "path.second=remask", "path.split=[0, 4]"],
+         Hybrid(first=Sentence(gamma_max=50.0, grid="log"), second=Remask(), split=(0, 4))),
+    ],
+)  # fmt: skip
+def test_unions(argv: list[str], expected: object) -> None:
+    assert load("source=s", *argv).path == expected
+
+
+def test_optional_unions_and_null() -> None:
+    assert load("source=s", "judge=remask", "judge.eta=0.5").judge == Remask(eta=0.5)
+    assert load("source=s", "judge={kind: remask, eta: 0.5}", "judge=null").judge is None
+    assert load("source=s", "judge=remask", "judge=", "judge=masked").judge == Masked()
+
+
+def test_containers() -> None:
+    got = load(
+        "source=s", "widths=[1, 2]", "stages=[{eta: 1e-1}, {rule: rescale}]",
+        "resources={CPU: 1}", "resources.GPU=2", "samplers={a: masked}", "samplers.b=remask",
+        "folder=out",
+    )  # fmt: skip
+    assert got.widths == (1, 2)
+    assert got.stages == (Remask(eta=0.1), Remask(rule="rescale"))
+    assert got.resources == {"CPU": 1.0, "GPU": 2.0}
+    assert got.samplers == {"a": Masked(), "b": Remask()}
+    assert got.folder == Path("out")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b", "foo # bar", "@x", "2024-01-01", "s3://bucket/key=1/x", "- item", "a=b"]
+)
+def test_text_stays_as_typed(text: str) -> None:
+    assert load(f"source={text}").source == text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["stesp=3"], "stesp (command line): no such key. Did you mean `steps`?"),
+        (["optimizer.lrr=3"], "optimizer.lrr (command line): no such key. Did you mean `lr`?"),
+        (["path=remask", "path.etaa=3"], "path.etaa (command line): no such key"),
+        (["path=maskd"], "path.kind (command line): no kind 'maskd'. Did you mean `masked`?"),
+        (["judge={eta: 1}"], "judge.kind (command line): missing. Known: masked, remask"),
+        (["path=remask", "path.rule=capp"],
+         "path.rule (command line): expected 'cap' | 'rescale', got 'capp'. Did you mean `cap`?"),
+        (["steps=many"], "steps (command line): expected int, got 'many'"),
+        (["steps=yes"], "steps (command line): expected int, got True"),
+        (["steps={a: 1}"], "steps (command line): expected int, got {'a': 1}"),
+        (["source=12"], "source (command line): expected str, got 12. Quote it"),
+        (["optimizer=3"], "optimizer (command line): expected a mapping, got 3"),
+        (["path=remask", "path.eta=-1"], "path: eta is -1.0, not in [0, 1]"),
+        (["path=sentence"], "path.gamma_max: required, a float"),
+        (["path=hybrid"], "path.second: required, a masked | remask | sentence | hybrid"),
+        (["optimizer.betas=[1]"], "optimizer.betas (command line): expected tuple[float, float]"),
+        (["widths=[1, x]"], "widths.1 (command line): expected int, got 'x'"),
+        (["resources.CPU=x"], "resources.CPU (command line): expected float, got 'x'"),
+        (["widths=[1"], "widths=[1: not YAML"),
+        (["one", "two"], "command line: one preset at most, got one and two"),
+    ],
+)  # fmt: skip
+def test_one_message(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("source=s", *argv)
+    assert message in str(caught.value)
+
+
+def test_a_missing_field_is_named_with_its_type() -> None:
+    with pytest.raises(ConfigError, match="source: required, a str"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("finetune: {source: s, stepz: 1}", r"stepz \(small\): no such key. Did you mean `steps`"),
+        ("finetuen: {}", "small: finetuen: no such verb. Did you mean `finetune`?"),
+        ("prepare: {}", "small: no section `finetune`. It has prepare"),
+        ("- 1", "small: not a mapping of verbs"),
+        ("", "small: not a mapping of verbs"),
+        ("a: [", "small: not YAML"),
+        ("finetune: 3", r"configuration \(small\): expected a mapping, got 3"),
+    ],
+)
+def test_bad_presets(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("small", presets=preset(tmp_path, text))
+
+
+def test_a_mistyped_preset_is_offered_the_nearest(tmp_path: Path) -> None:
+    preset(tmp_path, "finetune: {}", "quickstart")
+    with pytest.raises(ConfigError, match="no such preset. Did you mean `quickstart`"):
+        load("quikstart", presets=tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(str(tmp_path / "absent.yaml"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load("nosuchscheme://x.yaml")
+
+
+def test_all_defaults_need_no_section(tmp_path: Path) -> None:
+    got = load("small", "source=s", presets=preset(tmp_path, "finetune:"))
+    assert got == Config(source="s")
+
+
+paths: Any = st.recursive(
+    st.builds(Masked)
+    | st.builds(Remask, eta=st.none() | st.floats(0, 1))
+    | st.builds(Sentence, gamma_max=st.floats(allow_nan=False)),
+    lambda inner: st.builds(Hybrid, second=inner),
+    max_leaves=3,
+)
+configs = st.builds(
+    Config,
+    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])),
+    steps=st.integers(),
+    optimizer=st.builds(Optimizer, lr=st.floats(allow_nan=False)),
+    path=paths,
+    judge=st.none() | paths,
+    widths=st.lists(st.integers(), max_size=3).map(tuple),
+    stages=st.lists(st.builds(Remask), max_size=2).map(tuple),
+    resources=st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False), max_size=2),
+    samplers=st.dictionaries(st.sampled_from("abc"), paths, max_size=2),
+)
+
+
+@given(configs)
+def test_yaml_round_trip(value: Config) -> None:
+    section = yaml.safe_load(config.to_yaml(value, "finetune"))["finetune"]
+    again = config._build(Config, [config.Layer("yaml", section)], "")
+    assert again == value
+    assert config.digest(again) == config.digest(value)
+
+
+def test_flatten_and_digest() -> None:
+    value = Config(source="s", path=Remask(eta=0.1), widths=(1, 2), samplers={"a": Masked()})
+    flat = config.flatten(value)
+    assert flat["optimizer.lr"] == 3e-4
+    assert flat["path.kind"] == "remask"
+    assert flat["widths"] == "[1, 2]"
+    assert flat["samplers.a.kind"] == "masked"
+    assert flat["judge"] is None
+    assert flat["resources"] == "{}"
+    assert flat["folder"] == "runs"
+    assert config.digest(value) == config.digest(dataclasses.replace(value))
+    assert config.digest(value) != config.digest(dataclasses.replace(value, steps=101))
+
+
+def test_describe_lists_every_field_once() -> None:
+    rows = [tuple(row) for row in config.describe(Config)]
+    assert ("source", "str", "required") in rows
+    assert ("optimizer.lr", "float", "0.0003") in rows
+    assert ("path", "masked | remask | sentence | hybrid", "masked") in rows
+    assert ("path.eta", "float | null (remask)", "null") in rows
+    assert ("path.first.gamma_max", "float (sentence)", "50.0") in rows
+    assert len(rows) == len(set(rows))
