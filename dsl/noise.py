@@ -6,12 +6,17 @@ Training keys them by (seed, step, lane): a microbatch is corrupted alike on any
 Shapes: B rows, L positions.
 """
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+# Philox4x64 turns one counter into four 64-bit outputs.
+_OUTPUTS_PER_COUNTER = 4
 
 
 class Stream(IntEnum):
@@ -26,34 +31,39 @@ class Stream(IntEnum):
 class Draws:
     """The draws of one step for rows ``first_row, first_row + 1, …``.
 
-    Philox is counter-based: the key (seed, row) and the counter (step, stream) *are* the state,
-    so any draw can be made without making the ones before it. It runs on the CPU whatever the
-    model's device, which keeps a text equal across devices up to the network's rounding.
+    Philox is counter-based: the key holds (seed, step, stream), the counter starts at the row, so
+    any row's numbers can be had without drawing those before it, and consecutive rows are one
+    run of the library's generator. Every number consumes exactly one output (which is why normals
+    are Box-Muller and not a rejection method): rows stay aligned. All of it runs on the CPU, so a
+    text is the same on every device up to the network's rounding.
     """
 
     seed: int
     first_row: int
     step: int
 
-    def _row(self, row: int, stream: Stream) -> np.random.Generator:
-        key = np.array([self.seed, self.first_row + row], dtype=np.uint64)
-        counter = np.array([0, 0, self.step, stream], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
     def uniform(self, rows: int, length: int, stream: Stream) -> Tensor:
         """``[B, L]`` float64 in [0, 1)."""
-        return torch.from_numpy(
-            np.stack([self._row(row, stream).random(length) for row in range(rows)])
-        )
+        return self._uniform(rows, length, stream)[:, :length]
 
     def normal(self, rows: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:
-        """``[B, L, D]`` standard normal, float64 where ``dtype`` is, float32 otherwise."""
-        precise = np.float64 if dtype == torch.float64 else np.float32
-        draw = [
-            self._row(row, Stream.MOVE).standard_normal((length, dim), dtype=precise)
-            for row in range(rows)
-        ]
-        return torch.from_numpy(np.stack(draw)).to(dtype)
+        """``[B, L, D]`` standard normal, computed in float64 and rounded to ``dtype``."""
+        count = length * dim
+        half = (count + 1) // 2
+        uniform = self._uniform(rows, 2 * half, Stream.MOVE)
+        # 1 - u lies in (0, 1], where the logarithm is finite.
+        radius = (1 - uniform[:, :half]).log().mul(-2).sqrt()
+        angle = uniform[:, half : 2 * half] * (2 * math.pi)
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return normal[:, :count].reshape(rows, length, dim).to(dtype)
+
+    def _uniform(self, rows: int, count: int, stream: Stream) -> Tensor:
+        """``[B, >= count]``: each row starts on a counter of its own."""
+        blocks = -(-count // _OUTPUTS_PER_COUNTER)
+        key = np.array([self.seed, self.step * len(Stream) + stream], dtype=np.uint64)
+        counter = np.array([self.first_row * blocks, 0, 0, 0], dtype=np.uint64)
+        philox = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return torch.from_numpy(philox.random((rows, blocks * _OUTPUTS_PER_COUNTER)))
 
 
 def generator(

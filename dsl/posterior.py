@@ -32,8 +32,9 @@ class Posterior(ABC):
         """Normalised ``[N, V]`` at unrevealed positions."""
 
     @abstractmethod
-    def with_rows(self, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
-        """This posterior with rows ``rows_R`` answered by ``fresh`` (a posterior of R rows)."""
+    def with_rows(self, state: State, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
+        """The posterior of ``state``: rows ``rows_R`` as ``fresh`` (R rows) has just answered
+        them, every other row as answered before."""
 
     def log_probs_at(self, at_N: Tensor) -> Tensor:
         """``[N, V]`` log-probabilities at flat positions ``at_N``."""

@@ -1,0 +1,66 @@
+"""Two paths in a row: soft evidence first, endpoint commitment after (000 §4.8).
+
+Shapes: B rows, L positions.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from dsl.paths.clock import Clock
+from dsl.posterior import Posterior
+from dsl.state import State
+
+if TYPE_CHECKING:
+    from dsl.paths import Stage
+
+
+class Carry(NamedTuple):
+    """The stage in charge and what it remembers."""
+
+    second: bool
+    stage: Any
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """``split = (T_cont, T_MDM)`` calls of ``first``, then of ``second``.
+
+    The budget is their sum. All calls of the first stage move: the reveal that would end it is
+    left to the second, which finds the finite-SNR evidence as it was left. A split of (T, 0) is
+    the first path itself, (0, T) the second.
+    """
+
+    first: "Stage"
+    second: "Stage"
+    split: tuple[int, int]
+    kind: Literal["hybrid"] = "hybrid"
+
+    def __post_init__(self) -> None:
+        if min(self.split) < 0 or sum(self.split) == 0:
+            raise ValueError(f"split must be two counts of calls, not both 0, got {self.split}")
+
+    def init(self, state: State) -> Carry:
+        second = self.split[0] == 0
+        return Carry(second, (self.second if second else self.first).init(state))
+
+    def target(
+        self, state: State, posterior: Posterior, carry: Carry, clock: Clock
+    ) -> tuple[Tensor, Carry]:
+        before, after = self.split
+        if clock.budget != before + after:
+            raise ValueError(
+                f"Hybrid splits {before} + {after} calls but the budget is {clock.budget}; "
+                "make them equal"
+            )
+        if clock.call == before and not carry.second:
+            carry = Carry(True, self.second.init(state))
+        if carry.second:
+            clock = replace(clock, call=clock.call - before, budget=after)
+        else:
+            # One call more than it gets: the one that would reveal belongs to the second stage.
+            clock = replace(clock, budget=before + (after > 0))
+        stage = self.second if carry.second else self.first
+        gamma_BL, stage_carry = stage.target(state, posterior, carry.stage, clock)
+        return gamma_BL, Carry(carry.second, stage_carry)

@@ -1,0 +1,154 @@
+"""The loop that walks a state along a path: the only one, whatever the path.
+
+Shapes: B rows, L positions, V tokens, N asked positions, R rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsl.channel import transition
+from dsl.noise import Draws
+from dsl.paths.clock import Clock, Path
+from dsl.posterior import Denoises, Posterior
+from dsl.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Finished text and what it cost.
+
+    ``calls`` counts denoiser evaluations of the batch, ``row_calls_B`` how many of them each row
+    took part in: a row whose state has not changed is not evaluated again. ``recorded`` holds
+    each recorder's result under its name.
+    """
+
+    tokens_BL: Tensor
+    calls: int
+    row_calls_B: Tensor
+    recorded: Mapping[str, Any]
+
+
+class Recorder(Protocol):
+    """Watches a sample being made. What it reads of the posterior may cost evaluations."""
+
+    name: str
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        """One step: the state, the posterior it was moved by, and the state it became."""
+
+    def result(self) -> Any:
+        """What was seen, once sampling is over."""
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoises,
+    path: Path,
+    state: State,
+    *,
+    budget: int,
+    seed: int,
+    first_row: int = 0,
+    recorders: Sequence[Recorder] = (),
+) -> Sample:
+    """Draw text along a path in at most ``budget`` denoiser calls, the final reveal included.
+
+    Randomness is keyed by (seed, row, step), rows counted from ``first_row``: a row's text does
+    not depend on the rows beside it.
+
+    Args:
+        state: where to start: `State.masked`, or `State.from_tokens` for prompts and drafts.
+        budget: denoiser calls, at least 1. After the last one every token is revealed.
+        seed: a non-negative 64-bit integer.
+
+    Raises:
+        ValueError: the budget is below 1 or does not fit the path.
+    """
+    if budget < 1:
+        raise ValueError(f"budget must be at least one call, got {budget}")
+    state = state.like(denoiser.table_VD)
+    carry = path.init(state)
+    evaluator = _Evaluator(denoiser, state)
+    for call in range(budget):
+        clock = Clock(call=call, budget=budget, draws=Draws(seed, first_row, call))
+        posterior = _Deferred(state, evaluator)
+        gamma_next_BL, carry = path.target(state, posterior, carry, clock)
+        if call == budget - 1:
+            gamma_next_BL = torch.full_like(state.gamma_BL, torch.inf)
+        before, state = state, transition(state, gamma_next_BL, posterior, clock.draws)
+        evaluator.move(state)
+        for recorder in recorders:
+            recorder.observe(clock, before, posterior, state)
+    return Sample(
+        tokens_BL=state.tokens_BL,
+        calls=evaluator.calls,
+        row_calls_B=evaluator.row_calls_B,
+        recorded={recorder.name: recorder.result() for recorder in recorders},
+    )
+
+
+class _Evaluator:
+    """Calls the denoiser when an answer is wanted, and only for rows whose state has changed.
+
+    A row that is revealed throughout needs no call: its posterior is one-hot.
+    """
+
+    def __init__(self, denoiser: Denoises, state: State) -> None:
+        self.denoiser = denoiser
+        self.state = state
+        self.posterior: Posterior | None = None
+        self.stale_B = torch.ones(len(state.gamma_BL), dtype=torch.bool, device=state.z_BLD.device)
+        self.calls = 0
+        self.row_calls_B = torch.zeros(len(state.gamma_BL), dtype=torch.int64)
+
+    def move(self, state: State) -> None:
+        # States differ only where a gamma moved: `transition` is the only thing that makes them.
+        self.stale_B |= (state.gamma_BL != self.state.gamma_BL).any(1)
+        self.state = state
+
+    def answer(self) -> Posterior:
+        wanted_B = self.stale_B & ~self.state.revealed_BL.all(1)
+        rows_R = wanted_B.nonzero().squeeze(1)
+        if self.posterior is None or len(rows_R) == len(wanted_B):
+            self.posterior = self.denoiser(self.state)
+            rows_R = torch.arange(len(wanted_B), device=wanted_B.device)
+        else:
+            fresh = self.denoiser(self.state.rows(rows_R)) if len(rows_R) else self.posterior
+            self.posterior = self.posterior.with_rows(self.state, rows_R, fresh)
+        self.calls += len(rows_R) > 0
+        self.row_calls_B[rows_R.cpu()] += 1
+        self.stale_B[rows_R] = False
+        return self.posterior
+
+
+class _Deferred(Posterior):
+    """The posterior of one step of the loop, asked for by whoever looks first."""
+
+    def __init__(self, state: State, evaluator: _Evaluator) -> None:
+        super().__init__(state, evaluator.denoiser.table_VD)
+        self._evaluator = evaluator
+        self._answer: Posterior | None = None
+
+    def _resolved(self) -> Posterior:
+        if self._answer is None:
+            self._answer = self._evaluator.answer()
+        return self._answer
+
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self._resolved()._log_probs_unrevealed(at_N)
+
+    def log_probs_at(self, at_N: Tensor) -> Tensor:
+        return self._resolved().log_probs_at(at_N)
+
+    def mean_at(self, at_N: Tensor) -> Tensor:
+        return self._resolved().mean_at(at_N)
+
+    def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
+        return self._resolved().draw(at_N, uniform_N)
+
+    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
+        return self._resolved().with_rows(state, rows_R, fresh)
