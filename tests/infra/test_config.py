@@ -204,7 +204,7 @@ def test_bad_presets(tmp_path: Path, text: str, message: str) -> None:
 
 def test_a_mistyped_preset_is_offered_the_nearest(tmp_path: Path) -> None:
     preset(tmp_path, "finetune: {}", "quickstart")
-    with pytest.raises(ConfigError, match="no such preset. Did you mean `quickstart`"):
+    with pytest.raises(ConfigError, match=r"no such preset\. Did you mean `quickstart`"):
         load("quikstart", presets=tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load(str(tmp_path / "absent.yaml"))

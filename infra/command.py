@@ -1,0 +1,149 @@
+"""The harness of every verb: its flags, its last line of output, its exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from infra import config
+from infra.errors import ConfigError, InfraError, Problem, nearest
+
+T = TypeVar("T")
+
+FLAGS = {
+    "--help": "show this",
+    "--print-config": "print the resolved configuration as a preset",
+    "--dry-run": "print the plan and touch nothing",
+    "--traceback": "show where an error came from",
+}
+INTERRUPTED = 130
+# What the operating system says when the fault is the machine's and not the code's.
+MACHINE = {
+    errno.ENOSPC: "free some space, then run the same command again to resume",
+    errno.EDQUOT: "free some space, then run the same command again to resume",
+    errno.EACCES: "choose another folder or ask for the right to it",
+    errno.EPERM: "choose another folder or ask for the right to it",
+    errno.EROFS: "choose a folder on a disk that can be written",
+}
+
+
+def run(
+    verb: str,
+    config_type: type[T],
+    *,
+    plan: Callable[[T], dict[str, Any]],
+    execute: Callable[[T], dict[str, Any]],
+    presets: Path,
+    doc: str,
+    argv: Sequence[str] | None = None,
+    data_errors: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run one verb from its command line and return the exit code.
+
+    `plan` says what would be done, `execute` does it; the last line of stdout is what either
+    returned, as one JSON object. Exceptions of the types `data_errors` count as bad data.
+    Exit codes: 0 done, 2 configuration, 3 data or weights, 4 infrastructure, 130 interrupted,
+    1 a bug.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    try:
+        _check(flags)
+        if "--help" in flags or "-h" in flags:
+            sys.stdout.write(_help(config_type, presets, doc))
+            return 0
+        given = [argument for argument in arguments if argument not in flags]
+        settings = config.load(config_type, verb=verb, argv=given, presets=presets)
+        if "--print-config" in flags:
+            sys.stdout.write(config.to_yaml(settings, verb))
+            return 0
+        if "--dry-run" in flags:
+            result = plan(settings)
+            sys.stdout.write(_table(result))
+        else:
+            result = execute(settings)
+        sys.stdout.write(json.dumps(_json(result), default=str) + "\n")
+        sys.stdout.flush()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if "--traceback" in flags:
+            traceback.print_exc()
+        message, code = explain(error, data_errors)
+        sys.stderr.write(f"{message}\n")
+        return code
+
+
+def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ()) -> tuple[str, int]:
+    """(one message, exit code) for an error, whatever a cluster has wrapped around it."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, Problem):
+            return str(cause), cause.exit_code
+        if isinstance(cause, data_errors):
+            return str(cause), 3
+        if isinstance(cause, KeyboardInterrupt):
+            return "interrupted; run the same command again to resume", INTERRUPTED
+        if isinstance(cause, OSError) and cause.errno in MACHINE:
+            where, why = str(cause.filename or "the machine"), cause.strerror or str(cause)
+            return str(InfraError(where, why, MACHINE[cause.errno])), InfraError.exit_code
+    bug = causes[0]
+    return f"{type(bug).__name__}: {bug} (a bug; --traceback shows where)", 1
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, outermost first, without the wrappers of a cluster.
+
+    Ray puts what a task raised under `cause`, and what train workers raised under
+    `worker_failures` by rank. Such a wrapper says nothing of its own: the text of one is a
+    whole remote traceback, even where it poses as an instance of what it wraps.
+    """
+    failures = getattr(error, "worker_failures", None) or {}
+    wrapped = [getattr(error, "cause", None), *failures.values()]
+    inner = [cause for cause in wrapped if isinstance(cause, BaseException)]
+    if not inner:
+        yield error
+        inner = [error.__cause__] if error.__cause__ else []
+    for cause in inner:
+        yield from _causes(cause)
+
+
+def _check(flags: set[str]) -> None:
+    for flag in sorted(flags - {*FLAGS, "-h"}):
+        close = nearest(flag, FLAGS)
+        fix = f"Did you mean {close}?" if close else f"Known: {', '.join(FLAGS)}"
+        raise ConfigError(flag, "no such flag", fix)
+
+
+def _help(config_type: type[Any], presets: Path, doc: str) -> str:
+    fields = {key: f"{spelt} = {default}" for key, spelt, default in config.describe(config_type)}
+    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    return (
+        f"{doc.strip()}\n\n"
+        f"arguments: [PRESET] [key.sub=value …]; PRESET is one of {names}, a .yaml or a URL\n\n"
+        f"{_table(FLAGS)}\n{_table(fields)}"
+    )
+
+
+def _table(rows: dict[str, Any]) -> str:
+    width = max(map(len, rows), default=0)
+    return "".join(f"{key:<{width}}  {_cell(value)}\n" for key, value in rows.items())
+
+
+def _cell(value: Any) -> str:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:,}" if numeric else str(value)
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: a metric that is not finite is written as null."""
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
