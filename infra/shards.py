@@ -1,0 +1,411 @@
+"""Tokens at rest: `{train,validation,test}/part-*.parquet` and the manifest that vouches for them.
+
+The manifest is written last, so a folder that has one is complete. Whoever reads checks what it
+reads against the manifest and says which file, row group and row is wrong.
+
+Shapes: N rows, L positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.errors import ConfigError, DataError, nearest
+from infra.storage import Folder, explained, scrub
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
+ROWS_PER_GROUP = 1_024
+ROWS_PER_FILE = 65_536  # also what a writer buffers per split: 128 MiB at L=1024 and uint16
+GROUPS_PER_SPLIT = 64  # at least, where there are as many rows: enough to shuffle and to share out
+FOOTER_READERS = 16  # threads; a footer in a bucket is all latency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What the ids mean: the kind of vocabulary, its content's sha256 and its V entries."""
+
+    kind: str
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError("a vocabulary has at least one entry")
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A shard as it was written; `name` is relative to the manifest's folder."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        # A manifest may come from anywhere; it must not point out of its own folder.
+        if not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", self.name, re.ASCII):
+            raise ValueError(f"{self.name!r} is not a plain relative file name")
+        if self.rows < 1 or self.bytes < 1:
+            raise ValueError(f"{self.name} has no rows or no bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The record of one `prepare`: what was tokenized, how, and the files that came of it.
+
+    `extra` holds facts that no reader needs to decode the rows, such as the bytes of text per
+    split behind bits per byte.
+    """
+
+    vocabulary: Vocabulary
+    length: int
+    splits: dict[str, tuple[File, ...]]
+    source: str
+    split_rule: str
+    blocks: str
+    commit: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    dtype: str = ""  # of an id at rest; follows from V
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        dtype = "uint16" if self.vocabulary.size <= 1 << 16 else "uint32"
+        if self.dtype not in ("", dtype):
+            raise ValueError(f"dtype {self.dtype} where V={self.vocabulary.size} needs {dtype}")
+        object.__setattr__(self, "dtype", dtype)
+        if self.length < 1:
+            raise ValueError("a row has at least one position")
+        if unknown := set(self.splits) - set(SPLITS):
+            raise ValueError(f"unknown split {min(unknown)!r}; there are {', '.join(SPLITS)}")
+
+    @property
+    def digest(self) -> str:
+        """The identity of the data: equal for equal rows, whoever prepared them from where."""
+        identity = asdict(self)
+        for circumstance in ("source", "commit", "extra"):
+            del identity[circumstance]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def rows(self, split: str) -> int:
+        return sum(file.rows for file in self.files(split))
+
+    def files(self, split: str) -> tuple[File, ...]:
+        """The files of a split; ConfigError for a split that there is not."""
+        if files := self.splits.get(split):
+            return files
+        there = [name for name, files in self.splits.items() if files]
+        near = nearest(split, there)
+        hint = f"Did you mean {near}?" if near else f"It has {', '.join(there) or 'no rows at all'}"
+        raise ConfigError("split", f"the manifest has no {split!r}", hint)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode() + b"\n"
+
+
+class ShardWriter:
+    """Stream rows into shards; a context that writes the manifest when it ends without error.
+
+    At most ROWS_PER_FILE rows of a split wait in memory. After the block, `manifest` is what was
+    written; `extra` may be filled until then. A killed writer leaves no manifest, and the next
+    one starts afresh over its files.
+    """
+
+    def __init__(
+        self,
+        url: str | Folder,
+        *,
+        vocabulary: Vocabulary,
+        length: int,
+        source: str,
+        split_rule: str,
+        blocks: str,
+        commit: str = "",
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = Folder.at(url)
+        self.extra: dict[str, Any] = {}
+        self.manifest: Manifest | None = None
+        self._facts = dict(source=source, split_rule=split_rule, blocks=blocks, commit=commit)
+        self._empty = Manifest(vocabulary=vocabulary, length=length, splits={}, **self._facts)
+        self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._files: dict[str, list[File]] = {split: [] for split in SPLITS}
+        if self.folder.exists(MANIFEST):
+            if not overwrite:
+                raise ConfigError(
+                    self.folder.url,
+                    "finished shards are here already",
+                    "Choose another folder, or ask to overwrite them",
+                )
+            self.folder.remove(MANIFEST)
+
+    def write(self, split: str, rows_NL: np.ndarray) -> None:
+        """Append rows of ids to a split; DataError if they are not L ids below V each."""
+        if split not in SPLITS:
+            raise ConfigError("split", f"{split!r} is none of {', '.join(SPLITS)}")
+        rows_NL = np.asarray(rows_NL)
+        length, size = self._empty.length, self._empty.vocabulary.size
+        if rows_NL.ndim != 2 or rows_NL.shape[1] != length or rows_NL.dtype.kind not in "iu":
+            shape = "x".join(map(str, rows_NL.shape))
+            raise DataError(split, f"rows of {rows_NL.dtype} {shape}, not of {length} integer ids")
+        written = sum(file.rows for file in self._files[split]) + self._rows_waiting(split)
+        _check_ids(rows_NL, size, lambda row: f"{split} row {written + row}")
+        self._waiting[split].append(rows_NL.astype(self._empty.dtype))
+        while self._rows_waiting(split) >= ROWS_PER_FILE:
+            self._flush(split)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if kind:
+            return
+        for split in SPLITS:
+            if self._rows_waiting(split):
+                self._flush(split)
+        if not any(self._files.values()):
+            source = self._facts["source"]
+            raise DataError(
+                source, "it gave not a single row", "Give more text or a smaller length"
+            )
+        self._remove_stale()
+        self.manifest = Manifest(
+            vocabulary=self._empty.vocabulary,
+            length=self._empty.length,
+            splits={split: tuple(files) for split, files in self._files.items()},
+            extra=self.extra,
+            **self._facts,
+        )
+        self.folder.write_bytes(MANIFEST, self.manifest.to_json())
+
+    def _rows_waiting(self, split: str) -> int:
+        return sum(map(len, self._waiting[split]))
+
+    def _flush(self, split: str) -> None:
+        import pyarrow.parquet as pq
+
+        rows_NL = np.concatenate(self._waiting[split])
+        rows_NL, rest_NL = rows_NL[:ROWS_PER_FILE], rows_NL[ROWS_PER_FILE:]
+        self._waiting[split] = [rest_NL] if len(rest_NL) else []
+        files = self._files[split]
+        # The first file is the whole of a small split, which gets smaller groups.
+        group = ROWS_PER_GROUP if files else max(1, len(rows_NL) // GROUPS_PER_SPLIT)
+        name = f"{split}/part-{len(files):05d}.parquet"
+        with self.folder.open(name, "wb") as sink:
+            hashed = _Hashed(sink)
+            pq.write_table(
+                _table(rows_NL, self._empty),
+                hashed,
+                row_group_size=group,
+                compression="zstd",
+                use_dictionary=False,
+                column_encoding="BYTE_STREAM_SPLIT",  # parquet has no 16 bits: halves the zeros
+            )
+        files.append(
+            File(name=name, rows=len(rows_NL), bytes=hashed.count, sha256=hashed.sha256.hexdigest())
+        )
+
+    def _remove_stale(self) -> None:
+        for split, files in self._files.items():
+            kept = {file.name for file in files}
+            for name in (self.folder / split).names():
+                if name.startswith("part-") and f"{split}/{name}" not in kept:
+                    self.folder.remove(f"{split}/{name}")
+
+
+def read_manifest(
+    url: str | Folder,
+    *,
+    length: int | None = None,
+    vocabulary_size: int | None = None,
+    vocabulary_sha256: str | None = None,
+) -> Manifest:
+    """The manifest of a folder of shards, checked against what the caller needs.
+
+    Raises DataError where it is missing, malformed, of another format version, or of another
+    length or vocabulary than asked for (all differences in one message).
+    """
+    folder = Folder.at(url)
+    where = folder.url_of(MANIFEST)
+    if not folder.exists(MANIFEST):
+        raise DataError(where, "no finished shards here", "Run `prepare` into this folder first")
+    manifest = _parse(folder.read_bytes(MANIFEST), where)
+    wanted = (
+        ("length", length, manifest.length),
+        ("vocabulary size", vocabulary_size, manifest.vocabulary.size),
+        ("vocabulary sha256", vocabulary_sha256, manifest.vocabulary.sha256),
+    )
+    wrong = [
+        f"{name} is {_short(has)}, not {_short(asked)}"
+        for name, asked, has in wanted
+        if asked is not None and asked != has
+    ]
+    if wrong:
+        fix = "Run `prepare` with the model's length and vocabulary, or choose the shards it fits"
+        raise DataError(where, "; ".join(wrong), fix)
+    return manifest
+
+
+def check_files(folder: Folder, manifest: Manifest, split: str) -> list[list[int]]:
+    """Check a split's files by their sizes and footers, which is fast.
+
+    Returns for every file the rows of its row groups. Raises DataError for the first file that is
+    missing, of another size than the manifest says, unreadable, or of other rows or columns.
+    """
+
+    def check(file: File) -> list[int]:
+        where = folder.url_of(file.name)
+        size = folder.size(file.name)
+        if size != file.bytes:
+            raise _corrupt(where, f"{size} bytes where the manifest has {file.bytes}")
+        with _opened(folder, file.name) as parquet:
+            footer = parquet.metadata
+            if footer.num_rows != file.rows:
+                raise _corrupt(where, f"{footer.num_rows} rows where the manifest has {file.rows}")
+            column = parquet.schema_arrow.field(0)
+            wanted = _column_type(manifest)
+            if column.name != "tokens" or column.type != wanted:
+                raise _corrupt(where, f"column {column.name}: {column.type}, not tokens: {wanted}")
+            return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        return list(pool.map(check, manifest.files(split)))
+
+
+def verify(folder: Folder, manifest: Manifest, split: str) -> None:
+    """Read a split whole: `check_files`, then every file's sha256 and every id."""
+    groups = check_files(folder, manifest, split)
+    for file, rows in zip(manifest.files(split), groups, strict=True):
+        with folder.open(file.name) as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != file.sha256:
+            raise _corrupt(folder.url_of(file.name), "its sha256 is not the manifest's")
+        for index in range(len(rows)):
+            read_group(folder, manifest, file.name, index)
+
+
+def read_group(folder: Folder, manifest: Manifest, name: str, index: int) -> np.ndarray:
+    """One row group as [N, L] ids in the dtype at rest; DataError if an id is V or more."""
+    where = f"{folder.url_of(name)} row group {index}"
+    with _opened(folder, name, where) as parquet:
+        column = parquet.read_row_group(index, columns=["tokens"], use_threads=False)["tokens"]
+        lists = column.combine_chunks()
+        if lists.null_count or lists.values.null_count:
+            raise _corrupt(where, "ids are missing")
+        rows_NL = lists.flatten().to_numpy().reshape(-1, manifest.length)
+    _check_ids(rows_NL, manifest.vocabulary.size, lambda row: f"{where} row {row}")
+    return rows_NL
+
+
+class _Hashed:
+    """A sink for pyarrow that counts and hashes what passes through to a file."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.count = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.count += len(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is whole."""
+
+    def close(self) -> None:
+        """Nothing: whoever opened the file closes it."""
+
+
+@contextmanager
+def _opened(folder: Folder, name: str, where: str = "") -> Iterator[pq.ParquetFile]:
+    """A parquet file to read, whose every complaint becomes one DataError about `where`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = where or folder.url_of(name)
+    path = f"{folder.path.rstrip('/')}/{name}"
+    with explained(where):
+        try:
+            with pq.ParquetFile(path, filesystem=folder.arrow_filesystem()) as parquet:
+                yield parquet
+        except (pa.ArrowException, OSError) as error:
+            # Arrow reports torn pages as an OSError without errno, and S3's troubles likewise.
+            if getattr(error, "errno", None) is not None or "AWS Error" in str(error):
+                raise
+            reason = scrub(str(error)).splitlines()[0]
+            raise _corrupt(where, f"not readable as parquet ({reason})") from None
+
+
+def _column_type(manifest: Manifest) -> pa.DataType:
+    import pyarrow as pa
+
+    # Without nulls there are no levels to decode, which reads a third faster.
+    element = pa.field("element", pa.type_for_alias(manifest.dtype), nullable=False)
+    return pa.list_(element, manifest.length)
+
+
+def _table(rows_NL: np.ndarray, manifest: Manifest) -> pa.Table:
+    import pyarrow as pa
+
+    column = _column_type(manifest)
+    ids = pa.array(rows_NL.reshape(-1))
+    lists = pa.FixedSizeListArray.from_arrays(ids, type=column)
+    return pa.Table.from_arrays([lists], pa.schema([pa.field("tokens", column, nullable=False)]))
+
+
+def _check_ids(rows_NL: np.ndarray, size: int, where: Callable[[int], str]) -> None:
+    if rows_NL.size and (rows_NL.max() >= size or rows_NL.min() < 0):
+        row = int(((rows_NL >= size) | (rows_NL < 0)).any(axis=1).argmax())
+        bad = next(int(id) for id in rows_NL[row] if not 0 <= id < size)
+        fix = "Run `prepare` again with the vocabulary that the model uses"
+        raise DataError(where(row), f"id {bad} where the vocabulary has {size} entries", fix)
+
+
+def _parse(content: bytes, where: str) -> Manifest:
+    from pydantic import TypeAdapter, ValidationError
+
+    fix = "Run `prepare` again into a fresh folder"
+    try:
+        facts = json.loads(content)
+        version = facts["format"]
+    except (ValueError, TypeError, KeyError):
+        raise DataError(where, "not a manifest of shards", fix) from None
+    if version != FORMAT:
+        raise DataError(where, f"format version {version!r}; this code reads {FORMAT}", fix)
+    try:
+        return TypeAdapter(Manifest).validate_json(content, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"])) or "manifest"
+        raise DataError(where, f"{path}: {first['msg']}", fix) from None
+
+
+def _corrupt(where: str, why: str) -> DataError:
+    return DataError(where, why, "Fetch the file again, or run `prepare` again")
+
+
+def _short(value: int | str) -> str:
+    """A sha256 by its first digits, as in a commit; a number as it is."""
+    return value if isinstance(value, int) else f"{value[:12]}…"

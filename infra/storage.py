@@ -1,0 +1,316 @@
+"""Everything that is read or written outside the process goes through a `Folder`.
+
+A folder is an fsspec filesystem and a path in it, so one line of code serves a laptop's disk, a
+bucket and memory. Each failure is one `Problem` that names the place and the way out; whatever
+may hold a credential (user part and query of a URL, the AWS secrets) is blotted from its text.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from infra.errors import ConfigError, DataError, InfraError, Problem, nearest
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+ATTEMPTS = 3  # botocore has its own retries inside each
+FIRST_WAIT_S = 0.2  # doubles with each attempt
+PARTIAL = ".partial"  # ends the name of a file that is still being written
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on any filesystem; pickles, so it travels to workers.
+
+    Names are relative to the folder and may hold slashes. Every method raises DataError for what
+    is not there and InfraError for what the machine, the network or the store refuses.
+    """
+
+    filesystem: fsspec.AbstractFileSystem
+    path: str
+
+    @classmethod
+    def at(cls, url: str | Folder) -> Folder:
+        """The folder at a local path or an fsspec URL; it need not exist yet."""
+        if isinstance(url, Folder):
+            return url
+        if re.match(r"[\w+.-]+://[^/]*@", url):
+            raise ConfigError(
+                scrub(url),
+                "the URL holds a credential",
+                "Give it through the environment, a profile or a role instead",
+            )
+        try:
+            return cls(*url_to_fs(url))
+        except ValueError:  # fsspec's answer to a protocol it does not know
+            protocol = url.partition("://")[0]
+            known = nearest(protocol, fsspec.available_protocols())
+            hint = f"Did you mean {known}://?" if known else "Use a local path or s3://"
+            raise ConfigError(scrub(url), f"unknown protocol {protocol}://", hint) from None
+        except ImportError as error:
+            raise ConfigError(
+                scrub(url), f"its filesystem is not installed ({error})", "Install that package"
+            ) from None
+
+    @classmethod
+    def holding(cls, url: str) -> tuple[Folder, str]:
+        """The folder that holds the file at `url`, and the file's name."""
+        folder = cls.at(url)
+        parent, _, name = folder.path.rpartition("/")
+        return cls(folder.filesystem, parent), name
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.filesystem, self._path(name))
+
+    @property
+    def url(self) -> str:
+        """The folder's address, free of credentials: fit for messages and manifests."""
+        return scrub(self.path if self.is_local else self.filesystem.unstrip_protocol(self.path))
+
+    @property
+    def is_local(self) -> bool:
+        protocol = self.filesystem.protocol
+        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    def url_of(self, name: str) -> str:
+        return (self / name).url
+
+    def exists(self, name: str = "") -> bool:
+        return self._ask(name, self.filesystem.exists)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._ask(name, self.filesystem.size)
+
+    def names(self) -> list[str]:
+        """Sorted names of what lies directly in the folder; empty where there is no folder."""
+
+        def listed(path: str) -> list[str]:
+            with suppress(FileNotFoundError):
+                return self.filesystem.ls(path, detail=False)
+            return []
+
+        found = (path.rstrip("/").rpartition("/")[2] for path in self._ask("", listed))
+        own = self.path.rstrip("/").rpartition("/")[2]  # some stores list the folder in itself
+        return sorted({name for name in found if name and not name.endswith(PARTIAL)} - {own})
+
+    def read_bytes(self, name: str) -> bytes:
+        return self._ask(name, self.filesystem.cat_file)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all: readers see the old one or the new one."""
+
+        def write(path: str) -> None:
+            if not self.is_local:
+                self.filesystem.pipe_file(path, content)
+                return
+            with _replacing(path) as file:
+                file.write(content)
+
+        self._ask(name, write)
+
+    @contextmanager
+    def open(self, name: str, mode: str = "rb") -> Iterator[IO[bytes]]:
+        """A file to stream: "rb", or "wb", which appears only when the block ends without error."""
+        if mode not in ("rb", "wb"):
+            raise ValueError(f"mode is 'rb' or 'wb', not {mode!r}")
+        path = self._path(name)
+        with explained(self.url_of(name)):
+            if mode == "rb":
+                context = self.filesystem.open(path, "rb")
+            elif self.is_local:
+                context = _replacing(path)
+            else:
+                context = _committing(self.filesystem, path)
+            with context as file:
+                yield file
+
+    def remove(self, name: str = "") -> None:
+        """Remove a file, or a folder and all it holds; what is not there is removed already."""
+
+        def gone(path: str) -> None:
+            with suppress(FileNotFoundError):
+                self.filesystem.rm(path, recursive=True)
+
+        self._ask(name, gone)
+
+    def arrow_filesystem(self) -> pyarrow.fs.FileSystem:
+        """The same filesystem for pyarrow: its own readers for disks and S3, fsspec's elsewhere."""
+        from pyarrow import fs
+
+        protocol = self.filesystem.protocol
+        if self.is_local:
+            return fs.LocalFileSystem()
+        if "s3" not in ((protocol,) if isinstance(protocol, str) else protocol):
+            return fs.PyFileSystem(fs.FSSpecHandler(self.filesystem))
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        # Without a region pyarrow asks the bucket for it, which a custom endpoint may not answer.
+        region = region or ("us-east-1" if endpoint else None)
+        return _arrow_s3(endpoint, region)
+
+    def _path(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}" if name else self.path
+
+    def _ask(self, name: str, ask: Callable[[str], T]) -> T:
+        path = self._path(name)
+        with explained(self.url_of(name) if name else self.url):
+            for attempt in range(1 if self.is_local else ATTEMPTS):
+                if attempt:
+                    time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+                try:
+                    self.filesystem.invalidate_cache()  # another process may have written
+                    return ask(path)
+                except Exception as error:
+                    if not _transient(error):
+                        raise
+                    last = error
+            raise last
+
+
+@lru_cache(maxsize=8)
+def _arrow_s3(endpoint: str | None, region: str | None) -> pyarrow.fs.S3FileSystem:
+    from pyarrow.fs import S3FileSystem
+
+    return S3FileSystem(endpoint_override=endpoint, region=region)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A local file that takes its name only when it is whole and on the disk."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must outlive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _committing(filesystem: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    """An object whose upload is completed only when the block ends without error."""
+    file = filesystem.open(path, "wb", autocommit=False)
+    try:
+        yield file
+        file.close()
+        file.commit()
+    except BaseException:
+        file.discard()
+        file.closed = True  # or the garbage collector would flush what is left
+        raise
+
+
+class _Cause(NamedTuple):
+    kinds: frozenset[str]  # class names, for botocore need not be imported to be recognised
+    errnos: frozenset[int]
+    problem: type[Problem]
+    why: str
+    fix: str
+
+
+_UNREACHABLE = _Cause(
+    frozenset(
+        ("ConnectionError", "TimeoutError", "HTTPClientError")
+        + ("ClientConnectionError", "ClientPayloadError", "gaierror")
+    ),
+    frozenset((errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH)),
+    InfraError,
+    "the store does not answer",
+    "Check the network, the bucket's region and AWS_ENDPOINT_URL",
+)
+_CAUSES = (
+    _Cause(
+        frozenset(("FileNotFoundError", "NotADirectoryError")),
+        frozenset(),
+        DataError,
+        "not found",
+        "Check the spelling, or run the step that makes it",
+    ),
+    _Cause(
+        frozenset(("PermissionError",)),
+        frozenset((errno.EROFS,)),
+        InfraError,
+        "access denied",
+        "Check the owner and mode of the folder, or what the bucket's policy grants",
+    ),
+    _Cause(
+        frozenset(
+            ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
+            + ("TokenRetrievalError", "UnauthorizedSSOTokenError", "ProfileNotFound")
+        ),
+        frozenset(),
+        InfraError,
+        "no usable credentials",
+        "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role",
+    ),
+    _Cause(
+        frozenset(),
+        frozenset((errno.ENOSPC, errno.EDQUOT)),
+        InfraError,
+        "the disk is full",
+        "Free some space or choose a folder on another disk; the last complete version still stands",
+    ),
+    _UNREACHABLE,
+)
+
+
+def _fits(error: BaseException, cause: _Cause) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & cause.kinds) or getattr(error, "errno", None) in cause.errnos
+
+
+def _transient(error: BaseException) -> bool:
+    return _fits(error, _UNREACHABLE)
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Turn what a filesystem raises inside the block into one Problem about `where`."""
+    try:
+        yield
+    except Problem:
+        raise
+    except Exception as error:
+        cause = next((cause for cause in _CAUSES if _fits(error, cause)), None)
+        if cause:
+            raise cause.problem(where, cause.why, cause.fix) from None
+        if not isinstance(error, OSError):
+            raise
+        raise InfraError(where, scrub(f"{type(error).__name__}: {error}")) from None
+
+
+def scrub(text: str) -> str:
+    """The text without the credentials that a URL or the environment may have put there."""
+    text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
+    text = re.sub(r"\?[^\s'\"]*(?:=|%3D)[^\s'\"]*", "?…", text)
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "…")
+    return text
