@@ -56,7 +56,7 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
     finite_BL = moves_BL & next_BL.isfinite()
     if finite_BL.any():
         mean_ND, variance_N = _finite_move(state, next_BL, finite_BL, posterior)
-        noise_BLD = draws.normal(*z_BLD.shape, dtype=z_BLD.dtype).to(z_BLD.device)
+        noise_BLD = draws.normal(z_BLD.shape, z_BLD.dtype).to(z_BLD.device)
         z_BLD[finite_BL] = mean_ND + variance_N.sqrt()[:, None] * noise_BLD[finite_BL]
         # Nothing is known at gamma 0: exactly zero, not zero times a rounding error.
         z_BLD[finite_BL & (next_BL == 0)] = 0

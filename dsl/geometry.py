@@ -23,7 +23,7 @@ class TokenTable(nn.Module):
 
     def forward(self) -> Tensor:
         """Rows ``[V, D]``, each of length one, in the parameter's dtype (at least float32)."""
-        direction_VD = self.direction_VD
+        direction_VD: Tensor = self.direction_VD
         if direction_VD.dtype in (torch.float16, torch.bfloat16):
             direction_VD = direction_VD.float()
         return F.normalize(direction_VD, dim=-1)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 # Philox4x64 turns one counter into four 64-bit outputs.
 _OUTPUTS_PER_COUNTER = 4
 
@@ -46,8 +45,9 @@ class Draws:
         """``[B, L]`` float64 in [0, 1)."""
         return self._uniform(rows, length, stream)[:, :length]
 
-    def normal(self, rows: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:
+    def normal(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """``[B, L, D]`` standard normal, computed in float64 and rounded to ``dtype``."""
+        rows, length, dim = shape
         count = length * dim
         half = (count + 1) // 2
         uniform = self._uniform(rows, 2 * half, Stream.MOVE)
@@ -55,7 +55,7 @@ class Draws:
         radius = (1 - uniform[:, :half]).log().mul(-2).sqrt()
         angle = uniform[:, half : 2 * half] * (2 * math.pi)
         normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-        return normal[:, :count].reshape(rows, length, dim).to(dtype)
+        return normal[:, :count].reshape(shape).to(dtype)
 
     def _uniform(self, rows: int, count: int, stream: Stream) -> Tensor:
         """``[B, >= count]``: each row starts on a counter of its own."""

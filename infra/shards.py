@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -142,8 +142,15 @@ class ShardWriter:
         self.folder = Folder.at(url)
         self.extra: dict[str, Any] = {}
         self.manifest: Manifest | None = None
-        self._facts = dict(source=source, split_rule=split_rule, blocks=blocks, commit=commit)
-        self._empty = Manifest(vocabulary=vocabulary, length=length, splits={}, **self._facts)
+        self._draft = Manifest(
+            vocabulary=vocabulary,
+            length=length,
+            splits={},
+            source=source,
+            split_rule=split_rule,
+            blocks=blocks,
+            commit=commit,
+        )
         self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         self._files: dict[str, list[File]] = {split: [] for split in SPLITS}
         if self.folder.exists(MANIFEST):
@@ -160,13 +167,13 @@ class ShardWriter:
         if split not in SPLITS:
             raise ConfigError("split", f"{split!r} is none of {', '.join(SPLITS)}")
         rows_NL = np.asarray(rows_NL)
-        length, size = self._empty.length, self._empty.vocabulary.size
+        length, size = self._draft.length, self._draft.vocabulary.size
         if rows_NL.ndim != 2 or rows_NL.shape[1] != length or rows_NL.dtype.kind not in "iu":
             shape = "x".join(map(str, rows_NL.shape))
             raise DataError(split, f"rows of {rows_NL.dtype} {shape}, not of {length} integer ids")
         written = sum(file.rows for file in self._files[split]) + self._rows_waiting(split)
         _check_ids(rows_NL, size, lambda row: f"{split} row {written + row}")
-        self._waiting[split].append(rows_NL.astype(self._empty.dtype))
+        self._waiting[split].append(rows_NL.astype(self._draft.dtype))
         while self._rows_waiting(split) >= ROWS_PER_FILE:
             self._flush(split)
 
@@ -185,18 +192,11 @@ class ShardWriter:
             if self._rows_waiting(split):
                 self._flush(split)
         if not any(self._files.values()):
-            source = self._facts["source"]
-            raise DataError(
-                source, "it gave not a single row", "Give more text or a smaller length"
-            )
+            fix = "Give more text or a smaller length"
+            raise DataError(self._draft.source, "it gave not a single row", fix)
         self._remove_stale()
-        self.manifest = Manifest(
-            vocabulary=self._empty.vocabulary,
-            length=self._empty.length,
-            splits={split: tuple(files) for split, files in self._files.items()},
-            extra=self.extra,
-            **self._facts,
-        )
+        splits = {split: tuple(files) for split, files in self._files.items()}
+        self.manifest = replace(self._draft, splits=splits, extra=self.extra)
         self.folder.write_bytes(MANIFEST, self.manifest.to_json())
 
     def _rows_waiting(self, split: str) -> int:
@@ -215,7 +215,7 @@ class ShardWriter:
         with self.folder.open(name, "wb") as sink:
             hashed = _Hashed(sink)
             pq.write_table(
-                _table(rows_NL, self._empty),
+                _table(rows_NL, self._draft),
                 hashed,
                 row_group_size=group,
                 compression="zstd",
@@ -372,7 +372,8 @@ def _table(rows_NL: np.ndarray, manifest: Manifest) -> pa.Table:
     column = _column_type(manifest)
     ids = pa.array(rows_NL.reshape(-1))
     lists = pa.FixedSizeListArray.from_arrays(ids, type=column)
-    return pa.Table.from_arrays([lists], pa.schema([pa.field("tokens", column, nullable=False)]))
+    schema = pa.schema([pa.field("tokens", column, nullable=False)])
+    return pa.Table.from_arrays([lists], schema=schema)
 
 
 def _check_ids(rows_NL: np.ndarray, size: int, where: Callable[[int], str]) -> None:

@@ -228,54 +228,49 @@ def _committing(filesystem: fsspec.AbstractFileSystem, path: str) -> Iterator[IO
 
 
 class _Cause(NamedTuple):
-    kinds: frozenset[str]  # class names, for botocore need not be imported to be recognised
-    errnos: frozenset[int]
+    kinds: set[str]  # class names, for botocore need not be imported to be recognised
+    errnos: set[int]
     problem: type[Problem]
     why: str
     fix: str
 
 
 _UNREACHABLE = _Cause(
-    frozenset(
-        ("ConnectionError", "TimeoutError", "HTTPClientError")
-        + ("ClientConnectionError", "ClientPayloadError", "gaierror")
-    ),
-    frozenset((errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH)),
+    {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "gaierror"},
+    {errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH},
     InfraError,
     "the store does not answer",
     "Check the network, the bucket's region and AWS_ENDPOINT_URL",
 )
 _CAUSES = (
     _Cause(
-        frozenset(("FileNotFoundError", "NotADirectoryError")),
-        frozenset(),
+        {"FileNotFoundError", "NotADirectoryError"},
+        set(),
         DataError,
         "not found",
         "Check the spelling, or run the step that makes it",
     ),
     _Cause(
-        frozenset(("PermissionError",)),
-        frozenset((errno.EROFS,)),
+        {"PermissionError"},
+        {errno.EROFS},
         InfraError,
         "access denied",
         "Check the owner and mode of the folder, or what the bucket's policy grants",
     ),
     _Cause(
-        frozenset(
-            ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
-            + ("TokenRetrievalError", "UnauthorizedSSOTokenError", "ProfileNotFound")
-        ),
-        frozenset(),
+        {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
+        | {"TokenRetrievalError", "UnauthorizedSSOTokenError", "ProfileNotFound"},
+        set(),
         InfraError,
         "no usable credentials",
         "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role",
     ),
     _Cause(
-        frozenset(),
-        frozenset((errno.ENOSPC, errno.EDQUOT)),
+        set(),
+        {errno.ENOSPC, errno.EDQUOT},
         InfraError,
         "the disk is full",
-        "Free some space or choose a folder on another disk; the last complete version still stands",
+        "Free some space or use another disk; what was complete before still stands",
     ),
     _UNREACHABLE,
 )
