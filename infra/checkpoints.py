@@ -1,0 +1,340 @@
+"""Checkpoints of a training run in any folder: sharded, asynchronous, committed before they count.
+
+    checkpoints/step_000400/commit.json                  step, meta, index, files: written last
+                            1f0c9a2b-00000.safetensors   one per rank, its part of each tensor
+
+`save` copies the tensors to the CPU and returns; a thread writes. The ranks of that thread agree
+over a gloo group of their own, so that they never meet the collectives of training: all report
+their file, rank 0 commits, all learn the outcome. No polling and no marker files, and every rank
+sees the same verdict at the same `save` or `wait`. A folder without its commit does not count,
+and nothing in one is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from infra import dcp
+from infra.errors import DataError, InfraError, Problem
+from infra.storage import Folder
+
+COMMIT = "commit.json"
+PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write
+PEER_TIMEOUT = timedelta(hours=2)  # how long one rank's write may outlast another's
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What makes a folder a checkpoint: everything needed to read it, and the sizes to trust."""
+
+    format: Literal[1] = 1
+    step: int
+    meta: dict[str, Any]
+    files: dict[str, int]  # bytes of each
+    tensors: dict[str, dcp.Entry]
+
+    def __post_init__(self) -> None:
+        used = {chunk.file for entry in self.tensors.values() for chunk in entry.chunks}
+        if unknown := used - self.files.keys():
+            raise ValueError(f"the index names files that are not listed: {sorted(unknown)}")
+
+
+_COMMIT = TypeAdapter(Commit)
+
+
+class Checkpoints:
+    """The checkpoints of one run. `save`, `wait` and `load` are called by all ranks together."""
+
+    def __init__(
+        self,
+        folder: Folder | str,
+        *,
+        keep: int,
+        milestone_every: int | None = None,
+        max_failures: int = 3,
+        asynchronous: bool = True,
+    ) -> None:
+        """keep: how many of the latest stay, besides the multiples of `milestone_every` steps.
+
+        max_failures: that many failed checkpoints in a row end the run with an InfraError; fewer
+        are warnings. asynchronous: write while training goes on, one checkpoint at a time.
+        """
+        self.folder = Folder.at(folder)
+        self.keep, self.milestone_every = keep, milestone_every
+        self.max_failures, self.asynchronous = max_failures, asynchronous
+        self._writing: tuple[int, threading.Thread] | None = None
+        self._failure: str | None = None  # of the write in flight; set by its thread
+        self._failures = 0
+        self._last: int | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def steps(self) -> list[int]:
+        """The committed steps, ascending."""
+        return committed(self.folder)
+
+    def latest(self) -> int | None:
+        """The last committed step."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Begin the checkpoint of `step`, after the one in flight has ended.
+
+        tensors: DTensors or plain tensors (equal on all ranks), copied before this returns.
+        meta: JSON values: whatever else a resumed run must know.
+        Raises InfraError, on all ranks, when `max_failures` checkpoints in a row have failed.
+        """
+        self.wait()
+        meta = json.loads(json.dumps(meta))  # a copy, and an error now where it is not JSON
+        staged = dcp.stage(tensors)
+        if dist.is_initialized() and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
+        thread = threading.Thread(target=self._write, args=(step, staged, meta), daemon=True)
+        self._writing = (step, thread)
+        thread.start()
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in flight and judge it; raises as `save` does."""
+        if self._writing is None:
+            return
+        (step, thread), self._writing = self._writing, None
+        thread.join()
+        if self._failure is None:
+            self._failures, self._last = 0, step
+            return
+        self._failures += 1
+        if self._failures < self.max_failures:
+            log.warning("checkpoint of step %d failed, training goes on: %s", step, self._failure)
+            return
+        last = (
+            "there is no good one" if self._last is None else f"the last good one is {self._last}"
+        )
+        raise InfraError(
+            _at(self.folder, step).url,
+            f"{self._failures} checkpoints in a row failed; {last}. {self._failure}",
+            "Mend the store, then start the run again: it resumes",
+        )
+
+    def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Fill `tensors` in place from a committed step, whatever the sharding; its meta.
+
+        Raises DataError where the step is not there, is damaged, or has other tensors.
+        """
+        folder, commit = _at(self.folder, step), _read_commit(self.folder, step)
+        _must_match(folder, commit.tensors, dcp.describe(tensors))
+        dcp.read(folder, commit.tensors, tensors, alone=False)
+        self._last = step
+        return commit.meta
+
+    def _write(self, step: int, staged: dcp.Staged, meta: dict[str, Any]) -> None:
+        """The thread of each rank: write, hear of the others, commit, hear of the commit."""
+        try:
+            folder = _at(self.folder, step)
+            failure = _first(self._all(_attempt(lambda: staged.write(folder))))
+            if failure is None and self._rank == 0:
+                failure = _attempt(lambda: self._commit(step, staged, meta))
+            self._failure = _first(self._all(failure))
+        except Exception as error:  # a peer is gone: the launcher will end this rank too
+            self._failure = _reason(error)
+
+    def _commit(self, step: int, staged: dcp.Staged, meta: dict[str, Any]) -> None:
+        folder = _at(self.folder, step)
+        commit = Commit(step=step, meta=meta, files=staged.sizes, tensors=staged.entries)
+        _must_be_whole(folder, commit)
+        folder.write_bytes(COMMIT, json.dumps(asdict(commit)).encode())
+        try:
+            self._clean(step, commit)
+        except Exception as error:
+            log.warning("old checkpoints could not be removed, training goes on: %s", error)
+
+    def _clean(self, step: int, commit: Commit) -> None:
+        """Remove what retention does not keep and what killed attempts left behind."""
+        folder = _at(self.folder, step)
+        for name in set(folder.names()) - set(commit.files) - {COMMIT}:
+            folder.remove(name)
+        steps = self.steps()
+        every = self.milestone_every
+        kept = {s for s in steps if every and s % every == 0} | set(steps[-self.keep :])
+        for old in _step_folders(self.folder):
+            if old < step and old not in kept:
+                _at(self.folder, old).remove(COMMIT)  # first: from here on it does not count
+                _at(self.folder, old).remove()
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._group is None else dist.get_rank(self._group)
+
+    def _all(self, failure: str | None) -> list[str | None]:
+        if self._group is None:
+            return [failure]
+        failures: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(failures, failure, group=self._group)
+        return failures
+
+
+def committed(folder: Folder | str) -> list[int]:
+    """The committed steps of a checkpoints folder, ascending."""
+    folder = Folder.at(folder)
+    return [step for step in _step_folders(folder) if _at(folder, step).exists(COMMIT)]
+
+
+def consolidate(folder: Folder | str, step: int, prefix: str) -> dict[str, Tensor]:
+    """The full tensors whose names begin with `prefix`, the prefix cut off, on the CPU.
+
+    For one process, with or without a process group. Raises DataError as `Checkpoints.load`.
+    """
+    folder = Folder.at(folder)
+    entries = {
+        key: entry
+        for key, entry in _read_commit(folder, step).tensors.items()
+        if key.startswith(prefix)
+    }
+    if not entries:
+        raise DataError(_at(folder, step).url, f"the checkpoint holds no tensor named {prefix}…")
+    tensors = {
+        key: torch.empty(entry.shape, dtype=dcp.DTYPES[entry.dtype])
+        for key, entry in entries.items()
+    }
+    dcp.read(_at(folder, step), entries, tensors, alone=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def read_meta(folder: Folder | str, step: int) -> dict[str, Any]:
+    """The meta that was saved with a committed step."""
+    return _read_commit(Folder.at(folder), step).meta
+
+
+def training_tensors(
+    model: nn.Module, average: AveragedModel, optimizer: torch.optim.AdamW
+) -> dict[str, Tensor]:
+    """Everything a run must carry over, by name: `model.*`, `ema.*`, `optimizer.*`, `ema_updates`.
+
+    The tensors are the live ones: `load` into them restores the run, and nothing is set back.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in average.module.state_dict().items()}
+    return tensors | optimizer_tensors(model, optimizer) | {"ema_updates": average.n_averaged}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The live state of AdamW as `optimizer.<parameter>.<key>`; hyperparameters stay in the config.
+
+    Before the first step AdamW has no state: it is made here as AdamW would make it, so that a
+    fresh optimizer can be loaded into, and saving one changes nothing.
+    """
+    stepped = {
+        parameter: bool(group["fused"] or group["capturable"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter not in stepped:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            place = parameter.device if stepped[parameter] else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors
+
+
+def _at(folder: Folder, step: int) -> Folder:
+    return folder / f"step_{step:06d}"
+
+
+def _step_folders(folder: Folder) -> list[int]:
+    """The steps that have a folder, committed or not, ascending."""
+    return sorted(
+        int(name.removeprefix("step_"))
+        for name in folder.names()
+        if re.fullmatch(r"step_\d{6,}", name)
+    )
+
+
+def _read_commit(folder: Folder, step: int) -> Commit:
+    at = _at(folder, step)
+    if not at.exists(COMMIT):
+        there = ", ".join(map(str, committed(folder))) or "none"
+        raise DataError(at.url, "no committed checkpoint", f"Committed steps: {there}")
+    try:
+        commit = _COMMIT.validate_json(at.read_bytes(COMMIT))
+    except ValidationError as error:
+        why = f"not a commit of this format ({error.error_count()} faults)"
+        raise DataError(at.url_of(COMMIT), why, dcp.WAY_OUT) from None
+    _must_be_whole(at, commit)
+    return commit
+
+
+def _must_be_whole(folder: Folder, commit: Commit) -> None:
+    there = set(folder.names())
+    for name, size in commit.files.items():
+        found = folder.size(name) if name in there else None
+        if found != size:
+            why = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise DataError(folder.url_of(name), f"damaged checkpoint: the file {why}", dcp.WAY_OUT)
+
+
+def _must_match(
+    folder: Folder,
+    entries: dict[str, dcp.Entry],
+    wanted: dict[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    held = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+    faults = [f"{key} is not in the checkpoint" for key in wanted.keys() - held.keys()]
+    faults += [f"{key} is only in the checkpoint" for key in held.keys() - wanted.keys()]
+    faults += [
+        f"{key} is {_form(held[key])} in the checkpoint and {_form(wanted[key])} in the model"
+        for key in wanted.keys() & held.keys()
+        if held[key] != wanted[key]
+    ]
+    if faults:
+        why = "the checkpoint is of another model: " + "; ".join(sorted(faults))
+        raise DataError(folder.url, why, "Resume with the configuration it was made with")
+
+
+def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
+    dtype, shape = tensor
+    return f"{dtype}{list(shape)}"
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """Do it, again after each pause while it fails; why it failed the last time."""
+    failure = None
+    for pause in (0.0, *PAUSES_S):
+        time.sleep(pause)
+        try:
+            action()
+        except Exception as error:
+            failure = _reason(error)
+        else:
+            return None
+    return failure
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+
+
+def _first(failures: list[str | None]) -> str | None:
+    return next((failure for failure in failures if failure is not None), None)

@@ -1,0 +1,305 @@
+"""The files of a sharded checkpoint: torch's DCP planners over safetensors and JSON.
+
+DCP decides who writes and who reads which part of which tensor, so a checkpoint loads into any
+other sharding. Its own files are pickles; these are not, so nothing in them can be executed: each
+rank writes one safetensors file, and an `Entry` per tensor says which file holds which part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from infra.errors import DataError
+from infra.storage import Folder
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WAY_OUT = "Remove the folder of this step to go back to the checkpoint before it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A box of a tensor, at `offset` in it, and the file that holds it."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A whole tensor: the safetensors name of its dtype, its global shape, its parts."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    def __post_init__(self) -> None:
+        covered = sum(math.prod(chunk.shape) for chunk in self.chunks)
+        if self.dtype not in DTYPES or covered != math.prod(self.shape):
+            raise ValueError("unknown dtype, or parts that do not make up the whole")
+
+
+@dataclass(kw_only=True)
+class Staged:
+    """A checkpoint on its way: the CPU copies of this rank, and on rank 0 the index of all."""
+
+    file: str = ""
+    header: bytes = b""
+    parts: list[Tensor] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of the file of each rank
+
+    def write(self, folder: Folder) -> None:
+        """Write this rank's file; it appears under its name only when it is whole."""
+        if not self.parts:
+            return
+        with folder.open(self.file, "wb") as file:
+            file.write(self.header)
+            for part in self.parts:
+                file.write(part.reshape(-1).view(torch.uint8).numpy())
+
+
+def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype name, global shape) of each tensor, as the index holds it."""
+    return {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
+def stage(tensors: dict[str, Tensor]) -> Staged:
+    """Plan a checkpoint with all ranks and copy this rank's part of it to the CPU; collective."""
+    writer = _Writer()
+    torch_dcp.save(
+        tensors,
+        storage_writer=writer,
+        planner=DefaultSavePlanner(flatten_state_dict=False),
+        no_dist=not dist.is_initialized(),
+    )
+    return writer.staged
+
+
+def read(
+    folder: Folder, entries: dict[str, Entry], tensors: dict[str, Tensor], *, alone: bool
+) -> None:
+    """Fill `tensors`, however sharded, from the files of a checkpoint; DataError where they lie.
+
+    alone: this process reads by itself; otherwise all ranks call together.
+    """
+    try:
+        torch_dcp.load(
+            tensors,
+            storage_reader=_Reader(folder, entries),
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+            no_dist=alone or not dist.is_initialized(),
+        )
+    except CheckpointException as failed:  # DCP's bundle of what went wrong on which rank
+        raise next(iter(failed.failures.values()))[0] from None
+
+
+class _Writer(StorageWriter):
+    """Takes what DCP's planner gives this rank; the writing itself is left to `Staged.write`."""
+
+    def __init__(self) -> None:
+        self.staged = Staged()
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        for item in plan.items:
+            if item.type is WriteItemType.BYTE_IO:
+                raise TypeError(f"{item.index.fqn} is not a tensor: put it into the meta data")
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        # A name of its own per attempt: what a killed attempt left behind cannot be mistaken
+        # for this one, and a committed checkpoint is never written over.
+        attempt = uuid.uuid4().hex[:8]
+        return [
+            replace(plan, storage_data=f"{attempt}-{rank:05d}.safetensors")
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        staged, header, results, end = self.staged, {}, [], 0
+        staged.file = plan.storage_data
+        for item in plan.items:
+            part = planner.resolve_data(item).detach()
+            part = torch.empty(part.shape, dtype=part.dtype).copy_(part)
+            begin, end = end, end + part.nbytes
+            chunk = Chunk(
+                file=staged.file,
+                offset=tuple(item.index.offset or (0,) * part.dim()),
+                shape=tuple(part.shape),
+            )
+            header[_key(item.index.fqn, chunk)] = {
+                "dtype": NAMES[part.dtype],
+                "shape": chunk.shape,
+                "data_offsets": (begin, end),
+            }
+            staged.parts.append(part)
+            results.append(WriteResult(item.index, part.nbytes, chunk))
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        staged.header = len(text).to_bytes(8, "little") + text
+        return _done((results, len(staged.header) + end))
+
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
+        chunks = defaultdict(list)
+        for written, size in results:
+            for result in written:
+                chunks[result.index.fqn].append(result.storage_data)
+                self.staged.sizes[result.storage_data.file] = size
+        for key, tensor in metadata.state_dict_metadata.items():
+            self.staged.entries[key] = Entry(
+                dtype=NAMES[tensor.properties.dtype],
+                shape=tuple(tensor.size),
+                # Where there are more ranks than rows some hold an empty part.
+                chunks=tuple(chunk for chunk in chunks[key] if 0 not in chunk.shape),
+            )
+
+
+class _Reader(StorageReader):
+    def __init__(self, folder: Folder, entries: dict[str, Entry]) -> None:
+        self.folder, self.entries = folder, entries
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata(
+            {
+                key: TensorStorageMetadata(
+                    TensorProperties(dtype=DTYPES[entry.dtype]),
+                    torch.Size(entry.shape),
+                    [
+                        ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
+                        for chunk in entry.chunks
+                    ],
+                )
+                for key, entry in self.entries.items()
+            }
+        )
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            chunk = self._chunk(item.storage_index)
+            by_file[chunk.file].append((chunk, item))
+        for name, wanted in by_file.items():
+            with self.folder.open(name) as file:
+                shard = _ShardFile(self.folder.url_of(name), file)
+                for chunk, item in wanted:
+                    key = item.storage_index.fqn
+                    part = shard.read(_key(key, chunk), self.entries[key].dtype, chunk.shape)
+                    for dim, start in enumerate(item.storage_offsets):
+                        part = part.narrow(dim, start, item.lengths[dim])
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+        return _done(None)
+
+    def _chunk(self, index: MetadataIndex) -> Chunk:
+        chunks = self.entries[index.fqn].chunks
+        return next(c for c in chunks if index.offset is None or c.offset == tuple(index.offset))
+
+
+class _ShardFile:
+    """The tensors of one open safetensors file, each read by its byte range."""
+
+    def __init__(self, where: str, file: IO[bytes]) -> None:
+        self.where, self.file = where, file
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0, 2)
+            if length > file.tell() - 8:
+                raise ValueError("header longer than the file")
+            file.seek(8)
+            self.header = json.loads(file.read(length))
+            self.start = 8 + length
+        except ValueError:  # JSON's and Unicode's errors among them
+            raise self._damaged("it is not a safetensors file") from None
+
+    def read(self, key: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        try:
+            held = self.header[key]
+            begin, end = held["data_offsets"]
+            fits = (held["dtype"], tuple(held["shape"]), end - begin) == (dtype, shape, size)
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise self._damaged(f"it does not hold {key} as the checkpoint's index says")
+        self.file.seek(self.start + begin)
+        content = bytearray(self.file.read(size))
+        if len(content) != size:
+            raise self._damaged(f"it ends inside {key}")
+        return torch.frombuffer(content, dtype=DTYPES[dtype]).view(shape)
+
+    def _damaged(self, why: str) -> DataError:
+        return DataError(self.where, f"damaged checkpoint: {why}", WAY_OUT)
+
+
+def _key(key: str, chunk: Chunk) -> str:
+    return f"{key}[{','.join(map(str, chunk.offset))}]"
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future

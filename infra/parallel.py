@@ -1,0 +1,151 @@
+"""One model on many devices: FSDP2 over single-device code, an averaged copy, lanes of gradients.
+
+Knows nothing of what the model computes. The order of a sharded model is: `averaged` copies it,
+then `shard` is called alike on the model and on the copy, then the optimizer is built.
+
+The root module's forward computes the loss, so that every parameter used outside the blocks is
+gathered by the root. Under bf16 compute the blocks receive their floating inputs cast to bf16;
+the root receives its own as they are (an SNR does not survive 8 bits) and casts what it must.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+Lane = TypeVar("Lane")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on GPU only
+    activation_checkpointing: bool = False
+    compile: bool = False
+    threads: int | None = None  # of the CPU, per worker; None leaves torch's choice
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of matrix products on `device`; master weights are float32 regardless."""
+        if self.compute_dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.compute_dtype)
+
+
+def world() -> tuple[int, int]:
+    """(rank, size) of this process; (0, 1) where there is no process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def device() -> torch.device:
+    """What this process computes on: the GPU, where its process group reaches one, else the CPU."""
+    gpu = (
+        "nccl" in dist.get_backend_config() if dist.is_initialized() else torch.cuda.is_available()
+    )
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+@contextmanager
+def join(config: ParallelConfig) -> Iterator[DeviceMesh]:
+    """This process's place among the workers: a one-dimensional mesh over all of them.
+
+    A launcher (Ray Train, torchrun) has made the process group already. A bare process gets a
+    group of one for the duration, so that one device runs the same code as many.
+    """
+    pin(config.threads)
+    alone = not dist.is_initialized()
+    if alone:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("data",))
+    finally:
+        if alone:
+            dist.destroy_process_group()
+
+
+def pin(threads: int | None) -> None:
+    """Make a run repeatable bit for bit at equal world size and threads, as far as torch can."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cudnn.benchmark = False
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of `model`; `.module` holds it, without gradients.
+
+    `update_parameters(model)` after each optimizer step; the first call copies. A sharded module
+    cannot be copied, so this comes before `shard`, and `shard(average.module, …)` follows.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+
+
+def shard(
+    root: nn.Module, blocks: Iterable[nn.Module], *, mesh: DeviceMesh, config: ParallelConfig
+) -> None:
+    """Shard `root` in place: per block activation checkpointing, compile, FSDP2; then the root.
+
+    root: float32, on the mesh's device type; parameters may be frozen. Parameter names stay.
+    blocks: the repeated submodules, each gathered only while it computes.
+    """
+    dtype = config.dtype(torch.device(mesh.device_type))
+    precision = functools.partial(MixedPrecisionPolicy, dtype, torch.float32)
+    for block in blocks:
+        if config.activation_checkpointing:
+            # Wrapping the bound method, not the module, keeps the parameter names of checkpoints.
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=precision())
+    # Resharding the root as well: a forward without a backward (validation) would otherwise leave
+    # gathered weights where the average and the checkpoints expect shards.
+    root_precision = precision(cast_forward_inputs=False)
+    fully_shard(root, mesh=mesh, mp_policy=root_precision, reshard_after_forward=True)
+
+
+def accumulate(
+    root: nn.Module, lanes: Sequence[Lane], loss_of: Callable[[Lane], Tensor]
+) -> list[Tensor]:
+    """Backpropagate the mean loss over all lanes of all ranks; the detached loss of each lane here.
+
+    root: a sharded module; loss_of calls it and returns a scalar. Gradients of the lanes of a
+    rank are summed in float32 and reduced once. Every rank must hold equally many lanes.
+    """
+    losses = []
+    for i, lane in enumerate(lanes, start=1):
+        root.set_requires_gradient_sync(i == len(lanes))
+        loss = loss_of(lane)
+        (loss / len(lanes)).backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global 2-norm of at most `max_norm`; the norm before, a scalar."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def mean_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """The mean over ranks of each scalar, in float64; every rank passes the same keys."""
+    keys = sorted(values)
+    packed = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)
+    if dist.is_initialized():
+        packed = packed.to(device())
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return dict(zip(keys, packed.tolist(), strict=True))
