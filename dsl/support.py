@@ -1,0 +1,133 @@
+"""What SNR a training row sees: endpoints, a spread of finite SNR, or some rows of each.
+
+Every `sample` returns ``gamma_BL`` in [0, inf], float32, on the generator's device. Each row by
+itself has exactly the law its class states. The rows of one call share a stratified draw, which
+spreads them evenly over that law: the mean loss of a batch stays unbiased, with less variance.
+
+Shapes: B rows, L positions.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def stratified(rows: int, generator: torch.Generator) -> Tensor:
+    """``[B]`` float64, each uniform on [0, 1), together one point per interval of length 1/B."""
+    device = generator.device
+    shift = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+    return (shift + torch.arange(rows, dtype=torch.float64, device=device) / rows) % 1
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roar:
+    """The endpoint branch (000 §4.5): k ~ U{0..L-1} positions revealed, the rest masked.
+
+    The defaults are the atomic endpoints {0, inf}, which is what endpoint samplers feed. The
+    smoothed endpoints of 004 fig. 4 give every masked position its own U(0, ``gamma_min``) and
+    every revealed one its own U(``c * gamma_max``, ``gamma_max``); 100 is the finite
+    ``gamma_max`` of the papers.
+
+    Raises:
+        ValueError: unless 0 <= gamma_min < inf, 0 < c <= 1 and gamma_min < gamma_max <= inf.
+    """
+
+    kind: Literal["roar"] = "roar"
+    gamma_min: float = 0.0
+    c: float = 1.0
+    gamma_max: float = math.inf
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.gamma_min < math.inf, "gamma_min", self.gamma_min, "in [0, inf)")
+        _require(0 < self.c <= 1, "c", self.c, "in (0, 1]")
+        _require(self.gamma_max > self.gamma_min, "gamma_max", self.gamma_max, "above gamma_min")
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
+        """``gamma_BL``; the revealed positions of a row are a uniformly random subset."""
+        device = generator.device
+        revealed_B1 = (length * stratified(rows, generator)).long()[:, None]
+        order_BL, uniform_BL = torch.rand(
+            (2, rows, length), generator=generator, dtype=torch.float64, device=device
+        )
+        high_BL = self.gamma_max * (self.c + (1 - self.c) * uniform_BL)
+        low_BL = self.gamma_min * uniform_BL
+        return torch.where(order_BL.argsort(-1) < revealed_B1, high_BL, low_BL).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormal:
+    """The continuous branch (003 C.2): log gamma ~ N(mu, sigma²), one draw per sequence or token.
+
+    ``gamma_max`` clamps the upper tail. The defaults suit a table of D = 64 on OpenWebText.
+
+    Raises:
+        ValueError: unless mu is finite, 0 <= sigma < inf, gamma_max > 0 and ``per`` is known.
+    """
+
+    kind: Literal["lognormal"] = "lognormal"
+    mu: float = 2.69
+    sigma: float = 1.41
+    per: Literal["sequence", "token"] = "sequence"
+    gamma_max: float = math.inf
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.mu), "mu", self.mu, "finite")
+        _require(0 <= self.sigma < math.inf, "sigma", self.sigma, "in [0, inf)")
+        _require(self.per in ("sequence", "token"), "per", self.per, "'sequence' or 'token'")
+        _require(self.gamma_max > 0, "gamma_max", self.gamma_max, "above 0")
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
+        """``gamma_BL``; constant along L when drawn per sequence."""
+        quantile_BL = (
+            stratified(rows, generator)[:, None].expand(rows, length)
+            if self.per == "sequence"
+            else torch.rand(
+                (rows, length), generator=generator, dtype=torch.float64, device=generator.device
+            )
+        )
+        normal_BL: Tensor = torch.special.ndtri(quantile_BL)
+        return (self.mu + self.sigma * normal_BL).exp().clamp(max=self.gamma_max).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """Both branches (000 §4.5): each row is a ROAR row with probability ``roar_share``.
+
+    Raises:
+        ValueError: unless 0 <= roar_share <= 1.
+    """
+
+    kind: Literal["mixed"] = "mixed"
+    roar: Roar = field(default_factory=Roar)
+    continuous: LogNormal = field(default_factory=LogNormal)
+    roar_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.roar_share <= 1, "roar_share", self.roar_share, "in [0, 1]")
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
+        """``gamma_BL``; the number of ROAR rows is within one of ``B * roar_share``.
+
+        The branches' losses differ severalfold, so a free count would be most of the variance.
+        """
+        device = generator.device
+        rounding = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+        roar_rows = math.floor(rows * self.roar_share + rounding.item())
+        gamma_BL = torch.cat(
+            [
+                self.roar.sample(roar_rows, length, generator),
+                self.continuous.sample(rows - roar_rows, length, generator),
+            ]
+        )
+        return gamma_BL[torch.randperm(rows, generator=generator, device=device)]
+
+
+Support = Roar | LogNormal | Mixed
