@@ -1,0 +1,120 @@
+"""The network that answers a state with a posterior: table, converter and backbone.
+
+Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W backbone width,
+N asked positions (flat), R rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsl.backbone import DiT, DiTConfig, precise
+from dsl.converter import Converter
+from dsl.geometry import TokenTable
+from dsl.posterior import Posterior
+from dsl.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """A backbone with its token table and converter.
+
+    ``embed_dim`` is D; 003 grows it as 16 ln V / ln 35. ``beta`` and ``mask_prior`` are where the
+    converter starts (see `dsl.converter.Converter`); 1/2 suits training from scratch.
+    """
+
+    backbone: DiTConfig
+    embed_dim: int = 64
+    beta: float | None = None
+    mask_prior: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
+        if self.beta is not None and self.beta <= 0:
+            raise ValueError(f"beta {self.beta} must be positive, or None for 1/sqrt(embed_dim)")
+        if not 0 < self.mask_prior <= 1:
+            raise ValueError(f"mask_prior {self.mask_prior} must lie in (0, 1]; 1 is a hard mask")
+
+
+class Denoiser(nn.Module):
+    """``p(s_i | state)`` for every position, from one network for every SNR (003 A.1).
+
+    A causal backbone obeys the same contract: its inputs move one position right behind a start
+    symbol (the mask row), so the answer at i depends on the tokens before i alone.
+    """
+
+    def __init__(self, config: DenoiserConfig, backbone: DiT | None = None) -> None:
+        super().__init__()
+        self.config = config
+        tokens = config.backbone.tokens
+        self.table = TokenTable(tokens, config.embed_dim)
+        self.converter = Converter(
+            tokens, config.embed_dim, beta=config.beta, mask_prior=config.mask_prior
+        )
+        self.backbone = DiT(config.backbone) if backbone is None else backbone
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: DiT, *, embed_dim: int, beta: float | None, mask_prior: float
+    ) -> "Denoiser":
+        """A fresh table and converter around a backbone, which is kept and not copied."""
+        config = DenoiserConfig(
+            backbone=backbone.config, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior
+        )
+        return cls(config, backbone)
+
+    @property
+    def table_VD(self) -> Tensor:
+        """Unit rows ``[V, D]``, attached to the parameter they come from."""
+        table_VD: Tensor = self.table()
+        return table_VD
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """``weight_VW, bias_V``: logits are ``linear(hidden, weight, bias)``."""
+        return self.backbone.head
+
+    def hidden(self, state: State) -> Tensor:
+        """Hidden states ``[B, L, W]``, one linear map away from the logits."""
+        return self._hidden(state, self.table_VD)
+
+    def forward(self, state: State) -> Posterior:
+        """The posterior of every token. Runs the backbone; logits wait until they are asked for.
+
+        The state is taken to the network's device and precision first.
+        """
+        table_VD = self.table_VD
+        state = state.like(table_VD)
+        return NetworkPosterior(state, table_VD, self._hidden(state, table_VD), self.head)
+
+    def _hidden(self, state: State, table_VD: Tensor) -> Tensor:
+        values_UW = self.backbone.values_UW
+        inputs_BLW = self.converter(state, table_VD, values_UW)
+        if self.config.backbone.causal:
+            start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
+            inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)
+        hidden_BLW: Tensor = self.backbone(inputs_BLW)
+        return hidden_BLW
+
+
+class NetworkPosterior(Posterior):
+    """Hidden states, projected onto the vocabulary at asked positions only."""
+
+    def __init__(
+        self, state: State, table_VD: Tensor, hidden_BLW: Tensor, head: tuple[Tensor, Tensor]
+    ) -> None:
+        super().__init__(state, table_VD)
+        self.hidden_BLW = hidden_BLW
+        self.head = head
+
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        logits_NV = F.linear(self.hidden_BLW.flatten(0, 1)[at_N], *self.head)
+        return precise(logits_NV).log_softmax(-1)
+
+    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "NetworkPosterior":
+        assert isinstance(fresh, NetworkPosterior)
+        hidden_BLW = self.hidden_BLW.index_copy(0, rows_R, fresh.hidden_BLW)
+        return NetworkPosterior(state, self.table_VD, hidden_BLW, self.head)
