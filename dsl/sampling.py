@@ -79,10 +79,12 @@ def sample(
         gamma_next_BL, carry = path.target(state, posterior, carry, clock)
         if call == budget - 1:
             gamma_next_BL = torch.full_like(state.gamma_BL, torch.inf)
-        before, state = state, transition(state, gamma_next_BL, posterior, clock.draws)
-        evaluator.move(state)
+        after = transition(state, gamma_next_BL, posterior, clock.draws)
+        # Before the evaluator moves on: a recorder may be the first to look at this posterior.
         for recorder in recorders:
-            recorder.observe(clock, before, posterior, state)
+            recorder.observe(clock, state, posterior, after)
+        evaluator.move(after)
+        state = after
     return Sample(
         tokens_BL=state.tokens_BL,
         calls=evaluator.calls,
@@ -113,12 +115,15 @@ class _Evaluator:
     def answer(self) -> Posterior:
         wanted_B = self.stale_B & ~self.state.revealed_BL.all(1)
         rows_R = wanted_B.nonzero().squeeze(1)
-        if self.posterior is None or len(rows_R) == len(wanted_B):
+        every_B = torch.arange(len(wanted_B), device=wanted_B.device)
+        if self.posterior is None or len(rows_R) == len(every_B):
+            rows_R = every_B
             self.posterior = self.denoiser(self.state)
-            rows_R = torch.arange(len(wanted_B), device=wanted_B.device)
-        else:
-            fresh = self.denoiser(self.state.rows(rows_R)) if len(rows_R) else self.posterior
+        elif len(rows_R):
+            fresh = self.denoiser(self.state.rows(rows_R))
             self.posterior = self.posterior.with_rows(self.state, rows_R, fresh)
+        else:
+            self.posterior = self.posterior.with_rows(self.state, every_B, self.posterior)
         self.calls += len(rows_R) > 0
         self.row_calls_B[rows_R.cpu()] += 1
         self.stale_B[rows_R] = False
