@@ -7,12 +7,12 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from infra import config
-from infra.errors import ConfigError, InfraError, Problem, nearest
+from infra.errors import ConfigError, InfraError, Problem, causes, nearest
 
 T = TypeVar("T")
 
@@ -81,8 +81,8 @@ def run(
 
 def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ()) -> tuple[str, int]:
     """(one message, exit code) for an error, whatever a cluster has wrapped around it."""
-    causes = list(_causes(error))
-    for cause in causes:
+    found = list(causes(error))
+    for cause in found:
         if isinstance(cause, Problem):
             return str(cause), cause.exit_code
         if isinstance(cause, data_errors):
@@ -92,25 +92,8 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
         if isinstance(cause, OSError) and cause.errno in MACHINE:
             where, why = str(cause.filename or "the machine"), cause.strerror or str(cause)
             return str(InfraError(where, why, MACHINE[cause.errno])), InfraError.exit_code
-    bug = causes[0]
+    bug = found[0]
     return f"{type(bug).__name__}: {bug} (a bug; --traceback shows where)", 1
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it, outermost first, without the wrappers of a cluster.
-
-    Ray puts what a task raised under `cause`, and what train workers raised under
-    `worker_failures` by rank. Such a wrapper says nothing of its own: the text of one is a
-    whole remote traceback, even where it poses as an instance of what it wraps.
-    """
-    failures = getattr(error, "worker_failures", None) or {}
-    wrapped = [getattr(error, "cause", None), *failures.values()]
-    inner = [cause for cause in wrapped if isinstance(cause, BaseException)]
-    if not inner:
-        yield error
-        inner = [error.__cause__] if error.__cause__ else []
-    for cause in inner:
-        yield from _causes(cause)
 
 
 def _check(flags: set[str]) -> None:

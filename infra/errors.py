@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+
+# Where Ray's errors keep the error that they report.
+WRAPPERS = ("cause", "health_check_failure", "controller_failure")
 
 
 class Problem(Exception):
@@ -44,3 +48,20 @@ class InfraError(Problem):
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate closest in spelling to `name`, or None where none is close."""
     return next(iter(difflib.get_close_matches(name, list(candidates), n=1)), None)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, outermost first, without the wrappers of a cluster.
+
+    Ray puts what a task raised under `cause`, and what train workers raised under
+    `worker_failures` by rank. Such a wrapper says nothing of its own: the text of one is a
+    whole remote traceback, even where it poses as an instance of what it wraps.
+    """
+    failures = getattr(error, "worker_failures", None) or {}
+    wrapped = [getattr(error, name, None) for name in WRAPPERS]
+    inner = [cause for cause in (*wrapped, *failures.values()) if isinstance(cause, BaseException)]
+    if not inner:
+        yield error
+        inner = [error.__cause__] if error.__cause__ else []
+    for cause in inner:
+        yield from causes(cause)
