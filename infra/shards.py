@@ -220,6 +220,7 @@ class ShardWriter:
                 row_group_size=group,
                 compression="zstd",
                 use_dictionary=False,
+                write_page_checksum=True,
                 column_encoding="BYTE_STREAM_SPLIT",  # parquet has no 16 bits: halves the zeros
             )
         files.append(
@@ -345,10 +346,13 @@ def _opened(folder: Folder, name: str, where: str = "") -> Iterator[pq.ParquetFi
     import pyarrow.parquet as pq
 
     where = where or folder.url_of(name)
+    filesystem = folder.arrow_filesystem()
     path = f"{folder.path.rstrip('/')}/{name}"
     with explained(where):
         try:
-            with pq.ParquetFile(path, filesystem=folder.arrow_filesystem()) as parquet:
+            with pq.ParquetFile(
+                path, filesystem=filesystem, page_checksum_verification=True
+            ) as parquet:
                 yield parquet
         except (pa.ArrowException, OSError) as error:
             # Arrow reports torn pages as an OSError without errno, and S3's troubles likewise.

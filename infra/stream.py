@@ -1,0 +1,369 @@
+"""Tokens in flight: lanes and windows, an order that no number of workers can change.
+
+A split is permuted by row groups for every epoch, cut into windows of a few groups, and the rows
+of a window are permuted among themselves. Lane k owns windows k, k + lanes, …, epoch after epoch;
+the microbatch of a step is the next R rows of the lane. Everything is drawn from a counter-based
+generator keyed (seed, epoch, window), so a microbatch is a function of (seed, step, lane), and
+finding the place of any step needs no reading.
+
+Shapes: N rows, L positions, R rows of a microbatch, G row groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import count, islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from infra.errors import ConfigError, DataError, Problem
+from infra.shards import Manifest, check_files, read_group
+from infra.storage import Folder
+
+ORDER_VERSION = 1  # a change of the order below must change every plan's digest
+HOLDOUT = (1 << 64) - 1  # the generator's stream that draws it: beyond all windows
+WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
+STEPS_AHEAD = 64
+READERS = 2  # tasks at a time for one worker
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """What fixes the order of the rows.
+
+    `num_lanes` microbatches of `rows_per_microbatch` rows are a global step, however many workers
+    share them out; `window_groups` row groups are shuffled together, and held in memory per lane.
+    """
+
+    seed: int = 0
+    num_lanes: int = 1
+    rows_per_microbatch: int = 8
+    window_groups: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError("stream.seed", f"{self.seed} is not in [0, 2^64)")
+        for name in ("num_lanes", "rows_per_microbatch", "window_groups"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stream.{name}", f"{getattr(self, name)} is not positive")
+
+    def lanes(self, rank: int, world_size: int) -> tuple[int, ...]:
+        """The lanes that a worker serves: those congruent to its rank."""
+        if self.num_lanes % world_size:
+            raise ConfigError(
+                "stream.num_lanes",
+                f"{self.num_lanes} lanes cannot be shared out evenly to {world_size} workers",
+                f"Choose a multiple of {world_size}",
+            )
+        return tuple(range(rank, self.num_lanes, world_size))
+
+
+class Position(NamedTuple):
+    """A place in a lane: the epoch, the window within it, the row within that."""
+
+    epoch: int
+    window: int
+    row: int
+
+
+class Slice(NamedTuple):
+    """Rows [start, stop) of one row group of one file."""
+
+    name: str
+    group: int
+    start: int
+    stop: int
+
+
+class Window(NamedTuple):
+    """A window to read: its slices, the order of their rows, and how many rows are past already."""
+
+    slices: tuple[Slice, ...]
+    seed: int
+    epoch: int
+    index: int
+    skip: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """The order of one split: pure arithmetic over the footers, no rows."""
+
+    folder: Folder
+    manifest: Manifest
+    split: str
+    config: StreamConfig
+    file_G: np.ndarray
+    group_G: np.ndarray  # index within its file
+    rows_G: np.ndarray
+
+    @classmethod
+    def of(cls, folder: Folder, manifest: Manifest, split: str, config: StreamConfig) -> Plan:
+        """Check the split's files and plan over them; DataError if one is not as it was written."""
+        rows = check_files(folder, manifest, split)
+        plan = cls(
+            folder=folder,
+            manifest=manifest,
+            split=split,
+            config=config,
+            file_G=np.repeat(np.arange(len(rows)), [len(groups) for groups in rows]),
+            group_G=np.concatenate([np.arange(len(groups)) for groups in rows]),
+            rows_G=np.concatenate([np.asarray(groups) for groups in rows]),
+        )
+        needed = config.num_lanes * config.rows_per_microbatch
+        if plan.rows < needed:
+            raise DataError(
+                (folder / split).url,
+                f"{plan.rows} rows where one step of {config.num_lanes} lanes takes {needed}",
+                f"Give at least {needed} rows, or fewer lanes or rows per microbatch",
+            )
+        return plan
+
+    @cached_property
+    def rows(self) -> int:
+        return int(self.rows_G.sum())
+
+    @cached_property
+    def num_windows(self) -> int:
+        """Windows of an epoch: a multiple of the lanes, so that all lanes are equally long."""
+        lanes = self.config.num_lanes
+        return lanes * max(1, len(self.rows_G) // (self.config.window_groups * lanes))
+
+    @property
+    def digest(self) -> str:
+        """The identity of the order: equal digests give equal microbatches at every step."""
+        identity = [ORDER_VERSION, self.manifest.digest, self.split, asdict(self.config)]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def seek(self, lane: int, step: int) -> Position:
+        """Where the microbatch of a step begins, by arithmetic on one epoch."""
+        windows = np.arange(lane, self.num_windows, self.config.num_lanes)
+        ends = np.cumsum(self._edge(windows + 1) - self._edge(windows))
+        epoch, row = divmod(step * self.config.rows_per_microbatch, int(ends[-1]))
+        nth = int(np.searchsorted(ends, row, side="right"))
+        return Position(epoch, int(windows[nth]), row - int(ends[nth - 1] if nth else 0))
+
+    def windows(self, lanes: Sequence[int], step: int = 0) -> Iterator[tuple[int, Window]]:
+        """Endless (lane, window) pairs from a step on, in the order in which rows are needed."""
+        layout = lru_cache(maxsize=2)(self._layout)  # at an epoch's turn some lanes lag behind
+        return (
+            (lane, self._window(layout(place.epoch), place))
+            for _, lane, place in heapq.merge(*(self._places(lane, step) for lane in lanes))
+        )
+
+    def _places(self, lane: int, step: int) -> Iterator[tuple[int, int, Position]]:
+        """(rows of the lane before it, lane, position) of every window to read."""
+        place, before = self.seek(lane, step), 0
+        for epoch in count(place.epoch):
+            for window in range(place.window, self.num_windows, self.config.num_lanes):
+                yield before, lane, Position(epoch, window, place.row)
+                before += self._edge(window + 1) - self._edge(window) - place.row
+                place = Position(epoch, window, 0)
+            place = Position(epoch + 1, lane, 0)
+
+    def _edge(self, window: int | np.ndarray) -> int | np.ndarray:
+        """The row at which a window begins in its epoch's order of groups.
+
+        The same in every epoch, whatever groups come to lie there: windows are cut by rows,
+        through a group where need be, or else seeking would have to walk through all epochs.
+        """
+        return window * self.rows // self.num_windows
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order of groups, and where each ends in the order's rows."""
+        order_G = _permutation(len(self.rows_G), self.config.seed, epoch, 0)
+        return order_G, np.cumsum(self.rows_G[order_G])
+
+    def _window(self, layout: tuple[np.ndarray, np.ndarray], place: Position) -> Window:
+        order_G, ends_G = layout
+        files = self.manifest.files(self.split)
+        start, stop = self._edge(place.window), self._edge(place.window + 1)
+        first, last = np.searchsorted(ends_G, (start, stop - 1), side="right")
+        slices = []
+        for nth in range(first, last + 1):
+            group, end = order_G[nth], int(ends_G[nth])
+            begin = end - int(self.rows_G[group])
+            name, index = files[self.file_G[group]].name, int(self.group_G[group])
+            slices.append(Slice(name, index, max(start - begin, 0), min(stop, end) - begin))
+        return Window(tuple(slices), self.config.seed, place.epoch, place.window, place.row)
+
+
+def read_window(folder: Folder, manifest: Manifest, window: Window) -> np.ndarray:
+    """The rows of a window in their order, [N, L]; DataError naming file and row if one is bad."""
+    rows_NL = np.concatenate(
+        [read_group(folder, manifest, name, group)[a:b] for name, group, a, b in window.slices]
+    )
+    order_N = _permutation(len(rows_NL), window.seed, window.epoch, 1 + window.index)
+    return rows_NL[order_N[window.skip :]]
+
+
+def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict[int, np.ndarray]]:
+    """Each step's microbatches from `start_step` on, endless: {lane: ids [R, L] int64}."""
+    return _microbatches(
+        plan,
+        lanes,
+        (
+            (lane, read_window(plan.folder, plan.manifest, window))
+            for lane, window in plan.windows(lanes, start_step)
+        ),
+    )
+
+
+def ray_batches(
+    plan: Plan, lanes: Sequence[int], start_step: int = 0
+) -> Iterator[dict[int, np.ndarray]]:
+    """What `read` gives, read ahead by Ray Data tasks on this worker's node."""
+    windows = plan.windows(lanes, start_step)
+    horizons = iter(lambda: list(islice(windows, WINDOWS_PER_HORIZON)), [])
+    rows = (piece for horizon in horizons for piece in _through_ray(plan, horizon))
+    # What is ready must outlast the start of the next horizon, a second or so.
+    windows_ahead = STEPS_AHEAD * plan.config.rows_per_microbatch * plan.num_windows // plan.rows
+    return _microbatches(plan, lanes, _ahead(rows, len(lanes) * max(2, windows_ahead)))
+
+
+def holdout(folder: Folder, manifest: Manifest, split: str, rows: int, seed: int) -> np.ndarray:
+    """A fixed random subset for evaluation, without replacement: ids [rows, L] int64.
+
+    With the same seed, fewer rows are the first of more.
+    """
+    groups = [
+        (file.name, index, count)
+        for file, counts in zip(
+            manifest.files(split), check_files(folder, manifest, split), strict=True
+        )
+        for index, count in enumerate(counts)
+    ]
+    ends_G = np.cumsum([count for *_, count in groups])
+    if not 1 <= rows <= ends_G[-1]:
+        raise ConfigError(
+            "rows", f"{rows} of the {ends_G[-1]} rows of {(folder / split).url}", "Ask for fewer"
+        )
+    chosen_N = _permutation(int(ends_G[-1]), seed, 0, HOLDOUT)[:rows]
+    group_N = np.searchsorted(ends_G, chosen_N, side="right")
+    chosen_NL = np.empty((rows, manifest.length), np.int64)
+    for group in np.unique(group_N):
+        name, index, count = groups[group]
+        mine_N = np.flatnonzero(group_N == group)
+        within_N = chosen_N[mine_N] - (ends_G[group] - count)
+        chosen_NL[mine_N] = read_group(folder, manifest, name, index)[within_N]
+    return chosen_NL
+
+
+def _microbatches(
+    plan: Plan, lanes: Sequence[int], pieces: Iterator[tuple[int, np.ndarray]]
+) -> Iterator[dict[int, np.ndarray]]:
+    """Cut the lanes' rows, which come in (lane, [N, L]) pieces, into microbatches."""
+    rows = plan.config.rows_per_microbatch
+    ready = {lane: np.empty((0, plan.manifest.length), plan.manifest.dtype) for lane in lanes}
+    with closing(pieces):
+        while True:
+            batch = {}
+            for lane in lanes:
+                while len(ready[lane]) < rows:
+                    owner, piece_NL = next(pieces)
+                    ready[owner] = np.concatenate([ready[owner], piece_NL])
+                batch[lane], ready[lane] = ready[lane][:rows].astype(np.int64), ready[lane][rows:]
+            yield batch
+
+
+def _through_ray(plan: Plan, horizon: list[tuple[int, Window]]) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of some windows, one Ray Data task each.
+
+    A task that meets a Problem returns nothing, and its window is read again here: if that fails
+    too, the Problem is raised as it is, without a remote traceback around it.
+    """
+    import pyarrow as pa
+    import ray.data
+
+    folder, manifest = plan.folder, replace(plan.manifest, splits={})  # a task needs no file list
+
+    def fetch(batch: dict[str, np.ndarray]) -> pa.Table:
+        (nth,) = batch["nth"]
+        try:
+            rows_NL = read_window(folder, manifest, horizon[nth][1])
+        except Problem:
+            rows_NL = np.empty((0, manifest.length), manifest.dtype)
+        ids = pa.array(rows_NL.reshape(-1))
+        lists = pa.FixedSizeListArray.from_arrays(ids, manifest.length)
+        return pa.table({"nth": np.full(len(rows_NL), nth), "tokens": lists})
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else a few notices a horizon
+    dataset = ray.data.from_items(
+        [{"nth": nth} for nth in range(len(horizon))], override_num_blocks=len(horizon)
+    ).map_batches(
+        fetch,
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.TaskPoolStrategy(size=READERS),
+        num_cpus=0,  # the workers may have reserved every core, and reading must never wait on that
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+
+    due = 0
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        nth_N = block["nth"].to_numpy()
+        rows_NL = block["tokens"].combine_chunks().flatten().to_numpy()
+        rows_NL = rows_NL.reshape(-1, manifest.length)
+        for nth in np.unique(nth_N):
+            yield from _again(folder, manifest, horizon[due:nth])
+            yield horizon[nth][0], rows_NL[nth_N == nth]
+            due = nth + 1
+    yield from _again(folder, manifest, horizon[due:])
+
+
+def _again(
+    folder: Folder, manifest: Manifest, missed: Sequence[tuple[int, Window]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    for lane, window in missed:
+        yield lane, read_window(folder, manifest, window)
+
+
+def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same endless items, drawn by a thread that keeps up to `depth` of them ready."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    done = threading.Event()
+
+    def draw() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+                if done.is_set():
+                    return
+        except BaseException as error:
+            ready.put((None, error))
+
+    threading.Thread(target=draw, name="stream", daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error:
+                raise error
+            yield item
+    finally:
+        done.set()
+        with suppress(queue.Empty):  # make room, so that a waiting thread sees that it is done
+            ready.get_nowait()
+
+
+def _permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """A permutation of range(size) keyed (seed, epoch, stream).
+
+    From the generator's raw bits, whose values numpy never changes, unlike its distributions'.
+    """
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream])
+    return np.argsort(bits.random_raw(size), kind="stable")
