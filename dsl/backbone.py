@@ -129,11 +129,13 @@ class Block(nn.Module):
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor, turn_2LK: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond_C).chunk(6)
-        mixed_BLW = self._attention(modulate(self.norm1(hidden_BLW), shift1, scale1), turn_2LK)
-        hidden_BLW = hidden_BLW + gate1 * F.dropout(mixed_BLW, self.dropout, self.training)
-        mixed_BLW = self.mlp(modulate(self.norm2(hidden_BLW), shift2, scale2))
-        hidden_BLW = hidden_BLW + gate2 * F.dropout(mixed_BLW, self.dropout, self.training)
-        return hidden_BLW
+        update_BLW = self._attention(modulate(self.norm1(hidden_BLW), shift1, scale1), turn_2LK)
+        hidden_BLW = self._add(hidden_BLW, gate1, update_BLW)
+        update_BLW = self.mlp(modulate(self.norm2(hidden_BLW), shift2, scale2))
+        return self._add(hidden_BLW, gate2, update_BLW)
+
+    def _add(self, hidden_BLW: Tensor, gate_W: Tensor, update_BLW: Tensor) -> Tensor:
+        return hidden_BLW + gate_W * F.dropout(update_BLW, self.dropout, self.training)
 
     def _attention(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
         qkv_BL3HK = self.attn_qkv(hidden_BLW).unflatten(-1, (3, self.heads, -1))
@@ -184,9 +186,14 @@ def rotary(length: int, head_dim: int, device: torch.device) -> Tensor:
 
     Computed, not stored: a buffer would be rounded with the model and lost on the meta device.
     """
-    order = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angle_LK = torch.arange(length, device=device)[:, None] / 10000**order
+    angle_LK = torch.arange(length, device=device)[:, None] * rotary_frequencies(head_dim, device)
     return torch.stack([angle_LK.cos(), angle_LK.sin()])
+
+
+def rotary_frequencies(head_dim: int, device: torch.device) -> Tensor:
+    """``[K/2]`` radians per position, falling geometrically from 1."""
+    share = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1 / 10000**share
 
 
 def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:

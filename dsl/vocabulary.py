@@ -1,0 +1,236 @@
+"""Text to token ids and back, for every kind of vocabulary through one small interface."""
+
+import hashlib
+import json
+import os
+import string
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsl.errors import VocabularyError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+CHARACTERS = " " + string.ascii_lowercase  # the 27 of text8
+# What known tokenizers call the ends of a document, most specific first.
+EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+# The two names of GPT-2's pair of files, OpenAI's and Hugging Face's.
+PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+
+
+class Vocabulary:
+    """V real tokens with ids 0 … V-1; [MASK] is never among them.
+
+    Every kind is one ``tokenizer.json``, so `load` reads them all. ``eos`` closes a document and
+    counts as a real token, predicted and paid for like any other; ``bos`` opens one and is the
+    same id where a kind has a single end mark. Special tokens are only ever put in by id: text
+    that spells one out is encoded as ordinary text. Can be pickled, to reach other processes.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.size = tokenizer.get_vocab_size()
+        named = tokenizer.get_vocab()
+        if max(named.values(), default=-1) != self.size - 1:
+            raise VocabularyError(
+                f"the tokenizer's {self.size} ids are not 0 … {self.size - 1}: "
+                "give one whose ids have no gaps"
+            )
+        ends = [named[name] for name in EOS_NAMES if name in named]
+        if not ends:
+            raise VocabularyError(
+                f"the tokenizer has no end-of-document token: add one of {', '.join(EOS_NAMES)}"
+            )
+        self.eos: int = ends[0]
+        self.bos: int = next((named[name] for name in BOS_NAMES if name in named), self.eos)
+
+    @classmethod
+    def char(cls) -> "Vocabulary":
+        """text8's characters: id 0 is the space, 1 … 26 are a … z, 27 is eos, so V = 28.
+
+        text8 is one document, so eos occurs at most once in it.
+        """
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        model = models.WordLevel({c: i for i, c in enumerate((*CHARACTERS, END_OF_TEXT))})
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        return cls(tokenizer)
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], size: int) -> "Vocabulary":
+        """Byte-level BPE of at most ``size`` tokens: eos (id 0), the 256 bytes, then merges.
+
+        Deterministic. V is smaller than ``size`` where the text runs out of pairs to merge.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        if size < 257:
+            raise VocabularyError(f"a byte-level BPE has at least 257 tokens; {size} is too few")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[END_OF_TEXT],
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def gpt2(cls, folder: str | os.PathLike[str]) -> "Vocabulary":
+        """GPT-2's BPE from its two files (``encoder.json`` and ``vocab.bpe``); V = 50257."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        folder = Path(folder)
+        pairs = [(folder / ids, folder / merges) for ids, merges in PAIRS]
+        found = [pair for pair in pairs if pair[0].is_file() and pair[1].is_file()]
+        if not found:
+            raise VocabularyError(
+                f"{folder}: neither {TOKENIZER} nor {' nor '.join(' + '.join(p) for p in PAIRS)}. "
+                "Name the folder that holds the tokenizer's files."
+            )
+        ids, merges = found[0]
+        try:
+            tokenizer = Tokenizer(models.BPE.from_file(str(ids), str(merges)))
+        except Exception as error:  # the library raises bare exceptions
+            raise VocabularyError(
+                f"{ids} and {merges.name}: not GPT-2's pair of files ({error}). Copy them again."
+            ) from error
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
+        """From a ``tokenizer.json``, or a folder with that file or with GPT-2's two.
+
+        Raises:
+            VocabularyError: nothing readable there, ids with gaps, or no end-of-document token.
+        """
+        path = Path(path)
+        if path.is_dir():
+            if not (path / TOKENIZER).is_file():
+                return cls.gpt2(path)
+            path = path / TOKENIZER
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise VocabularyError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Vocabulary":
+        """From the content of a ``tokenizer.json``."""
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare exceptions
+            raise VocabularyError(
+                f"not a tokenizer of the `tokenizers` library ({error}). "
+                "Save it with its `Tokenizer.save`."
+            ) from error
+        return cls(tokenizer)
+
+    def to_json(self) -> str:
+        """The content of ``tokenizer.json``, keys sorted: equal vocabularies are equal texts."""
+        return json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of `to_json`: what a manifest remembers of a vocabulary."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``tokenizer.json``, whole or not at all."""
+        partial = Path(folder) / f"{TOKENIZER}.partial"
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(Path(folder) / TOKENIZER)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, no eos or bos added. The library spreads the texts over threads.
+
+        Raises:
+            VocabularyError: a text has a character that a closed vocabulary lacks, or is not
+                valid Unicode; the message says which text and where.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare exceptions
+            raise VocabularyError(self._stray(texts) or str(error)) from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids. Special tokens stay visible; a torn UTF-8 character reads as U+FFFD."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes that ids stand for: what bits per byte are divided by.
+
+        Exact for any stretch of ids, even one that tears a character. Special tokens hold none.
+        """
+        if self._pieces is None:
+            return bytes(self._tokenizer.decode(list(ids), skip_special_tokens=True).encode())
+        return b"".join(self._pieces[i] for i in ids)
+
+    @cached_property
+    def _pieces(self) -> list[bytes] | None:
+        """Each id's bytes; None where the decoder is not a plain joining of tokens."""
+        content = json.loads(self._tokenizer.to_str())
+        read = READERS.get((content["decoder"] or {}).get("type"))
+        if read is None:
+            return None
+        special = {token["id"] for token in content["added_tokens"] if token["special"]}
+        named = self._tokenizer.get_vocab()
+        tokens = sorted(named, key=lambda token: named[token])
+        return [b"" if i in special else read(token) for i, token in enumerate(tokens)]
+
+    def _stray(self, texts: Sequence[str]) -> str | None:
+        """Where the first character lies that cannot be encoded."""
+        stray = {c for text in texts for c in text if "\ud800" <= c <= "\udfff"}
+        # Half a surrogate pair is in no vocabulary; failing that, the alphabet must be closed.
+        stray = stray or {c for c in set().union(*texts) if self._tokenizer.token_to_id(c) is None}
+        for row, text in enumerate(texts):
+            for column, character in enumerate(text):
+                if character in stray:
+                    return (
+                        f"text {row}, character {column}: {character!r} is not in this vocabulary "
+                        f"of {self.size} tokens. Clean the text, or use a byte-level BPE."
+                    )
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[str], "Vocabulary"], tuple[str]]:
+        return Vocabulary.from_json, (self.to_json(),)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte behind each character of a byte-level token.
+
+    Visible Latin-1 characters stand for themselves, the other bytes for U+0100 onwards.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+BYTES = byte_alphabet()
+# How a decoder turns one token into bytes, for decoders that only join tokens.
+READERS: dict[str | None, Callable[[str], bytes]] = {
+    "ByteLevel": lambda token: bytes(BYTES[character] for character in token),
+    "Fuse": str.encode,
+}

@@ -1,0 +1,167 @@
+"""A denoiser at rest: ``model.safetensors`` and ``config.json``, its tokenizer beside them."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsl.backbone import DiTConfig
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.errors import WeightsError
+from dsl.vocabulary import TOKENIZER, Vocabulary
+
+FORMAT = "dsl/1"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def save(
+    denoiser: Denoiser,
+    folder: str | os.PathLike[str],
+    tokenizer: Vocabulary | None = None,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a denoiser so that `load` gives it back bit for bit.
+
+    ``config.json`` appears last and makes the folder a model: an interrupted save leaves no
+    config, not half a model. Files of an earlier save are replaced.
+
+    Args:
+        metadata: JSON values for later readers, such as ``{"objective": "dsl", "length": 1024}``.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "denoiser": asdict(denoiser.config),
+        "metadata": dict(metadata or {}),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    for stale in (CONFIG, TOKENIZER):
+        (folder / stale).unlink(missing_ok=True)
+    tensors = {name: t.cpu().contiguous() for name, t in denoiser.state_dict().items()}
+    partial = folder / f"{WEIGHTS}.partial"
+    save_file(tensors, partial)
+    partial.replace(folder / WEIGHTS)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(text)
+    partial.replace(folder / CONFIG)
+
+
+def load(folder: str | os.PathLike[str]) -> Denoiser:
+    """The denoiser of a folder that `save` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or the weights are not exactly the model's:
+            every missing, unexpected, mis-shaped or non-finite tensor is named.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        fields = dict(config["denoiser"])
+        denoiser_config = DenoiserConfig(
+            **{**fields, "backbone": DiTConfig(**fields.get("backbone", {}))}
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
+            "Take the file that `dsl.save` wrote beside these weights."
+        ) from error
+    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
+        denoiser = Denoiser(denoiser_config)
+    fit(denoiser, read_safetensors(folder / WEIGHTS), where=folder / WEIGHTS)
+    return denoiser.eval()
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The ``config.json`` of a saved denoiser: ``format``, ``denoiser`` and ``metadata``.
+
+    Raises:
+        WeightsError: the file is missing, is not JSON, or is of another format.
+    """
+    path = Path(folder) / CONFIG
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path}: format {config.get('format')!r} is not {FORMAT!r}. A folder of a public MDLM "
+            "checkpoint is read by `dsl.from_mdlm`."
+        )
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one `WeightsError`."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{path}: no such file. A model folder holds {WEIGHTS} and {CONFIG}; without "
+            f"{CONFIG} it was not written to the end, so save or copy it again."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable JSON file ({error}). Copy it again.") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: holds {type(value).__name__}, not an object. Copy it again.")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, or one `WeightsError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{path}: no such file. A model folder holds {WEIGHTS} and {CONFIG}."
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{path}: not a whole safetensors file ({error}). Copy it again."
+        ) from error
+    return tensors
+
+
+def fit(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
+    """Make ``tensors`` the weights of ``module``: all of them, exactly, or none.
+
+    Raises:
+        WeightsError: the first few of every kind of misfit, and how many there are.
+    """
+    expected = module.state_dict()
+    shared = [name for name in expected if name in tensors]
+    misfits = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "mis-shaped": [
+            f"{name} {list(tensors[name].shape)}, not {list(expected[name].shape)}"
+            for name in shared
+            if tensors[name].shape != expected[name].shape
+        ],
+        "not finite": [name for name in shared if not tensors[name].isfinite().all()],
+    }
+    found = [f"{kind}: {some(names)}" for kind, names in misfits.items() if names]
+    if found:
+        raise WeightsError(
+            f"{where}: these are not the weights of this model. {'; '.join(found)}. "
+            "Take weights and configuration from one and the same checkpoint."
+        )
+    module.load_state_dict(tensors, assign=True)
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first few names and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
