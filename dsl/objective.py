@@ -1,0 +1,155 @@
+"""Losses: DSL fine-tuning, and the MDLM and AR pre-training it starts from or is judged by.
+
+An objective is a module whose ``forward`` computes the loss, so that a sharded root's forward
+covers every parameter that takes part, the head's included. The parameters that take part are the
+same on every batch: ranks that reduce gradients together never disagree about which exist.
+
+Shapes: B rows, L positions, V tokens, D table dimension, W backbone width, N predicted positions
+(flat, in [0, B·L)).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsl.corruption import observe
+from dsl.denoiser import Denoiser
+from dsl.posterior import CHUNK_ELEMENTS
+from dsl.state import State
+from dsl.support import Support, stratified
+
+# Where the integral over t starts, as in the public MDLM: the weight 1/t has infinite variance
+# on (0, 1]. It moves the bound by a share of about EPS.
+EPS = 1e-3
+
+
+class Loss(NamedTuple):
+    """``value``, the scalar to differentiate, and detached scalars to log, all per token of B·L.
+
+    Metrics are means over all B·L tokens, never NaN, so they average over batches of one shape:
+    ``masked_nats / masked_share`` is the cross-entropy of a masked position.
+    """
+
+    value: Tensor
+    metrics: dict[str, Tensor]
+
+
+def cross_entropy(denoiser: Denoiser, state: State, tokens_BL: Tensor, at_N: Tensor) -> Tensor:
+    """Nats ``[N]``, float32 or better: ``-log p(tokens | state)`` at flat positions ``at_N``.
+
+    The head runs at those positions only and in chunks, which its backward recomputes: no
+    ``[N, V]`` exists. From a bfloat16 head each term comes rounded to 8 bits, without bias.
+    """
+    hidden_NW = denoiser.hidden(state).flatten(0, 1)[at_N]
+    weight_VW, bias_V = denoiser.head
+    nats_N = F.linear_cross_entropy(
+        hidden_NW,
+        weight_VW,
+        tokens_BL.flatten()[at_N],
+        linear_bias=bias_V,
+        reduction="none",
+        # The automatic size makes hundreds of small chunks, and rounds the head's gradient to
+        # the compute dtype after each.
+        options=nn.LinearCrossEntropyOptions(
+            batch_chunk_size=max(1, CHUNK_ELEMENTS // len(weight_VW))
+        ),
+    )
+    return nats_N.to(torch.promote_types(nats_N.dtype, torch.float32))
+
+
+class DSLObjective(nn.Module):
+    """Cross-entropy of the unrevealed tokens at SNRs drawn from a support (000 §4.5)."""
+
+    def __init__(self, denoiser: Denoiser, support: Support) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.support = support
+
+    def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
+        """``-(1/BL) sum_i log p(s_i | z)``; a revealed token is known and adds exactly 0."""
+        rows, length = tokens_BL.shape
+        gamma_BL = self.support.sample(rows, length, generator)
+        state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
+        at_N = _flat(~state.revealed_BL)
+        nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
+        masked_N = state.masked_BL.flatten()[at_N]
+        return Loss(
+            value=nats_N.sum() / tokens_BL.numel(),
+            metrics=_part("masked", nats_N[masked_N], tokens_BL)
+            | _part("evidence", nats_N[~masked_N], tokens_BL),
+        )
+
+
+class MDLMObjective(nn.Module):
+    """The masked-diffusion bound with the log-linear schedule (SUBS, arXiv 2406.07524).
+
+    Each row draws t in (EPS, 1], stratified over the batch, and masks each token with
+    probability t. The table and the converter take no part: the constructor freezes them.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = _freeze_evidence(denoiser)
+
+    def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
+        """``(1/BL) sum_masked -log p(s_i | z) / t``: its expectation bounds the NLL from above."""
+        t_B1 = 1 - (1 - EPS) * stratified(len(tokens_BL), generator)[:, None]
+        uniform_BL = torch.rand(
+            tokens_BL.shape, generator=generator, dtype=t_B1.dtype, device=generator.device
+        )
+        gamma_BL = torch.where(uniform_BL < t_B1, 0.0, torch.inf)
+        state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
+        at_N = _flat(state.masked_BL)
+        nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
+        weight_N = (1 / t_B1).expand_as(tokens_BL).flatten().to(nats_N)[at_N]
+        return Loss(
+            value=(weight_N * nats_N).sum() / tokens_BL.numel(),
+            metrics=_part("masked", nats_N, tokens_BL),
+        )
+
+
+class ARObjective(nn.Module):
+    """The exact NLL of a causal denoiser, which predicts token i from the tokens before it.
+
+    The table and the converter take no part: the constructor freezes them.
+
+    Raises:
+        ValueError: the backbone is not causal, so it would be shown what it predicts.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        if not denoiser.config.backbone.causal:
+            raise ValueError("the ar objective needs a backbone with causal=True")
+        self.denoiser = _freeze_evidence(denoiser)
+
+    def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
+        """``-(1/BL) sum_i log p(s_i | s_<i)``, in one pass; nothing is drawn."""
+        gamma_BL = torch.full(tokens_BL.shape, torch.inf)
+        state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
+        at_N = torch.arange(tokens_BL.numel(), device=tokens_BL.device)
+        return Loss(cross_entropy(self.denoiser, state, tokens_BL, at_N).mean(), metrics={})
+
+
+Objective = DSLObjective | MDLMObjective | ARObjective
+
+
+def _freeze_evidence(denoiser: Denoiser) -> Denoiser:
+    denoiser.table.requires_grad_(False)
+    denoiser.converter.requires_grad_(False)
+    return denoiser
+
+
+def _part(name: str, nats_N: Tensor, tokens_BL: Tensor) -> dict[str, Tensor]:
+    """What N positions add to the loss per token of the batch, and their share of its tokens."""
+    tokens = tokens_BL.numel()
+    return {
+        f"{name}_nats": nats_N.detach().sum() / tokens,
+        f"{name}_share": nats_N.new_tensor(len(nats_N) / tokens),
+    }
+
+
+def _flat(where_BL: Tensor) -> Tensor:
+    return where_BL.flatten().nonzero().squeeze(1)
