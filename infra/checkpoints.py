@@ -123,12 +123,10 @@ class Checkpoints:
         if self._failures < self.max_failures:
             log.warning("checkpoint of step %d failed, training goes on: %s", step, self._failure)
             return
-        last = (
-            "there is no good one" if self._last is None else f"the last good one is {self._last}"
-        )
+        good = "none" if self._last is None else f"step {self._last}"
         raise InfraError(
             _at(self.folder, step).url,
-            f"{self._failures} checkpoints in a row failed; {last}. {self._failure}",
+            f"{self._failures} checkpoints in a row failed, last good one: {good}. {self._failure}",
             "Mend the store, then start the run again: it resumes",
         )
 
@@ -171,7 +169,9 @@ class Checkpoints:
             folder.remove(name)
         steps = self.steps()
         every = self.milestone_every
-        kept = {s for s in steps if every and s % every == 0} | set(steps[-self.keep :])
+        kept = {s for s in steps if every and s % every == 0} | set(
+            steps[max(0, len(steps) - self.keep) :]
+        )
         for old in _step_folders(self.folder):
             if old < step and old not in kept:
                 _at(self.folder, old).remove(COMMIT)  # first: from here on it does not count

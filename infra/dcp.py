@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
@@ -33,7 +34,6 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -107,13 +107,16 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]
 
 def stage(tensors: dict[str, Tensor]) -> Staged:
     """Plan a checkpoint with all ranks and copy this rank's part of it to the CPU; collective."""
+    if others := [key for key, tensor in tensors.items() if not isinstance(tensor, Tensor)]:
+        raise TypeError(f"not tensors, so they belong into the meta data: {others}")
     writer = _Writer()
-    torch_dcp.save(
-        tensors,
-        storage_writer=writer,
-        planner=DefaultSavePlanner(flatten_state_dict=False),
-        no_dist=not dist.is_initialized(),
-    )
+    with warnings.catch_warnings(action="ignore"):  # "assuming … a single process": rightly so
+        torch_dcp.save(
+            tensors,
+            storage_writer=writer,
+            planner=DefaultSavePlanner(flatten_state_dict=False),
+            no_dist=not dist.is_initialized(),
+        )
     return writer.staged
 
 
@@ -125,12 +128,13 @@ def read(
     alone: this process reads by itself; otherwise all ranks call together.
     """
     try:
-        torch_dcp.load(
-            tensors,
-            storage_reader=_Reader(folder, entries),
-            planner=DefaultLoadPlanner(flatten_state_dict=False),
-            no_dist=alone or not dist.is_initialized(),
-        )
+        with warnings.catch_warnings(action="ignore"):
+            torch_dcp.load(
+                tensors,
+                storage_reader=_Reader(folder, entries),
+                planner=DefaultLoadPlanner(flatten_state_dict=False),
+                no_dist=alone or not dist.is_initialized(),
+            )
     except CheckpointException as failed:  # DCP's bundle of what went wrong on which rank
         raise next(iter(failed.failures.values()))[0] from None
 
@@ -150,9 +154,6 @@ class _Writer(StorageWriter):
         return False
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        for item in plan.items:
-            if item.type is WriteItemType.BYTE_IO:
-                raise TypeError(f"{item.index.fqn} is not a tensor: put it into the meta data")
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -279,8 +280,9 @@ class _ShardFile:
         size = math.prod(shape) * DTYPES[dtype].itemsize
         try:
             held = self.header[key]
-            begin, end = held["data_offsets"]
-            fits = (held["dtype"], tuple(held["shape"]), end - begin) == (dtype, shape, size)
+            begin, end = map(int, held["data_offsets"])
+            form = (held["dtype"], tuple(held["shape"]), end - begin)
+            fits = begin >= 0 and form == (dtype, shape, size)
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:

@@ -137,7 +137,13 @@ def accumulate(
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a global 2-norm of at most `max_norm`; the norm before, a scalar."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return full(norm)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded, detached, on every rank; collective if it is."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mean_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:

@@ -1,0 +1,204 @@
+"""Many devices compute what one computes: lanes, averages, clipping, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from infra import parallel
+from infra.parallel import ParallelConfig
+from tests.infra.workers import Toy, Trained, batch, full, in_workers
+
+FLOAT32 = ParallelConfig(compute_dtype="float32", threads=1)
+
+
+def train(steps: int, config: ParallelConfig = FLOAT32) -> dict[str, Any]:
+    with parallel.join(config) as mesh:
+        run = Trained(mesh, config)
+        losses = [[loss.item() for loss in run.step(step)] for step in range(steps)]
+        return {
+            "losses": losses,
+            "model": full(run.model.named_parameters()),
+            "average": full(run.average.module.named_parameters()),
+        }
+
+
+def plain(steps: int, decay: float = 0.9) -> dict[str, Any]:
+    """The same training by hand, on one device, without any of the machinery."""
+    model = Toy()
+    average: dict[str, torch.Tensor] = {}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    losses = []
+    for step in range(steps):
+        lanes = [model(*batch(step, lane)) for lane in range(2)]
+        (sum(lanes) / 2).backward()
+        norm = torch.stack([p.grad.norm() for p in trainable]).norm()
+        for p in trainable:
+            p.grad *= min(1.0, 1.0 / norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            average[name] = p.detach() + decay * (average.get(name, p.detach()) - p.detach())
+        losses.append([loss.item() for loss in lanes])
+    return {
+        "losses": losses,
+        "model": full(model.named_parameters()),
+        "average": full(average.items()),
+    }
+
+
+def close(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=1e-6, rtol=0, err_msg=name)
+
+
+def test_one_worker_two_workers_and_no_machinery_train_alike() -> None:
+    by_hand, alone, ranks = plain(5), train(5), in_workers(2, train, 5)
+    assert by_hand["losses"][0] == alone["losses"][0]
+    assert alone["losses"][0] == ranks[0]["losses"][0] + ranks[1]["losses"][0]
+    together = [a + b for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    np.testing.assert_allclose(together, alone["losses"], rtol=1e-5)
+    np.testing.assert_allclose(by_hand["losses"], alone["losses"], rtol=1e-5)
+    for part in ("model", "average"):
+        close(by_hand[part], alone[part])
+        close(alone[part], ranks[0][part])
+    frozen = full(Toy().named_parameters())["mix.weight"]
+    assert (ranks[0]["model"]["mix.weight"] == frozen).all()
+
+
+def test_a_run_repeats_bit_for_bit() -> None:
+    first, second = train(3), train(3)
+    assert first["losses"] == second["losses"]
+    assert all((first["model"][k] == second["model"][k]).all() for k in first["model"])
+
+
+def test_bf16_computes_in_blocks_and_keeps_float32_masters() -> None:
+    config = ParallelConfig(compute_dtype="bfloat16")
+    with parallel.join(config) as mesh:
+        run = Trained(mesh, config)
+        tokens_BL, weights_BL = batch(0, 0)
+        seen = {}
+        run.model.register_forward_pre_hook(lambda _, args: seen.update(weights=args[1].dtype))
+        loss = run.model(tokens_BL, weights_BL)
+        loss.backward()
+        assert seen["weights"] == torch.float32  # the root's inputs are not rounded
+        assert set(run.model.blocks[0].seen) == {torch.bfloat16}
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+        assert loss.item() != Toy()(tokens_BL, weights_BL).item()
+        assert loss.item() == pytest.approx(Toy()(tokens_BL, weights_BL).item(), rel=1e-2)
+        for step in range(3):
+            run.step(step)
+
+
+def test_lanes_are_summed_in_float32_under_bf16() -> None:
+    config = ParallelConfig(compute_dtype="bfloat16")
+    with parallel.join(config) as mesh:
+        run = Trained(mesh, config)
+        lanes = [batch(0, lane) for lane in range(2)]
+        each = []
+        for lane in lanes:
+            parallel.accumulate(run.model, [lane], lambda lane: run.model(*lane))
+            each.append(run.model.head.weight.grad.full_tensor().clone())
+            run.optimizer.zero_grad()
+        parallel.accumulate(run.model, lanes, lambda lane: run.model(*lane))
+        both = run.model.head.weight.grad.full_tensor()
+        torch.testing.assert_close(both, (each[0] + each[1]) / 2, rtol=1e-6, atol=1e-9)
+
+
+def test_auto_is_float32_on_a_cpu_and_bf16_on_a_gpu() -> None:
+    assert ParallelConfig().dtype(torch.device("cpu")) == torch.float32
+    assert ParallelConfig().dtype(torch.device("cuda")) == torch.bfloat16
+
+
+compile_block = nn.Module.compile
+
+
+def trace_block(block: nn.Module) -> None:
+    """Compile without generating code: what is tested is the order of the three wrappers."""
+    compile_block(block, backend="aot_eager")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_checkpointing_and_compile_change_neither_gradients_nor_names(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", trace_block)
+    gradients = {}
+    for config in (
+        FLOAT32,
+        ParallelConfig(compute_dtype="float32", activation_checkpointing=True, compile=compile),
+    ):
+        with parallel.join(config) as mesh:
+            run = Trained(mesh, config)
+            run.model(*batch(0, 0)).backward()
+            names = [name for name, _ in run.model.named_parameters()]
+            assert names == [name for name, _ in Toy().named_parameters()]
+            gradients[config] = full(
+                (name, p.grad) for name, p in run.model.named_parameters() if p.requires_grad
+            )
+            if not compile:
+                calls = len(run.model.blocks[0].seen)
+                assert calls == (2 if config.activation_checkpointing else 1)
+    plainly, wrapped = gradients.values()
+    close(plainly, wrapped)
+
+
+def test_validation_leaves_shards_behind() -> None:
+    with parallel.join(FLOAT32) as mesh:
+        run = Trained(mesh, FLOAT32)
+        run.step(0)
+        with torch.no_grad():
+            run.average.module(*batch(9, 0))
+        run.step(1)  # the average is updated in place: it must be sharded like the model
+        kinds = {type(p.data) for p in run.average.module.parameters()}
+        assert kinds == {parallel.DTensor}
+
+
+def test_clipping_reports_the_norm_before_and_scales_to_the_limit() -> None:
+    toy = Toy()
+    toy(*batch(0, 0)).backward()
+    trainable = [p for p in toy.parameters() if p.requires_grad]
+    expected = torch.stack([p.grad.norm() for p in trainable]).norm()
+    with parallel.join(FLOAT32) as mesh:
+        model = Toy()
+        parallel.shard(model, model.blocks, mesh=mesh, config=FLOAT32)
+        model(*batch(0, 0)).backward()
+        norm = parallel.clip_grad_norm(model.parameters(), 0.01)
+        assert type(norm) is torch.Tensor
+        torch.testing.assert_close(norm, expected)
+        torch.testing.assert_close(
+            parallel.clip_grad_norm(model.parameters(), 1.0), torch.tensor(0.01)
+        )
+
+
+def mean_of_rank() -> dict[str, float]:
+    rank, size = parallel.world()
+    assert size == dist.get_world_size()
+    return parallel.mean_over_ranks(
+        {"rank": rank, "third": torch.tensor(1 / 3, dtype=torch.float64)}
+    )
+
+
+def test_scalars_are_averaged_in_float64() -> None:
+    expected = {"rank": 0.5, "third": 1 / 3}
+    assert in_workers(2, mean_of_rank) == [expected, expected]
+    assert parallel.mean_over_ranks({"x": 1 / 3}) == {"x": 1 / 3}
+
+
+def test_a_bare_process_is_a_world_of_one_for_the_duration() -> None:
+    before = torch.get_num_threads()
+    with parallel.join(ParallelConfig(threads=1)) as mesh:
+        assert (mesh.size(), parallel.world()) == (1, (0, 1))
+        assert parallel.device() == torch.device("cpu")
+        assert torch.get_num_threads() == 1
+    assert not dist.is_initialized()
+    assert parallel.world() == (0, 1)
+    torch.set_num_threads(before)
