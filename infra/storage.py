@@ -8,6 +8,7 @@ may hold a credential (user part and query of a URL, the AWS secrets) is blotted
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import time
@@ -106,9 +107,10 @@ class Folder:
                 return self.filesystem.ls(path, detail=False)
             return []
 
-        found = (path.rstrip("/").rpartition("/")[2] for path in self._ask("", listed))
-        own = self.path.rstrip("/").rpartition("/")[2]  # some stores list the folder in itself
-        return sorted({name for name in found if name and not name.endswith(PARTIAL)} - {own})
+        own = self.path.strip("/")  # some stores list the folder in itself
+        paths = (path.strip("/") for path in self._ask("", listed))
+        names = {path.rpartition("/")[2] for path in paths if path != own}
+        return sorted(name for name in names if not name.endswith(PARTIAL))
 
     def read_bytes(self, name: str) -> bytes:
         return self._ask(name, self.filesystem.cat_file)
@@ -146,7 +148,8 @@ class Folder:
 
         def gone(path: str) -> None:
             with suppress(FileNotFoundError):
-                self.filesystem.rm(path, recursive=True)
+                # Stores take the path for a pattern, disks do not.
+                self.filesystem.rm(path if self.is_local else glob.escape(path), recursive=True)
 
         self._ask(name, gone)
 

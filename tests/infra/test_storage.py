@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from infra import storage
+from infra.errors import ConfigError, DataError, InfraError, Problem
+from infra.storage import Folder, explained, scrub
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
+    root = str(tmp_path) if request.param == "disk" else "memory:/"
+    folder = Folder.at(f"{root}/new/[folder]*")  # not a pattern, just a name
+    yield folder
+    folder.remove()
+
+
+def test_a_folder_keeps_files(folder: Folder) -> None:
+    assert folder.names() == []
+    assert not folder.exists("a")
+    folder.write_bytes("a", b"one")
+    folder.write_bytes("a", b"three")
+    (folder / "sub").write_bytes("sub", b"")
+    (folder / "subway").write_bytes("b", b"")
+    assert folder.read_bytes("a") == b"three"
+    assert folder.size("a") == 5
+    assert folder.exists("sub/sub")
+    assert folder.names() == ["a", "sub", "subway"]
+    assert (folder / "sub").names() == ["sub"]
+    folder.remove("sub")
+    folder.remove("sub")
+    assert folder.names() == ["a", "subway"]
+    assert Folder.at(folder.url) == folder
+    assert Folder.holding(folder.url_of("a")) == (folder, "a")
+
+
+def test_a_stream_appears_when_it_is_whole(folder: Folder) -> None:
+    with folder.open("big", "wb") as file:
+        file.write(b"x" * 10)
+        file.write(b"y")
+    with folder.open("big") as file:
+        assert file.read() == b"x" * 10 + b"y"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    folder = Folder.at(str(tmp_path))
+    folder.write_bytes("a", b"old")
+    with suppress(ZeroDivisionError), folder.open("a", "wb") as file:
+        file.write(b"new")
+        _ = 1 / 0
+    assert folder.read_bytes("a") == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_names_hide_what_a_killed_writer_left(tmp_path: Path) -> None:
+    (tmp_path / f".a.0123{storage.PARTIAL}").write_bytes(b"half")
+    assert Folder.at(str(tmp_path)).names() == []
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder.at(str(tmp_path))
+    folder.write_bytes("a", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InfraError, match="disk is full"):
+        folder.write_bytes("a", b"new")
+    assert folder.read_bytes("a") == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_is_missing_is_named(folder: Folder) -> None:
+    for ask in (folder.read_bytes, folder.size):
+        with pytest.raises(DataError, match="nowhere: not found"):
+            ask("nowhere")
+    with pytest.raises(DataError, match="nowhere: not found"), folder.open("nowhere"):
+        pass
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Problem, match="file/a"):
+        Folder.at(str(tmp_path / "file")).write_bytes("a", b"")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s4://bucket", "unknown protocol s4://"),
+        ("memori://x", "Did you mean memory://"),
+        ("s3://name:secret@bucket/x", "holds a credential"),
+    ],
+)
+def test_a_wrong_url_is_a_config_error(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Folder.at(url)
+    assert "secret" not in str(caught.value)
+
+
+class NoCredentialsError(Exception):
+    """Stands for botocore's, which is recognised by its name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "problem", "why"),
+    [
+        (PermissionError("no"), InfraError, "access denied"),
+        (OSError(errno.EROFS, "read-only"), InfraError, "access denied"),
+        (OSError(errno.EDQUOT, "quota"), InfraError, "disk is full"),
+        (ConnectionResetError("gone"), InfraError, "does not answer"),
+        (TimeoutError("slow"), InfraError, "does not answer"),
+        (NoCredentialsError(), InfraError, "no usable credentials"),
+        (OSError(errno.EIO, "odd"), InfraError, "odd"),
+    ],
+)
+def test_causes(error: Exception, problem: type[Problem], why: str) -> None:
+    with pytest.raises(problem, match=why) as caught, explained("s3://bucket/key"):
+        raise error
+    assert caught.value.where == "s3://bucket/key"
+
+
+def test_a_bug_stays_a_bug() -> None:
+    with pytest.raises(KeyError), explained("here"):
+        raise KeyError
+
+
+def test_no_credential_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    told = "hunter2 GET https://me:pass@host/key?X-Amz-Signature=abc&b=c failed"
+    assert scrub(told) == "… GET https://host/key?… failed"
+    with pytest.raises(InfraError) as caught, explained("x"):
+        raise OSError(told)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_only_trouble_on_the_way_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0)
+    folder = Folder.at("memory://retries")
+    calls: list[str] = []
+
+    def flaky(*errors: Exception) -> bytes:
+        pending = iter(errors)
+
+        def cat(path: str) -> bytes:
+            calls.append(path)
+            for error in pending:
+                raise error
+            return b"content"
+
+        monkeypatch.setattr(folder.filesystem, "cat_file", cat)
+        return folder.read_bytes("a")
+
+    busy = OSError(errno.EBUSY, "slow down")
+    assert flaky(*[busy] * (storage.ATTEMPTS - 1)) == b"content"
+    assert len(calls) == storage.ATTEMPTS
+    with pytest.raises(InfraError, match="does not answer"):
+        flaky(*[busy] * storage.ATTEMPTS)
+    calls.clear()
+    with pytest.raises(DataError):
+        flaky(FileNotFoundError())
+    assert len(calls) == 1
+
+
+def test_a_folder_travels(tmp_path: Path) -> None:
+    folder = Folder.at(str(tmp_path))
+    assert pickle.loads(pickle.dumps(folder)) == folder
