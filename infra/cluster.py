@@ -1,32 +1,22 @@
-"""Ray: connecting to a cluster, running a function on its workers, and a local head to submit to.
+"""Ray: connecting to a cluster, running a function on its workers, knowing the commit.
 
-    python -m infra.cluster up                 # a head on 127.0.0.1 that asks for a token
-    python -m infra.cluster submit -- python pipelines/finetune.py quickstart
-    python -m infra.cluster logs JOB
-    python -m infra.cluster down
-
-`python` inside a job is the interpreter that ran `up`.
+`python -m infra.cluster up|submit|logs|down` is the command line of `infra.head`.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +176,12 @@ def submitted_commit() -> Commit | None:
     return Commit(sha, bool(dirty)) if sha else None
 
 
+def job_id() -> str | None:
+    """The id under which this process was submitted to a cluster; None outside of a job."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return job.get("metadata", {}).get("job_submission_id")
+
+
 def commit(folder: Path = ROOT) -> Commit | None:
     """The commit of the code: as submitted with the job, else what git says of `folder`."""
     if submitted := submitted_commit():
@@ -201,191 +197,7 @@ def commit(folder: Path = ROOT) -> Commit | None:
         return None
 
 
-# --- a local head, with a token --------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """A local head as `up` started it; what is needed to reach it and to end it."""
-
-    pid: int
-    started: str  # a pid may be given to another process: the start time tells them apart
-    address: str
-    folder: str
-
-    @staticmethod
-    def load(state: Path) -> Head:
-        """The running head that `state` records; InfraError where there is none."""
-        try:
-            head = Head(**json.loads((state / "head.json").read_text()))
-        except FileNotFoundError:
-            raise InfraError(str(state), "no cluster is up", UP) from None
-        if _started(head.pid) != head.started:
-            raise InfraError(str(state), "the cluster that was up is gone", f"{UP} after `down`")
-        return head
-
-
-UP = "Start one with `python -m infra.cluster up`"
-START_SECONDS, STOP_SECONDS = 60, 20
-# Left at home: what the job does not read. Ray itself leaves out .git, .venv and .gitignore's.
-EXCLUDES = [".git", ".venv", ".cluster", "runs", "data", "tests"]
-
-
-def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) -> Head:
-    """Start a head on this machine that answers only to the token in `state`, and wait for it."""
-    if (state / "head.json").exists():
-        raise InfraError(str(state), "a cluster is recorded as up", "End it with `down`")
-    state.mkdir(parents=True, exist_ok=True)
-    token = state / "token"
-    token.unlink(missing_ok=True)
-    with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-    port, client_port, agent_port = _free_ports(3)
-    folder = tempfile.mkdtemp(prefix="ray-head-")  # short: sockets lie in it
-    arguments = {
-        "node-ip-address": "127.0.0.1", "port": port, "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard_port, "ray-client-server-port": client_port,
-        "dashboard-agent-listen-port": agent_port, "temp-dir": folder,
-        "object-store-memory": OBJECT_STORE_BYTES,
-        "num-cpus": num_cpus or (os.cpu_count() or 1) + DATA_CPUS,
-    }  # fmt: skip
-    with (state / "head.log").open("w") as log:
-        process = subprocess.Popen(
-            [_ray(), "start", "--head", "--block", *(f"--{k}={v}" for k, v in arguments.items())],
-            env=_environment(state), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard_port}"
-    head = Head(pid=process.pid, started=_started(process.pid), address=address, folder=folder)
-    (state / "head.json").write_text(json.dumps(asdict(head)))
-    deadline = time.monotonic() + START_SECONDS
-    while not _answers(address, token.read_text()):
-        if process.poll() is not None or time.monotonic() > deadline:
-            down(state)
-            raise InfraError(address, "the head did not start", f"See {state / 'head.log'}")
-        time.sleep(0.5)
-    return head
-
-
-def submit(state: Path, entrypoint: Sequence[str], working_dir: Path) -> int:
-    """Run a command as a job on the head, its output shown here; the command's exit code."""
-    head, job = Head.load(state), f"job-{secrets.token_hex(6)}"
-    code = commit(working_dir)
-    runtime = {"excludes": EXCLUDES, "env_vars": {COMMIT_VARIABLE: str(code)} if code else {}}
-    environment = _environment(state)
-    subprocess.run(
-        [_ray(), "job", "submit", "--address", head.address, "--submission-id", job,
-         "--working-dir", str(working_dir), "--runtime-env-json", json.dumps(runtime),
-         "--", *entrypoint],
-        env=environment,
-    )  # fmt: skip
-    request = _request(f"{head.address}/api/jobs/{job}", environment["RAY_AUTH_TOKEN"])
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            info = json.load(answer)
-    except OSError as error:
-        raise InfraError(f"{head.address}, {job}", f"no word of the job: {error}") from error
-    if info["driver_exit_code"] is None:
-        raise InfraError(job, f"ended without an exit code, {info['status']}: {info['message']}")
-    return int(info["driver_exit_code"])
-
-
-def logs(state: Path, job: str) -> int:
-    """Show what a job has written."""
-    head = Head.load(state)
-    command = [_ray(), "job", "logs", "--address", head.address, job]
-    return subprocess.run(command, env=_environment(state)).returncode
-
-
-def down(state: Path) -> None:
-    """End the head that `up` started, its whole process group and nothing else."""
-    record = state / "head.json"
-    if not record.exists():
-        raise InfraError(str(state), "no cluster is up", UP)
-    head = Head(**json.loads(record.read_text()))
-    if _started(head.pid) == head.started:
-        os.kill(head.pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while _started(head.pid) == head.started and time.monotonic() < deadline:
-            time.sleep(0.2)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
-    shutil.rmtree(head.folder, ignore_errors=True)
-    for name in ("head.json", "token"):
-        (state / name).unlink(missing_ok=True)
-
-
-def _ray() -> str:
-    return str(Path(sys.executable).with_name("ray"))
-
-
-def _environment(state: Path) -> dict[str, str]:
-    """What a `ray` command needs to know: the token, and the interpreter that jobs find first."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    token = (state / "token").read_text()
-    hidden = {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", COMMIT_VARIABLE}
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return {**kept, **QUIET, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-
-
-def _started(pid: int) -> str:
-    """When the process began, empty where there is none or only its remains."""
-    columns = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
-    status, _, began = subprocess.run(columns, capture_output=True, text=True).stdout.partition(" ")
-    return "" if status.startswith("Z") else began.strip()
-
-
-def _request(url: str, token: str) -> urllib.request.Request:
-    return urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-
-
-def _answers(address: str, token: str) -> bool:
-    try:
-        with urllib.request.urlopen(_request(f"{address}/api/version", token), timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the head of this file."""
-    parser = argparse.ArgumentParser(prog="python -m infra.cluster", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--state", type=Path, default=Path(".cluster"), help="token, pid and log")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    upper = verbs.add_parser("up", help="start a head on this machine")
-    upper.add_argument("--dashboard-port", type=int, default=8265)
-    upper.add_argument("--num-cpus", type=int)
-    verbs.add_parser("submit", help="run a command as a job").add_argument("entrypoint", nargs="+")
-    verbs.add_parser("logs", help="show what a job has written").add_argument("job")
-    verbs.add_parser("down", help="end the head")
-    given = parser.parse_args(argv)
-    actions: dict[str, Callable[[], int | None]] = {
-        "up": lambda: print(_welcome(up(
-            given.state, dashboard_port=given.dashboard_port, num_cpus=given.num_cpus
-        ), given.state)),
-        "submit": lambda: submit(given.state, given.entrypoint, Path.cwd()),
-        "logs": lambda: logs(given.state, given.job),
-        "down": lambda: down(given.state),
-    }  # fmt: skip
-    try:
-        return actions[given.verb]() or 0
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return problem.exit_code
-
-
-def _welcome(head: Head, state: Path) -> str:
-    return f"Ray is up: {head.address}, token in {state / 'token'}, process {head.pid}"
-
-
 if __name__ == "__main__":
+    from infra.head import main
+
     sys.exit(main())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
-
 # Where Ray's errors keep the error that they report.
 WRAPPERS = ("cause", "health_check_failure", "controller_failure")
 

@@ -1,0 +1,149 @@
+"""Ray for real: a group that is killed and restarts, and a head that asks for a token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import cluster, head
+from infra.cluster import Commit
+from infra.errors import DataError, InfraError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Path) -> None:
+    def worker(payload: dict[str, Any]) -> None:
+        import torch
+        import torch.distributed as dist
+
+        rank, folder = dist.get_rank(), Path(payload["folder"])
+        starts = len(list(folder.glob(f"rank{rank}-*")))
+        (folder / f"rank{rank}-{starts}").touch()
+        dist.all_reduce(torch.ones(1))
+        if rank == 1 and starts == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            raise DataError("part-0.parquet, row 3", "token 9 of 8", "Prepare it again")
+        dist.all_reduce(torch.ones(1))
+
+    with pytest.raises(DataError) as caught:
+        cluster.fit(worker, {"folder": str(tmp_path)}, name="killed", num_workers=2, max_failures=1)
+    assert str(caught.value) == "part-0.parquet, row 3: token 9 of 8. Prepare it again"
+    started = sorted(path.name for path in tmp_path.iterdir())
+    assert started == ["rank0-0", "rank0-1", "rank1-0", "rank1-1"]
+
+
+def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("nobody listens\nand a long story")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(InfraError, match=r"127\.0\.0\.1:1: nobody listens\. Is it up"):
+        cluster.connect(cluster.ClusterConfig(address="127.0.0.1:1"))
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
+
+
+def test_commit_from_git_or_from_the_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(cluster.COMMIT_VARIABLE, raising=False)
+    assert cluster.commit(tmp_path) is None
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    clean = cluster.commit(tmp_path)
+    assert clean is not None
+    assert (len(clean.sha), clean.dirty) == (40, False)
+    (tmp_path / "file").touch()
+    assert cluster.commit(tmp_path) == Commit(clean.sha, True)
+    monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Commit("abc", True)))
+    assert cluster.commit(tmp_path) == cluster.submitted_commit() == Commit("abc", True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "infra.cluster", "--state", str(state), *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def running_head(tmp_path: Path) -> Iterator[Path]:
+    state = tmp_path / "cluster"
+    done = command(state, "up", "--dashboard-port", str(free_port()), "--num-cpus", "2")
+    assert done.returncode == 0, done.stderr
+    yield state
+    if (state / "head.json").exists():
+        head.down(state)
+
+
+def processes_of(folder: str) -> list[str]:
+    lines = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return [line for line in lines.splitlines() if folder in line]
+
+
+def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
+    state = running_head
+    record = head.Head.load(state)
+    assert stat.S_IMODE((state / "token").stat().st_mode) == 0o600
+    assert processes_of(record.folder)
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{record.address}/api/jobs/")
+    assert refused.value.code == 401
+    untold = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": record.address}
+    ray = Path(sys.executable).with_name("ray")
+    assert subprocess.run([ray, "job", "list"], env=untold, capture_output=True).returncode != 0
+
+    again = command(state, "up")
+    assert again.returncode == InfraError.exit_code
+    assert "a cluster is recorded as up" in again.stderr
+
+    script = "import sys, infra.cluster as c; print('of', c.commit(), sys.executable); sys.exit(3)"
+    job = command(state, "submit", "--", "python", "-c", script)
+    assert job.returncode == 3, "the job's own exit code, not that of `ray job submit`"
+    commit = cluster.commit(ROOT)
+    assert commit is not None
+    assert f"of {commit.sha}" in job.stdout
+    assert sys.executable in job.stdout
+
+    assert command(state, "down").returncode == 0
+    assert not processes_of(record.folder)
+    assert not Path(record.folder).exists()
+    gone = command(state, "submit", "--", "true")
+    assert (gone.returncode, "no cluster is up" in gone.stderr) == (InfraError.exit_code, True)
+
+
+def test_down_signals_no_process_that_took_over_the_pid(tmp_path: Path) -> None:
+    (tmp_path / "head.json").write_text(
+        f'{{"pid": {os.getpid()}, "started": "long ago", "address": "", "folder": "none"}}'
+    )
+    with pytest.raises(InfraError, match="is gone"):
+        head.Head.load(tmp_path)
+    head.down(tmp_path)  # the test would end here
+    assert not (tmp_path / "head.json").exists()
