@@ -1,0 +1,199 @@
+"""Text from anywhere, as a stream of pieces: text, JSON lines or Parquet, plain or compressed.
+
+A document is one text file, one JSON line or one Parquet row. A piece is a document, or at most
+`PIECE` characters of a longer one, cut where no tokenizer that splits words at spaces would
+notice. Memory holds one piece, never a corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import fsspec
+
+from infra.errors import ConfigError, DataError
+from infra.storage import Folder, scrub
+
+EMBEDDED = "cpython"
+PIECE = 1 << 12
+COMPRESSED = (".gz", ".xz", ".zst")
+# A single space between two words: cut in front of it and the words' tokens stay as they are.
+SEAM = re.compile(r"(?<=\S)(?= \S)")
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`ends` says that the document ends with this piece."""
+
+    text: str
+    ends: bool
+
+
+def pieces(source: str, field: str) -> Iterator[Piece]:
+    """The pieces of a corpus, in order.
+
+    source: `cpython` for the reference text inside this Python, or an fsspec URL, `*` allowed.
+        The suffix before the compression's says what is in a file: `.jsonl`, `.parquet`; anything
+        else is text.
+    field: of a JSON line or a Parquet row, the one that holds the text.
+
+    Raises DataError, with file and place, for what is missing, damaged, empty or not text.
+    """
+    if source == EMBEDDED:
+        for document in embedded():
+            yield from _cut(iter([document]))
+        return
+    for url in expand(source):
+        with _explained(url):
+            read = READERS.get(_suffix(url), _read_text)
+            yield from read(url, field)
+
+
+def embedded() -> Iterator[str]:
+    """The English reference text that comes with CPython: ~370 kB without its repetitions.
+
+    Some topics quote others whole, so a paragraph is kept where it comes first; the order of the
+    topics is mixed, so that the end of the corpus is like its beginning.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    for name in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        paragraphs = topics[name].split("\n\n")
+        fresh = [p for p in paragraphs if p.strip() and " ".join(p.split()) not in seen]
+        seen.update(" ".join(paragraph.split()) for paragraph in fresh)
+        if fresh:
+            yield "\n\n".join(fresh)
+
+
+def expand(source: str) -> list[str]:
+    """The files that a URL names, sorted; DataError where there is none."""
+    Folder.at(source)  # a message of ours for credentials and unknown protocols
+    with _explained(source):
+        files = fsspec.open_files(source, mode="rb")
+        filesystem = files.fs
+        urls = sorted(
+            filesystem.unstrip_protocol(file.path) for file in files if filesystem.isfile(file.path)
+        )
+    if not urls:
+        raise DataError(scrub(source), "no such file", "Give a file, or a pattern with *")
+    return urls
+
+
+def _suffix(url: str) -> str:
+    name = url.rpartition("/")[2]
+    for compression in COMPRESSED:
+        name = name.removesuffix(compression)
+    return name[name.rfind(".") :] if "." in name else ""
+
+
+def _open(url: str) -> Any:
+    return fsspec.open(url, "rt", encoding="utf-8", newline="", compression="infer")
+
+
+def _read_text(url: str, field: str) -> Iterator[Piece]:
+    with _open(url) as file:
+        yield from _cut(iter(lambda: _checked(file, url), ""))
+
+
+def _checked(file: TextIO, url: str) -> str:
+    text = file.read(PIECE)
+    if "\0" in text:
+        raise DataError(url, "holds NUL bytes: this is not text", "Give text, .jsonl or .parquet")
+    return text
+
+
+def _read_jsonl(url: str, field: str) -> Iterator[Piece]:
+    with _open(url) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{url} line {number}", f"not JSON ({error})") from None
+            yield from _cut(iter([_field(row, field, f"{url} line {number}")]))
+
+
+def _read_parquet(url: str, field: str) -> Iterator[Piece]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with fsspec.open(url, "rb") as file:
+        try:
+            table = pq.ParquetFile(file)
+            if field not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names)
+                raise DataError(url, f"no column {field!r}; it has {columns}", "Set field=…")
+            row = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    yield from _cut(iter([_field({field: text}, field, f"{url} row {row}")]))
+                    row += 1
+        except pa.ArrowInvalid as error:
+            why = f"not a whole Parquet file ({error})"
+            raise DataError(url, why, "Copy it again") from None
+
+
+READERS: dict[str, Callable[[str, str], Iterator[Piece]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _field(row: Any, field: str, where: str) -> str:
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        held = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(where, f"no text in field {field!r} (it has: {held})", "Set field=…")
+    return text
+
+
+def _cut(chunks: Iterator[str]) -> Iterator[Piece]:
+    """The pieces of one document that arrives in chunks; none for an empty one."""
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) > 2 * PIECE:
+            seam = SEAM.search(rest, PIECE)
+            at = min(seam.start() if seam else 2 * PIECE, 2 * PIECE)
+            yield Piece(rest[:at], ends=False)
+            rest = rest[at:]
+    if rest:
+        yield Piece(rest, ends=True)
+
+
+class _explained:
+    """What reading a file can raise, as one DataError that names the file."""
+
+    def __init__(self, url: str) -> None:
+        self.url = scrub(url)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        if isinstance(error, UnicodeDecodeError):
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            raise DataError(
+                self.url, f"not UTF-8 text ({byte})", "Give text, .jsonl or .parquet"
+            ) from None
+        if isinstance(error, FileNotFoundError):
+            raise DataError(self.url, "no such file", "Check the URL") from None
+        if isinstance(error, PermissionError):
+            raise DataError(self.url, "may not be read", "Check its rights") from None
+        if isinstance(error, BROKEN) or type(error).__name__ == "ZstdError":
+            raise DataError(self.url, f"cannot be read ({error})", "Copy it again") from None
+        if isinstance(error, ValueError | ImportError) and not isinstance(error, ConfigError):
+            raise DataError(self.url, str(error)) from None

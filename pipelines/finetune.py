@@ -1,0 +1,113 @@
+"""Turn a masked-diffusion model into a denoiser for every SNR, and register it.
+
+    python pipelines/finetune.py quickstart
+    python pipelines/finetune.py owt init=s3://bucket/mdlm-owt workers.count=8 workers.gpu=true
+
+`init` is an MDLM checkpoint (a Hugging Face folder or a Lightning file), a run directory, a model
+folder, `models:/name@alias`, or `scratch`. A model that already has a trained table and converter
+keeps them; any other gets fresh ones as `converter` says.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.objective import DSLObjective
+from dsl.support import Mixed, Support
+from dsl.vocabulary import Vocabulary
+from infra import command, tracking
+from infra.errors import ConfigError
+from infra.shards import Manifest, read_manifest
+from pipelines import models
+from pipelines.launch import DATA_ERRORS, RunConfig, launch, plan
+from pipelines.models import BackboneConfig, ConverterConfig
+
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """`support` is what SNR the training rows see; `backbone` matters to `init: scratch` alone."""
+
+    init: str
+    support: Support = field(default_factory=Mixed)
+    converter: ConverterConfig = field(default_factory=ConverterConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+
+
+def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
+    """The denoiser that training starts from, the same for the same seed.
+
+    Raises DataError where `init` speaks another vocabulary, ConfigError where it is causal.
+    """
+    torch.manual_seed(config.train.stream.seed)
+    if config.init == SCRATCH:
+        return _scratch(config, vocabulary.size)
+    uri = tracking.locate(config.tracking, config.root)
+    model = models.load(config.init, converter=config.converter, tracking_uri=uri)
+    models.require_same(model, vocabulary, "init")
+    if model.kind == "ar":
+        raise ConfigError("init", f"{config.init} is autoregressive", "Give a masked model")
+    if model.kind == "dsl":
+        return model.denoiser
+    return Denoiser.from_backbone(
+        model.denoiser.backbone,
+        embed_dim=config.converter.embed_dim,
+        beta=config.converter.beta,
+        mask_prior=config.converter.mask_prior,
+    )
+
+
+def _scratch(config: FinetuneConfig, tokens: int) -> Denoiser:
+    return Denoiser(
+        DenoiserConfig(
+            backbone=config.backbone.dit(tokens, causal=False),
+            embed_dim=config.converter.embed_dim,
+            beta=config.converter.beta,
+            mask_prior=config.converter.mask_prior,
+        )
+    )
+
+
+def dry_run(config: FinetuneConfig) -> dict[str, Any]:
+    manifest = read_manifest(config.data)
+    if config.init == SCRATCH:
+        with torch.device("meta"):
+            return plan(config, _scratch(config, manifest.vocabulary.size))
+    uri = tracking.locate(config.tracking, config.root)
+    model = models.load(config.init, converter=config.converter, tracking_uri=uri)
+    return plan(config, model.denoiser) | {"init": config.init, "init_objective": model.kind}
+
+
+def execute(config: FinetuneConfig) -> dict[str, Any]:
+    return launch(
+        config,
+        verb="finetune",
+        kind="dsl",
+        objective=partial(DSLObjective, support=config.support),
+        initial=partial(initial, config),
+        tags={"parent_model": config.init},
+    )
+
+
+def main() -> int:
+    return command.run(
+        "finetune",
+        FinetuneConfig,
+        plan=dry_run,
+        execute=execute,
+        presets=Path(__file__).with_name("presets"),
+        doc=__doc__ or "",
+        data_errors=DATA_ERRORS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

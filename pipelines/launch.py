@@ -1,0 +1,328 @@
+"""From a configuration to a registered model: what `pretrain` and `finetune` share on the driver.
+
+The driver checks the data, writes the initial weights into the run directory, opens the MLflow
+run, starts the workers, and turns the last checkpoint's averaged weights into a model. Every step
+of it may be cut off: the same command picks up what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from dsl.denoiser import Denoiser
+from dsl.errors import VocabularyError, WeightsError
+from dsl.objective import Objective
+from dsl.vocabulary import Vocabulary
+from infra import cluster, journal, stream, tracking
+from infra.checkpoints import Checkpoints, committed, consolidate
+from infra.cluster import ClusterConfig
+from infra.config import digest, flatten, to_tree, to_yaml
+from infra.errors import ConfigError, DataError
+from infra.parallel import ParallelConfig, world
+from infra.shards import Manifest, read_manifest
+from infra.storage import Folder
+from infra.stream import Plan
+from infra.tracking import RunHandle, TrackingConfig
+from pipelines import models
+from pipelines.training import Log, TrainConfig, train
+
+RESULT = "result.json"
+# What may differ when a run is continued: where it runs, how it is shown, and how often it
+# writes. Everything else decides what the weights become.
+FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "train.log_every")
+# What counts as bad data or weights beside infra's own errors.
+DATA_ERRORS = (WeightsError, VocabularyError)
+H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """How many processes train, and on what. Restarts go on from the last checkpoint."""
+
+    count: int = 1
+    gpu: bool = False
+    max_failures: int = 3
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training run has.
+
+    `name` is its directory in `root`. If that exists, `existing` says whether to go on from there
+    or to wipe it. `register` names the model in the registry; null registers nothing.
+    """
+
+    name: str
+    data: str
+    root: str = "runs"
+    existing: Literal["resume", "restart"] = "resume"
+    register: str | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
+        if self.train.stream.num_lanes % self.workers.count:
+            raise ValueError(
+                f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
+                f"workers.count ({self.workers.count}), or workers would hold unequal shares"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is sent."""
+
+    config: RunConfig
+    manifest: Manifest
+    objective: Callable[[Denoiser], Objective]
+    handle: RunHandle
+
+
+def plan(config: RunConfig, denoiser: Denoiser) -> dict[str, Any]:
+    """What a run would take, for `--dry-run`."""
+    manifest = read_manifest(config.data)
+    rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
+    tokens = config.train.steps * rows * manifest.length
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    flops = 3 * denoiser.config.backbone.flops_per_token(manifest.length) * tokens
+    return {
+        "run": (Folder.at(config.root) / config.name).url,
+        "parameters": parameters,
+        "steps": config.train.steps,
+        "tokens": tokens,
+        "epochs": round(config.train.steps * rows / manifest.rows("train"), 2),
+        # Weights, their average and AdamW's two moments, in float32.
+        "checkpoint_bytes": 4 * 4 * parameters,
+        "training_flops": flops,
+        "h100_hours_at_40_percent": round(flops / H100_FLOPS / 3600, 4),
+    }
+
+
+def launch(
+    config: RunConfig,
+    *,
+    verb: str,
+    kind: str,
+    objective: Callable[[Denoiser], Objective],
+    initial: Callable[[Manifest, Vocabulary], Denoiser],
+    tags: Mapping[str, str],
+) -> dict[str, Any]:
+    """Run `verb` to its end, from wherever an earlier attempt left it; what was made.
+
+    kind: what the weights are trained for, written beside them. initial: the starting weights,
+    asked for once in the life of a run. tags: lineage for the MLflow run.
+    """
+    folder = open_run(config, verb)
+    if folder.exists(RESULT):
+        say(f"{folder.url} is finished; existing=restart would make it anew")
+        return json.loads(folder.read_bytes(RESULT))
+    manifest = read_manifest(config.data)
+    vocabulary = models.vocabulary_of(manifest, Folder.at(config.data))
+    handle = _start(config, verb, manifest, tags)
+    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
+    try:
+        init = folder / "init"
+        if not models.exists(init):
+            models.save(
+                init, initial(manifest, vocabulary), vocabulary, kind=kind, length=manifest.length
+            )
+        if config.train.steps not in committed(folder / "checkpoints"):
+            _fit(Job(config=config, manifest=manifest, objective=objective, handle=handle))
+        result = _conclude(config, folder, vocabulary, kind, manifest.length)
+    except BaseException as error:
+        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    handle = tracking.finish(handle)
+    result |= {"run_id": handle.run_id, **_register(config, folder / "model", kind, handle)}
+    folder.write_bytes(RESULT, json.dumps(result).encode())
+    return result
+
+
+def open_run(config: RunConfig, verb: str) -> Folder:
+    """The run directory: new, wiped, or the one of an earlier attempt with the same settings.
+
+    Raises ConfigError where the directory holds a run of other settings, or no run at all.
+    """
+    folder = Folder.at(config.root) / config.name
+    if not folder.exists(tracking.CONFIG):
+        if folder.names():
+            raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
+        return folder
+    if config.existing == "restart":
+        folder.remove()
+        return folder
+    before = flatten(yaml.safe_load(folder.read_bytes(tracking.CONFIG)))
+    now = flatten({verb: to_tree(config)})
+    decisive = {
+        key
+        for key in before.keys() | now.keys()
+        if not key.partition(".")[2].startswith(FREE) and before.get(key) != now.get(key)
+    }
+    if decisive:
+        shown = ", ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(decisive)[:5])
+        raise ConfigError(
+            "name",
+            f"{folder.url} is a run with other settings ({shown})",
+            "Choose another name, or existing=restart to wipe it",
+        )
+    return folder
+
+
+def say(line: str) -> None:
+    """Progress for a person; stdout is kept for what was made."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _start(config: RunConfig, verb: str, manifest: Manifest, tags: Mapping[str, str]) -> RunHandle:
+    commit = cluster.commit()
+    return tracking.start(
+        config.tracking,
+        root=config.root,
+        name=config.name,
+        params=to_tree(config),
+        tags={
+            "verb": verb,
+            "commit": commit.sha if commit else "unknown",
+            "dirty": str(bool(commit and commit.dirty)).lower(),
+            "config_hash": digest(config),
+            "ray_job_id": cluster.job_id() or "none",
+            **tags,
+        },
+        config_yaml=to_yaml(config, verb),
+        dataset={
+            "name": manifest.source,
+            "digest": manifest.digest,
+            "source": Folder.at(config.data).url,
+        },
+    )
+
+
+def _fit(job: Job) -> None:
+    workers = job.config.workers
+    cluster.connect(workers.cluster, needed_cpus=workers.count)
+    try:
+        cluster.fit(
+            worker,
+            {"job": job},
+            name=job.config.name,
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            max_failures=workers.max_failures,
+        )
+    finally:
+        cluster.shutdown()
+
+
+def worker(payload: dict[str, Any]) -> None:
+    """One of the training processes, inside Ray Train."""
+    import ray.train
+
+    run_on_this_process(
+        payload["job"],
+        batches=stream.ray_batches,
+        report=lambda metrics: ray.train.report(metrics),
+    )
+
+
+def run_on_this_process(
+    job: Job,
+    *,
+    batches: Callable[[Plan, tuple[int, ...], int], Iterator[Mapping[int, np.ndarray]]],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> None:
+    """Train as one of the workers, or as the only one: bare Python is a world of one."""
+    config = job.config
+    folder, data = Folder.at(config.root) / config.name, Folder.at(config.data)
+    order = Plan.of(data, job.manifest, "train", config.train.stream)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=config.train.checkpoint.keep,
+        milestone_every=config.train.checkpoint.milestone_every,
+        max_failures=config.train.checkpoint.max_failures,
+    )
+    logs: list[tracking.Logger] = []
+
+    def open_log(resumed: int | None) -> Log:
+        if world()[0]:
+            return _Silent()
+        logs.append(tracking.Logger(tracking.Journal(folder, resume=resumed), job.handle))
+        return logs[0]
+
+    try:
+        train(
+            job.objective(models.load_folder(folder / "init").denoiser),
+            config.train,
+            config.workers.parallel,
+            batches=partial(batches, order),
+            validation_NL=_validation_rows(data, job.manifest, config.train),
+            checkpoints=checkpoints,
+            open_log=open_log,
+            report=report,
+        )
+    finally:
+        for log in logs:
+            log.close()
+
+
+class _Silent:
+    """The log of every rank but the first."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        return None
+
+
+def _validation_rows(data: Folder, manifest: Manifest, config: TrainConfig) -> np.ndarray:
+    """Held-out rows ``[N, L]``: whole microbatches, equally many for every lane."""
+    share = config.stream.num_lanes * config.stream.rows_per_microbatch
+    wanted = min(config.validation_microbatches, manifest.rows("validation") // share) * share
+    if not wanted:
+        raise DataError(
+            (data / "validation").url,
+            f"{manifest.rows('validation')} rows, where the lanes take {share} at a time",
+            "Prepare a larger validation split, or train with fewer lanes or rows per microbatch",
+        )
+    return stream.holdout(data, manifest, "validation", wanted, config.stream.seed)
+
+
+def _conclude(
+    config: RunConfig, folder: Folder, vocabulary: Vocabulary, kind: str, length: int
+) -> dict[str, Any]:
+    """Turn the averaged weights of the last checkpoint into a model folder."""
+    model, step = folder / "model", config.train.steps
+    if not models.exists(model):
+        denoiser = models.load_folder(folder / "init").denoiser
+        denoiser.load_state_dict(consolidate(folder / "checkpoints", step, "ema.denoiser."))
+        models.save(model, denoiser, vocabulary, kind=kind, length=length)
+    last = journal.read(folder)[-1]
+    return {
+        "run": folder.url,
+        "checkpoint": (folder / "checkpoints" / f"step_{step:06d}").url,
+        "model": model.url,
+        "metrics": {k: v for k, v in last.items() if k not in journal.CLOCK and math.isfinite(v)},
+    }
+
+
+def _register(config: RunConfig, model: Folder, kind: str, handle: RunHandle) -> dict[str, Any]:
+    """Register the model as a candidate, where that is asked for and a server is there."""
+    if not config.register:
+        return {}
+    if handle.run_id is None:
+        say(f"not registered: {handle.uri} does not answer; the same command tries again")
+        return {"model_uri": None}
+    version = models.register(model, config.register, handle, tags={"objective": kind})
+    return {"model_uri": version.uri, "alias_uri": version.alias_uri("candidate")}

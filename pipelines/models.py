@@ -1,0 +1,196 @@
+"""Where models come from and go to: run directories, folders, buckets, the registry, checkpoints
+of the public MDLM code. Whatever the address, the answer is a denoiser with its vocabulary."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsl import mdlm, weights
+from dsl.backbone import DiTConfig
+from dsl.denoiser import Denoiser
+from dsl.vocabulary import Vocabulary
+from infra import registry
+from infra.errors import DataError
+from infra.registry import ModelVersion
+from infra.shards import Manifest
+from infra.storage import Folder
+from infra.tracking import RunHandle
+
+CONFIG = "config.json"  # written last: a folder that has it is complete
+PYFUNC = Path(__file__).with_name("model.py")
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Size of a DiT that is trained from scratch; the vocabulary comes from the data."""
+
+    width: int = 768
+    blocks: int = 12
+    heads: int = 12
+    cond_dim: int = 128
+    dropout: float = 0.0
+
+    def dit(self, tokens: int, *, causal: bool) -> DiTConfig:
+        return DiTConfig(
+            tokens=tokens,
+            width=self.width,
+            blocks=self.blocks,
+            heads=self.heads,
+            cond_dim=self.cond_dim,
+            dropout=self.dropout,
+            causal=causal,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConverterConfig:
+    """The table's dimension and where the converter starts (see `dsl.converter.Converter`)."""
+
+    embed_dim: int = 64
+    beta: float | None = None
+    mask_prior: float = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A denoiser, its vocabulary (None where the weights came without one), and what the weights
+    were trained for: `mdlm`, `ar` or `dsl`. `length` is None where nobody wrote it down."""
+
+    denoiser: Denoiser
+    vocabulary: Vocabulary | None
+    kind: str
+    length: int | None
+    address: str
+
+
+def load(address: str, *, converter: ConverterConfig, tracking_uri: str) -> Model:
+    """The model at an address.
+
+    address: `models:/name@alias` or `models:/name/3`; a run directory; a folder that
+        `dsl.save` wrote; an MDLM checkpoint, a Hugging Face folder or a Lightning file. Any but
+        the first may be any fsspec URL.
+    converter: the fresh table and converter that an MDLM checkpoint gets.
+
+    Raises DataError or dsl.WeightsError, naming what is wrong and what was looked for.
+    """
+    if address.startswith("models:/"):
+        return load_folder(Folder.at(str(registry.download(address, tracking_uri))), address)
+    folder = Folder.at(address)
+    for place in (folder, folder / "model"):
+        if is_ours(place):
+            return load_folder(place, address)
+    if not folder.exists():
+        raise DataError(
+            address, "no such model", "Give a run, a model folder or models:/name@alias"
+        )
+    with _local(folder) as local:
+        denoiser = mdlm.from_mdlm(
+            local,
+            embed_dim=converter.embed_dim,
+            beta=converter.beta,
+            mask_prior=converter.mask_prior,
+        )
+    return Model(denoiser=denoiser, vocabulary=None, kind="mdlm", length=None, address=address)
+
+
+def load_folder(folder: Folder, address: str = "") -> Model:
+    """The model in a folder that `save` wrote."""
+    with _local(folder) as local:
+        metadata = weights.read_config(local)["metadata"]
+        return Model(
+            denoiser=weights.load(local),
+            vocabulary=Vocabulary.load(local),
+            kind=metadata["objective"],
+            length=metadata["length"],
+            address=address or folder.url,
+        )
+
+
+def save(
+    folder: Folder, denoiser: Denoiser, vocabulary: Vocabulary, *, kind: str, length: int
+) -> None:
+    """Write the weights, their configuration and the tokenizer; the configuration last.
+
+    kind: what the weights are trained for. length: of the rows they are trained on.
+    """
+    with tempfile.TemporaryDirectory() as staging:
+        weights.save(denoiser, staging, vocabulary, metadata={"objective": kind, "length": length})
+        names = sorted(path.name for path in Path(staging).iterdir())
+        for name in sorted(names, key=lambda name: name == CONFIG):
+            folder.write_bytes(name, (Path(staging) / name).read_bytes())
+
+
+def exists(folder: Folder) -> bool:
+    """Whether `save` has finished there."""
+    return folder.exists(CONFIG)
+
+
+def is_ours(folder: Folder) -> bool:
+    """Whether a folder was written by `save`, and not by the public MDLM code."""
+    if not folder.exists(CONFIG):
+        return False
+    try:
+        return str(json.loads(folder.read_bytes(CONFIG)).get("format", "")).startswith("dsl")
+    except (ValueError, AttributeError):
+        return False
+
+
+def vocabulary_of(manifest: Manifest, data: Folder) -> Vocabulary:
+    """The vocabulary that shards were written with; DataError if the file is another one."""
+    with _local(data, only="tokenizer.json") as local:
+        vocabulary = Vocabulary.load(local)
+    if vocabulary.sha256 != manifest.vocabulary.sha256:
+        raise DataError(
+            data.url_of("tokenizer.json"),
+            "not the vocabulary that the manifest names",
+            "Prepare the data again",
+        )
+    return vocabulary
+
+
+def require_same(model: Model, vocabulary: Vocabulary, where: str) -> None:
+    """DataError unless a model speaks the vocabulary of the data."""
+    tokens = model.denoiser.config.backbone.tokens
+    if tokens != vocabulary.size:
+        why = f"{model.address} has {tokens} tokens, the data has {vocabulary.size}"
+    elif model.vocabulary and model.vocabulary.sha256 != vocabulary.sha256:
+        why = f"{model.address} was made with another vocabulary of the same size"
+    else:
+        return
+    raise DataError(where, why, "Prepare the data with the model's own tokenizer.json")
+
+
+def register(
+    model: Folder, name: str, handle: RunHandle, *, tags: Mapping[str, str]
+) -> ModelVersion:
+    """Register a model folder as a new version of `name`, alias `candidate`."""
+    assert handle.run_id is not None
+    with _local(model) as local:
+        return registry.register(
+            code=PYFUNC,
+            folder=local,
+            name=name,
+            run_id=handle.run_id,
+            uri=handle.uri,
+            requirements=PACKAGES,
+            code_paths=[PYFUNC.parents[1] / "dsl"],
+            tags=tags,
+        )
+
+
+@contextmanager
+def _local(folder: Folder, only: str | None = None) -> Iterator[Path]:
+    """The folder (or file) on this machine's disk: itself, or a copy for as long as it is used."""
+    if folder.is_local:
+        yield Path(folder.path)
+        return
+    with tempfile.TemporaryDirectory() as staging:
+        for name in [only] if only else folder.names():
+            (Path(staging) / name).write_bytes(folder.read_bytes(name))
+        yield Path(staging)

@@ -1,0 +1,245 @@
+"""Turn text into shards of tokens: train, validation and test, with a manifest that vouches.
+
+    python pipelines/prepare.py quickstart
+    python pipelines/prepare.py source='s3://bucket/owt/*.parquet' out=s3://bucket/owt-1024 \\
+        length=1024 vocabulary.kind=file vocabulary.path=gpt2/
+
+The corpus is read three times at most (to measure it, to train a BPE, to encode), never held.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dsl.errors import VocabularyError
+from dsl.vocabulary import TOKENIZER, Vocabulary
+from infra import cluster, command, shards
+from infra.config import digest, to_tree
+from infra.errors import ConfigError, DataError
+from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
+from infra.storage import Folder
+from pipelines.corpus import Piece, expand, pieces
+
+PIECES_AT_ONCE = 2048  # some 8 MiB of text, which the tokenizer spreads over its threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Char:
+    """text8's 27 characters and an end of document."""
+
+    kind: Literal["char"] = "char"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPE:
+    """Byte-level BPE of at most `size` tokens, trained on the training split."""
+
+    kind: Literal["bpe"] = "bpe"
+    size: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A `tokenizer.json`, or a folder that holds one or GPT-2's two files."""
+
+    path: str
+    kind: Literal["file"] = "file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Where text comes from, how it is cut, where the shards go.
+
+    `validation` and `test` are the shares of characters at the end of the corpus. `blocks` is
+    `eos` (documents joined with an end mark and cut to `length`) or `bos_eos` (each row opened by
+    BOS and closed by EOS, as MDLM does).
+    """
+
+    out: str
+    source: str = "cpython"
+    text_field: str = "text"
+    length: int = 1024
+    blocks: Literal["eos", "bos_eos"] = "eos"
+    validation: float = 0.05
+    test: float = 0.05
+    vocabulary: Char | BPE | File = field(default_factory=BPE)
+    existing: Literal["resume", "restart"] = "resume"
+
+    def __post_init__(self) -> None:
+        if self.length < 4:
+            raise ValueError(f"length must be at least 4 tokens, got {self.length}")
+        if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
+            raise ValueError("validation and test are shares in [0, 1) that leave some to train on")
+
+
+def execute(config: PrepareConfig) -> dict[str, Any]:
+    out = Folder.at(config.out)
+    if out.exists(MANIFEST) and config.existing == "resume":
+        return _finished(config, read_manifest(out))
+    sizes = _measure(config)
+    vocabulary = _vocabulary(config, sizes)
+    with ShardWriter(
+        out,
+        vocabulary=shards.Vocabulary(
+            kind=config.vocabulary.kind, sha256=vocabulary.sha256, size=vocabulary.size
+        ),
+        length=config.length,
+        source=config.source,
+        split_rule=f"by characters, in order: {_train_share(config):g} train, "
+        f"{config.validation:g} validation, {config.test:g} test",
+        blocks=config.blocks,
+        commit=str(cluster.commit() or ""),
+        overwrite=True,
+    ) as writer:
+        out.write_bytes(TOKENIZER, vocabulary.to_json().encode())
+        writer.extra |= {"config": _identity(config), "text": {}}
+        for split, stream in _splits(config, sizes):
+            text = _encode(stream, vocabulary, config, split, writer)
+            writer.extra["text"][split] = text
+            say(f"{split}: {text['rows']:,} rows, {text['tokens']:,} tokens")
+    assert writer.manifest is not None
+    return _summary(out, writer.manifest)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _finished(config: PrepareConfig, manifest: Manifest) -> dict[str, Any]:
+    """What an earlier `prepare` with the same settings made; ConfigError for other settings."""
+    if manifest.extra.get("config") != _identity(config):
+        raise ConfigError(
+            "out",
+            f"{Folder.at(config.out).url} holds shards that were made with other settings",
+            "Choose another folder, or existing=restart to make them anew",
+        )
+    say(f"{config.out} is finished; existing=restart would make it anew")
+    return _summary(Folder.at(config.out), manifest)
+
+
+def _identity(config: PrepareConfig) -> str:
+    return digest({k: v for k, v in to_tree(config).items() if k not in ("existing", "out")})
+
+
+def _summary(out: Folder, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "data": out.url,
+        "digest": manifest.digest,
+        "length": manifest.length,
+        "vocabulary": manifest.vocabulary.size,
+        "rows": {
+            split: sum(file.rows for file in files) for split, files in manifest.splits.items()
+        },
+    }
+
+
+def _train_share(config: PrepareConfig) -> float:
+    return 1 - config.validation - config.test
+
+
+def _measure(config: PrepareConfig) -> dict[str, int]:
+    """How many pieces each split has, by characters."""
+    ends = np.cumsum([len(piece.text) for piece in pieces(config.source, config.text_field)])
+    if not len(ends):
+        raise DataError(config.source, "the corpus is empty", "Give some text")
+    train = int(np.searchsorted(ends, _train_share(config) * ends[-1])) + 1
+    validation = int(np.searchsorted(ends, (1 - config.test) * ends[-1])) + 1
+    train, validation = min(train, len(ends)), min(validation, len(ends))
+    sizes = {"train": train, "validation": validation - train, "test": len(ends) - validation}
+    for split, share in (("validation", config.validation), ("test", config.test)):
+        if share and not sizes[split]:
+            raise DataError(
+                config.source,
+                f"{int(ends[-1]):,} characters are too few for a {split} share of {share:g}",
+                f"Give more text or {split}=0",
+            )
+    return sizes
+
+
+def _splits(config: PrepareConfig, sizes: dict[str, int]) -> Iterator[tuple[str, Iterator[Piece]]]:
+    stream = pieces(config.source, config.text_field)
+    for split, size in sizes.items():
+        if size:
+            yield split, islice(stream, size)
+
+
+def _vocabulary(config: PrepareConfig, sizes: dict[str, int]) -> Vocabulary:
+    given = config.vocabulary
+    if isinstance(given, Char):
+        return Vocabulary.char()
+    if isinstance(given, BPE):
+        train = islice(pieces(config.source, config.text_field), sizes["train"])
+        return Vocabulary.train_bpe((piece.text for piece in train), given.size)
+    folder, name = Folder.holding(given.path.rstrip("/"))
+    if folder.is_local:
+        return Vocabulary.load(given.path)
+    inside = (folder / name).names()  # none: it is a file
+    with tempfile.TemporaryDirectory() as local:
+        for file in inside or [name]:
+            content = (folder / name if inside else folder).read_bytes(file)
+            (Path(local) / file).write_bytes(content)
+        return Vocabulary.load(local if inside else Path(local) / name)
+
+
+def _encode(
+    stream: Iterator[Piece],
+    vocabulary: Vocabulary,
+    config: PrepareConfig,
+    split: str,
+    writer: ShardWriter,
+) -> dict[str, int]:
+    """Write a split's rows; how much text they hold."""
+    before, after = {"eos": ([], []), "bos_eos": ([vocabulary.bos], [vocabulary.eos])}[
+        config.blocks
+    ]
+    body = config.length - len(before) - len(after)
+    rest = np.empty(0, np.int64)
+    text = {"rows": 0, "tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "dropped": 0}
+    while batch := list(islice(stream, PIECES_AT_ONCE)):
+        ids = []
+        for piece, encoded in zip(batch, vocabulary.encode([p.text for p in batch]), strict=True):
+            ids += [*encoded, vocabulary.eos] if piece.ends else encoded
+            text["documents"] += piece.ends
+            text["characters"] += len(piece.text)
+            text["bytes"] += len(piece.text.encode())
+        rest = np.concatenate([rest, np.array(ids, np.int64)])
+        rows_NL = rest[: len(rest) // body * body].reshape(-1, body)
+        rest = rest[rows_NL.size :]
+        text["rows"] += len(rows_NL)
+        text["tokens"] += len(ids)
+        framed = [np.tile(np.array(ids, np.int64), (len(rows_NL), 1)) for ids in (before, after)]
+        rows_NL = np.concatenate([framed[0], rows_NL, framed[1]], axis=1)
+        writer.write(split, rows_NL)
+    text["dropped"] = len(rest)  # tokens behind the last whole row
+    return text
+
+
+def dry_run(config: PrepareConfig) -> dict[str, Any]:
+    files = [config.source] if config.source == "cpython" else expand(config.source)
+    return {"source": config.source, "files": len(files), "out": config.out} | {
+        key: value for key, value in to_tree(config).items() if key in ("length", "vocabulary")
+    }
+
+
+def main() -> int:
+    return command.run(
+        "prepare",
+        PrepareConfig,
+        plan=dry_run,
+        execute=execute,
+        presets=Path(__file__).with_name("presets"),
+        doc=__doc__ or "",
+        data_errors=(VocabularyError,),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

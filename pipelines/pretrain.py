@@ -1,0 +1,79 @@
+"""Train a baseline: a masked-diffusion model to fine-tune, or an autoregressive one to judge.
+
+python pipelines/pretrain.py quickstart
+python pipelines/pretrain.py owt objective=ar name=owt-ar workers.count=8 workers.gpu=true
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.objective import ARObjective, MDLMObjective
+from dsl.vocabulary import Vocabulary
+from infra import command
+from infra.shards import Manifest, read_manifest
+from pipelines.launch import DATA_ERRORS, RunConfig, launch, plan
+from pipelines.models import BackboneConfig
+
+OBJECTIVES = {"mdlm": MDLMObjective, "ar": ARObjective}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """`objective` decides the loss, and with it whether attention is causal."""
+
+    objective: Literal["mdlm", "ar"] = "mdlm"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+
+
+def denoiser(config: PretrainConfig, tokens: int) -> Denoiser:
+    """The untrained network, the same for the same seed.
+
+    Its table and converter take no part in these objectives: the mask is hard, and no token is
+    ever at a finite SNR.
+    """
+    torch.manual_seed(config.train.stream.seed)
+    dit = config.backbone.dit(tokens, causal=config.objective == "ar")
+    return Denoiser(DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0))
+
+
+def dry_run(config: PretrainConfig) -> dict[str, Any]:
+    tokens = read_manifest(config.data).vocabulary.size
+    with torch.device("meta"):
+        return plan(config, denoiser(config, tokens))
+
+
+def execute(config: PretrainConfig) -> dict[str, Any]:
+    def initial(manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
+        return denoiser(config, vocabulary.size)
+
+    return launch(
+        config,
+        verb="pretrain",
+        kind=config.objective,
+        objective=OBJECTIVES[config.objective],
+        initial=initial,
+        tags={},
+    )
+
+
+def main() -> int:
+    return command.run(
+        "pretrain",
+        PretrainConfig,
+        plan=dry_run,
+        execute=execute,
+        presets=Path(__file__).with_name("presets"),
+        doc=__doc__ or "",
+        data_errors=DATA_ERRORS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The training loop that `pretrain` and `finetune` share: a plain function of its parts.
+
+Ray only wraps it (see `pipelines.launch`), so it runs bare on one device as well. A step is a
+function of (seed, step, lane): neither the order of the data nor the corruption noise knows how
+many workers share the lanes, and a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dsl.geometry import geometry_report
+from dsl.noise import generator
+from dsl.objective import Loss, Objective
+from infra import parallel
+from infra.checkpoints import Checkpoints, training_tensors
+from infra.errors import ConfigError
+from infra.parallel import ParallelConfig
+from infra.stream import StreamConfig
+
+SECONDS_BETWEEN_LINES = 5.0
+# Steps are counted from 1; the noise of validation is keyed where no training step can be.
+VALIDATION = 0
+
+Microbatches = Mapping[int, np.ndarray]  # lane -> [R, L] token ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and the average of the weights that is evaluated and registered.
+
+    The learning rate rises linearly over `warmup` steps, then stays, or falls along a cosine to
+    a tenth of its peak at the last step.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    ema: float = 0.999
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of step 1 … `steps`."""
+        rise = min(step / max(self.warmup, 1), 1.0)
+        progress = max(step - self.warmup, 0) / max(steps - self.warmup, 1)
+        fall = {"constant": 1.0, "cosine": 0.55 + 0.45 * math.cos(math.pi * progress)}
+        return self.lr * rise * fall[self.schedule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps; the last `keep` stay, and every milestone."""
+
+    every: int = 500
+    keep: int = 2
+    milestone_every: int | None = None
+    max_failures: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`steps` global steps of `stream.num_lanes` microbatches; `stream.seed` seeds everything."""
+
+    steps: int = 1000
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 1
+    validate_every: int = 500
+    validation_microbatches: int = 4  # of each lane
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "validate_every", "validation_microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Log(Protocol):
+    """Who hears of the metrics; rank 0's writes them down, the others' ignore them."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class Learner:
+    """An objective with its average and its optimizer, sharded over the workers."""
+
+    def __init__(
+        self, objective: Objective, config: TrainConfig, mesh: object, sharding: ParallelConfig
+    ) -> None:
+        self.config = config
+        self.device = parallel.device()
+        self.objective = objective.to(self.device)
+        self.average = parallel.averaged(self.objective, config.optimizer.ema)
+        for module in (self.objective, self.average.module):
+            blocks = module.denoiser.backbone.blocks
+            parallel.shard(module, blocks, mesh=mesh, config=sharding)
+        trained = [p for p in self.objective.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, live: loading into them restores the run."""
+        return training_tensors(self.objective, self.average, self.optimizer)
+
+    def step(self, step: int, microbatches: Microbatches) -> dict[str, float]:
+        """One optimizer step over all lanes of all workers; the means of its metrics."""
+        optimizer = self.config.optimizer
+        lr = optimizer.lr_at(step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.objective.train()
+        losses: list[Loss] = []
+
+        def loss_of(lane: int) -> Tensor:
+            losses.append(self._loss(self.objective, step, lane, microbatches[lane]))
+            return losses[-1].value
+
+        parallel.accumulate(self.objective, sorted(microbatches), loss_of)
+        norm = parallel.clip_grad_norm(
+            [p for group in self.optimizer.param_groups for p in group["params"]], optimizer.clip
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.objective)
+        return _means(losses) | {"grad_norm": norm.item(), "lr": lr}
+
+    @torch.no_grad()
+    def validate(self, microbatches: Iterable[tuple[int, np.ndarray]]) -> dict[str, float]:
+        """Metrics of the averaged weights on numbered microbatches, at noise that never changes."""
+        module = self.average.module.eval()
+        losses = [self._loss(module, VALIDATION, key, rows) for key, rows in microbatches]
+        return {f"validation/{name}": value for name, value in _means(losses).items()}
+
+    def _loss(self, module: Objective, step: int, lane: int, rows_RL: np.ndarray) -> Loss:
+        draws = generator(self.config.stream.seed, step, lane, self.device)
+        # Dropout, where there is any, draws from torch's own generator.
+        torch.manual_seed(draws.initial_seed())
+        tokens_RL = torch.from_numpy(rows_RL).to(self.device, torch.int64)
+        return module(tokens_RL, draws)
+
+
+def train(
+    objective: Objective,
+    config: TrainConfig,
+    sharding: ParallelConfig,
+    *,
+    batches: Callable[[tuple[int, ...], int], Iterator[Microbatches]],
+    validation_NL: np.ndarray,
+    checkpoints: Checkpoints,
+    open_log: Callable[[int | None], Log],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> None:
+    """Train from the last committed checkpoint, or from the start, to `config.steps`.
+
+    Args:
+        objective: float32, the same weights on every worker; sharded in place.
+        batches: `(lanes, steps done) -> microbatches of the steps that follow`.
+        validation_NL: held-out rows, the same on every worker; shared out among the lanes.
+        open_log: called with the step that training resumes from (None: from the start).
+        report: hears of each validation, on every worker at the same steps.
+
+    Raises:
+        ConfigError: the loss is no longer finite.
+        InfraError: several checkpoints in a row could not be written.
+    """
+    with parallel.join(sharding) as mesh:
+        learner = Learner(objective, config, mesh, sharding)
+        done = checkpoints.latest()
+        if done is not None:
+            checkpoints.load(done, learner.tensors())
+        log = open_log(done)
+        lanes = config.stream.lanes(*parallel.world())
+        held_out = _held_out(validation_NL, config, lanes)
+        progress = Progress(config, done or 0, validation_NL.shape[1])
+
+        stream = batches(lanes, done or 0)
+        for step in range((done or 0) + 1, config.steps + 1):
+            with progress.waiting():
+                microbatches = next(stream)
+            metrics = learner.step(step, microbatches)
+            if not math.isfinite(metrics["loss"]):
+                checkpoints.wait()
+                raise ConfigError(
+                    "train.optimizer.lr",
+                    f"the loss of step {step} is {metrics['loss']}; the last good checkpoint is "
+                    f"step {checkpoints.latest()}",
+                    "Lower the learning rate or lengthen the warm-up, and train under a new name",
+                )
+            last = step == config.steps
+            if last or step % config.validate_every == 0:
+                metrics |= learner.validate(held_out) | _table_metrics(learner)
+                report(metrics | {"step": step})
+            if last or step % config.log_every == 0 or step % config.validate_every == 0:
+                log.log(step, metrics | progress.metrics())
+            progress.line(step, metrics)
+            if last or step % config.checkpoint.every == 0:
+                checkpoints.save(step, learner.tensors(), meta={})
+        checkpoints.wait()
+
+
+def _held_out(
+    rows_NL: np.ndarray, config: TrainConfig, lanes: tuple[int, ...]
+) -> list[tuple[int, np.ndarray]]:
+    """This worker's numbered validation microbatches; the numbers do not depend on the workers."""
+    size, lanes_all = config.stream.rows_per_microbatch, config.stream.num_lanes
+    numbered = enumerate(np.split(rows_NL, range(size, len(rows_NL), size)))
+    return [(number, rows) for number, rows in numbered if number % lanes_all in lanes]
+
+
+def _means(losses: list[Loss]) -> dict[str, float]:
+    """Means over this worker's microbatches, then over the workers, which hold equally many."""
+    rows = [{"loss": loss.value.detach(), **loss.metrics} for loss in losses]
+    mine = {key: sum(float(row[key]) for row in rows) / len(rows) for key in rows[0]}
+    return parallel.mean_over_ranks(mine)
+
+
+def _table_metrics(learner: Learner) -> dict[str, float]:
+    """The converter's scale and the spread of the table, which long training can collapse."""
+    denoiser = learner.average.module.denoiser
+    if not learner.objective.denoiser.table.direction_VD.requires_grad:
+        return {}
+    table_VD = _full(denoiser.table.direction_VD)
+    table_VD = torch.nn.functional.normalize(table_VD, dim=-1)
+    beta = _full(denoiser.converter.beta).item()
+    report = {f"table/{name}": value for name, value in geometry_report(table_VD).items()}
+    return report | {"converter/beta": beta}
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Progress:
+    """Where the time goes: tokens per second, the share spent waiting for data, what is left."""
+
+    def __init__(self, config: TrainConfig, done: int, length: int) -> None:
+        stream = config.stream
+        self.tokens = stream.num_lanes * stream.rows_per_microbatch * length
+        self.steps, self.step = config.steps, done
+        self.since, self.from_step, self.waited = time.perf_counter(), done, 0.0
+        self.start, self.first = self.since, done
+
+    def waiting(self) -> _Stopwatch:
+        return _Stopwatch(self)
+
+    def metrics(self) -> dict[str, float]:
+        """Since the start or the last line."""
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        steps = self.step - self.from_step
+        return {
+            "speed/tokens_per_s": steps * self.tokens / elapsed,
+            "speed/data_wait_percent": 100 * self.waited / elapsed,
+        }
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        if parallel.world()[0] or (now - self.since < SECONDS_BETWEEN_LINES and step < self.steps):
+            return
+        speed = self.metrics()
+        eta = (self.steps - step) * (now - self.start) / max(step - self.first, 1)
+        shown = [
+            f"step {step}/{self.steps}",
+            f"loss {metrics['loss']:.4f}",
+            *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
+            f"{speed['speed/tokens_per_s']:,.0f} tokens/s",
+            f"data wait {speed['speed/data_wait_percent']:.1f} %",
+            f"ETA {int(eta) // 60}:{int(eta) % 60:02d}",
+        ]
+        print("  ".join(shown), file=sys.stderr, flush=True)
+        self.since, self.from_step, self.waited = now, step, 0.0
+
+
+class _Stopwatch:
+    """Adds the time inside it to a progress's wait, and counts the step that it waited for."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.waited += time.perf_counter() - self.began
+        self.progress.step += 1
