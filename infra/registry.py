@@ -1,0 +1,285 @@
+"""The registry: models as code and safetensors, never a pickle.
+
+A registered model is an MLflow pyfunc "from code": one Python file, the folder with its weights
+(`model.safetensors`, `config.json`, …) and the packages the file imports. Loading one executes
+that Python code: it is a program, to be trusted as one trusts a repository. What is never
+executed is data, so a model is only taken in, or let out, when all its files are of kinds that
+cannot carry code unseen.
+
+The weights reach the code file as `context.artifacts["model"]`, the path of the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from infra.errors import DataError, InfraError, Problem, nearest
+from infra.logger import connect, reason
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import PyFuncModel
+
+ARTIFACT = "model"
+LOADER = "mlflow.pyfunc.loaders.code_model"  # MLflow's for models from code: no pickle
+HARMLESS = {".safetensors", ".json", ".txt", ".md", ".yaml", ".yml", ".py"}
+# Files that MLflow itself adds, by name for want of a suffix.
+MLFLOW_FILES = {"MLmodel", "registered_model_meta"}
+URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+MOVING_S = 300  # a server that keeps files in a bucket answers only when it has moved them on
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """One version of a registered model."""
+
+    name: str
+    version: int
+    run_id: str | None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+    def alias_uri(self, alias: str = "candidate") -> str:
+        return f"models:/{self.name}@{alias}"
+
+
+def register(
+    *,
+    code: Path,
+    folder: Path,
+    name: str,
+    run_id: str,
+    uri: str,
+    requirements: Sequence[str],
+    code_paths: Sequence[Path] = (),
+    signature: ModelSignature | None = None,
+    tags: Mapping[str, str] | None = None,
+    alias: str = "candidate",
+) -> ModelVersion:
+    """Register `folder` behind the pyfunc in the file `code` as a new version of `name`.
+
+    run_id: the run that made the weights; uri: the tracking URI of both.
+    requirements: what the model's environment needs, as pip writes it.
+    code_paths: packages that `code` imports and that no index has; they travel with the model.
+
+    The alias moves last, once the version is complete. DataError for a file that could hold a
+    pickle; InfraError where the server is away or refuses.
+    """
+    import mlflow.pyfunc
+    from mlflow.entities import LoggedModelStatus
+    from mlflow.models import Model
+
+    _check_files(folder)
+    with _registry(uri) as client, tempfile.TemporaryDirectory() as staging:
+        experiment = client.get_run(run_id).info.experiment_id
+        logged = client.create_logged_model(experiment, name=ARTIFACT, source_run_id=run_id)
+        try:
+            local = Path(staging) / ARTIFACT
+            described = Model(
+                artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id
+            )
+            with _importing(code):
+                mlflow.pyfunc.save_model(
+                    local,
+                    mlflow_model=described,
+                    python_model=str(code),
+                    artifacts={ARTIFACT: str(folder)},
+                    code_paths=[str(path) for path in code_paths] or None,
+                    signature=signature,
+                    pip_requirements=list(requirements),
+                )
+            _drop_bytecode(local)
+            _check_model(local)
+            client.log_model_artifacts(logged.model_id, str(local))
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+            raise
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        _ensure_name(client, name)
+        made = client.create_model_version(
+            name,
+            source=logged.artifact_location,
+            run_id=run_id,
+            model_id=logged.model_id,
+            tags=dict(tags or {}),
+        )
+        client.set_registered_model_alias(name, alias, made.version)
+    return describe(f"models:/{name}/{made.version}", uri)
+
+
+def download(model_uri: str, uri: str, into: Path | None = None) -> Path:
+    """The local folder of a model's weights, for `models:/name@alias` or `models:/name/3`.
+
+    Nothing is executed. `into` is where the model is put, None a new temporary folder; the
+    caller removes either. DataError for a model, version or alias that does not exist, and for a
+    model with a file that could hold a pickle.
+    """
+    return _check_model(_fetch(model_uri, uri, into))
+
+
+def load(model_uri: str, uri: str, into: Path | None = None) -> PyFuncModel:
+    """The model, ready to `predict`; executes the Python code that was registered with it."""
+    import mlflow.pyfunc
+
+    root = _fetch(model_uri, uri, into)
+    _check_model(root)
+    return mlflow.pyfunc.load_model(str(root))
+
+
+def describe(model_uri: str, uri: str) -> ModelVersion:
+    """The version behind `models:/name@alias` or `models:/name/3`: its run, tags and aliases."""
+    with _registry(uri) as client:
+        found = _find(client, model_uri)
+        return ModelVersion(
+            name=found.name,
+            version=int(found.version),
+            run_id=found.run_id,
+            tags=dict(found.tags),
+            aliases=tuple(found.aliases),
+        )
+
+
+def set_alias(model_uri: str, alias: str, uri: str) -> None:
+    """Point `models:/name@alias` at the version behind `model_uri`."""
+    with _registry(uri) as client:
+        found = _find(client, model_uri)
+        client.set_registered_model_alias(found.name, alias, found.version)
+
+
+def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
+    """The version that an alias points at; None where the model or the alias is not there yet."""
+    try:
+        return describe(f"models:/{name}@{alias}", uri)
+    except DataError:
+        return None
+
+
+def _fetch(model_uri: str, uri: str, into: Path | None) -> Path:
+    import mlflow.artifacts
+
+    with _registry(uri) as client:
+        found = _find(client, model_uri)
+        source = client.get_model_version_download_uri(found.name, found.version)
+        into = into or Path(tempfile.mkdtemp(prefix="model-"))
+        root = Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=str(into)
+            )
+        )
+    # Whoever loads a model in place leaves bytecode beside it, which need not match the source.
+    _drop_bytecode(root)
+    return root
+
+
+def _find(client: MlflowClient, model_uri: str) -> Any:
+    """MLflow's entity of the version, or a DataError that names what there is instead."""
+    parts = URI.fullmatch(model_uri)
+    if not parts:
+        fix = "Write models:/name@alias or models:/name/3"
+        raise DataError(model_uri, "not the address of a registered model", fix)
+    name, alias, version = parts["name"], parts["alias"], parts["version"]
+    models = {model.name: model.aliases for model in client.search_registered_models()}
+    if name not in models:
+        raise DataError(model_uri, f"no model is named {name}", _offer(name, models))
+    if alias:
+        if alias not in models[name]:
+            why = f"{name} has no alias {alias}"
+            raise DataError(model_uri, why, _offer(alias, models[name]))
+        version = models[name][alias]
+    versions = [found.version for found in client.search_model_versions(f"name = '{name}'")]
+    if int(version) not in map(int, versions):
+        why = f"{name} has no version {version}"
+        raise DataError(model_uri, why, f"Known: {', '.join(map(str, sorted(versions)))}")
+    return client.get_model_version(name, version)
+
+
+def _offer(wanted: str, names: Iterable[str]) -> str:
+    names = sorted(names)
+    near = nearest(wanted, names)
+    there = f"Known: {', '.join(names)}" if names else "None is registered yet"
+    return f"Did you mean {near}? {there}" if near else there
+
+
+def _ensure_name(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _check_model(root: Path) -> Path:
+    """The folder of a model's weights, after making sure that loading it unpickles nothing."""
+    _check_files(root)
+    try:
+        ((flavor, pyfunc),) = yaml.safe_load((root / "MLmodel").read_text())["flavors"].items()
+        folder = root / pyfunc["artifacts"][ARTIFACT]["path"]
+        ours = (
+            flavor == "python_function"
+            and pyfunc["loader_module"] == LOADER
+            and "model_code_path" in pyfunc
+            and "python_model" not in pyfunc
+            and folder.resolve().is_relative_to(root.resolve())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        ours = False
+    if not ours:
+        why = "not a model made of code and safetensors, so it is not opened"
+        raise DataError(str(root / "MLmodel"), why, "Register it again with this repository")
+    return folder
+
+
+def _check_files(root: Path) -> None:
+    for file in sorted(root.rglob("*")):
+        if file.is_file() and file.suffix not in HARMLESS and file.name not in MLFLOW_FILES:
+            why = "a file of this kind may hold a pickle, which could run anything"
+            raise DataError(str(file), why, f"Allowed are {' '.join(sorted(HARMLESS))}")
+
+
+def _drop_bytecode(root: Path) -> None:
+    for folder in list(root.rglob("__pycache__")):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _importing(code: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        fix = "Import the file by hand, with the packages it needs"
+        raise DataError(str(code), f"does not serve as a model ({reason(error)})", fix) from None
+
+
+@contextmanager
+def _registry(uri: str) -> Iterator[MlflowClient]:
+    """A client whose failures are Problems, with time enough to move a large file."""
+    client = connect(uri)
+    before = os.environ[TIMEOUT]
+    os.environ[TIMEOUT] = str(MOVING_S)
+    try:
+        yield client
+    except (Problem, OSError):
+        raise
+    except Exception as error:
+        why = f"the model registry did not answer as it should ({reason(error)})"
+        raise InfraError(uri, why, "Check tracking.uri and the server") from None
+    finally:
+        os.environ[TIMEOUT] = before

@@ -1,0 +1,237 @@
+"""The registry on a real database: what goes in comes out, and no pickle does either."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from infra import registry, tracking
+from infra.errors import DataError, InfraError
+from infra.logger import connect
+from infra.tracking import RunHandle, TrackingConfig
+
+CODE = """
+from pathlib import Path
+
+import mlflow
+from mlflow.models import set_model
+from safetensors.numpy import load_file
+
+from tripler import triple
+
+
+class Model(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        folder = Path(context.artifacts["model"])
+        self.weight = load_file(folder / "model.safetensors")["weight"]
+
+    def predict(self, context, model_input, params=None):
+        return [triple(text) + str(int(self.weight.sum())) for text in model_input]
+
+
+set_model(Model())
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunHandle:
+    root = tmp_path_factory.mktemp("runs")
+    return tracking.start(
+        TrackingConfig(), root=str(root), name="made", params={}, tags={}, config_yaml=""
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A code file, a package that only it knows of, and weights."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "serve.py").write_text(CODE)
+    (folder / "tripler").mkdir()
+    (folder / "tripler/__init__.py").write_text("def triple(text):\n    return 3 * text\n")
+    (folder / "weights").mkdir()
+    save_file({"weight": np.arange(4.0)}, folder / "weights/model.safetensors")
+    (folder / "weights/config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(run: RunHandle, sources: Path) -> registry.ModelVersion:
+    return register(run, sources)
+
+
+def register(run: RunHandle, sources: Path, **more: object) -> registry.ModelVersion:
+    sys.path.insert(0, str(sources))  # as the repository is for the process that registers
+    try:
+        given = {
+            "code": sources / "serve.py",
+            "folder": sources / "weights",
+            "name": "toy",
+            "run_id": run.run_id,
+            "uri": run.uri,
+            "requirements": ["numpy", "safetensors"],
+            "code_paths": [sources / "tripler"],
+            "tags": {"step": "400"},
+        }
+        return registry.register(**given | more)
+    finally:
+        sys.path.remove(str(sources))
+        sys.modules.pop("tripler", None)
+
+
+def test_what_is_registered_is_described(run: RunHandle, made: registry.ModelVersion) -> None:
+    assert made.uri == "models:/toy/1"
+    assert made.alias_uri() == "models:/toy@candidate"
+    assert (made.run_id, made.tags, made.aliases) == (run.run_id, {"step": "400"}, ("candidate",))
+    assert registry.describe("models:/toy@candidate", run.uri) == made
+    assert registry.get_alias("toy", "candidate", run.uri) == made
+    assert registry.get_alias("toy", "champion", run.uri) is None
+
+
+def test_weights_come_back(run: RunHandle, made: registry.ModelVersion, tmp_path: Path) -> None:
+    for into in (None, tmp_path / "copy"):
+        folder = registry.download(made.uri, run.uri, into)
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+        ]
+        assert load_file(folder / "model.safetensors")["weight"].tolist() == [0, 1, 2, 3]
+    assert folder.is_relative_to(tmp_path)
+
+
+def test_a_stranger_loads_the_model(
+    run: RunHandle, made: registry.ModelVersion, tmp_path: Path
+) -> None:
+    """A process that has MLflow, the registry's address and nothing of this repository."""
+    code = (
+        "import mlflow, os\n"
+        f"mlflow.set_tracking_uri({run.uri!r})\n"
+        f"print(mlflow.pyfunc.load_model({made.alias_uri()!r}).predict(['ab'])[0])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.stdout.strip().endswith("ababab6"), ended.stderr
+
+
+def test_load(run: RunHandle, made: registry.ModelVersion) -> None:
+    path = list(sys.path)
+    try:
+        assert registry.load(made.uri, run.uri).predict(["x"]) == ["xxx6"]
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("tripler", None)
+
+
+def test_aliases_move(run: RunHandle, made: registry.ModelVersion, sources: Path) -> None:
+    second = register(run, sources, name="moved")
+    third = register(run, sources, name="moved")
+    assert (second.version, third.version) == (1, 2)
+    registry.set_alias(second.uri, "champion", run.uri)
+    assert registry.get_alias("moved", "champion", run.uri).version == 1
+    assert registry.get_alias("moved", "candidate", run.uri).version == 2
+    registry.set_alias("models:/moved@candidate", "champion", run.uri)
+    assert registry.describe("models:/moved/2", run.uri).aliases == ("candidate", "champion")
+
+
+@pytest.mark.parametrize(
+    ("model_uri", "message"),
+    [
+        ("models:/toi@candidate", "no model is named toi. Did you mean toy?"),
+        ("models:/toy@candidat", "toy has no alias candidat. Did you mean candidate?"),
+        ("models:/toy/7", "toy has no version 7. Known: 1"),
+        ("models:/toy", "not the address of a registered model"),
+        ("runs:/abc/model", "not the address of a registered model"),
+    ],
+)
+def test_what_is_not_there(
+    run: RunHandle, made: registry.ModelVersion, model_uri: str, message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        registry.download(model_uri, run.uri)
+    assert message in str(caught.value)
+
+
+class Bomb:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("name", ["python_model.pkl", "weights.pt", "pytorch_model.bin", "x"])
+def test_a_pickle_is_not_taken_in(run: RunHandle, sources: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
+    with pytest.raises(DataError, match="may hold a pickle"):
+        register(run, sources, folder=tmp_path / "weights", name="bad")
+    with pytest.raises(DataError, match="no model is named bad"):
+        registry.describe("models:/bad/1", run.uri)
+
+
+def test_code_that_cannot_be_imported(run: RunHandle, sources: Path, tmp_path: Path) -> None:
+    code = tmp_path / "serve.py"
+    code.write_text("import no_such_package")
+    with pytest.raises(DataError, match=r"serve\.py: does not serve as a model .*no_such_package"):
+        register(run, sources, code=code, name="bad")
+
+
+def forged(run: RunHandle, folder: Path, name: str) -> str:
+    """A version that somebody else put into the registry, by MLflow's own means."""
+    client = connect(run.uri)
+    client.create_registered_model(name)
+    client.create_model_version(name, source=str(folder))
+    return f"models:/{name}/1"
+
+
+def test_a_pickled_model_is_not_opened(run: RunHandle, tmp_path: Path) -> None:
+    import mlflow.pyfunc
+
+    class Pickled(mlflow.pyfunc.PythonModel):
+        trace = tmp_path / "trace"
+
+        def predict(self, context, model_input, params=None):
+            return model_input
+
+        def __reduce__(self):
+            return Path.touch, (self.trace,)
+
+    model = tmp_path / "model"
+    mlflow.pyfunc.save_model(model, python_model=Pickled(), pip_requirements=[])
+    (tmp_path / "trace").unlink(missing_ok=True)
+    uri = forged(run, model, "pickled")
+    for take in (registry.download, registry.load):
+        with pytest.raises(DataError, match="may hold a pickle"):
+            take(uri, run.uri)
+    (model / "python_model.pkl").rename(model / "python_model.json")
+    described = yaml.safe_load((model / "MLmodel").read_text())
+    described["flavors"]["python_function"]["python_model"] = "python_model.json"
+    (model / "MLmodel").write_text(yaml.safe_dump(described))
+    for take in (registry.download, registry.load):
+        with pytest.raises(DataError, match="not a model made of code and safetensors"):
+            take(uri, run.uri)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_weights_that_point_elsewhere_are_not_opened(
+    run: RunHandle, made: registry.ModelVersion, tmp_path: Path
+) -> None:
+    registry.download(made.uri, run.uri, tmp_path / "copy")
+    (model,) = (file.parent for file in (tmp_path / "copy").rglob("MLmodel"))
+    described = yaml.safe_load((model / "MLmodel").read_text())
+    described["flavors"]["python_function"]["artifacts"]["model"]["path"] = "../../elsewhere"
+    (model / "MLmodel").write_text(yaml.safe_dump(described))
+    with pytest.raises(DataError, match="not a model made of code and safetensors"):
+        registry.download(forged(run, model, "elsewhere"), run.uri)
+
+
+def test_a_registry_that_is_away(made: registry.ModelVersion) -> None:
+    with pytest.raises(InfraError, match=r"the model registry .*no answer.* Check tracking\.uri"):
+        registry.download(made.uri, "http://127.0.0.1:9")

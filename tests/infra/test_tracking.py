@@ -1,0 +1,359 @@
+"""Tracking against a real database and a real server that dies, comes back, or never was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra import journal, tracking
+from infra.errors import ConfigError, DataError, InfraError
+from infra.journal import Journal
+from infra.logger import connect
+from infra.tracking import Logger, RunHandle, TrackingConfig
+
+PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
+CONFIG = "optim:\n  lr: 3.0e-4\n"
+DATASET = {"name": "topics", "digest": "ab" * 32, "source": "s3://bucket/topics"}
+
+
+def start(root: Path, name: str, uri: str | None = None, **more: object) -> RunHandle:
+    given = {"params": PARAMS, "tags": {"commit": "c0ffee"}, "config_yaml": CONFIG} | more
+    return tracking.start(TrackingConfig(uri=uri), root=str(root), name=name, **given)
+
+
+def history(handle: RunHandle, metric: str = "loss") -> dict[int, float]:
+    """The server's values by step; fails where a step is there twice."""
+    found = connect(handle.uri).get_metric_history(handle.run_id, metric)
+    values = {metric.step: metric.value for metric in found}
+    assert len(values) == len(found)
+    return values
+
+
+def run_of(handle: RunHandle):
+    return connect(handle.uri).get_run(handle.run_id)
+
+
+def until(done, seconds: float = 60.0) -> None:
+    limit = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs whose database, slow to be made, the tests of this module share."""
+    return tmp_path_factory.mktemp("runs")
+
+
+class Server:
+    """`mlflow server` on a port of its own, as often started and killed as a test likes."""
+
+    def __init__(self, folder: Path, database: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder, self.database = folder, database
+        self.process: subprocess.Popen | None = None
+
+    def up(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", self.database]
+        command += ["--artifacts-destination", str(self.folder / "server-artifacts")]
+        with (self.folder / "server.log").open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                start_new_session=True,
+            )
+        until(self.healthy, 120)
+
+    def healthy(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def down(self) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    start(root, "migrates the database")
+    server = Server(folder, f"sqlite:///{root}/mlflow.db")
+    yield server
+    server.down()
+
+
+# The journal
+
+
+def test_journal_holds_what_was_logged(tmp_path: Path) -> None:
+    book = Journal(str(tmp_path))
+    book.append(1, {"loss": 2.5, "val/loss": math.nan})
+    book.append(3, {"loss": math.inf, "low": -math.inf})
+    book.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [2.5, "Infinity"]
+    rows = journal.read(str(tmp_path))
+    assert rows[0]["step"] == 1
+    assert math.isnan(rows[0]["val/loss"])
+    assert (rows[1]["loss"], rows[1]["low"]) == (math.inf, -math.inf)
+
+
+@given(total=st.integers(1, 30), cut=st.integers(0, 400), resume=st.integers(0, 30))
+def test_a_killed_and_resumed_journal_has_each_step_once(
+    tmp_path_factory: pytest.TempPathFactory, total: int, cut: int, resume: int
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    book = Journal(str(folder))
+    for step in range(1, total + 1):
+        book.append(step, {"loss": 1 / step})
+    book.close()
+    file = folder / "metrics.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before[: max(len(before) - cut, 0)])
+    survived = [row["step"] for row in journal.read(str(folder))]
+    book = Journal(str(folder), resume=resume)
+    kept = [row["step"] for row in journal.read(str(folder))]
+    assert kept == [step for step in survived if step <= resume]
+    for step in range(kept[-1] + 1 if kept else 1, total + 3):
+        book.append(step, {"loss": 1 / step})
+    book.close()
+    rows = journal.read(str(folder))
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (step, 1 / step) for step in range(1, total + 3)
+    ]
+    assert file.read_bytes().startswith(before[: len(kept) and before.index(b"\n") + 1])
+
+
+def test_a_fresh_journal_is_empty(tmp_path: Path) -> None:
+    Journal(str(tmp_path)).append(1, {"loss": 1.0})
+    Journal(str(tmp_path)).close()
+    assert journal.read(str(tmp_path)) == []
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    good = b'{"step": 1, "time": 1.0, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + b'{"step": 2,\n' + good)
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not a line of a journal"):
+        Journal(str(tmp_path), resume=5)
+
+
+def test_what_would_break_the_journal_is_refused(tmp_path: Path) -> None:
+    book = Journal(str(tmp_path))
+    book.append(4, {"loss": 1.0})
+    for step, name in ((4, "loss"), (3, "loss"), (5, "data %"), (5, "step"), (5, "")):
+        with pytest.raises(ValueError, match=r"step|metric"):
+            book.append(step, {name: 1.0})
+    assert [row["step"] for row in journal.read(str(tmp_path))] == [4]
+
+
+def test_journal_in_an_object_store() -> None:
+    url = "memory://bucket/runs/one"
+    book = Journal(url)
+    book.append(1, {"loss": 3.0})
+    assert journal.read(url) == []
+    book.sync()
+    book.append(2, {"loss": 2.0})
+    assert [row["step"] for row in journal.read(url)] == [1]
+    book.close()
+    book = Journal(url, resume=1)
+    book.append(2, {"loss": 1.5})
+    book.close()
+    assert [(row["step"], row["loss"]) for row in journal.read(url)] == [(1, 3.0), (2, 1.5)]
+
+
+# The run
+
+
+def test_a_run_shows_all_it_was_given(root: Path, tmp_path: Path) -> None:
+    sweep = start(root, "sweep")
+    handle = start(root, "sweep/trial", dataset=DATASET, parent=sweep.run_id)
+    run = run_of(handle)
+    assert run.info.status == "RUNNING"
+    assert run.data.params["optim.lr"] == "0.0003"
+    assert run.data.params["optim.betas"] == "[0.9, 0.95]"
+    assert run.data.params["init"] == "null"
+    assert run.data.params["note"] == "x" * 6000
+    assert run.data.tags["commit"] == "c0ffee"
+    assert run.data.tags["mlflow.parentRunId"] == sweep.run_id
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("topics", ("ab" * 32)[:36])
+    assert json.loads(data.dataset.profile)["digest"] == "ab" * 32
+    assert Path(run.info.artifact_uri, "config.yaml").read_text() == CONFIG
+    assert Path(run.info.artifact_uri).is_relative_to(root / "artifacts")
+    assert (root / "sweep/trial/config.yaml").read_text() == CONFIG
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/table.md").write_text("| bpb |")
+    tracking.log_artifacts(handle, tmp_path / "report")
+    assert Path(run.info.artifact_uri, "report/table.md").read_text() == "| bpb |"
+    assert tracking.page(handle) == f"mlflow ui --backend-store-uri sqlite:///{root}/mlflow.db"
+    tracking.finish(handle, "FAILED")
+    assert run_of(handle).info.status == "FAILED"
+
+
+def test_many_parameters(root: Path) -> None:
+    handle = start(root, "many", params={f"p{i}": i for i in range(250)})
+    assert len(run_of(handle).data.params) == 250
+
+
+def test_resume_is_the_same_run(root: Path) -> None:
+    first = start(root, "resumed")
+    tracking.finish(first, "KILLED")
+    again = start(root, "resumed", params={"optim": {"lr": 1.0}, "new": 1}, tags={"commit": "b"})
+    assert again == first
+    run = run_of(again)
+    assert run.info.status == "RUNNING"
+    assert (run.data.params["optim.lr"], run.data.params["new"]) == ("0.0003", "1")
+    assert run.data.tags["commit"] == "b"
+
+
+def test_a_run_whose_id_was_never_written_down_is_found_again(root: Path) -> None:
+    first = start(root, "forgotten")
+    record = root / "forgotten/run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"run_id": None}))
+    assert start(root, "forgotten") == first
+
+
+def test_metrics_reach_the_run_once_through_kill_and_resume(root: Path) -> None:
+    handle = start(root, "killed")
+    logger = Logger(Journal(handle.folder), handle, interval=0.05)
+    for step in range(1, 8):
+        logger.log(step, {"loss": 1 / step} | ({"val": 1.0} if step == 7 else {}))
+    until(lambda: 7 in history(handle))
+    # Killed here, with the checkpoint of step 4; two lines more were written but not sent.
+    Journal(handle.folder, resume=7).append(8, {"loss": 1 / 8})
+    logger = Logger(Journal(handle.folder, resume=4), handle, interval=0.05)
+    for step in range(5, 13):
+        logger.log(step, {"loss": 1 / step, "val": math.nan if step == 12 else 2.0})
+    assert logger.close() == 0
+    assert history(handle) == {step: 1 / step for step in range(1, 13)}
+    values = history(handle, "val")
+    assert sorted(values) == [7, 8, 9, 10, 11, 12]
+    assert values[7] == 1.0
+    assert math.isnan(values[12])
+
+
+def test_replay_sends_what_is_missing_and_nothing_twice(root: Path) -> None:
+    handle = start(root, "replayed")
+    book = Journal(handle.folder)
+    for step in range(1, 2501):
+        book.append(step, {"loss": float(step)})
+    book.close()
+    tracking.replay(handle.folder)
+    tracking.replay(handle.folder)
+    assert history(handle) == {step: float(step) for step in range(1, 2501)}
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("htp://server:5000", "cannot open htp://server:5000"),
+        ("https://me:secret@server", "password"),
+    ],
+)
+def test_an_impossible_uri(tmp_path: Path, uri: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        start(tmp_path, "run", uri)
+    assert "secret" not in str(caught.value)
+
+
+def test_no_database_in_an_object_store() -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri: .* no database can be kept"):
+        tracking.locate(TrackingConfig(), "memory://runs")
+
+
+def test_a_database_of_a_relative_path_is_one_place() -> None:
+    uri = tracking.locate(TrackingConfig(uri="sqlite:///some/mlflow.db"), "runs")
+    assert uri == f"sqlite:///{Path('some/mlflow.db').resolve()}"
+
+
+def test_a_broken_record_is_named(root: Path) -> None:
+    handle = start(root, "broken")
+    (root / "broken/run.json").write_text("{}")
+    with pytest.raises(DataError, match=r"run\.json: not the record of a run"):
+        tracking.replay(handle.folder)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, infra.tracking, infra.registry; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# The server
+
+
+def test_a_server_that_dies_comes_back_or_never_was(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One test for the three, as a server takes long to start."""
+    early = start(tmp_path, "early", server.uri, dataset=DATASET)  # before there is a server
+    assert early.run_id is None
+    logger = Logger(Journal(early.folder), early, interval=0.05)
+    for step in range(1, 51):
+        logger.log(step, {"loss": 1 / step})
+    assert logger.close() == 50
+    assert [row["step"] for row in journal.read(early.folder)] == list(range(1, 51))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/table.md").write_text("| bpb |")
+    tracking.log_artifacts(early, tmp_path / "report")
+    assert tracking.finish(early) == early
+    assert len([r for r in caplog.records if r.name == "infra.tracking"]) == 2
+    with pytest.raises(InfraError, match="replay again"):
+        tracking.replay(early.folder)
+
+    server.up()
+    handle = start(tmp_path, "run", server.uri)
+    assert handle.run_id in tracking.page(handle)
+    logger = Logger(Journal(handle.folder), handle, interval=0.05)
+    logger.log(1, {"loss": 1.0})
+    until(lambda: 1 in history(handle))
+    server.down()
+    for step in range(2, 21):
+        logger.log(step, {"loss": 1 / step, "nan": math.nan, "inf": math.inf})
+    until(lambda: any("safe in the journal" in r.message for r in caplog.records))
+    server.up()
+    assert logger.close(patience=60) == 0
+    tracking.finish(handle)
+    assert history(handle) == {step: 1 / step for step in range(1, 21)}
+    assert all(math.isnan(value) for value in history(handle, "nan").values())
+    assert len(history(handle, "inf")) == 19
+    assert run_of(handle).info.status == "FINISHED"
+
+    late = tracking.replay(early.folder)
+    assert late == tracking.replay(early.folder)
+    assert history(late) == {step: 1 / step for step in range(1, 51)}
+    run = run_of(late)
+    assert (run.info.status, run.data.params["optim.lr"]) == ("FINISHED", "0.0003")
+    names = {file.path for file in connect(late.uri).list_artifacts(late.run_id)}
+    assert names == {"config.yaml", "report"}
+    client = connect(server.uri)
+    experiment = client.get_experiment_by_name("dsl").experiment_id
+    names = [run.info.run_name for run in client.search_runs([experiment])]
+    assert (names.count("early"), names.count("run")) == (1, 1)
