@@ -365,5 +365,5 @@ def _permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
 
     From the generator's raw bits, whose values numpy never changes, unlike its distributions'.
     """
-    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream])
-    return np.argsort(bits.random_raw(size), kind="stable")
+    key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, stream], np.uint64)
+    return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(size), kind="stable")
