@@ -47,7 +47,7 @@ class Journal:
         with explained(str(self.local)):
             # Unbuffered: one line is one system call, which a SIGKILL cannot cut in two.
             self._file = self.local.open("ab", buffering=0)
-        self._uploaded = -1
+        self._uploaded, self._uploaded_at = -1, -math.inf
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line; it has reached the operating system on return.
@@ -65,12 +65,16 @@ class Journal:
             self._file.write(_encode({"step": step, "time": round(time.time(), 3), **values}))
         self._last = step
 
-    def sync(self) -> None:
-        """Upload the journal to its object store if it grew; on a disk it is there already."""
-        size = self.local.stat().st_size
-        if self._spool and size != self._uploaded:
-            self.folder.write_bytes(NAME, self.local.read_bytes()[:size])
-            self._uploaded = size
+    def sync(self, every: float = 0.0) -> None:
+        """Upload the journal to its object store; on a disk it is there already.
+
+        Does nothing where the store has every line, or got some less than `every` seconds ago.
+        Raises InfraError where the store refuses.
+        """
+        size, now = self.local.stat().st_size, time.monotonic()
+        if self._spool and size != self._uploaded and now >= self._uploaded_at + every:
+            self.folder.write_bytes(NAME, self.local.read_bytes())
+            self._uploaded, self._uploaded_at = size, now
 
     def close(self) -> None:
         """Upload what is left and let go of the file."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT_S = 60.0
+LONGEST_WAIT_S = 60.0  # between two attempts while a server is away
+UPLOAD_EVERY_S = 30.0  # the whole journal each time, where it lives in an object store
 LINES_A_BATCH = 100
 METRICS_A_BATCH = 1000  # MLflow's limit
 SETTINGS = {
@@ -78,7 +79,7 @@ class Logger:
 
     def _send(self) -> bool:
         try:
-            self._journal.sync()
+            self._journal.sync(every=UPLOAD_EVERY_S)
             if self._sender:
                 with self._journal.local.open("rb") as file:
                     file.seek(self._sender.offset)

@@ -104,8 +104,7 @@ def start(
     the journal alone, and `finish` or `replay` makes the run. ConfigError for a uri that cannot
     be one.
     """
-    runs = Folder.at(root)
-    folder, uri = runs / name, locate(config, root)
+    folder, uri = Folder.at(root) / name, locate(config, root)
     record = _Record(
         key=uuid.uuid4().hex,
         uri=uri,
@@ -124,12 +123,12 @@ def start(
     folder.write_bytes(CONFIG, config_yaml.encode())
     record.save(folder)
     try:
-        connect(uri)
+        client = connect(uri)
     except Exception as error:
         fix = f"Use http(s)://host:port of an MLflow server, or {SQLITE}path/mlflow.db"
         raise ConfigError("tracking.uri", f"cannot open {uri} ({reason(error)})", fix) from None
     with _forgiving(folder, uri):
-        _open(connect(uri), record, folder)
+        _open(client, record, folder)
     return record.handle(folder)
 
 

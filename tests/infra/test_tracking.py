@@ -178,6 +178,7 @@ def test_journal_in_an_object_store() -> None:
     assert journal.read(url) == []
     book.sync()
     book.append(2, {"loss": 2.0})
+    book.sync(every=3600)
     assert [row["step"] for row in journal.read(url)] == [1]
     book.close()
     book = Journal(url, resume=1)
@@ -268,6 +269,32 @@ def test_replay_sends_what_is_missing_and_nothing_twice(root: Path) -> None:
     assert history(handle) == {step: float(step) for step in range(1, 2501)}
 
 
+def test_a_batch_whose_answer_was_lost_is_not_sent_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    handle = start(root, "lost answer")
+    book = Journal(handle.folder)
+    for step in range(1, 4):
+        book.append(step, {"loss": 1.0})
+    book.close()
+    take, sent = MlflowClient.log_batch, []
+
+    def lose(client: MlflowClient, run_id: str, metrics=(), params=(), tags=()) -> None:
+        take(client, run_id, metrics, params, tags)
+        sent.extend(metric.step for metric in metrics)
+        if sent == [1, 2, 3]:
+            raise ConnectionError("the answer was lost")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", lose)
+    logger = Logger(Journal(handle.folder, resume=3), handle, interval=0.01)
+    until(lambda: logger._sender.offset > 0)
+    logger.log(4, {"loss": 1.0})
+    assert logger.close() == 0
+    assert sent == [1, 2, 3, 4]
+
+
 # The configuration
 
 
@@ -310,9 +337,13 @@ def test_import_is_light() -> None:
 
 
 def test_a_server_that_dies_comes_back_or_never_was(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One test for the three, as a server takes long to start."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     early = start(tmp_path, "early", server.uri, dataset=DATASET)  # before there is a server
     assert early.run_id is None
     logger = Logger(Journal(early.folder), early, interval=0.05)
