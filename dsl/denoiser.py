@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsl.backbone import DiT, DiTConfig, precise
-from dsl.converter import Converter
+from dsl.converter import Converter, mask_bias
 from dsl.geometry import TokenTable
 from dsl.posterior import Posterior
 from dsl.state import State
@@ -35,8 +35,7 @@ class DenoiserConfig:
             raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
         if self.beta is not None and self.beta <= 0:
             raise ValueError(f"beta {self.beta} must be positive, or None for 1/sqrt(embed_dim)")
-        if not 0 < self.mask_prior <= 1:
-            raise ValueError(f"mask_prior {self.mask_prior} must lie in (0, 1]; 1 is a hard mask")
+        mask_bias(self.backbone.tokens, self.mask_prior)  # raises outside (0, 1]
 
 
 class Denoiser(nn.Module):

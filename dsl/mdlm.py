@@ -100,7 +100,7 @@ def read_sizes(
         "cond_dim": cond_dim,
         "n_blocks": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
     }
-    if inv_freq is not None:
+    if inv_freq is not None and len(inv_freq):
         found["n_heads"] = width // (2 * len(inv_freq))
     differing = [
         f"{key} is {size} in the weights and {declared[key]} in {CONFIG}"

@@ -1,0 +1,206 @@
+"""The converter: Bayes where it must be, exact at the endpoints, and small in memory.
+
+Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, N evidence positions.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dsl.converter
+from dsl.converter import Converter, mask_bias
+from dsl.exact import ExactDenoiser
+from dsl.geometry import TokenTable
+from dsl.state import State
+
+ROWS, LENGTH, TOKENS, DIM = 2, 12, 5, 3
+
+
+def random_state(seed: int = 0, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> State:
+    """Masked, evidence and revealed positions, in turn."""
+    torch.manual_seed(seed)
+    turn_BL = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 3
+    gamma_BL = torch.tensor([0.0, 2.0, torch.inf], dtype=dtype)[turn_BL]
+    z_BLD = scale * torch.randn(ROWS, LENGTH, DIM, dtype=dtype)
+    return State(
+        tokens_BL=torch.randint(TOKENS, (ROWS, LENGTH)) * (turn_BL == 2),
+        z_BLD=z_BLD * (turn_BL == 1)[..., None],
+        gamma_BL=gamma_BL,
+        frozen_BL=torch.zeros(ROWS, LENGTH, dtype=torch.bool),
+    )
+
+
+def slots(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values under which the converter's output is its weights over the slots."""
+    return torch.eye(TOKENS + 1, dtype=dtype)
+
+
+@torch.no_grad()
+def test_it_is_the_bayes_posterior_of_a_token_seen_alone():
+    torch.manual_seed(0)
+    table_VD = TokenTable(TOKENS, DIM).double()()
+    prior_V = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+    converter = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.5).double()
+    converter.bias_U.copy_(torch.cat([prior_V.log(), torch.tensor([-torch.inf])]))
+    z_BLD = 4 * torch.randn(50, 1, DIM, dtype=torch.float64)
+    state = State(
+        tokens_BL=torch.zeros(50, 1, dtype=torch.int64),
+        z_BLD=z_BLD,
+        gamma_BL=torch.ones(50, 1, dtype=torch.float64),
+        frozen_BL=torch.zeros(50, 1, dtype=torch.bool),
+    )
+    exact = ExactDenoiser(table_VD, torch.arange(TOKENS)[:, None], prior_V)
+    weights_BLU = converter(state, table_VD, slots(torch.float64))
+    expected_BLV = exact(state).log_probs().exp()
+    torch.testing.assert_close(weights_BLU[..., :-1], expected_BLV, atol=1e-12, rtol=1e-12)
+    assert not weights_BLU[..., -1].any()
+
+
+@torch.no_grad()
+def test_every_kind_of_token_against_the_formula():
+    state, table_VD = random_state(), TokenTable(TOKENS, DIM)()
+    converter = Converter(TOKENS, DIM, beta=0.7, mask_prior=0.3)
+    keys_UD = torch.cat([table_VD, torch.zeros(1, DIM)])
+    soft_BLU = (0.7 * state.z_BLD @ keys_UD.T + converter.bias_U).softmax(-1)
+    hard_BLU = slots()[state.tokens_BL]
+    expected_BLU = torch.where(state.revealed_BL[..., None], hard_BLU, soft_BLU)
+    weights_BLU = converter(state, table_VD, slots())
+    torch.testing.assert_close(weights_BLU, expected_BLU, atol=1e-6, rtol=1e-6)
+    assert torch.equal(weights_BLU[state.revealed_BL], hard_BLU[state.revealed_BL])
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.floats(0, 1e6), prior=st.floats(1e-12, 1))
+@torch.no_grad()
+def test_weights_are_a_distribution(seed, scale, prior):
+    state = random_state(seed, scale)
+    converter = Converter(TOKENS, DIM, beta=None, mask_prior=prior)
+    weights_BLU = converter(state, TokenTable(TOKENS, DIM)(), slots())
+    assert (weights_BLU >= 0).all()
+    torch.testing.assert_close(weights_BLU.sum(-1), torch.ones(ROWS, LENGTH))
+
+
+def test_the_mask_bias_is_the_prior_s_logit():
+    assert mask_bias(50257, 0.5) == pytest.approx(math.log(50257), abs=1e-12)
+    assert mask_bias(50257, 0.99) == pytest.approx(15.42, abs=5e-3)
+    assert mask_bias(1, 1 - 1e-9) == pytest.approx(9 * math.log(10), abs=1e-6)
+    for wrong in (0.0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="mask_prior"):
+            mask_bias(10, wrong)
+
+
+@pytest.mark.parametrize("prior", [1e-6, 0.5, 0.99, 1 - 1e-6])
+@torch.no_grad()
+def test_a_masked_token_gives_the_mask_its_prior(prior):
+    converter = Converter(1000, 4, beta=None, mask_prior=prior)
+    weights_BLU = converter(State.masked(1, 2, 4), TokenTable(1000, 4)(), torch.eye(1001))
+    torch.testing.assert_close(weights_BLU[0, 1, -1], torch.tensor(prior), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_hard_mask_is_the_mask_row_exactly_and_strong_evidence_is_still_heard(dtype):
+    torch.manual_seed(0)
+    table_VD, values_UW = TokenTable(TOKENS, DIM)(), torch.randn(TOKENS + 1, 8).to(dtype)
+    converter = Converter(TOKENS, DIM, beta=1.0, mask_prior=1.0)
+    masked_BLW = converter(State.masked(2, 3, DIM), table_VD, values_UW)
+    assert torch.equal(masked_BLW, values_UW[-1].expand(2, 3, 8))
+    token_BL = torch.tensor([[2, 2]])
+    trust_BL = torch.tensor([[1.0, 1000.0]])
+    state = State.from_tokens(table_VD, token_BL, torch.zeros(1, 2, dtype=torch.bool), trust_BL)
+    weak_W, strong_W = converter(state, table_VD, values_UW)[0]
+    torch.testing.assert_close(weak_W, values_UW[-1])
+    torch.testing.assert_close(strong_W, values_UW[2])
+
+
+def test_beta_starts_where_the_paper_does():
+    assert Converter(5, 16, beta=None, mask_prior=0.5).beta.item() == 0.25
+    assert Converter(5, 16, beta=2.0, mask_prior=0.5).beta.item() == 2.0
+
+
+@torch.no_grad()
+def test_scores_keep_float32_under_low_precision_compute():
+    table_VD = TokenTable(TOKENS, DIM)()
+    converter = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.5)
+    state = random_state(scale=300.0)
+    exact_BLU = converter(state, table_VD, slots())
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast_BLU = converter(state, table_VD, slots())
+    low_BLU = converter(state, table_VD, slots(torch.bfloat16))
+    for weights_BLU in (autocast_BLU, low_BLU):
+        torch.testing.assert_close(weights_BLU.float(), exact_BLU, atol=2**-8, rtol=0)
+
+
+def gradients(
+    converter: Converter, table: TokenTable, state: State, values_UW: Tensor
+) -> list[Tensor]:
+    inputs = [*converter.parameters(), *table.parameters(), values_UW]
+    torch.manual_seed(0)
+    outputs_BLW = converter(state, table(), values_UW)
+    loss = (outputs_BLW * torch.randn_like(outputs_BLW)).sum()
+    return [outputs_BLW, *torch.autograd.grad(loss, inputs)]
+
+
+def test_chunks_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    table = TokenTable(TOKENS, DIM).double()
+    converter = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.5).double()
+    state = random_state(dtype=torch.float64)
+    values_UW = torch.randn(TOKENS + 1, 8, dtype=torch.float64, requires_grad=True)
+    whole = gradients(converter, table, state, values_UW)
+    monkeypatch.setattr(dsl.converter, "CHUNK_ELEMENTS", 2 * (TOKENS + 1))
+    for one, other in zip(whole, gradients(converter, table, state, values_UW), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_without_evidence_every_parameter_still_has_a_gradient():
+    table = TokenTable(TOKENS, DIM)
+    converter = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.5)
+    values_UW = torch.randn(TOKENS + 1, 8, requires_grad=True)
+    _, beta, bias_U, table_VD, values_grad_UW = gradients(
+        converter, table, State.masked(1, 4, DIM), values_UW
+    )
+    assert not beta.any()
+    assert not table_VD.any()
+    assert bias_U.any()
+    assert values_grad_UW.any()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_positions_times_vocabulary_never_exists(monkeypatch):
+    rows, length, tokens, dim, width = 2, 32, 500, 4, 4
+    table, converter = TokenTable(tokens, dim), Converter(tokens, dim, beta=1.0, mask_prior=0.5)
+    values_UW = torch.randn(tokens + 1, width, requires_grad=True)
+    ones_BL = torch.ones(rows, length)
+    state = State.from_tokens(
+        table(), ones_BL.long(), torch.zeros(rows, length, dtype=torch.bool), ones_BL
+    )
+    monkeypatch.setattr(dsl.converter, "CHUNK_ELEMENTS", 4 * (tokens + 1))
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        converter(state, table(), values_UW).sum().backward()
+    assert largest.elements <= 4 * (tokens + 1)
+    # What waits for the backward pass: nothing that grows with positions times vocabulary.
+    assert sum(kept.values()) < rows * length * tokens / 2

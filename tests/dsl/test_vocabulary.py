@@ -1,0 +1,148 @@
+"""Every vocabulary gives text back, counts its bytes, and refuses what it cannot hold."""
+
+import json
+import pickle
+import pydoc_data.topics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from dsl.errors import VocabularyError
+from dsl.vocabulary import CHARACTERS, Vocabulary
+
+CORPUS = list(pydoc_data.topics.topics.values())[:20]
+CHAR = Vocabulary.char()
+BPE = Vocabulary.train_bpe(CORPUS, 400)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(), max_size=4))
+def test_bytes_round_trip_any_text(texts):
+    assert [BPE.decode(ids) for ids in BPE.encode(texts)] == texts
+    assert [BPE.bytes_of(ids) for ids in BPE.encode(texts)] == [t.encode() for t in texts]
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=CHARACTERS))
+def test_characters_round_trip_text8(text):
+    (ids,) = CHAR.encode([text])
+    assert len(ids) == len(text)
+    assert CHAR.decode(ids) == text
+    assert CHAR.bytes_of(ids) == text.encode()
+
+
+@settings(deadline=None)
+@given(text=st.text(min_size=1), cut=st.integers(0, 50))
+def test_bytes_add_up_across_any_cut(text, cut):
+    (ids,) = BPE.encode([text])
+    assert BPE.bytes_of(ids[:cut]) + BPE.bytes_of(ids[cut:]) == text.encode()
+
+
+def test_the_characters_ids_are_documented():
+    assert CHAR.encode([" abz"]) == [[0, 1, 2, 26]]
+    assert (CHAR.size, CHAR.eos, CHAR.bos) == (28, 27, 27)
+
+
+def test_a_bpe_has_its_end_first_and_its_size_as_asked():
+    assert (BPE.size, BPE.eos, BPE.bos) == (400, 0, 0)
+    assert Vocabulary.train_bpe(["aaaa"], 400).size < 400
+    (ids,) = BPE.encode([CORPUS[0]])
+    assert len(ids) < 0.6 * len(CORPUS[0].encode())
+    with pytest.raises(VocabularyError, match="at least 257"):
+        Vocabulary.train_bpe(CORPUS, 256)
+
+
+def test_training_is_deterministic():
+    assert Vocabulary.train_bpe(iter(CORPUS), 400).sha256 == BPE.sha256
+    assert Vocabulary.train_bpe(CORPUS[1:], 400).sha256 != BPE.sha256
+
+
+def test_gpt2_is_gpt2(test_data):
+    gpt2 = Vocabulary.gpt2(test_data / "gpt2")
+    assert gpt2.encode(["Hello world", " naïve\n\n日本"])[0] == [15496, 995]
+    assert (gpt2.size, gpt2.eos, gpt2.bos) == (50257, 50256, 50256)
+    assert gpt2.decode([15496, 995, gpt2.eos]) == "Hello world<|endoftext|>"
+    assert gpt2.bytes_of([15496, 995, gpt2.eos]) == b"Hello world"
+    assert Vocabulary.load(test_data / "gpt2").sha256 == gpt2.sha256
+    text = " naïve\n\n日本 <|endoftext|>  'll"
+    assert gpt2.decode(gpt2.encode([text])[0]) == text
+
+
+@pytest.mark.parametrize("vocabulary", [CHAR, BPE], ids=["char", "bpe"])
+def test_a_file_and_a_pickle_are_the_same_vocabulary(vocabulary, tmp_path):
+    vocabulary.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    for copy in (
+        Vocabulary.load(tmp_path),
+        Vocabulary.load(tmp_path / "tokenizer.json"),
+        pickle.loads(pickle.dumps(vocabulary)),
+    ):
+        assert copy.sha256 == vocabulary.sha256
+        assert (copy.size, copy.eos) == (vocabulary.size, vocabulary.eos)
+        assert copy.encode(["the cat"]) == vocabulary.encode(["the cat"])
+        assert copy.decode(copy.encode(["the cat"])[0]) == "the cat"
+
+
+@pytest.mark.parametrize("copy", [lambda v: v, lambda v: pickle.loads(pickle.dumps(v))])
+def test_text_cannot_forge_the_end_of_a_document(copy):
+    (ids,) = copy(BPE).encode(["a<|endoftext|>b"])
+    assert BPE.eos not in ids
+    assert BPE.decode([*ids, BPE.eos]) == "a<|endoftext|>b<|endoftext|>"
+    assert BPE.bytes_of([*ids, BPE.eos]) == b"a<|endoftext|>b"
+
+
+def test_a_character_outside_is_one_message():
+    with pytest.raises(VocabularyError, match=r"text 1, character 3: 'D' is not in this"):
+        CHAR.encode(["fine", "a cDE", "é"])
+    # Half a surrogate pair has no bytes, so no vocabulary holds it.
+    for vocabulary in (CHAR, BPE):
+        with pytest.raises(VocabularyError, match=r"text 0, character 4: '\\ud800'"):
+            vocabulary.encode(["ab c\ud800"])
+
+
+def test_any_tokenizer_file_with_an_end_will_do(tmp_path):
+    tokens = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "cat": 4, "##s": 5}
+    tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "bert.json"))
+    vocabulary = Vocabulary.load(tmp_path / "bert.json")
+    assert (vocabulary.size, vocabulary.bos, vocabulary.eos) == (6, 1, 2)
+    # Neither padded nor cut: lengths are the caller's business.
+    assert vocabulary.encode(["cats"]) == [[4, 5]]
+    assert vocabulary.bytes_of([4, 2]) == b"cat"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "not a tokenizer"),
+        ("{}", "not a tokenizer"),
+        ('{"model": {"type": "Martian"}}', "not a tokenizer"),
+        (Tokenizer(models.WordLevel({"a": 0})).to_str(), "no end-of-document"),
+        (Tokenizer(models.WordLevel({"a": 0, "</s>": 5})).to_str(), "no gaps"),
+        (Tokenizer(models.BPE()).to_str(), "no gaps|no end-of-document"),
+    ],
+)
+def test_other_files_are_one_message(tmp_path, content, reason):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(VocabularyError, match=reason) as caught:
+        Vocabulary.load(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+def test_missing_and_damaged_files_are_one_message(tmp_path):
+    with pytest.raises(VocabularyError, match=r"neither tokenizer\.json nor encoder\.json"):
+        Vocabulary.load(tmp_path)
+    with pytest.raises(VocabularyError, match=r"absent\.json"):
+        Vocabulary.load(tmp_path / "absent.json")
+    (tmp_path / "encoder.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nx y\n")
+    with pytest.raises(VocabularyError, match="not GPT-2's pair"):
+        Vocabulary.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(VocabularyError, match=r"tokenizer\.json"):
+        Vocabulary.load(tmp_path)
