@@ -32,6 +32,8 @@ class ExactDenoiser:
             weights_N = torch.ones(len(sequences_NL))
         if weights_N.shape != sequences_NL.shape[:1] or not (weights_N >= 0).all():
             raise ValueError("weights must be one non-negative number per sequence")
+        if not 0 < weights_N.sum() < torch.inf:
+            raise ValueError("the weights must be finite and not all zero")
         weights_S = weights_N.to(table_VD)
         self.table_VD = table_VD
         self.sequences_SL = sequences_NL.to(table_VD.device, torch.int64)
@@ -87,7 +89,10 @@ class ExactPosterior(Posterior):
         tokens_NS = self.sequences_SL.T[at_N % length]
         probs_NV = weights_NS.new_zeros(len(at_N), len(self.table_VD))
         probs_NV.scatter_add_(1, tokens_NS, weights_NS)
-        return (probs_NV / probs_NV.sum(-1, keepdim=True)).log()
+        probs_NV = probs_NV / probs_NV.sum(-1, keepdim=True)
+        # Not log(0): its derivative is 0/0, and curvature differentiates the posterior.
+        tiny = torch.finfo(probs_NV.dtype).tiny
+        return probs_NV.clamp_min(tiny).log().masked_fill(probs_NV == 0, -torch.inf)
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "ExactPosterior":
         assert isinstance(fresh, ExactPosterior)

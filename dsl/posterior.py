@@ -69,6 +69,25 @@ class Posterior(ABC):
             tokens_N[span] = torch.searchsorted(cdf_NV, threshold_N1, right=True).squeeze(1)
         return tokens_N.clamp_max_(len(self.table_VD) - 1)
 
+    def entropy_at(self, at_N: Tensor) -> Tensor:
+        """Entropy ``[N]`` in nats at flat positions; 0 where revealed."""
+        spans = self._spans(len(at_N))
+        entropy = [torch.special.entr(self.log_probs_at(at_N[s]).exp()).sum(-1) for s in spans]
+        return torch.cat(entropy) if entropy else self.table_VD.new_empty(0)
+
+    def confidence_at(self, at_N: Tensor, tokens_N: Tensor) -> Tensor:
+        """Probability ``[N]`` of a token at each flat position, be it revealed or not.
+
+        A revealed token is no certainty here but evidence of infinite SNR, which a text around it
+        that fits another token can outweigh: what a network says before carry-over, and what the
+        exact law says of a text outside it.
+        """
+        confidence_N = self.table_VD.new_empty(len(at_N))
+        for span in self._spans(len(at_N)):
+            log_probs_NV = self._log_probs_unrevealed(at_N[span])
+            confidence_N[span] = log_probs_NV.gather(1, tokens_N[span, None]).squeeze(1).exp()
+        return confidence_N
+
     def log_probs(self) -> Tensor:
         """``[B, L, V]`` log-probabilities, normalised over the V real tokens."""
         rows, length = self.state.gamma_BL.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsl.channel import transition
 from dsl.noise import Draws
-from dsl.paths.clock import Clock, Path
+from dsl.paths.clock import Clock, Path, Reports, Steers
 from dsl.posterior import Denoises, Posterior
 from dsl.state import State
 
@@ -23,7 +23,7 @@ class Sample:
 
     ``calls`` counts denoiser evaluations of the batch, ``row_calls_B`` how many of them each row
     took part in: a row whose state has not changed is not evaluated again. ``recorded`` holds
-    each recorder's result under its name.
+    each recorder's result under its name, and what the path itself reports.
     """
 
     tokens_BL: Tensor
@@ -73,13 +73,18 @@ def sample(
     state = state.like(denoiser.table_VD)
     carry = path.init(state)
     evaluator = _Evaluator(denoiser, state)
-    for call in range(budget):
-        clock = Clock(call=call, budget=budget, draws=Draws(seed, first_row, call))
+    call = 0
+    while call < budget:
+        probes = _Probes(evaluator, budget - call - 1)
+        draws = Draws(seed, first_row, call)
+        clock = Clock(call=call, budget=budget, draws=draws, evaluate=probes)
         posterior = _Deferred(state, evaluator)
         gamma_next_BL, carry = path.target(state, posterior, carry, clock)
-        if call == budget - 1:
+        call += 1 + probes.made
+        if call == budget:
             gamma_next_BL = torch.full_like(state.gamma_BL, torch.inf)
-        after = transition(state, gamma_next_BL, posterior, clock.draws)
+        drift = path.steer(posterior, carry) if isinstance(path, Steers) else posterior
+        after = transition(state, gamma_next_BL, drift, draws)
         # Before the evaluator moves on: a recorder may be the first to look at this posterior.
         for recorder in recorders:
             recorder.observe(clock, state, posterior, after)
@@ -89,7 +94,10 @@ def sample(
         tokens_BL=state.tokens_BL,
         calls=evaluator.calls,
         row_calls_B=evaluator.row_calls_B,
-        recorded={recorder.name: recorder.result() for recorder in recorders},
+        recorded={
+            **(path.report(carry) if isinstance(path, Reports) else {}),
+            **{recorder.name: recorder.result() for recorder in recorders},
+        },
     )
 
 
@@ -124,10 +132,33 @@ class _Evaluator:
             self.posterior = self.posterior.with_rows(self.state, rows_R, fresh)
         else:
             self.posterior = self.posterior.with_rows(self.state, every_B, self.posterior)
-        self.calls += len(rows_R) > 0
-        self.row_calls_B[rows_R.cpu()] += 1
+        self._count(rows_R)
         self.stale_B[rows_R] = False
         return self.posterior
+
+    def elsewhere(self, state: State) -> Posterior:
+        """The posterior of a state that is not the one being walked; it is not remembered."""
+        self._count((~self.state.revealed_BL.all(1)).nonzero().squeeze(1))
+        return self.denoiser(state)
+
+    def _count(self, rows_R: Tensor) -> None:
+        self.calls += len(rows_R) > 0
+        self.row_calls_B[rows_R.cpu()] += 1
+
+
+class _Probes:
+    """The further evaluations that one step of the loop makes, as far as the budget has room."""
+
+    def __init__(self, evaluator: _Evaluator, allowed: int) -> None:
+        self.evaluator = evaluator
+        self.allowed = allowed
+        self.made = 0
+
+    def __call__(self, state: State) -> Posterior:
+        if self.made == self.allowed:
+            raise ValueError("the path evaluates more states than its budget has calls left for")
+        self.made += 1
+        return self.evaluator.elsewhere(state)
 
 
 class _Deferred(Posterior):
@@ -137,6 +168,7 @@ class _Deferred(Posterior):
         super().__init__(state, evaluator.denoiser.table_VD)
         self._evaluator = evaluator
         self._answer: Posterior | None = None
+        self._mean_BLD: Tensor | None = None
 
     def _resolved(self) -> Posterior:
         if self._answer is None:
@@ -150,7 +182,15 @@ class _Deferred(Posterior):
         return self._resolved().log_probs_at(at_N)
 
     def mean_at(self, at_N: Tensor) -> Tensor:
+        if self._mean_BLD is not None:
+            return self._mean_BLD.flatten(0, 1)[at_N]
         return self._resolved().mean_at(at_N)
+
+    def mean(self) -> Tensor:
+        # Kept: a path that looks at x_hat does so just before `transition` moves by it.
+        if self._mean_BLD is None:
+            self._mean_BLD = self._resolved().mean()
+        return self._mean_BLD
 
     def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
         return self._resolved().draw(at_N, uniform_N)

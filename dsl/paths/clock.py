@@ -3,8 +3,9 @@
 Shapes: B rows, L positions.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,13 +14,23 @@ from dsl.posterior import Posterior
 from dsl.state import State
 
 
+def no_evaluation(state: State) -> Posterior:
+    """What `Clock.evaluate` is outside `dsl.sample`: there is no denoiser to ask."""
+    raise ValueError("this path evaluates other states, which only `dsl.sample` can answer")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Call ``call`` (from 0) of ``budget``; time runs from 0 to 1 in equal steps."""
+    """Call ``call`` (from 0) of ``budget``; time runs from 0 to 1 in equal steps.
+
+    ``evaluate`` answers any other state than the one being moved, for one more call of the
+    budget: the clock then moves on by two.
+    """
 
     call: int
     budget: int
     draws: Draws
+    evaluate: Callable[[State], Posterior] = no_evaluation
 
     @property
     def now(self) -> float:
@@ -28,6 +39,11 @@ class Clock:
     @property
     def next(self) -> float:
         return (self.call + 1) / self.budget
+
+    @property
+    def calls_left(self) -> int:
+        """This one included."""
+        return self.budget - self.call
 
     def uniform_like(self, gamma_BL: Tensor) -> Tensor:
         """``[B, L]`` float64 uniforms for the path's own choices, keyed (seed, row, step)."""
@@ -49,3 +65,19 @@ class Path(Protocol):
         self, state: State, posterior: Posterior, carry: Any, clock: Clock
     ) -> tuple[Tensor, Any]:
         """Next gamma ``[B, L]`` in [0, inf], and the next carry."""
+
+
+@runtime_checkable
+class Steers(Protocol):
+    """A path whose finite moves follow another drift than the posterior mean where they start."""
+
+    def steer(self, posterior: Posterior, carry: Any) -> Posterior:
+        """The posterior to move by, given the carry that `target` has just answered."""
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A path that has something to say once a sample is finished."""
+
+    def report(self, carry: Any) -> Mapping[str, Any]:
+        """Entries for `Sample.recorded`, given the last carry."""

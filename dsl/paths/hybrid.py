@@ -3,24 +3,24 @@
 Shapes: B rows, L positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from dsl.paths.clock import Clock
+from dsl.paths.clock import Clock, Reports, Steers
+from dsl.paths.stage import Stage
 from dsl.posterior import Posterior
 from dsl.state import State
 
-if TYPE_CHECKING:
-    from dsl.paths import Stage
-
 
 class Carry(NamedTuple):
-    """The stage in charge and what it remembers."""
+    """The stage in charge, what it remembers, and what the stage before it reported."""
 
     second: bool
     stage: Any
+    reported: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Hybrid:
     the first path itself, (0, T) the second.
     """
 
-    first: "Stage"
-    second: "Stage"
+    first: Stage
+    second: Stage
     split: tuple[int, int]
     kind: Literal["hybrid"] = "hybrid"
 
@@ -43,7 +43,7 @@ class Hybrid:
 
     def init(self, state: State) -> Carry:
         second = self.split[0] == 0
-        return Carry(second, (self.second if second else self.first).init(state))
+        return Carry(second, self._stage(second).init(state), {})
 
     def target(
         self, state: State, posterior: Posterior, carry: Carry, clock: Clock
@@ -54,13 +54,26 @@ class Hybrid:
                 f"Hybrid splits {before} + {after} calls but the budget is {clock.budget}; "
                 "make them equal"
             )
-        if clock.call == before and not carry.second:
-            carry = Carry(True, self.second.init(state))
+        if clock.call >= before and not carry.second:
+            carry = Carry(True, self.second.init(state), self.report(carry))
         if carry.second:
             clock = replace(clock, call=clock.call - before, budget=after)
         else:
             # One call more than it gets: the one that would reveal belongs to the second stage.
             clock = replace(clock, budget=before + (after > 0))
-        stage = self.second if carry.second else self.first
+        # mypy cannot know that the carry belongs to the stage.
+        stage: Any = self._stage(carry.second)
         gamma_BL, stage_carry = stage.target(state, posterior, carry.stage, clock)
-        return gamma_BL, Carry(carry.second, stage_carry)
+        return gamma_BL, carry._replace(stage=stage_carry)
+
+    def steer(self, posterior: Posterior, carry: Carry) -> Posterior:
+        stage = self._stage(carry.second)
+        return stage.steer(posterior, carry.stage) if isinstance(stage, Steers) else posterior
+
+    def report(self, carry: Carry) -> Mapping[str, Any]:
+        stage = self._stage(carry.second)
+        own = stage.report(carry.stage) if isinstance(stage, Reports) else {}
+        return {**carry.reported, **own}
+
+    def _stage(self, second: bool) -> Stage:
+        return self.second if second else self.first

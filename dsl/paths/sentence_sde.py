@@ -3,25 +3,15 @@
 Shapes: B rows, L positions.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
 
 from dsl.paths.clock import Clock
+from dsl.paths.grids import LINEAR, NAMED, Grid
 from dsl.posterior import Posterior
 from dsl.state import State
-
-# SNR at a share of the way in [0, 1], for a given gamma_max; from 0 to gamma_max, increasing.
-GRIDS: Mapping[str, Callable[[float, float], float]] = MappingProxyType(
-    {
-        "linear": lambda share, gamma_max: share * gamma_max,
-        # Equal steps of log(1 + gamma): as linear below SNR 1, geometric above it.
-        "log": lambda share, gamma_max: (1 + gamma_max) ** share - 1,
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +20,25 @@ class SentenceSDE:
 
     A budget of T calls makes T - 1 moves, from 0 to ``gamma_max``. Tokens that know more than
     the grid asks for (prompts, soft evidence) wait where they are until it has caught up.
+    A grid that has no settings may be given by its name.
     """
 
     gamma_max: float
-    grid: Literal["linear", "log"] = "linear"
+    grid: Grid | Literal["linear", "log"] = LINEAR
     kind: Literal["sentence_sde"] = "sentence_sde"
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma_max < float("inf"):
             raise ValueError(f"gamma_max must be positive and finite, got {self.gamma_max}")
+        if isinstance(self.grid, str) and self.grid not in NAMED:
+            raise ValueError(f"grid must be one of {', '.join(NAMED)}, got {self.grid!r}")
+        # A profile that ends too early is told now, not in the middle of a sample.
+        self.gamma(1.0)
+
+    def gamma(self, share: float) -> float:
+        """SNR after a share of the moves."""
+        grid = NAMED[self.grid] if isinstance(self.grid, str) else self.grid
+        return grid.gamma(share, self.gamma_max)
 
     def init(self, state: State) -> None:
         return None
@@ -47,4 +47,4 @@ class SentenceSDE:
         self, state: State, posterior: Posterior, carry: None, clock: Clock
     ) -> tuple[Tensor, None]:
         share = (clock.call + 1) / max(clock.budget - 1, 1)
-        return state.gamma_BL.clamp_min(GRIDS[self.grid](min(share, 1.0), self.gamma_max)), None
+        return state.gamma_BL.clamp_min(self.gamma(min(share, 1.0))), None

@@ -1,0 +1,49 @@
+"""Reveal as many tokens as their joint uncertainty allows (arXiv 2505.24857).
+
+Shapes: B rows, L positions.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsl.paths.clock import Clock
+from dsl.paths.order import open_BL, quota, reveal_first
+from dsl.posterior import Posterior
+from dsl.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBounded:
+    """Each call reveals the surest tokens whose summed entropy less the largest is <= ``bound``.
+
+    That difference, in nats, bounds what drawing the tokens independently can lose against
+    drawing them jointly: their total correlation. Where the bound would not finish in time the
+    row reveals ``ceil(left / calls left)`` all the same. A bound of 0 on a text of L uncertain
+    tokens is an order of one per call, surest first; rows that finish early cost no more calls.
+    """
+
+    bound: float
+    kind: Literal["entropy_bounded"] = "entropy_bounded"
+
+    def __post_init__(self) -> None:
+        if not self.bound >= 0:
+            raise ValueError(f"bound must be at least 0 nats, got {self.bound}")
+
+    def init(self, state: State) -> None:
+        return None
+
+    def target(
+        self, state: State, posterior: Posterior, carry: None, clock: Clock
+    ) -> tuple[Tensor, None]:
+        at_N = open_BL(state).flatten().nonzero().squeeze(1)
+        entropy_BL = torch.full_like(state.gamma_BL, torch.inf, dtype=torch.float64)
+        entropy_BL.view(-1)[at_N] = posterior.entropy_at(at_N).to(entropy_BL)
+        sorted_BL = entropy_BL.sort(dim=1).values
+        # Sorted, the largest of the first k is the k-th: what counts is the sum before it.
+        before_BL = sorted_BL.cumsum(1).roll(1, dims=1)
+        before_BL[:, :1] = 0
+        allowed_B = (before_BL <= self.bound).sum(1)
+        return reveal_first(state, entropy_BL, allowed_B.maximum(quota(state, clock))), None

@@ -1,0 +1,102 @@
+"""Grids of SNR: where a sentence is after a share of its moves (003 algorithm 2).
+
+Every grid runs from 0 at share 0 to ``gamma_max`` at share 1, increasing.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Equal steps of SNR (003 algorithm 2)."""
+
+    kind: Literal["linear"] = "linear"
+
+    def gamma(self, share: float, gamma_max: float) -> float:
+        return share * gamma_max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Equal steps of log(1 + SNR): as linear below SNR 1, geometric above it."""
+
+    kind: Literal["log"] = "log"
+
+    def gamma(self, share: float, gamma_max: float) -> float:
+        return math.expm1(share * math.log1p(gamma_max))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantile:
+    """Equal shares of the log-normal that SNR was trained on (003 C.2), cut at ``gamma_max``.
+
+    Steps are small where the denoiser has seen most. ``mu`` and ``sigma`` are of log SNR.
+    """
+
+    mu: float
+    sigma: float
+    kind: Literal["quantile"] = "quantile"
+
+    def __post_init__(self) -> None:
+        if not (self.sigma > 0 and math.isfinite(self.mu)):
+            raise ValueError(f"need finite mu and positive sigma, got {self.mu}, {self.sigma}")
+
+    def gamma(self, share: float, gamma_max: float) -> float:
+        if not 0 < share < 1:
+            return share * gamma_max
+        log_gamma = NormalDist(self.mu, self.sigma)
+        below = share * log_gamma.cdf(math.log(gamma_max))
+        return min(math.exp(log_gamma.inv_cdf(below)), gamma_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Information:
+    """Equal nats: information is the natural clock, ``1/2 E(gamma) dgamma`` of it (003 eq. 3).
+
+    ``nats[k]`` is what a measured error profile gives in total up to SNR ``gammas[k]``; both
+    start at 0 and increase. Between two entries SNR is linear in nats.
+    """
+
+    gammas: tuple[float, ...]
+    nats: tuple[float, ...]
+    kind: Literal["information"] = "information"
+
+    def __post_init__(self) -> None:
+        if len(self.gammas) != len(self.nats) or len(self.gammas) < 2:
+            raise ValueError("gammas and nats must be equally many, at least two")
+        for name, column in (("gammas", self.gammas), ("nats", self.nats)):
+            rises = all(low < high for low, high in pairwise(column))
+            if column[0] != 0 or not rises or not math.isfinite(column[-1]):
+                raise ValueError(f"{name} must start at 0, increase and stay finite")
+
+    def gamma(self, share: float, gamma_max: float) -> float:
+        if gamma_max > self.gammas[-1]:
+            raise ValueError(
+                f"gamma_max {gamma_max:g} lies beyond the measured profile, which ends at SNR "
+                f"{self.gammas[-1]:g}; lower it or measure further"
+            )
+        if not 0 < share < 1:
+            return share * gamma_max
+        nats = share * _interpolate(gamma_max, self.gammas, self.nats)
+        return min(_interpolate(nats, self.nats, self.gammas), gamma_max)
+
+
+Grid = Linear | Log | Quantile | Information
+
+LINEAR = Linear()
+
+# Grids that need no more than their name.
+NAMED: Mapping[str, Grid] = MappingProxyType({"linear": LINEAR, "log": Log()})
+
+
+def _interpolate(x: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> float:
+    right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+    low, high = xs[right - 1], xs[right]
+    return ys[right - 1] + (x - low) / (high - low) * (ys[right] - ys[right - 1])
