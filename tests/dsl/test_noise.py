@@ -1,0 +1,95 @@
+"""Draws depend on their key and on nothing else, and have the law that they claim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsl.noise import Draws, Stream, generator
+from tests.dsl.laws import chi_square_p, normal_p
+
+SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 10**6),
+    first=st.integers(0, 10**9),
+    shape=SHAPES,
+    data=st.data(),
+)
+def test_any_sub_batch_draws_the_same(
+    seed: int, step: int, first: int, shape: tuple[int, int, int], data: st.DataObject
+) -> None:
+    rows, length, dim = shape
+    whole = Draws(seed, first, step)
+    start = data.draw(st.integers(0, rows - 1))
+    part = Draws(seed, first + start, step)
+    normal = whole.normal(torch.Size(shape), torch.float64)
+    sub = part.normal(torch.Size((rows - start, length, dim)), torch.float64)
+    assert torch.equal(normal[start:], sub)
+    for stream in Stream:
+        uniform = whole.uniform(rows, length, stream)
+        assert torch.equal(uniform[start:], part.uniform(rows - start, length, stream))
+        assert uniform.shape == (rows, length)
+        assert ((uniform >= 0) & (uniform < 1)).all()
+
+
+def test_every_part_of_the_key_matters() -> None:
+    base = Draws(3, 5, 7).uniform(1, 8, Stream.TOKEN)
+    others = [
+        Draws(4, 5, 7).uniform(1, 8, Stream.TOKEN),
+        Draws(3, 6, 7).uniform(1, 8, Stream.TOKEN),
+        Draws(3, 5, 8).uniform(1, 8, Stream.TOKEN),
+        Draws(3, 5, 7).uniform(1, 8, Stream.PATH),
+        Draws(3, 5, 7).uniform(1, 8, Stream.MOVE),
+    ]
+    for other in others:
+        assert not torch.isin(other, base).any()
+
+
+def test_no_number_is_used_twice() -> None:
+    """Rows, steps and streams share no draws: overlapping counters would repeat them."""
+    drawn = torch.cat(
+        [
+            Draws(1, 0, step).uniform(64, 10, stream).flatten()
+            for step in range(16)
+            for stream in Stream
+        ]
+    )
+    assert len(drawn.unique()) == len(drawn)
+
+
+def test_uniforms_are_uniform() -> None:
+    drawn = Draws(11, 0, 0).uniform(2000, 50, Stream.PATH)
+    counts = torch.histc(drawn.flatten(), bins=64, min=0, max=1)
+    assert chi_square_p(counts, torch.ones(64)) > 1e-4
+
+
+@pytest.mark.parametrize("count", [5, 6])  # an odd count leaves one of a Box-Muller pair unused
+def test_normals_are_normal_and_independent(count: int) -> None:
+    rows = 40_000
+    drawn = Draws(12, 0, 0).normal(torch.Size((rows, count, 1)), torch.float64).squeeze(2)
+    assert normal_p(drawn) > 1e-4
+    # Each entry of the covariance has standard error at most sqrt(2 / rows).
+    covariance = drawn.T @ drawn / rows
+    assert (covariance - torch.eye(count)).abs().max() < 5 * (2 / rows) ** 0.5
+
+
+def test_normals_are_rounded_once() -> None:
+    shape = torch.Size((4, 3, 2))
+    exact = Draws(1, 2, 3).normal(shape, torch.float64)
+    assert torch.equal(Draws(1, 2, 3).normal(shape, torch.float32), exact.float())
+    assert torch.isfinite(exact).all()
+
+
+def test_training_generator_is_keyed_by_seed_step_and_lane() -> None:
+    def draw(*key: int) -> list[float]:
+        return torch.rand(4, generator=generator(*key)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2), (2**63, 2, 3)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)

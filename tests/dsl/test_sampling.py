@@ -1,0 +1,345 @@
+"""The loop: its budget, its counting, its independence of the batch, and the law it samples.
+
+Shapes: B rows, L positions, V tokens, D table dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsl.exact import ExactDenoiser
+from dsl.paths import AnyPath, Clock, Hybrid, Masked, SentenceSDE
+from dsl.paths.masked import ALPHA
+from dsl.posterior import Posterior
+from dsl.sampling import Sample, sample
+from dsl.state import State
+from tests.dsl.laws import (
+    Law,
+    cyclic,
+    law_p,
+    random_law,
+    total_variation,
+    total_variation_bound,
+    two_bits,
+)
+
+LAW = random_law(tokens=3, length=4, dim=2, seed=3)
+PATHS: list[AnyPath] = [
+    Masked(),
+    Masked(alpha="cosine"),
+    SentenceSDE(gamma_max=20.0),
+    SentenceSDE(gamma_max=20.0, grid="log"),
+    Hybrid(SentenceSDE(gamma_max=5.0), Masked(), split=(5, 7)),
+]
+BUDGET = 12
+
+
+@dataclass
+class Spy:
+    """A denoiser that counts the rows of every call."""
+
+    inner: ExactDenoiser
+    rows: list[int] = field(default_factory=list)
+
+    @property
+    def table_VD(self) -> Tensor:
+        return self.inner.table_VD
+
+    def __call__(self, state: State) -> Posterior:
+        assert not state.revealed_BL.all(1).any() or not self.rows, "a finished row costs a call"
+        self.rows.append(len(state.gamma_BL))
+        return self.inner(state)
+
+
+def blank(law: Law, rows: int) -> State:
+    return State.masked(rows, law.sequences_SL.shape[1], law.table_VD.shape[1])
+
+
+def draw(path: AnyPath, rows: int = 8, budget: int = BUDGET, **kwargs: Any) -> Sample:
+    return sample(LAW.denoiser(), path, blank(LAW, rows), budget=budget, seed=4, **kwargs)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_budget_is_kept_and_everything_ends_revealed(path: AnyPath) -> None:
+    spy = Spy(LAW.denoiser())
+    made = sample(spy, path, blank(LAW, 8), budget=BUDGET, seed=0)
+    assert made.tokens_BL.shape == (8, 4)
+    assert ((made.tokens_BL >= 0) & (made.tokens_BL < 3)).all()
+    assert made.calls == len(spy.rows) <= BUDGET
+    assert made.row_calls_B.sum() == sum(spy.rows)
+    assert made.row_calls_B.max() <= made.calls
+    assert made.row_calls_B.min() >= 1
+
+
+def test_a_continuous_path_uses_its_whole_budget() -> None:
+    made = draw(SentenceSDE(gamma_max=9.0))
+    assert made.calls == BUDGET
+    assert (made.row_calls_B == BUDGET).all()
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=repr)
+def test_one_call_draws_every_token_at_once(path: AnyPath) -> None:
+    spy = Spy(LAW.denoiser())
+    made = sample(spy, path, blank(LAW, 5), budget=1, seed=0)
+    assert (made.calls, spy.rows) == (1, [5])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_text_does_not_depend_on_the_batch(path: AnyPath) -> None:
+    whole = draw(path, rows=8)
+    for first in range(8):
+        part = draw(path, rows=1, first_row=first)
+        assert torch.equal(part.tokens_BL, whole.tokens_BL[first : first + 1])
+        assert torch.equal(part.row_calls_B, whole.row_calls_B[first : first + 1])
+    half = draw(path, rows=4, first_row=4)
+    assert torch.equal(half.tokens_BL, whole.tokens_BL[4:])
+    assert torch.equal(draw(path, rows=8).tokens_BL, whole.tokens_BL)
+    assert len(whole.tokens_BL.unique(dim=0)) > 1
+
+
+def test_cached_rows_cost_nothing() -> None:
+    """With many more calls than tokens most steps reveal nothing. A row is asked again only after
+    one of its own tokens was revealed, and never once it is finished."""
+    rows, length = 6, 4
+    path, budget = Masked(), 200
+    moved: list[Tensor] = []
+
+    @dataclass
+    class Moves:
+        name: str = "moves"
+
+        def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+            moved.append((before.gamma_BL != after.gamma_BL).any(1))
+
+        def result(self) -> None:
+            return None
+
+    spy = Spy(LAW.denoiser())
+    made = sample(spy, path, blank(LAW, rows), budget=budget, seed=2, recorders=[Moves()])
+    assert torch.equal(made.row_calls_B, torch.stack(moved).sum(0))
+    assert made.calls == len(spy.rows) <= rows * length
+    assert sum(spy.rows) == made.row_calls_B.sum() <= rows * length
+    assert made.row_calls_B.max() <= length
+
+
+def test_a_finished_start_costs_no_call() -> None:
+    tokens_BL = LAW.draw(3, seed=0)
+    for known in (True, False):
+        start = State.from_tokens(
+            LAW.table_VD,
+            tokens_BL,
+            torch.full(tokens_BL.shape, known),
+            torch.full(tokens_BL.shape, math.inf),
+        )
+        for path in PATHS:
+            made = sample(LAW.denoiser(), path, start, budget=BUDGET, seed=0)
+            assert torch.equal(made.tokens_BL, tokens_BL)
+            assert made.calls == 0
+            assert made.row_calls_B.tolist() == [0, 0, 0]
+
+
+@dataclass
+class Watch:
+    """Every state that a sample passed through, and what the posterior said of it."""
+
+    name: str = "watch"
+    look: bool = False
+    calls: list[int] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    answers: list[tuple[State, Tensor]] = field(default_factory=list)
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        if self.states:
+            assert before is self.states[-1]
+        else:
+            self.states.append(before)
+        self.calls.append(clock.call)
+        self.states.append(after)
+        if self.look:
+            self.answers.append((before, posterior.log_probs()))
+
+    def result(self) -> int:
+        return len(self.states)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_recorders_see_every_step_and_change_no_text(path: AnyPath) -> None:
+    plain = draw(path)
+    watch, looking = Watch(), Watch(name="looking", look=True)
+    made = draw(path, recorders=[watch])
+    assert watch.calls == list(range(BUDGET))
+    assert made.recorded == {"watch": BUDGET + 1}
+    assert torch.equal(made.tokens_BL, plain.tokens_BL)
+    assert made.calls == plain.calls
+    assert (watch.states[0].gamma_BL == 0).all()
+    assert watch.states[-1].revealed_BL.all()
+    assert torch.equal(watch.states[-1].tokens_BL, made.tokens_BL)
+
+    curious = draw(path, recorders=[looking])
+    assert torch.equal(curious.tokens_BL, plain.tokens_BL)
+    assert plain.calls <= curious.calls <= BUDGET
+    for before, log_probs_BLV in looking.answers:
+        assert torch.equal(log_probs_BLV, LAW.denoiser()(before).log_probs())
+
+
+@dataclass(frozen=True)
+class Forgetful:
+    """Hides everything at one call without looking at the posterior, then reveals at the last."""
+
+    def init(self, state: State) -> None:
+        return None
+
+    def target(
+        self, state: State, posterior: Posterior, carry: None, clock: Clock
+    ) -> tuple[Tensor, None]:
+        return torch.full_like(state.gamma_BL, 0.5), None
+
+
+def test_a_recorder_may_be_the_only_one_to_look() -> None:
+    """A move down needs no posterior; whoever looks still sees that of the state before it."""
+    tokens_BL = LAW.draw(3, seed=0)
+    start = State.from_tokens(
+        LAW.table_VD,
+        tokens_BL,
+        torch.zeros(tokens_BL.shape).bool(),
+        torch.tensor([[math.inf, math.inf, 3.0, 0.5]]).expand(3, -1),
+    )
+    looking = Watch(look=True)
+    sample(LAW.denoiser(), Forgetful(), start, budget=3, seed=0, recorders=[looking])
+    for before, log_probs_BLV in looking.answers:
+        assert torch.equal(log_probs_BLV, LAW.denoiser()(before).log_probs())
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_frozen_tokens_never_change(path: AnyPath) -> None:
+    tokens_BL = LAW.draw(16, seed=1)
+    known_BL = torch.rand(tokens_BL.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    start = State.from_tokens(LAW.table_VD, tokens_BL, known_BL)
+    watch = Watch()
+    made = sample(LAW.denoiser(), path, start, budget=BUDGET, seed=5, recorders=[watch])
+    assert torch.equal(made.tokens_BL[known_BL], tokens_BL[known_BL])
+    for state in watch.states:
+        assert torch.equal(state.frozen_BL, known_BL)
+        assert state.revealed_BL[known_BL].all()
+        assert torch.equal(state.tokens_BL[known_BL], tokens_BL[known_BL])
+    assert not torch.equal(made.tokens_BL, tokens_BL)
+
+
+@pytest.mark.parametrize("alpha", ["linear", "cosine"])
+def test_hybrid_ends_are_its_stages_bit_for_bit(alpha: str) -> None:
+    first, second = SentenceSDE(gamma_max=20.0), Masked(alpha=alpha)
+    for split, alone in (((0, BUDGET), second), ((BUDGET, 0), first)):
+        watches = Watch(), Watch()
+        draw(Hybrid(first, second, split=split), recorders=[watches[0]])
+        draw(alone, recorders=[watches[1]])
+        for ours, theirs in zip(watches[0].states, watches[1].states, strict=True):
+            for name in ("tokens_BL", "z_BLD", "gamma_BL", "frozen_BL"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_hybrid_moves_in_all_calls_of_its_first_stage() -> None:
+    watch = Watch()
+    draw(Hybrid(SentenceSDE(gamma_max=5.0), Masked(), split=(5, 7)), recorders=[watch])
+    for call, state in enumerate(watch.states[1:6], start=1):
+        assert (state.gamma_BL == call).all()  # 5 moves of SNR 1: up to gamma_max
+    for before, after in zip(watch.states[5:], watch.states[6:], strict=False):
+        soft_BL = ~after.revealed_BL
+        assert (after.gamma_BL[soft_BL] == 5).all()
+        assert torch.equal(after.z_BLD[soft_BL], before.z_BLD[soft_BL])
+
+
+def test_sentence_sde_visits_its_grid() -> None:
+    for grid, expected in (
+        ("linear", [1.0, 2.0, 3.0]),
+        ("log", [4 ** (1 / 3) - 1, 4 ** (2 / 3) - 1, 3.0]),
+    ):
+        watch = Watch()
+        draw(SentenceSDE(gamma_max=3.0, grid=grid), budget=4, recorders=[watch])
+        visited = [state.gamma_BL[0, 0].item() for state in watch.states]
+        assert visited == pytest.approx([0.0, *expected, math.inf])
+
+
+def test_soft_evidence_waits_for_the_grid() -> None:
+    start = State.from_tokens(
+        LAW.table_VD, LAW.draw(2, seed=0), torch.zeros(2, 4).bool(), torch.full((2, 4), 2.5)
+    )
+    watch = Watch()
+    path = SentenceSDE(gamma_max=4.0)
+    sample(LAW.denoiser(), path, start, budget=5, seed=0, recorders=[watch])
+    visited = [state.gamma_BL[0, 0].item() for state in watch.states]
+    assert visited == [2.5, 2.5, 2.5, 3.0, 4.0, math.inf]
+
+
+def test_wrong_budgets_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one call"):
+        draw(Masked(), budget=0)
+    with pytest.raises(ValueError, match=r"5 \+ 7 calls but the budget is 11"):
+        draw(PATHS[4], budget=11)
+    for split in ((0, 0), (-1, 2)):
+        with pytest.raises(ValueError, match="split"):
+            Hybrid(Masked(), Masked(), split=split)
+    for gamma_max in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="gamma_max"):
+            SentenceSDE(gamma_max=gamma_max)
+
+
+ROWS = 2_000
+SPREAD = random_law(tokens=3, length=3, dim=2, seed=6)  # no two rows closer than 110 degrees
+GENEROUS: list[tuple[AnyPath, int]] = [
+    (Masked(), 400),
+    (Masked(alpha="cosine"), 400),
+    (SentenceSDE(gamma_max=15.0), 80),
+    (SentenceSDE(gamma_max=15.0, grid="log"), 40),
+    (Hybrid(SentenceSDE(gamma_max=3.0), Masked(), split=(20, 200)), 220),
+]
+
+
+@pytest.mark.parametrize(("path", "budget"), GENEROUS, ids=repr)
+def test_samples_follow_the_law(path: AnyPath, budget: int) -> None:
+    made = sample(SPREAD.denoiser(), path, blank(SPREAD, ROWS), budget=budget, seed=7)
+    assert law_p(SPREAD, made.tokens_BL) > 1e-4
+
+
+@pytest.mark.parametrize("alpha", ["linear", "cosine"])
+def test_masked_errs_only_where_reveals_collide(alpha: str) -> None:
+    """Two tokens revealed in one call are drawn apart. For any two that has at most the chance
+    that they fall in one step of the clock, which bounds the distance to the law."""
+    law, budget = cyclic(4), 200
+    made = sample(law.denoiser(), Masked(alpha=alpha), blank(law, ROWS), budget=budget, seed=7)
+    alpha_T = torch.tensor([ALPHA[alpha](call / budget) for call in range(budget + 1)])
+    collision = math.comb(4, 2) * alpha_T.diff().square().sum().item()
+    error = total_variation(law, made.tokens_BL)
+    assert error < collision + total_variation_bound(law, ROWS)
+    impossible = (law.index(made.tokens_BL) == len(law.p_S)).double().mean().item()
+    assert impossible < collision + 4 * math.sqrt(collision / ROWS)
+
+
+def test_masked_in_one_call_is_the_product_of_marginals() -> None:
+    """The statistics above can fail: drawn at once, two bits agree half of the time."""
+    law = two_bits()
+    made = sample(law.denoiser(), Masked(), blank(law, ROWS), budget=1, seed=0)
+    agree = (made.tokens_BL[:, 0] == made.tokens_BL[:, 1]).double().mean().item()
+    assert abs(agree - 0.5) < 4 * 0.5 / math.sqrt(ROWS)
+    assert law_p(law, made.tokens_BL) < 1e-4
+    assert total_variation(law, made.tokens_BL) > total_variation_bound(law, ROWS)
+
+
+def test_prompted_samples_follow_the_conditional_law() -> None:
+    law = SPREAD
+    tokens_BL = torch.tensor([[0, 2, 0]]).expand(ROWS, -1)
+    known_BL = torch.tensor([[False, True, False]]).expand(ROWS, -1)
+    start = State.from_tokens(law.table_VD, tokens_BL, known_BL)
+    made = sample(law.denoiser(), SentenceSDE(gamma_max=15.0), start, budget=80, seed=1)
+    given_S = law.sequences_SL[:, 1] == 2
+    conditional = Law(
+        table_VD=law.table_VD,
+        sequences_SL=law.sequences_SL[given_S],
+        p_S=law.p_S[given_S] / law.p_S[given_S].sum(),
+    )
+    assert law_p(conditional, made.tokens_BL) > 1e-4
