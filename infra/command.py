@@ -105,7 +105,7 @@ def _check(flags: set[str]) -> None:
 
 def _help(config_type: type[Any], presets: Path, doc: str) -> str:
     fields = {key: f"{spelt} = {default}" for key, spelt, default in config.describe(config_type)}
-    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml"))) or "none"
     return (
         f"{doc.strip()}\n\n"
         f"arguments: [PRESET] [key.sub=value …]; PRESET is one of {names}, a .yaml or a URL\n\n"

@@ -26,6 +26,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, OBJECT_STORE_BYTES, QUIET, commit
 from infra.errors import InfraError, Problem
@@ -111,10 +112,8 @@ def submit(state: Path, entrypoint: Sequence[str], working_dir: Path) -> int:
          "--", *entrypoint],
         env=environment,
     )  # fmt: skip
-    request = _request(f"{head.address}/api/jobs/{job}", environment["RAY_AUTH_TOKEN"])
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            info = json.load(answer)
+        info = _ask(f"{head.address}/api/jobs/{job}", environment["RAY_AUTH_TOKEN"])
     except OSError as error:
         raise InfraError(f"{head.address}, {job}", f"no word of the job: {error}") from error
     if info["driver_exit_code"] is None:
@@ -130,12 +129,13 @@ def logs(state: Path, job: str) -> int:
 
 
 def down(state: Path) -> None:
-    """End the head that `up` started, its whole process group and nothing else."""
+    """End the head that `up` started: its jobs, its process group, and nothing else."""
     record = state / "head.json"
     if not record.exists():
         raise InfraError(str(state), "no cluster is up", UP)
     head = Head(**json.loads(record.read_text()))
     if _started(head.pid) == head.started:
+        _stop_jobs(head.address, (state / "token").read_text())
         os.kill(head.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         while _started(head.pid) == head.started and time.monotonic() < deadline:
@@ -168,16 +168,35 @@ def _started(pid: int) -> str:
     return "" if status.startswith("Z") else began.strip()
 
 
-def _request(url: str, token: str) -> urllib.request.Request:
-    return urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+def _ask(url: str, token: str, method: str = "GET") -> Any:
+    """What the head answers; OSError where it refuses or there is none."""
+    headers = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
 
 
 def _answers(address: str, token: str) -> bool:
     try:
-        with urllib.request.urlopen(_request(f"{address}/api/version", token), timeout=5):
-            return True
+        return bool(_ask(f"{address}/api/version", token))
     except OSError:
         return False
+
+
+def _stop_jobs(address: str, token: str) -> None:
+    """Drivers have sessions of their own and would outlive the head."""
+
+    def running() -> list[str]:
+        jobs = _ask(f"{address}/api/jobs/", token)
+        live = [job["submission_id"] for job in jobs if job["status"] in ("PENDING", "RUNNING")]
+        return [job for job in live if job]  # a driver that was not submitted has no id
+
+    with contextlib.suppress(OSError):  # a head that does not answer is ended all the same
+        for job in running():
+            _ask(f"{address}/api/jobs/{job}/stop", token, "POST")
+        deadline = time.monotonic() + STOP_SECONDS
+        while running() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:

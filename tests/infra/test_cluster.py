@@ -132,8 +132,18 @@ def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     assert f"of {commit.sha}" in job.stdout
     assert sys.executable in job.stdout
 
+    forever = ["python", "-c", "print('begun', flush=True); import time; time.sleep(5000.125)"]
+    long = subprocess.Popen(
+        [sys.executable, "-m", "infra.cluster", "--state", str(state), "submit", "--", *forever],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert long.stdout is not None
+    assert any(line.startswith("begun") for line in long.stdout)
     assert command(state, "down").returncode == 0
+    long.communicate(timeout=60)
+    assert long.returncode
     assert not processes_of(record.folder)
+    assert not processes_of("5000.125")
     assert not Path(record.folder).exists()
     gone = command(state, "submit", "--", "true")
     assert (gone.returncode, "no cluster is up" in gone.stderr) == (InfraError.exit_code, True)
