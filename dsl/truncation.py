@@ -1,0 +1,101 @@
+"""Temperature and nucleus: one sharpening of the posterior, for draws and for x_hat alike.
+
+Shapes: B rows, L positions, V tokens, N asked positions, R rows.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsl.posterior import Denoises, Posterior
+from dsl.state import State
+
+Convention = Literal["keep", "drop"]
+
+# Which tokens of a row sorted from likely to unlikely stay, from the sum up to each in float64.
+# `keep` is the common rule, `drop` that of public ReMDM; they differ in the token that crosses p.
+CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = MappingProxyType(
+    {
+        "keep": lambda total_NV, probs_NV, p: total_NV - probs_NV < p,
+        "drop": lambda total_NV, probs_NV, p: total_NV <= p,
+    }
+)
+
+
+class Truncated:
+    """A denoiser whose every answer is sharpened: at a temperature, then cut to a nucleus.
+
+    The cut leaves the likeliest tokens of total probability about ``nucleus`` (always at least
+    one) and normalises them. What `Posterior` promises holds for the result, so a continuous
+    stage and an endpoint stage are sharpened alike.
+
+    Args:
+        denoiser: the denoiser to sharpen.
+        temperature: positive; below 1 is sharper.
+        nucleus: p in (0, 1]; 1 cuts nothing.
+        convention: ``"keep"`` the token with which the sum passes p, or ``"drop"`` it.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoises,
+        temperature: float = 1.0,
+        nucleus: float = 1.0,
+        convention: Convention = "keep",
+    ) -> None:
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if not 0 < nucleus <= 1:
+            raise ValueError(f"nucleus must lie in (0, 1], got {nucleus}")
+        if convention not in CONVENTIONS:
+            known = ", ".join(CONVENTIONS)
+            raise ValueError(f"convention must be one of {known}, got {convention!r}")
+        self.denoiser = denoiser
+        self.temperature = temperature
+        self.nucleus = nucleus
+        self.convention = convention
+
+    @property
+    def table_VD(self) -> Tensor:
+        return self.denoiser.table_VD
+
+    def __call__(self, state: State) -> Posterior:
+        return TruncatedPosterior(self, self.denoiser(state))
+
+    def sharpen(self, log_probs_NV: Tensor) -> Tensor:
+        """Normalised log-probabilities ``[N, V]`` after temperature and nucleus."""
+        if self.temperature != 1:
+            log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
+        if self.nucleus == 1:
+            return log_probs_NV
+        sorted_NV, token_NV = log_probs_NV.sort(dim=-1, descending=True, stable=True)
+        # Fifty thousand float32 terms would blur where the sum crosses p.
+        probs_NV = sorted_NV.double().exp()
+        stays_NV = CONVENTIONS[self.convention](probs_NV.cumsum(-1), probs_NV, self.nucleus)
+        stays_NV[:, 0] = True
+        stays_NV = torch.empty_like(stays_NV).scatter_(-1, token_NV, stays_NV)
+        return log_probs_NV.masked_fill(~stays_NV, -torch.inf).log_softmax(-1)
+
+
+class TruncatedPosterior(Posterior):
+    """A posterior, sharpened where somebody asks."""
+
+    def __init__(self, options: Truncated, posterior: Posterior) -> None:
+        super().__init__(posterior.state, posterior.table_VD)
+        self.options = options
+        self.posterior = posterior
+
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self.options.sharpen(self.posterior._log_probs_unrevealed(at_N))
+
+    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
+        assert isinstance(fresh, TruncatedPosterior)
+        merged = self.posterior.with_rows(state, rows_R, fresh.posterior)
+        return TruncatedPosterior(self.options, merged)
