@@ -276,10 +276,10 @@ def _registry(uri: str) -> Iterator[MlflowClient]:
     os.environ[TIMEOUT] = str(MOVING_S)
     try:
         yield client
-    except (Problem, OSError):
+    except Problem:
         raise
     except Exception as error:
-        why = f"the model registry did not answer as it should ({reason(error)})"
+        why = f"the model registry refused or did not answer ({reason(error)})"
         raise InfraError(uri, why, "Check tracking.uri and the server") from None
     finally:
         os.environ[TIMEOUT] = before
