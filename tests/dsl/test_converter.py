@@ -4,6 +4,7 @@ Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, N evi
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,13 +126,18 @@ def test_beta_starts_where_the_paper_does():
 
 @torch.no_grad()
 def test_scores_keep_float32_under_low_precision_compute():
-    table_VD = TokenTable(TOKENS, DIM)()
-    converter = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.5)
-    state = random_state(scale=300.0)
-    exact_BLU = converter(state, table_VD, slots())
+    # Two tokens whose scores are in the hundreds and a few nats apart.
+    torch.manual_seed(0)
+    table_VD = TokenTable(2, DIM)()
+    apart_D, between_D = table_VD[0] - table_VD[1], table_VD[0] + table_VD[1]
+    z_BLD = 300 * between_D / between_D.norm() + torch.linspace(-2, 2, 9)[None, :, None] * apart_D
+    state = replace(State.masked(1, 9, DIM), z_BLD=z_BLD, gamma_BL=torch.ones(1, 9))
+    converter, values_UW = Converter(2, DIM, beta=1.0, mask_prior=0.5), torch.eye(3)
+    exact_BLU = converter(state, table_VD, values_UW)
+    assert exact_BLU[0, 0, 0] < 0.4 < 0.6 < exact_BLU[0, -1, 0]
     with torch.autocast("cpu", torch.bfloat16):
-        autocast_BLU = converter(state, table_VD, slots())
-    low_BLU = converter(state, table_VD, slots(torch.bfloat16))
+        autocast_BLU = converter(state, table_VD, values_UW)
+    low_BLU = converter(state, table_VD, values_UW.bfloat16())
     for weights_BLU in (autocast_BLU, low_BLU):
         torch.testing.assert_close(weights_BLU.float(), exact_BLU, atol=2**-8, rtol=0)
 
