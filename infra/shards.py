@@ -60,7 +60,7 @@ class File:
 
     def __post_init__(self) -> None:
         # A manifest may come from anywhere; it must not point out of its own folder.
-        if not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", self.name, re.ASCII):
+        if not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", self.name):
             raise ValueError(f"{self.name!r} is not a plain relative file name")
         if self.rows < 1 or self.bytes < 1:
             raise ValueError(f"{self.name} has no rows or no bytes")
@@ -160,7 +160,7 @@ class ShardWriter:
                     "finished shards are here already",
                     "Choose another folder, or ask to overwrite them",
                 )
-            self.folder.remove(MANIFEST)
+            self.folder.remove(MANIFEST)  # first, so that a kill from here on leaves no manifest
 
     def write(self, split: str, rows_NL: np.ndarray) -> None:
         """Append rows of ids to a split; DataError if they are not L ids below V each."""

@@ -175,6 +175,11 @@ def test_an_epoch_shows_every_row_once(plan: Plan) -> None:
     assert np.abs(np.diff(order_N)).mean() > ROWS / 10  # and not in order
 
 
+def test_every_epoch_puts_other_groups_together(plan: Plan) -> None:
+    first = [window.slices for _, window in islice(plan.windows((0,)), 60) if window.index == 0]
+    assert len(set(first)) == len(first) > 3
+
+
 @pytest.mark.parametrize("step", [1, 7, 19, 20, 200])
 def test_resuming_is_seeking(plan: Plan, step: int) -> None:
     whole = take(read(plan, range(4)), step + 25)
