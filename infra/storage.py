@@ -164,7 +164,7 @@ class Folder:
             return fs.PyFileSystem(fs.FSSpecHandler(self.filesystem))
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        # A custom endpoint does not care, but without a region the SDK asks the EC2 metadata service.
+        # An endpoint does not care, but for want of a region the SDK asks the metadata service.
         region = region or ("us-east-1" if endpoint else None)
         return _arrow_s3(endpoint, region)
 
