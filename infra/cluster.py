@@ -54,8 +54,9 @@ class Commit(NamedTuple):
         return self.sha + ("-dirty" if self.dirty else "")
 
 
-def connect(config: ClusterConfig, *, needed_cpus: int = 1) -> None:
-    """Connect this process to Ray. A process that is connected already stays as it is.
+@contextmanager
+def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
+    """Ray for the duration; a connection that this process had already outlives it.
 
     A local cluster has logical CPUs for `needed_cpus` and for the data tasks beside them, and
     asks for a token: one that only this process and its children know, so that Ray writes none
@@ -70,6 +71,7 @@ def connect(config: ClusterConfig, *, needed_cpus: int = 1) -> None:
     import ray
 
     if ray.is_initialized():
+        yield
         return
     if address:
         try:
@@ -86,13 +88,10 @@ def connect(config: ClusterConfig, *, needed_cpus: int = 1) -> None:
             include_dashboard=True,  # without it Ray Train logs a complaint every second
             logging_level="error",
         )
-
-
-def shutdown() -> None:
-    """Disconnect, and end the local cluster if this process started one."""
-    import ray
-
-    ray.shutdown()
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def fit(

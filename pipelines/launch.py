@@ -214,8 +214,7 @@ def _start(config: RunConfig, verb: str, manifest: Manifest, tags: Mapping[str, 
 
 def _fit(job: Job) -> None:
     workers = job.config.workers
-    cluster.connect(workers.cluster, needed_cpus=workers.count)
-    try:
+    with cluster.connected(workers.cluster, needed_cpus=workers.count):
         cluster.fit(
             worker,
             {"job": job},
@@ -224,8 +223,6 @@ def _fit(job: Job) -> None:
             use_gpu=workers.gpu,
             max_failures=workers.max_failures,
         )
-    finally:
-        cluster.shutdown()
 
 
 def worker(payload: dict[str, Any]) -> None:

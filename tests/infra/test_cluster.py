@@ -54,8 +54,9 @@ def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(InfraError, match=r"127\.0\.0\.1:1: nobody listens\. Is it up"):
-        cluster.connect(cluster.ClusterConfig(address="127.0.0.1:1"))
+    refused = pytest.raises(InfraError, match=r"127\.0\.0\.1:1: nobody listens\. Is it up")
+    with refused, cluster.connected(cluster.ClusterConfig(address="127.0.0.1:1")):
+        pass
 
 
 def git(folder: Path, *arguments: str) -> None:
