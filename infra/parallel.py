@@ -95,12 +95,18 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def shard(
-    root: nn.Module, blocks: Iterable[nn.Module], *, mesh: DeviceMesh, config: ParallelConfig
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    exact: Iterable[nn.Module] = (),
 ) -> None:
     """Shard `root` in place: per block activation checkpointing, compile, FSDP2; then the root.
 
     root: float32, on the mesh's device type; parameters may be frozen. Parameter names stay.
     blocks: the repeated submodules, each gathered only while it computes.
+    exact: small submodules, outside the blocks, that compute in float32 whatever the config says.
     """
     dtype = config.dtype(torch.device(mesh.device_type))
     precision = functools.partial(MixedPrecisionPolicy, dtype, torch.float32)
@@ -111,6 +117,8 @@ def shard(
         if config.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=precision())
+    for module in exact:
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     # Resharding the root as well: a forward without a backward (validation) would otherwise leave
     # gathered weights where the average and the checkpoints expect shards.
     root_precision = precision(cast_forward_inputs=False)

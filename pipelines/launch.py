@@ -8,6 +8,7 @@ of it may be cut off: the same command picks up what is there.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -229,6 +230,8 @@ def worker(payload: dict[str, Any]) -> None:
     """One of the training processes, inside Ray Train."""
     import ray.train
 
+    # Ray announces every report on the console, in a logger that its own setting does not reach.
+    logging.getLogger().setLevel(logging.WARNING)
     run_on_this_process(
         payload["job"],
         batches=stream.ray_batches,

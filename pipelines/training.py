@@ -104,8 +104,15 @@ class Learner:
         self.objective = objective.to(self.device)
         self.average = parallel.averaged(self.objective, config.optimizer.ema)
         for module in (self.objective, self.average.module):
-            blocks = module.denoiser.backbone.blocks
-            parallel.shard(module, blocks, mesh=mesh, config=sharding)
+            denoiser = module.denoiser
+            parallel.shard(
+                module,
+                denoiser.backbone.blocks,
+                mesh=mesh,
+                config=sharding,
+                # Directions and biases must not be rounded to 8 bits: they are what an SNR is of.
+                exact=(denoiser.table, denoiser.converter),
+            )
         trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained,
