@@ -170,6 +170,8 @@ def register(
     model: Folder, name: str, handle: RunHandle, *, tags: Mapping[str, str]
 ) -> ModelVersion:
     """Register a model folder as a new version of `name`, alias `candidate`."""
+    from pipelines.model import SIGNATURE  # MLflow takes seconds to import
+
     assert handle.run_id is not None
     with _local(model) as local:
         return registry.register(
@@ -180,6 +182,7 @@ def register(
             uri=handle.uri,
             requirements=PACKAGES,
             code_paths=[PYFUNC.parents[1] / "dsl"],
+            signature=SIGNATURE,
             tags=tags,
         )
 

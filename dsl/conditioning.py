@@ -1,0 +1,105 @@
+"""Text that sampling starts from: a prompt, a text with blanks, a garbled draft (003 C.1).
+
+Shapes: B rows, L positions, V tokens, D table dimension.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsl.state import State
+from dsl.vocabulary import Vocabulary
+
+BLANK = "_"
+Mode = Literal["infill", "prompt", "correct"]
+MODES: tuple[str, ...] = ("infill", "prompt", "correct")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of one row before sampling: ids and SNR of its L positions.
+
+    SNR 0: to be drawn, the id says nothing. Finite: the id is trusted that far. inf: it is kept.
+    """
+
+    tokens: tuple[int, ...]
+    gamma: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def read(
+    text: str,
+    vocabulary: Vocabulary,
+    *,
+    mode: Mode = "infill",
+    snr: float = 2.0,
+    length: int | None = None,
+    otherwise: int | None = None,
+) -> Given:
+    """A row from text.
+
+    - ``"infill"``: the text is kept and every ``_`` is one token to draw. A text without any is
+      a prompt.
+    - ``"prompt"``: the text is kept, ``_`` being a character like any other, and what follows is
+      drawn. An empty prompt leaves everything to be drawn.
+    - ``"correct"``: the text is noise-free evidence of finite SNR ``snr``, which the sample may
+      overrule; every ``_`` is one token to draw.
+
+    Args:
+        length: tokens of the row, of which those behind the text are drawn. None: as many as
+            the text has, or ``otherwise`` (a model's own length) for a prompt.
+
+    Raises:
+        ValueError: the text does not fit the length, nobody says how long a prompt's row is, or
+            an argument is out of its range.
+        VocabularyError: the text has a character that the vocabulary lacks.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not 0 < snr < math.inf:
+        raise ValueError(f"snr must be positive and finite, got {snr}")
+    whole = mode == "correct" or (mode == "infill" and BLANK in text)
+    pieces = [text] if mode == "prompt" else re.split(f"({BLANK})", text)
+    known = snr if mode == "correct" else math.inf
+    tokens: list[int] = []
+    gamma: list[float] = []
+    written = [piece for piece in pieces if piece and not (piece == BLANK and whole)]
+    encoded = iter(vocabulary.encode(written))
+    for piece in filter(None, pieces):
+        ids = [0] if piece == BLANK and whole else next(encoded)
+        tokens += ids
+        gamma += [0.0 if piece == BLANK and whole else known] * len(ids)
+
+    if length is None:
+        length = len(tokens) if whole else otherwise
+    if length is None:
+        raise ValueError("a prompt needs a length: this model does not say how long its rows are")
+    if not 0 < length >= len(tokens):
+        raise ValueError(f"the text has {len(tokens)} tokens, the row has room for {length}")
+    rest = length - len(tokens)
+    return Given((*tokens, *[0] * rest), (*gamma, *[0.0] * rest))
+
+
+def state(given: Sequence[Given], table_VD: Tensor) -> State:
+    """The batch that sampling starts from. Rows must have one length."""
+    tokens_BL = torch.tensor([row.tokens for row in given])
+    gamma_BL = torch.tensor([row.gamma for row in given])
+    return State.from_tokens(table_VD.detach(), tokens_BL, gamma_BL.isinf(), gamma_BL)
+
+
+def batches(given: Sequence[Given], rows: int) -> Iterator[tuple[int, Sequence[Given]]]:
+    """Neighbours of one length, at most ``rows`` at a time, each with the index of its first."""
+    first = 0
+    for _, run in groupby(given, key=len):
+        equal = list(run)
+        for start in range(0, len(equal), rows):
+            yield first + start, equal[start : start + rows]
+        first += len(equal)

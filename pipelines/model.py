@@ -1,0 +1,112 @@
+"""The model that the registry stores: text in, text out, along any path.
+
+    model = mlflow.pyfunc.load_model("models:/dsl-quickstart@candidate")
+    model.predict(["The ", "The ____ of a list"], params={"path": "masked", "seed": 1})
+
+This file travels with the weights and with `dsl`, and is run where nothing else of the
+repository exists.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlflow
+import pandas as pd
+import torch
+from mlflow.models import ModelSignature, set_model
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+import dsl
+from dsl import conditioning, weights
+from dsl.paths.hybrid import Hybrid
+from dsl.paths.parse import from_dict
+from dsl.truncation import Truncated
+
+# What `predict` takes beside the texts. A budget or a length of 0 asks for the default: as many
+# calls as tokens, and the length of the rows that the model was trained on.
+PARAMS: dict[str, tuple[DataType, Any]] = {
+    "path": (DataType.string, "masked"),  # a kind, or a mapping with its settings as JSON
+    "budget": (DataType.long, 0),
+    "seed": (DataType.long, 0),
+    "length": (DataType.long, 0),
+    "mode": (DataType.string, "infill"),
+    "snr": (DataType.double, 2.0),
+    "temperature": (DataType.double, 1.0),
+    "nucleus": (DataType.double, 1.0),
+    "convention": (DataType.string, "keep"),
+    "batch": (DataType.long, 16),
+}
+SIGNATURE = ModelSignature(
+    # Without a name, lists of texts pass as well as data frames.
+    inputs=Schema([ColSpec(DataType.string)]),
+    outputs=Schema([ColSpec(DataType.string)]),
+    params=ParamSchema([ParamSpec(name, *spec) for name, spec in PARAMS.items()]),
+)
+
+
+class TextModel(mlflow.pyfunc.PythonModel):
+    """Generates, infills and corrects; see `dsl.conditioning.read` for what a text asks for."""
+
+    def load_context(self, context: Any) -> None:
+        folder = context.artifacts["model"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.denoiser = dsl.load(folder).to(device)
+        self.vocabulary = dsl.Vocabulary.load(folder)
+        self.length = weights.read_config(folder)["metadata"].get("length")
+
+    def predict(
+        self, context: Any, model_input: Any, params: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """One text for each text: a row's randomness is keyed by the seed and its place."""
+        given = {name: default for name, (_, default) in PARAMS.items()} | dict(params or {})
+        path = read_path(given["path"])
+        denoiser = Truncated(
+            self.denoiser, given["temperature"], given["nucleus"], given["convention"]
+        )
+        rows = [self._read(text, given) for text in texts(model_input)]
+        finished: list[str] = []
+        for first_row, batch in conditioning.batches(rows, given["batch"]):
+            sampled = dsl.sample(
+                denoiser,
+                path,
+                conditioning.state(batch, self.denoiser.table_VD),
+                budget=given["budget"] or default_budget(path, len(batch[0])),
+                seed=given["seed"],
+                first_row=first_row,
+            )
+            finished += [self.vocabulary.decode(ids) for ids in sampled.tokens_BL.tolist()]
+        return finished
+
+    def _read(self, text: str, given: Mapping[str, Any]) -> conditioning.Given:
+        return conditioning.read(
+            text,
+            self.vocabulary,
+            mode=given["mode"],
+            snr=given["snr"],
+            length=given["length"] or None,
+            otherwise=self.length,
+        )
+
+
+def texts(model_input: pd.DataFrame | Sequence[str] | Sequence[Mapping[str, str]]) -> list[str]:
+    """The texts of a data frame with one column, of a list, or of mappings with a `text`."""
+    if isinstance(model_input, pd.DataFrame):
+        return model_input.iloc[:, 0].tolist()
+    return [row if isinstance(row, str) else row["text"] for row in model_input]
+
+
+def read_path(spec: str | Mapping[str, Any]) -> Any:
+    """A path by its kind, as a mapping, or as a mapping written in JSON."""
+    if isinstance(spec, str) and spec.lstrip().startswith("{"):
+        return from_dict(json.loads(spec))
+    return from_dict(spec)
+
+
+def default_budget(path: Any, length: int) -> int:
+    return sum(path.split) if isinstance(path, Hybrid) else length
+
+
+set_model(TextModel())
