@@ -199,8 +199,7 @@ class _Writer(StorageWriter):
             self.staged.entries[key] = Entry(
                 dtype=NAMES[tensor.properties.dtype],
                 shape=tuple(tensor.size),
-                # Where there are more ranks than rows some hold an empty part.
-                chunks=tuple(chunk for chunk in chunks[key] if 0 not in chunk.shape),
+                chunks=tuple(chunks[key]),
             )
 
 

@@ -98,7 +98,7 @@ def test_bf16_computes_in_blocks_and_keeps_float32_masters() -> None:
             run.step(step)
 
 
-def test_lanes_are_summed_in_float32_under_bf16() -> None:
+def test_lanes_are_summed_in_float32_and_reduced_once() -> None:
     config = ParallelConfig(compute_dtype="bfloat16")
     with parallel.join(config) as mesh:
         run = Trained(mesh, config)
@@ -108,7 +108,14 @@ def test_lanes_are_summed_in_float32_under_bf16() -> None:
             parallel.accumulate(run.model, [lane], lambda lane: run.model(*lane))
             each.append(run.model.head.weight.grad.full_tensor().clone())
             run.optimizer.zero_grad()
-        parallel.accumulate(run.model, lanes, lambda lane: run.model(*lane))
+        unreduced = []
+
+        def loss_of(lane: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            unreduced.append(run.model.head.weight.grad is None)
+            return run.model(*lane)
+
+        parallel.accumulate(run.model, lanes, loss_of)
+        assert unreduced == [True, True]  # one reduction, after the last lane
         both = run.model.head.weight.grad.full_tensor()
         torch.testing.assert_close(both, (each[0] + each[1]) / 2, rtol=1e-6, atol=1e-9)
 
@@ -121,16 +128,17 @@ def test_auto_is_float32_on_a_cpu_and_bf16_on_a_gpu() -> None:
 compile_block = nn.Module.compile
 
 
-def trace_block(block: nn.Module) -> None:
-    """Compile without generating code: what is tested is the order of the three wrappers."""
-    compile_block(block, backend="aot_eager")
-
-
 @pytest.mark.parametrize("compile", [False, True])
 def test_checkpointing_and_compile_change_neither_gradients_nor_names(
     compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nn.Module, "compile", trace_block)
+    compiled = []
+
+    def trace(block: nn.Module) -> None:  # without code generation: the order is what is tested
+        compiled.append(block)
+        compile_block(block, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
     gradients = {}
     for config in (
         FLOAT32,
@@ -147,8 +155,8 @@ def test_checkpointing_and_compile_change_neither_gradients_nor_names(
             if not compile:
                 calls = len(run.model.blocks[0].seen)
                 assert calls == (2 if config.activation_checkpointing else 1)
-    plainly, wrapped = gradients.values()
-    close(plainly, wrapped)
+    close(*gradients.values())
+    assert len(compiled) == (6 if compile else 0)  # three of the model, three of its average
 
 
 def test_validation_leaves_shards_behind() -> None:

@@ -33,7 +33,7 @@ def in_workers(size: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 def _ranked(path: str, rank: int, size: int, function: Callable[..., Any], args: Any) -> Any:
     store = dist.FileStore(path, size)
-    wait = timedelta(seconds=60)
+    wait = timedelta(minutes=5)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     try:
         return function(*args)
