@@ -59,3 +59,16 @@ def references(test_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("no folder `references` beside DSL_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of CPython's own text: L = 32, a BPE of 300 tokens."""
+    from infra.config import load
+    from pipelines import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    argv = [f"out={folder}", "length=32", "vocabulary.size=300"]
+    config = load(prepare.PrepareConfig, verb="prepare", argv=argv, presets=ROOT)
+    prepare.execute(config)
+    return folder
