@@ -21,14 +21,14 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import dsl
 from dsl import conditioning, weights
-from dsl.paths.hybrid import Hybrid
+from dsl.paths.defaults import choose
 from dsl.paths.parse import from_dict
 from dsl.truncation import Truncated
 
-# What `predict` takes beside the texts. A budget or a length of 0 asks for the default: as many
-# calls as tokens, and the length of the rows that the model was trained on.
+# What `predict` takes beside the texts. No path, and a budget or a length of 0, ask for the
+# defaults of `dsl.paths.defaults.choose` and the length of the rows that the model was trained on.
 PARAMS: dict[str, tuple[DataType, Any]] = {
-    "path": (DataType.string, "masked"),  # a kind, or a mapping with its settings as JSON
+    "path": (DataType.string, ""),  # a kind, or a mapping with its settings as JSON
     "budget": (DataType.long, 0),
     "seed": (DataType.long, 0),
     "length": (DataType.long, 0),
@@ -54,6 +54,7 @@ class TextModel(mlflow.pyfunc.PythonModel):
         folder = context.artifacts["model"]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.denoiser = dsl.load(folder).to(device)
+        self.causal = self.denoiser.config.backbone.causal
         self.vocabulary = dsl.Vocabulary.load(folder)
         self.length = weights.read_config(folder)["metadata"].get("length")
 
@@ -62,18 +63,19 @@ class TextModel(mlflow.pyfunc.PythonModel):
     ) -> list[str]:
         """One text for each text: a row's randomness is keyed by the seed and its place."""
         given = {name: default for name, (_, default) in PARAMS.items()} | dict(params or {})
-        path = read_path(given["path"])
+        wanted = read_path(given["path"]) if given["path"] else None
         denoiser = Truncated(
             self.denoiser, given["temperature"], given["nucleus"], given["convention"]
         )
         rows = [self._read(text, given) for text in texts(model_input)]
         finished: list[str] = []
         for first_row, batch in conditioning.batches(rows, given["batch"]):
+            path, budget = choose(wanted, given["budget"], length=len(batch[0]), causal=self.causal)
             sampled = dsl.sample(
                 denoiser,
                 path,
                 conditioning.state(batch, self.denoiser.table_VD),
-                budget=given["budget"] or default_budget(path, len(batch[0])),
+                budget=budget,
                 seed=given["seed"],
                 first_row=first_row,
             )
@@ -103,10 +105,6 @@ def read_path(spec: str | Mapping[str, Any]) -> Any:
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
         return from_dict(json.loads(spec))
     return from_dict(spec)
-
-
-def default_budget(path: Any, length: int) -> int:
-    return sum(path.split) if isinstance(path, Hybrid) else length
 
 
 set_model(TextModel())

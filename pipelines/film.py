@@ -1,0 +1,85 @@
+"""One page that plays a sample being made.
+
+Shapes: B rows, L positions, V tokens, N asked positions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsl.paths import Clock
+from dsl.posterior import CHUNK_ELEMENTS, Posterior
+from dsl.state import State
+from dsl.vocabulary import Vocabulary
+
+PAGE = Path(__file__).with_name("film.html")
+SLOT = "{{film}}"
+
+
+class Film:
+    """A recorder of every token's SNR, likeliest value and its probability, call by call.
+
+    It looks at every posterior: calls that nobody else would have made are made, and counted.
+    """
+
+    name = "film"
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.frames: list[dict[str, Any]] = []
+        self.given_BL: Tensor | None = None
+        self.last: State | None = None
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        if self.given_BL is None:
+            self.given_BL = before.frozen_BL
+        unrevealed_BL = ~before.revealed_BL
+        token_N, sure_N = likeliest(posterior, unrevealed_BL.flatten().nonzero().squeeze(1))
+        tokens_BL = before.tokens_BL.masked_scatter(unrevealed_BL, token_N)
+        sure_BL = torch.ones_like(before.gamma_BL).masked_scatter(unrevealed_BL, sure_N)
+        self.frames.append(_frame(tokens_BL, before.gamma_BL, sure_BL))
+        self.last = after
+
+    def result(self) -> int:
+        return len(self.frames)
+
+    def page(self) -> str:
+        """The film as one HTML document that refers to nothing outside itself."""
+        assert self.last is not None
+        assert self.given_BL is not None
+        end = _frame(self.last.tokens_BL, self.last.gamma_BL, torch.ones_like(self.last.gamma_BL))
+        frames = [*self.frames, end]
+        used = {token for frame in frames for row in frame["tokens"] for token in row}
+        film = {
+            "texts": {token: self.vocabulary.decode([token]) for token in sorted(used)},
+            "given": self.given_BL.int().tolist(),
+            "frames": frames,
+        }
+        # Inside <script>, JSON ends where "</" begins: without "<" no text can end it.
+        content = json.dumps(film, separators=(",", ":")).replace("<", "\\u003c")
+        return PAGE.read_text(encoding="utf-8").replace(SLOT, content)
+
+
+def likeliest(posterior: Posterior, at_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token ``[N]`` at flat positions, and its probability."""
+    size = max(1, CHUNK_ELEMENTS // len(posterior.table_VD))
+    chunks = [posterior.log_probs_at(chunk_N).max(1) for chunk_N in at_N.split(size)]
+    token_N = torch.cat([chunk.indices for chunk in chunks])
+    return token_N, torch.cat([chunk.values for chunk in chunks]).exp().to(posterior.table_VD)
+
+
+def _frame(tokens_BL: Tensor, gamma_BL: Tensor, sure_BL: Tensor) -> dict[str, Any]:
+    """As JSON holds it: no SNR where a token is revealed, confidence in percent."""
+    return {
+        "tokens": tokens_BL.tolist(),
+        "gamma": [
+            [None if gamma == float("inf") else float(f"{gamma:.3g}") for gamma in row]
+            for row in gamma_BL.tolist()
+        ],
+        "sure": (100 * sure_BL).round().int().tolist(),
+    }

@@ -1,0 +1,222 @@
+"""Draw text from a model along a path: freely, after a prompt, into blanks, or over a draft.
+
+    python pipelines/generate.py model=models:/dsl-quickstart@candidate text='The '
+    python pipelines/generate.py model=runs/quickstart-dsl text='The ____ of a list' watch=true
+    python pipelines/generate.py model=runs/quickstart-dsl mode=correct text='Teh list' snr=2 \\
+        path='{kind: hybrid, first: {kind: sentence_sde, gamma_max: 30}, second: masked, \\
+        split: [16, 32]}' film=film.html
+    python pipelines/generate.py toy=cyclic
+
+`text` is kept and continued to `length`; with a `_` in it, each `_` is one token to draw and the
+text is the whole row. `mode=prompt` takes `_` for a character like any other, `mode=correct` takes
+the text as evidence of the finite SNR `snr`, which may be overruled. `input` is a file of texts
+instead: one a line, or .jsonl with a `text`. Each text is drawn `rows` times.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import dsl
+from dsl import conditioning
+from dsl.conditioning import Given, Mode
+from dsl.paths import AnyPath
+from dsl.paths.defaults import choose
+from dsl.sampling import Recorder
+from dsl.truncation import Convention, Truncated
+from infra import command, tracking
+from infra.config import to_tree
+from infra.errors import ConfigError
+from infra.storage import Folder
+from infra.tracking import TrackingConfig
+from pipelines import models, prompts, toys
+from pipelines.film import Film
+from pipelines.launch import DATA_ERRORS
+from pipelines.models import ConverterConfig, Model
+from pipelines.watch import Watch, printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nucleus:
+    """The likeliest tokens of total probability `p`; see `dsl.truncation` for the conventions."""
+
+    p: float = 1.0
+    convention: Convention = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to draw, from what, and where it goes.
+
+    `model` is any address that finetune's `init` takes; an MDLM checkpoint needs a `tokenizer`.
+    `path`, `budget` and `length` have defaults that suit the model: see `dsl.paths.defaults`.
+    The noise of a row is keyed by `seed` and its number, counted from `first_row`, so neither
+    `batch` nor the rows beside it change a text. `film` is a page that plays the first batch.
+    """
+
+    model: str | None = None
+    toy: Literal["cyclic", "two_bit"] | None = None
+    text: str = ""
+    input: str | None = None
+    mode: Mode = "infill"
+    snr: float = 2.0
+    rows: int = 4
+    length: int | None = None
+    path: AnyPath | None = None
+    budget: int | None = None
+    temperature: float = 1.0
+    nucleus: Nucleus = field(default_factory=Nucleus)
+    seed: int = 0
+    first_row: int = 0
+    batch: int = 16
+    out: str = "runs/samples"
+    watch: bool = False
+    film: str | None = None
+    tokenizer: str | None = None
+    converter: ConverterConfig = field(default_factory=ConverterConfig)
+    root: str = "runs"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.toy is None):
+            raise ValueError("give either a model or a toy")
+        if self.input and self.text:
+            raise ValueError("give either a text or an input file")
+        for name in ("rows", "batch", "budget", "length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def execute(config: GenerateConfig) -> dict[str, Any]:
+    out = Folder.at(config.out)
+    if config.toy:
+        return toys.TOYS[config.toy](out, config.seed)
+    model, given = prepare(config)
+    film = Film(model.vocabulary)
+    drawn = []
+    for row in draw(config, model, given, film):
+        print(f"--- row {row['row']}, {row['calls']} calls\n{printable(row['text'])}", flush=True)
+        drawn.append(row)
+    made = _write(out, drawn)
+    if config.film:
+        folder, name = Folder.holding(config.film)
+        folder.write_bytes(name, film.page().encode())
+        made["film"] = folder.url_of(name)
+    calls = sum(row["calls"] for row in drawn) / len(drawn)
+    return made | {"model": config.model, "rows": len(drawn), "calls_per_row": calls}
+
+
+def prepare(config: GenerateConfig) -> tuple[Model, list[Given]]:
+    """The model with its vocabulary, and every row to draw.
+
+    Raises DataError for a text that does not fit, ConfigError for a path that does not.
+    """
+    assert config.model is not None
+    uri = tracking.locate(config.tracking, config.root)
+    model = models.load(config.model, converter=config.converter, tracking_uri=uri)
+    model = prompts.with_vocabulary(model, config.tokenizer)
+    texts = prompts.read(config.input) if config.input else [("text", config.text)]
+    given = prompts.given(texts, model, mode=config.mode, snr=config.snr, length=config.length)
+    given = [row for row in given for _ in range(config.rows)]
+    for length in {len(row) for row in given}:
+        resolve(config, model, length)
+    return model, given
+
+
+def resolve(config: GenerateConfig, model: Model, length: int) -> tuple[AnyPath, int]:
+    """The path and the budget for rows of a length."""
+    causal = model.denoiser.config.backbone.causal
+    try:
+        return choose(config.path, config.budget, length=length, causal=causal)
+    except ValueError as error:
+        raise ConfigError("path", str(error)) from error
+
+
+def draw(
+    config: GenerateConfig, model: Model, given: Sequence[Given], film: Film
+) -> Iterator[dict[str, Any]]:
+    """Finished rows in order, each with what made it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nucleus = config.nucleus
+    network = model.denoiser.to(device)
+    for first, batch in conditioning.batches(given, config.batch):
+        path, budget = resolve(config, model, len(batch[0]))
+        recorders: list[Recorder] = [Watch(model.vocabulary, sys.stderr)] if config.watch else []
+        if config.film and not first:
+            recorders.append(film)
+        began = time.perf_counter()
+        try:
+            sampled = dsl.sample(
+                Truncated(network, config.temperature, nucleus.p, nucleus.convention),
+                path,
+                conditioning.state(batch, network.table_VD),
+                budget=budget,
+                seed=config.seed,
+                first_row=config.first_row + first,
+                recorders=recorders,
+            )
+        except ValueError as error:  # options out of range, and what a path finds on its way
+            raise ConfigError("generate", str(error)) from error
+        seconds = time.perf_counter() - began
+        for row, ids in enumerate(sampled.tokens_BL.tolist()):
+            yield {
+                "row": config.first_row + first + row,
+                "text": model.vocabulary.decode(ids),
+                "tokens": ids,
+                "path": to_tree(path),
+                "budget": budget,
+                "calls": int(sampled.row_calls_B[row]),
+                "seed": config.seed,
+                "batch_seconds": round(seconds, 4),
+            }
+
+
+def _write(out: Folder, drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    texts = "".join(f"--- row {row['row']}\n{row['text']}\n" for row in drawn)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn)
+    out.write_bytes("samples.txt", texts.encode())
+    out.write_bytes("samples.jsonl", lines.encode())
+    return {name: out.url_of(f"samples.{name}") for name in ("txt", "jsonl")}
+
+
+def dry_run(config: GenerateConfig) -> dict[str, Any]:
+    if config.toy:
+        return {"toy": config.toy, "out": config.out}
+    model, given = prepare(config)
+    work = list(conditioning.batches(given, config.batch))
+    plans = [resolve(config, model, len(batch[0])) for _, batch in work]
+    return {
+        "model": config.model,
+        "objective": model.kind,
+        "parameters": sum(p.numel() for p in model.denoiser.parameters()),
+        "path": plans[0][0].kind,
+        "rows": len(given),
+        "tokens": sum(map(len, given)),
+        "batches": len(work),
+        "calls": sum(budget for _, budget in plans),
+        "out": Folder.at(config.out).url,
+    }
+
+
+def main() -> int:
+    return command.run(
+        "generate",
+        GenerateConfig,
+        plan=dry_run,
+        execute=execute,
+        presets=Path(__file__).with_name("presets"),
+        doc=__doc__ or "",
+        data_errors=DATA_ERRORS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

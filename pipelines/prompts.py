@@ -1,0 +1,87 @@
+"""What generation starts from: texts, and the vocabulary that spells them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dsl import conditioning
+from dsl.conditioning import Given, Mode
+from dsl.vocabulary import Vocabulary
+from infra.errors import ConfigError, DataError
+from infra.storage import Folder
+from pipelines.models import Model
+
+
+def read(address: str) -> list[tuple[str, str]]:
+    """(where, text) of each line of a file at any fsspec URL.
+
+    address: `….jsonl` holds an object with a `text` a line; of any other file each line is one.
+
+    Raises DataError naming the line.
+    """
+    folder, name = Folder.holding(address)
+    try:
+        lines = folder.read_bytes(name).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(address, f"not UTF-8 text ({error})", "Convert it") from None
+    if not lines:
+        raise DataError(address, "the file is empty", "Write one text a line")
+    places = [(f"{address}, line {number}", line) for number, line in enumerate(lines, 1)]
+    if not name.endswith(".jsonl"):
+        return places
+    return [(where, _text(line, where)) for where, line in places]
+
+
+def given(
+    texts: Iterable[tuple[str, str]], model: Model, *, mode: Mode, snr: float, length: int | None
+) -> list[Given]:
+    """What each of the (where, text) says before sampling; see `dsl.conditioning.read`.
+
+    Raises DataError where a text is too long or has a character that the vocabulary lacks.
+    """
+    assert model.vocabulary is not None
+    rows = []
+    for where, text in texts:
+        try:
+            row = conditioning.read(
+                text, model.vocabulary, mode=mode, snr=snr, length=length, otherwise=model.length
+            )
+        except ValueError as error:  # a vocabulary's errors too, which do not know the place
+            raise DataError(where, str(error)) from error
+        rows.append(row)
+    return rows
+
+
+def with_vocabulary(model: Model, tokenizer: str | None) -> Model:
+    """The model with a vocabulary: its own, or the one at `tokenizer` where it came with none.
+
+    Raises ConfigError where there is none, or one too many; DataError for another size.
+    """
+    if model.vocabulary and tokenizer:
+        raise ConfigError("tokenizer", f"{model.address} has its own", "Leave it out")
+    if model.vocabulary:
+        return model
+    if not tokenizer:
+        raise ConfigError("tokenizer", f"{model.address} comes without one", "Name its files")
+    folder, name = Folder.holding(tokenizer.rstrip("/"))
+    if folder.is_local:
+        vocabulary = Vocabulary.load((folder / name).path)
+    else:
+        vocabulary = Vocabulary.from_json(folder.read_bytes(name).decode())
+    tokens = model.denoiser.config.backbone.tokens
+    if vocabulary.size != tokens:
+        why = f"has {vocabulary.size} tokens, {model.address} has {tokens}"
+        raise DataError(tokenizer, why, "Give the tokenizer that the model was trained with")
+    return replace(model, vocabulary=vocabulary)
+
+
+def _text(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise DataError(where, "not an object with a text", 'Write {"text": "…"}')
+    return text

@@ -1,0 +1,72 @@
+"""Text localising in a terminal, one frame a call.
+
+Shapes: L positions.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import IO
+
+from dsl.conditioning import BLANK
+from dsl.paths import Clock
+from dsl.posterior import Posterior
+from dsl.state import State
+from dsl.vocabulary import Vocabulary
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+UNKNOWN = "\ue000"  # for private use: no text to print has it
+REDRAW = "\x1b[{lines}F\x1b[J"  # up to where the last frame began, and clear from there
+
+
+class Watch:
+    """A recorder that draws the first row of a batch: what is revealed, and `_` for the rest.
+
+    It never looks at the posterior, so watching costs no calls.
+    """
+
+    name = "watch"
+
+    def __init__(self, vocabulary: Vocabulary, terminal: IO[str]) -> None:
+        self.vocabulary = vocabulary
+        self.terminal = terminal
+        self.lines = 0
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        if after is before:
+            return
+        columns, rows = shutil.get_terminal_size()
+        frame = [f"call {clock.call + 1} of {clock.budget}"]
+        frame += textwrap.wrap(self._text(after), columns - 1)[: rows - 2]
+        redraw, unknown = "", BLANK
+        if self.terminal.isatty():
+            redraw = REDRAW.format(lines=self.lines) if self.lines else ""
+            unknown = f"{DIM}{BLANK}{PLAIN}"
+        self.terminal.write(redraw + "\n".join(frame).replace(UNKNOWN, unknown) + "\n")
+        self.terminal.flush()
+        self.lines = len(frame)
+
+    def result(self) -> None:
+        return None
+
+    def _text(self, state: State) -> str:
+        """On one line. Revealed stretches are decoded whole: a character may be many tokens."""
+        tokens = zip(state.tokens_BL[0].tolist(), state.revealed_BL[0].tolist(), strict=True)
+        text = ""
+        for revealed, stretch in groupby(tokens, key=itemgetter(1)):
+            ids = [token for token, _ in stretch]
+            text += self._decode(ids) if revealed else UNKNOWN * len(ids)
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self.vocabulary.decode(ids)
+        return printable(text.replace("\n", "⏎").replace("\t", " "))
+
+
+def printable(text: str) -> str:
+    """Text that no terminal obeys: control characters but line ends and tabs become `·`."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
