@@ -1,0 +1,312 @@
+"""What is asked of a model: the likelihood of held-out rows, its error state by state, and texts.
+
+Every draw is keyed by (seed, row): no figure depends on how rows were batched.
+
+Shapes: B rows of a batch, N rows, L positions, V tokens, A asked positions (flat, in [0, B·L)).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsl import likelihood
+from dsl.denoiser import Denoiser
+from dsl.evidence import evidence
+from dsl.likelihood import Estimate
+from dsl.noise import Draws, Stream
+from dsl.paths import AnyPath, Hybrid, Order, SecondOrder, SentenceSDE, TokenSDE
+from dsl.posterior import Posterior
+from dsl.sampling import sample
+from dsl.state import State
+from dsl.summary import log_prob_of, summarise
+from dsl.truncation import Convention, Truncated
+
+CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig:
+    """How long to look at `rows` held-out rows.
+
+    `samples`: denoiser calls for the bound at the endpoints. `steps`: calls for each integral
+    over SNR, which go up to `gamma_max` (path integral) and `gamma_star` (hybrid bound).
+    """
+
+    rows: int = 256
+    samples: int = 16
+    steps: int = 32
+    gamma_max: float = 100.0
+    gamma_star: float = 100.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 2), ("samples", 2), ("steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("gamma_max", "gamma_star"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatesConfig:
+    """Where the error is measured: at these shares of tokens revealed (the rest masked), and with
+    every token at one of these SNRs."""
+
+    revealed: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9)
+    gammas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
+    def __post_init__(self) -> None:
+        if not all(0 <= share < 1 for share in self.revealed):
+            raise ValueError(f"revealed holds shares in [0, 1), got {list(self.revealed)}")
+        if not all(0 < gamma < math.inf for gamma in self.gammas):
+            raise ValueError(f"gammas holds positive, finite SNRs, got {list(self.gammas)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathConfig:
+    """A path, and the budgets in denoiser calls that it is walked with."""
+
+    path: AnyPath
+    budgets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(f"budgets holds counts of calls, got {list(self.budgets)}")
+        if isinstance(self.path, Hybrid) and set(self.budgets) != {sum(self.path.split)}:
+            raise ValueError(
+                f"budgets of a hybrid is the sum of its split, [{sum(self.path.split)}], "
+                f"got {list(self.budgets)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """`rows` texts for each model, path and budget, at one temperature and nucleus for all."""
+
+    rows: int = 256
+    temperature: float = 1.0
+    nucleus: float = 1.0
+    convention: Convention = "keep"
+
+    def __post_init__(self) -> None:
+        if self.rows < 2:
+            raise ValueError(f"rows must be at least 2, got {self.rows}")
+        Truncated(None, self.temperature, self.nucleus, self.convention)  # refuses what it must
+
+
+# --- likelihood --------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """One way to a likelihood; ``measure`` is told the first row of its batch."""
+
+    name: str
+    meaning: str
+    measure: Callable[[Denoiser, Tensor, LikelihoodConfig, int, int], Estimate]
+
+
+def _exact(denoiser: Denoiser, tokens_BL: Tensor, *_: object) -> Estimate:
+    return likelihood.ar(denoiser, tokens_BL)
+
+
+def _endpoints(
+    denoiser: Denoiser, tokens_BL: Tensor, config: LikelihoodConfig, seed: int, first_row: int
+) -> Estimate:
+    return likelihood.roar(
+        denoiser, tokens_BL, samples=config.samples, seed=seed, first_row=first_row
+    )
+
+
+def _integral(
+    denoiser: Denoiser, tokens_BL: Tensor, config: LikelihoodConfig, seed: int, first_row: int
+) -> Estimate:
+    return likelihood.path_integral(
+        denoiser,
+        tokens_BL,
+        gamma_max=config.gamma_max,
+        steps=config.steps,
+        seed=seed,
+        first_row=first_row,
+    )
+
+
+def _hybrid(
+    denoiser: Denoiser, tokens_BL: Tensor, config: LikelihoodConfig, seed: int, first_row: int
+) -> Estimate:
+    return likelihood.hybrid_bound(
+        denoiser,
+        tokens_BL,
+        gamma_star=config.gamma_star,
+        steps=config.steps,
+        seed=seed,
+        first_row=first_row,
+    )
+
+
+EXACT = View("exact", "exact", _exact)
+ENDPOINTS = View("endpoint_bound", "upper bound, tokens revealed in random order", _endpoints)
+INTEGRAL = View("path_integral", "estimate from below, stops at gamma_max", _integral)
+HYBRID = View("hybrid_bound", "upper bound, SNR up to gamma_star", _hybrid)
+
+VIEWS: Mapping[str, tuple[View, ...]] = {
+    "ar": (EXACT,),
+    "mdlm": (ENDPOINTS,),
+    "dsl": (ENDPOINTS, INTEGRAL, HYBRID),
+}
+
+
+def nats(
+    view: View,
+    denoiser: Denoiser,
+    tokens_NL: Tensor,
+    config: LikelihoodConfig,
+    *,
+    seed: int,
+    batch: int,
+) -> np.ndarray:
+    """Nats per token of each row, ``[N]``."""
+    parts = [
+        view.measure(denoiser, tokens_NL[rows], config, seed, rows.start).mean_B
+        for rows in spans(len(tokens_NL), batch)
+    ]
+    return torch.cat(parts).numpy()
+
+
+# --- the error, state by state -----------------------------------------------------------------
+
+
+class Errors(NamedTuple):
+    """Per unrevealed token of each row, ``[N]``: cross-entropy in nats, ``|x - x_hat|²``."""
+
+    nats_N: np.ndarray
+    squared_N: np.ndarray
+
+
+def errors_revealed(
+    denoiser: Denoiser, tokens_NL: Tensor, share: float, *, seed: int, batch: int
+) -> Errors:
+    """With ``share`` of each row's tokens revealed, at random, and the others masked."""
+
+    def gamma(rows: int, length: int, draws: Draws) -> Tensor:
+        rank_BL = draws.uniform(rows, length, Stream.PATH).argsort(1).argsort(1)
+        return torch.where(rank_BL < int(share * length), torch.inf, 0.0)
+
+    return _errors(denoiser, tokens_NL, gamma, seed, batch)
+
+
+def errors_at(
+    denoiser: Denoiser, tokens_NL: Tensor, gamma: float, *, seed: int, batch: int
+) -> Errors:
+    """With every token at SNR ``gamma``: the second is E(gamma) of 003 eq. 3."""
+
+    def constant(rows: int, length: int, draws: Draws) -> Tensor:
+        return torch.full((rows, length), gamma)
+
+    return _errors(denoiser, tokens_NL, constant, seed, batch)
+
+
+@torch.no_grad()
+def _errors(
+    denoiser: Denoiser,
+    tokens_NL: Tensor,
+    gamma: Callable[[int, int, Draws], Tensor],
+    seed: int,
+    batch: int,
+) -> Errors:
+    parts = []
+    for rows in spans(len(tokens_NL), batch):
+        table_VD = denoiser.table_VD
+        tokens_BL = tokens_NL[rows].to(table_VD.device)
+        draws = Draws(seed, rows.start, 0)
+        state = evidence(table_VD, tokens_BL, gamma(*tokens_BL.shape, draws), draws)
+        parts.append(_errors_of(denoiser(state), tokens_BL, ~state.revealed_BL))
+    nats_N, squared_N = torch.cat(parts, dim=1).double().cpu().numpy()
+    return Errors(nats_N, squared_N)
+
+
+def _errors_of(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
+    """``[2, B]``: both errors from one projection onto the vocabulary."""
+    table_VD = posterior.table_VD
+
+    def both(log_probs_AV: Tensor, tokens_A: Tensor) -> Tensor:
+        off_AD = table_VD[tokens_A] - log_probs_AV.exp().to(table_VD) @ table_VD
+        return torch.stack([-log_prob_of(log_probs_AV, tokens_A), off_AD.square().sum(1)], dim=1)
+
+    at_A = hidden_BL.flatten().nonzero().squeeze(1)
+    errors_BL2 = table_VD.new_zeros(*tokens_BL.shape, 2)
+    errors_BL2[hidden_BL] = summarise(posterior, both, at_A, tokens_BL.flatten()[at_A])
+    return (errors_BL2.sum(1) / hidden_BL.sum(1, keepdim=True)).T
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """Sampled rows and what they cost; ``calls`` of the batch that took most."""
+
+    tokens_NL: np.ndarray
+    calls: int
+    seconds: float
+
+
+def draw(
+    denoiser: Denoiser,
+    path: AnyPath,
+    *,
+    budget: int,
+    length: int,
+    config: SamplesConfig,
+    seed: int,
+    batch: int,
+) -> Texts:
+    """``config.rows`` texts from nothing, along a path."""
+    sharpened = Truncated(denoiser, config.temperature, config.nucleus, config.convention)
+    began, tokens, calls = time.perf_counter(), [], 0
+    for rows in spans(config.rows, batch):
+        state = State.masked(rows.stop - rows.start, length, denoiser.config.embed_dim)
+        drawn = sample(sharpened, path, state, budget=budget, seed=seed, first_row=rows.start)
+        tokens.append(drawn.tokens_BL.cpu())
+        calls = max(calls, drawn.calls)
+    return Texts(torch.cat(tokens).numpy(), calls, time.perf_counter() - began)
+
+
+def refusal(kind: str, path: AnyPath, budget: int, length: int) -> str | None:
+    """Why a model of this kind cannot walk a path; None where it can."""
+    return REFUSALS[kind](path, budget, length)
+
+
+def _of_mdlm(path: AnyPath, budget: int, length: int) -> str | None:
+    stages: list[AnyPath] = [path]
+    if isinstance(path, Hybrid):
+        stages = [
+            s for s, calls in zip((path.first, path.second), path.split, strict=True) if calls
+        ]
+    if any(isinstance(stage, CONTINUOUS) for stage in stages):
+        return "needs evidence of finite SNR, which mdlm was not trained on"
+    return None
+
+
+def _of_ar(path: AnyPath, budget: int, length: int) -> str | None:
+    if path == Order("left_to_right") and budget >= length:
+        return None
+    return f"ar writes left to right, a call for each of {length} tokens"
+
+
+REFUSALS: Mapping[str, Callable[[AnyPath, int, int], str | None]] = {
+    "dsl": lambda path, budget, length: None,
+    "mdlm": _of_mdlm,
+    "ar": _of_ar,
+}
+
+
+def spans(rows: int, batch: int) -> Iterator[slice]:
+    """Rows in batches, the last of which may be smaller."""
+    return (slice(first, min(first + batch, rows)) for first in range(0, rows, batch))

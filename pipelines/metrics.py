@@ -1,0 +1,124 @@
+"""What is said of texts and of likelihoods: pure functions of token ids, with standard errors.
+
+Shapes: N rows, L positions, V tokens, T tokens of a text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from dsl.noise import Draws, Stream
+from dsl.vocabulary import Vocabulary
+
+WORD = re.compile(r"[^\W\d_]+")  # a maximal run of letters
+TORN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Score(NamedTuple):
+    """A figure and its standard error as an estimate for all text like the rows it is of.
+
+    The value is NaN where there is nothing to measure, the error where there is a single row.
+    """
+
+    value: float
+    stderr: float
+
+
+def ratio(parts_N: np.ndarray, wholes_N: np.ndarray) -> Score:
+    """``sum(parts) / sum(wholes)`` over rows, which are drawn together; linearised error."""
+    parts_N, wholes_N = np.asarray(parts_N, float), np.asarray(wholes_N, float)
+    rows, whole = len(wholes_N), wholes_N.sum()
+    if not whole:
+        return Score(math.nan, math.nan)
+    value = float(parts_N.sum() / whole)
+    if rows < 2:
+        return Score(value, math.nan)
+    rest = float(((parts_N - value * wholes_N) ** 2).sum())
+    return Score(value, math.sqrt(rest * rows / (rows - 1)) / float(whole))
+
+
+def mean(values_N: np.ndarray) -> Score:
+    """The mean over rows."""
+    return ratio(values_N, np.ones(len(values_N)))
+
+
+@dataclass(frozen=True)
+class Unigram:
+    """Tokens independent of each other: what a model must beat. ``p_V`` sums to 1."""
+
+    p_V: np.ndarray
+
+    @classmethod
+    def fit(cls, tokens_T: np.ndarray, size: int) -> Unigram:
+        """The frequencies of a text, one added to every count so that no token is impossible."""
+        counts_V = np.bincount(tokens_T, minlength=size) + 1.0
+        return cls(counts_V / counts_V.sum())
+
+    def nats(self, tokens_NL: np.ndarray) -> np.ndarray:
+        """``-log p`` per token of each row, ``[N]``."""
+        return -np.log(self.p_V)[tokens_NL].mean(1)
+
+    def draw(self, rows: int, length: int, seed: int) -> np.ndarray:
+        """``[N, L]``, keyed by (seed, row)."""
+        uniform_NL = Draws(seed, 0, 0).uniform(rows, length, Stream.TOKEN).numpy()
+        cdf_V = self.p_V.cumsum()
+        return np.searchsorted(cdf_V, uniform_NL * cdf_V[-1], side="right")
+
+
+def words(tokens_T: np.ndarray, vocabulary: Vocabulary) -> Iterator[str]:
+    """The words of a stretch of text: maximal runs of letters, case-folded.
+
+    A word that touches an end of the stretch may have been cut there and is left out; the ends of
+    documents inside it cut nothing.
+    """
+    documents = _documents(tokens_T, vocabulary)
+    for number, document_T in enumerate(documents):
+        text = vocabulary.decode(document_T.tolist()).strip(TORN)
+        for match in WORD.finditer(text):
+            first = number == 0 and match.start() == 0
+            last = number == len(documents) - 1 and match.end() == len(text)
+            if not (first or last):
+                yield match[0].casefold()
+
+
+def word_share(rows_NL: np.ndarray, vocabulary: Vocabulary, known: Set[str]) -> Score:
+    """The share of the rows' words that are among the known; NaN where there are no words."""
+    found = [[word in known for word in words(row_L, vocabulary)] for row_L in rows_NL]
+    return ratio(np.array([sum(row) for row in found]), np.array([len(row) for row in found]))
+
+
+def distinct(rows_NL: np.ndarray, n: int) -> float:
+    """Different n-grams of tokens as a share of all of them; NaN where rows are shorter."""
+    if rows_NL.shape[1] < n:
+        return math.nan
+    grams = np.lib.stride_tricks.sliding_window_view(rows_NL, n, axis=1).reshape(-1, n)
+    return len(np.unique(grams, axis=0)) / len(grams)
+
+
+def entropy(rows_NL: np.ndarray) -> Score:
+    """Entropy in nats of the tokens of a row, by their frequencies in it, in [0, log L]."""
+
+    def of(row_L: np.ndarray) -> float:
+        p = np.unique(row_L, return_counts=True)[1] / len(row_L)
+        return float(-(p * np.log(p)).sum())
+
+    return mean(np.array([of(row_L) for row_L in rows_NL]))
+
+
+def text_bytes(rows_NL: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """UTF-8 bytes that each row stands for, ``[N]``; end marks hold none."""
+    return np.array([len(vocabulary.bytes_of(row_L)) for row_L in rows_NL.tolist()])
+
+
+def _documents(tokens_T: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
+    """What lies between the marks of beginning and end; marks in a row hold nothing."""
+    marks = np.flatnonzero(np.isin(tokens_T, (vocabulary.bos, vocabulary.eos)))
+    edges = [-1, *marks.tolist(), len(tokens_T)]
+    return [tokens_T[a + 1 : b] for a, b in pairwise(edges) if b > a + 1]
