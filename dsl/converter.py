@@ -49,8 +49,8 @@ class Converter(nn.Module):
         Masked positions share one vector and revealed ones read a row, so only evidence pays for
         the vocabulary, in chunks that the backward pass recomputes: B·L·V never exists.
         """
-        at_N = state.evidence_BL.flatten().nonzero().squeeze(1)
-        evidence_ND = state.z_BLD.flatten(0, 1)[at_N]
+        at = state.evidence_BL.nonzero(as_tuple=True)
+        evidence_ND = state.z_BLD[at]
         # A masked token is z = 0: its mixture rides along as the first row. Being always there,
         # it also gives every parameter a gradient in batches without evidence.
         z_ND = torch.cat([evidence_ND.new_zeros(1, evidence_ND.shape[1]), evidence_ND])
@@ -65,7 +65,7 @@ class Converter(nn.Module):
             state.revealed_BL[..., None], F.embedding(state.tokens_BL, values_UW), mixed_NW[0]
         )
         evidence_NW = mixed_NW[1:].to(inputs_BLW.dtype)
-        return inputs_BLW.flatten(0, 1).index_copy(0, at_N, evidence_NW).view_as(inputs_BLW)
+        return inputs_BLW.index_put(at, evidence_NW)
 
     def _mix(self, z_ND: Tensor, table_VD: Tensor, values_UW: Tensor) -> Tensor:
         arguments = (z_ND, self.beta, self.bias_U, table_VD, values_UW)

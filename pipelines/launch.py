@@ -100,7 +100,7 @@ def plan(config: RunConfig, denoiser: Denoiser) -> dict[str, Any]:
     rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
     tokens = config.train.steps * rows * manifest.length
     parameters = sum(p.numel() for p in denoiser.parameters())
-    flops = 3 * denoiser.config.backbone.flops_per_token(manifest.length) * tokens
+    flops = denoiser.backbone.flops_per_token(manifest.length) * tokens
     return {
         "run": (Folder.at(config.root) / config.name).url,
         "parameters": parameters,

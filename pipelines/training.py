@@ -17,14 +17,13 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dsl.geometry import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
 from infra import parallel
 from infra.checkpoints import Checkpoints, training_tensors
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InfraError
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
 
@@ -219,6 +218,13 @@ def train(
             if last or step % config.checkpoint.every == 0:
                 checkpoints.save(step, learner.tensors(), meta={})
         checkpoints.wait()
+        if checkpoints.latest() != config.steps:
+            raise InfraError(
+                checkpoints.folder.url,
+                f"the last checkpoint could not be written; the last good one is step "
+                f"{checkpoints.latest()}",
+                "Mend the store, then run the same command again: it resumes",
+            )
 
 
 def _held_out(
@@ -242,15 +248,11 @@ def _table_metrics(learner: Learner) -> dict[str, float]:
     denoiser = learner.average.module.denoiser
     if not learner.objective.denoiser.table.direction_VD.requires_grad:
         return {}
-    table_VD = _full(denoiser.table.direction_VD)
+    table_VD = parallel.full(denoiser.table.direction_VD)
     table_VD = torch.nn.functional.normalize(table_VD, dim=-1)
-    beta = _full(denoiser.converter.beta).item()
+    beta = parallel.full(denoiser.converter.beta).item()
     report = {f"table/{name}": value for name, value in geometry_report(table_VD).items()}
     return report | {"converter/beta": beta}
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Progress:
