@@ -1,18 +1,20 @@
 """Text from anywhere, as a stream of pieces: text, JSON lines or Parquet, plain or compressed.
 
-A document is one text file, one JSON line or one Parquet row. A piece is a document, or at most
-`PIECE` characters of a longer one, cut where no tokenizer that splits words at spaces would
-notice. Memory holds one piece, never a corpus.
+A document is one text file, one JSON line or one Parquet row. A piece is a document of at most
+2 `PIECE` characters, or so much of a longer one, cut where no tokenizer that splits words at spaces
+would notice (and, where a text has no spaces, anywhere). Memory holds one piece, never a corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -67,9 +69,12 @@ def embedded() -> Iterator[str]:
 
     seen: set[str] = set()
     for name in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        paragraphs = topics[name].split("\n\n")
-        fresh = [p for p in paragraphs if p.strip() and " ".join(p.split()) not in seen]
-        seen.update(" ".join(paragraph.split()) for paragraph in fresh)
+        fresh = []
+        for paragraph in topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                fresh.append(paragraph)
         if fresh:
             yield "\n\n".join(fresh)
 
@@ -95,8 +100,17 @@ def _suffix(url: str) -> str:
     return name[name.rfind(".") :] if "." in name else ""
 
 
-def _open(url: str) -> Any:
-    return fsspec.open(url, "rt", encoding="utf-8", newline="", compression="infer")
+@contextmanager
+def _open(url: str) -> Iterator[TextIO]:
+    if not url.endswith(".zst"):
+        with fsspec.open(url, "rt", encoding="utf-8", newline="", compression="infer") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    with fsspec.open(url, "rb") as file:  # whose own decompressor takes a torn file for a whole one
+        whole = pa.CompressedInputStream(file, "zstd")
+        yield io.TextIOWrapper(whole, encoding="utf-8", newline="")
 
 
 def _read_text(url: str, field: str) -> Iterator[Piece]:
@@ -129,10 +143,10 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
 
     with fsspec.open(url, "rb") as file:
         try:
-            table = pq.ParquetFile(file)
+            table = pq.ParquetFile(file, page_checksum_verification=True)
             if field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
-                raise DataError(url, f"no column {field!r}; it has {columns}", "Set field=…")
+                raise DataError(url, f"no column {field!r}; it has {columns}", "Set text_field=…")
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
                 for text in batch.column(0).to_pylist():
@@ -154,7 +168,7 @@ def _field(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         held = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(where, f"no text in field {field!r} (it has: {held})", "Set field=…")
+        raise DataError(where, f"no text in field {field!r} (it has: {held})", "Set text_field=…")
     return text
 
 

@@ -1,0 +1,144 @@
+"""Runs so small that a test may have many: numbers spelled out, and a network of 2 blocks.
+
+    python -m tests.pipelines.tiny pretrain name=tiny data=… root=…
+
+runs a verb as its own command line would, but in one process, without Ray and without MLflow.
+`--interrupt-at N` sends it a Ctrl-C in step N.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from infra import config, journal, stream
+from infra.shards import read_manifest
+from infra.storage import Folder
+from infra.stream import Plan, holdout
+from pipelines import finetune, launch, prepare, pretrain
+
+VERBS = {"prepare": prepare, "pretrain": pretrain, "finetune": finetune}
+CONFIGS = {
+    "prepare": prepare.PrepareConfig,
+    "pretrain": pretrain.PretrainConfig,
+    "finetune": finetune.FinetuneConfig,
+}
+SIZE = ["backbone.width=16", "backbone.blocks=2", "backbone.heads=2", "backbone.cond_dim=8"]
+TRAIN = [
+    *SIZE,
+    "train.steps=12", "train.validate_every=6", "train.validation_microbatches=1",
+    "train.stream.num_lanes=2", "train.stream.rows_per_microbatch=4",
+    "train.optimizer.lr=0.003", "train.optimizer.warmup=4", "train.optimizer.ema=0.9",
+    "train.checkpoint.every=3", "workers.parallel.threads=1",
+    "tracking.uri=http://127.0.0.1:9",  # nothing answers there
+]  # fmt: skip
+SETTINGS = {
+    "prepare": ["length=32", "vocabulary.kind=char"],
+    "pretrain": TRAIN,
+    "finetune": [*TRAIN, "converter.embed_dim=8", "converter.mask_prior=0.5"],
+}
+PRESETS = Path(launch.__file__).with_name("presets")
+
+NAMES = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
+"""
+WORDS = NAMES.split()
+
+
+def spelled(number: int) -> str:
+    """In words, of text8's characters; below a million."""
+    thousands, rest = divmod(number, 1000)
+    hundreds, rest = divmod(rest, 100)
+    words = [spelled(thousands), "thousand"] if thousands else []
+    words += [WORDS[hundreds], "hundred"] if hundreds else []
+    if rest >= 20:
+        words.append(WORDS[18 + rest // 10])
+        rest %= 10
+    return " ".join(words + ([WORDS[rest]] if rest or not words else []))
+
+
+def documents(count: int = 240) -> list[str]:
+    """Ten numbers each, counting on."""
+    return [" ".join(map(spelled, range(10 * i, 10 * i + 10))) for i in range(count)]
+
+
+def shards(folder: Path, **settings: Any) -> str:
+    """Prepare `documents` below a folder; where the shards are."""
+    source = folder / "counting.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
+    given = [f"{key}={value}" for key, value in settings.items()]
+    execute("prepare", f"source={source}", f"out={folder / 'shards'}", *given)
+    return str(folder / "shards")
+
+
+def load(verb: str, *argv: str) -> Any:
+    """The verb's configuration, tiny where `argv` does not say otherwise."""
+    given = [*SETTINGS[verb], *argv]
+    return config.load(CONFIGS[verb], verb=verb, argv=given, presets=PRESETS)
+
+
+def execute(verb: str, *argv: str) -> dict[str, Any]:
+    """Run a verb to its end in this process; what it made."""
+    with bare():
+        return VERBS[verb].execute(load(verb, *argv))
+
+
+def main(verb: str, *argv: str) -> int:
+    """Run a verb's own `main` in this process; its exit code."""
+    with bare(), mock.patch.object(sys, "argv", [verb, *SETTINGS[verb], *argv]):
+        return VERBS[verb].main()
+
+
+@contextmanager
+def bare(batches: Any = stream.read) -> Iterator[None]:
+    """This process in the place of Ray's workers, and no patience with the MLflow server."""
+    fit = partial(launch.run_on_this_process, batches=batches)
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+    with mock.patch.object(launch, "_fit", fit), mock.patch.dict(os.environ, patience):
+        yield
+
+
+def interrupted_at(step: int) -> Any:
+    """`stream.read`, but the process gets a Ctrl-C when it asks for the rows of a step."""
+
+    def read(plan: Plan, lanes: tuple[int, ...], done: int) -> Iterator[Mapping[int, np.ndarray]]:
+        for number, batch in enumerate(stream.read(plan, lanes, done), done + 1):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    return read
+
+
+def curve(run: Path | str) -> list[dict[str, float]]:
+    """The journal, without what measures time."""
+    return [
+        {k: v for k, v in row.items() if k != "time" and not k.startswith("speed/")}
+        for row in journal.read(Folder.at(str(run)))
+    ]
+
+
+def rows(data: str | Folder, split: str) -> np.ndarray:
+    """All rows of a split `[N, L]`, in no order of meaning."""
+    folder, manifest = Folder.at(data), read_manifest(data)
+    return holdout(folder, manifest, split, manifest.rows(split), 0)
+
+
+if __name__ == "__main__":
+    at = int(sys.argv.pop(2)) if sys.argv[1] == "--interrupt-at" else 0
+    verb, *argv = sys.argv[2 if at else 1 :]
+    sys.argv = [verb, *SETTINGS[verb], *argv]
+    with bare(interrupted_at(at)):
+        sys.exit(VERBS[verb].main())
