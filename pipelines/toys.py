@@ -1,1 +1,193 @@
-TOYS = {}
+"""Laws small enough to enumerate, where the exact denoiser shows what every path should do.
+
+`cyclic` corrects `__CDBFF` to a rotation of ABCDEFG (003 C.1, figures 1b and 2; 004 figure 3);
+`two_bit` shows that the posterior of (0,0) against (1,1) reads the sum of both tokens (000).
+
+Shapes: B rows, L positions, V tokens, D table dimension, S sequences of the law, T calls.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import dsl
+from dsl.paths import Clock, Remask, SecondOrder, SentenceSDE, TokenSDE
+from dsl.posterior import Posterior
+from dsl.state import State
+from infra.storage import Folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LETTERS = "ABCDEFG"
+GARBLED = "__CDBFF"
+ROWS = 2000
+ADAPTIVE = TokenSDE(gamma_max=20.0, delta=0.2)
+FINE = SecondOrder(SentenceSDE(gamma_max=20.0, grid="log"))
+
+
+class Trace:
+    """A recorder of the first row's z before each call: ``[T, L, D]``."""
+
+    name = "trace"
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        self.states.append(before.z_BLD[0])
+
+    def result(self) -> Tensor:
+        return torch.stack(self.states)
+
+
+def cyclic(out: Folder, seed: int) -> dict[str, Any]:
+    """Draw freely, correct soft evidence at several SNR, and correct visible wrong letters.
+
+    ``share_exact`` is the probability of the original that the evidence leaves, which the
+    share of samples that equal it should meet.
+    """
+    free = dsl.sample(
+        rotations(5), ADAPTIVE, State.masked(ROWS, 5, 2), budget=51, seed=seed, recorders=[Trace()]
+    )
+    law = rotations(7)
+    garbled_L = torch.tensor([max(LETTERS.find(letter), 0) for letter in GARBLED])
+    visible_L = torch.tensor([letter in LETTERS for letter in GARBLED])
+
+    def given(gamma: float) -> State:
+        gamma_BL = torch.where(visible_L, gamma, 0.0).expand(ROWS, -1)
+        tokens_BL = garbled_L.expand(ROWS, -1)
+        return State.from_tokens(law.table_VD, tokens_BL, torch.zeros_like(gamma_BL), gamma_BL)
+
+    traces, corrected = [], []
+    for snr in (0.5, 1.0, 2.0):
+        start = given(snr)
+        exact = float(law(start.rows(torch.tensor([0]))).weights_BS[0, 0])
+        for path, budget in ((ADAPTIVE, 51), (FINE, 201)):
+            drawn = dsl.sample(law, path, start, budget=budget, seed=seed, recorders=[Trace()])
+            of = {"snr": snr, "path": path.kind, "calls": drawn.calls, "share_exact": exact}
+            corrected.append(of | judge(law, drawn.tokens_BL))
+            traces.append(drawn)
+    remask = dsl.sample(law, Remask(rule="conf"), given(math.inf), budget=10, seed=seed)
+
+    figure, (left, middle, right) = _figure(3)
+    _plane(left, free, LETTERS[:5], "003 fig. 1b: free, K = 5")
+    _plane(middle, traces[0], LETTERS, f"003 fig. 2: {GARBLED} at SNR 0.5")
+    _shares(right, corrected)
+    return {
+        "figure": _save(figure, out, "cyclic.png"),
+        "free": judge(rotations(5), free.tokens_BL),
+        "corrected": corrected,
+        "remasked": {"calls": remask.calls, **judge(law, remask.tokens_BL)},
+    }
+
+
+def two_bit(out: Folder, seed: int) -> dict[str, Any]:
+    """Start from pairs of evidence that disagree; the law of the outcome reads their sum."""
+    table_VD = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    law = dsl.ExactDenoiser(table_VD, torch.tensor([[0, 0], [1, 1]]))
+    pairs, traces = [], []
+    for first, second in ((1.5, -0.5), (0.5, -1.5), (1.0, -1.0), (0.25, -1.0)):
+        z_L = torch.tensor([first, second], dtype=torch.float64)
+        start = State.from_tokens(
+            table_VD,
+            (z_L > 0).long().expand(ROWS, -1),
+            torch.zeros(ROWS, 2),
+            z_L.abs().expand(ROWS, -1),
+        )
+        drawn = dsl.sample(law, FINE, start, budget=201, seed=seed, recorders=[Trace()])
+        ones_B = (drawn.tokens_BL == 1).all(1)
+        pairs.append(
+            {
+                "z": [first, second],
+                "share_valid": judge(law, drawn.tokens_BL)["share_valid"],
+                "share_11": float(ones_B.double().mean()),
+                "share_exact": float(torch.sigmoid(2 * z_L.sum())),
+            }
+        )
+        traces.append(drawn.recorded["trace"].squeeze(-1))
+    figure, (axes,) = _figure(1)
+    axis = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    field = torch.sigmoid(2 * (axis[:, None] + axis[None]))
+    shown = axes.contourf(axis, axis, field, levels=21, cmap="coolwarm")
+    figure.colorbar(shown, label="p(11 | z)")
+    for trace_TL in traces:
+        inside_T = (trace_TL.abs() <= 4).all(1).cummin(0).values
+        axes.plot(*trace_TL[inside_T].T, color="black", linewidth=0.8)
+        axes.plot(*trace_TL[0], "o", color="black")
+    axes.set(xlabel="z of the first token", ylabel="z of the second", title="two bits, 00 or 11")
+    return {"figure": _save(figure, out, "two_bit.png"), "pairs": pairs}
+
+
+TOYS: Mapping[str, Callable[[Folder, int], dict[str, Any]]] = MappingProxyType(
+    {"cyclic": cyclic, "two_bit": two_bit}
+)
+
+
+def rotations(letters: int) -> dsl.ExactDenoiser:
+    """All rotations of the first letters, which lie evenly on the circle; the original is first."""
+    angle_V = 2 * math.pi * torch.arange(letters, dtype=torch.float64) / letters
+    table_VD = torch.stack([angle_V.cos(), angle_V.sin()], dim=1)
+    sequences_SL = torch.stack([torch.arange(letters).roll(-shift) for shift in range(letters)])
+    return dsl.ExactDenoiser(table_VD, sequences_SL)
+
+
+def judge(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
+    """The share of rows that the law knows, and of those that are its first sequence."""
+    equal_BS = (tokens_BL[:, None] == law.sequences_SL).all(-1).double()
+    return {
+        "share_valid": float(equal_BS.sum(1).mean()),
+        "share_original": float(equal_BS[:, 0].mean()),
+    }
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * panels, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _plane(axes: Axes, drawn: dsl.Sample, letters: str, title: str) -> None:
+    """Each token's way in the plane, to the letter that it becomes."""
+    trace_TLD = drawn.recorded["trace"]
+    reach = float(trace_TLD.norm(dim=-1).max())
+    text = "".join(letters[token] for token in drawn.tokens_BL[0].tolist())
+    for position in range(trace_TLD.shape[1]):
+        axes.plot(*trace_TLD[:, position].T, linewidth=1, label=f"token {position + 1}")
+        axes.plot(*trace_TLD[0, position], "o", color="black", markersize=3)
+    for index, letter in enumerate(letters):
+        angle = 2 * math.pi * index / len(letters)
+        place = (1.1 * reach * math.cos(angle), 1.1 * reach * math.sin(angle))
+        axes.annotate(letter, place, ha="center", va="center", weight="bold")
+    axes.set(title=f"{title} → {text}", aspect="equal", xlabel="z, first coordinate")
+    axes.set(xlim=(-1.25 * reach, 1.25 * reach), ylim=(-1.25 * reach, 1.25 * reach))
+    axes.legend(fontsize="x-small", loc="lower left")
+
+
+def _shares(axes: Axes, corrected: list[dict[str, Any]]) -> None:
+    labels = [f"SNR {row['snr']:g}\n{row['calls']} calls" for row in corrected]
+    for shift, name in ((-0.3, "valid"), (0, "original"), (0.3, "exact")):
+        places = [index + shift for index in range(len(corrected))]
+        heights = [row[f"share_{name}"] for row in corrected]
+        axes.bar(places, heights, 0.28, label=name)
+    axes.set_xticks(range(len(corrected)), labels, fontsize="x-small")
+    axes.set(title=f"{GARBLED}: a rotation, the original, and its exact share", ylim=(0, 1.1))
+    axes.legend(fontsize="x-small", loc="upper center", ncols=3)
+
+
+def _save(figure: Figure, out: Folder, name: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    out.write_bytes(name, buffer.getvalue())
+    return out.url_of(name)
