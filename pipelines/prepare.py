@@ -205,7 +205,12 @@ def _encode(
     text = {"rows": 0, "tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "dropped": 0}
     while batch := list(islice(stream, PIECES_AT_ONCE)):
         ids = []
-        for piece, encoded in zip(batch, vocabulary.encode([p.text for p in batch]), strict=True):
+        try:
+            encodings = vocabulary.encode([piece.text for piece in batch])
+        except VocabularyError as error:
+            where = f"{config.source}, {split} behind {text['documents']:,} documents"
+            raise DataError(where, str(error)) from None
+        for piece, encoded in zip(batch, encodings, strict=True):
             ids += [*encoded, vocabulary.eos] if piece.ends else encoded
             text["documents"] += piece.ends
             text["characters"] += len(piece.text)
