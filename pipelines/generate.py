@@ -16,6 +16,7 @@ instead: one a line, or .jsonl with a `text`. Each text is drawn `rows` times.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,8 @@ class GenerateConfig:
             raise ValueError("give either a model or a toy")
         if self.input and self.text:
             raise ValueError("give either a text or an input file")
+        if not 0 < self.snr < math.inf:
+            raise ValueError(f"snr must be positive and finite, got {self.snr}")
         for name in ("rows", "batch", "budget", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,401 @@
+"""`generate` from the command line to the files it leaves, on a tiny untrained model."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsl
+from dsl import conditioning
+from dsl.backbone import DiTConfig
+from dsl.paths.parse import from_dict
+from infra import command
+from infra.storage import Folder
+from pipelines import generate, models, toys
+from pipelines.film import Film
+from pipelines.watch import Watch
+
+LENGTH = 12
+HYBRID = "{kind: hybrid, first: {kind: sentence_sde, gamma_max: 9}, second: masked, split: [3, 5]}"
+RANDOM, IN_ORDER = "{kind: order, order: random}", "{kind: order, order: left_to_right}"
+Run = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+def tiny(tokens: int, *, causal: bool = False) -> dsl.Denoiser:
+    torch.manual_seed(0)
+    backbone = DiTConfig(
+        tokens=tokens, width=16, blocks=1, heads=2, cond_dim=8, dropout=0.0, causal=causal
+    )
+    denoiser = dsl.Denoiser(dsl.DenoiserConfig(backbone=backbone, embed_dim=4))
+    # A fresh head is zero: its posterior would be uniform whatever the state.
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return denoiser
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, vocabulary = tmp_path_factory.mktemp("model"), dsl.Vocabulary.char()
+    denoiser = tiny(vocabulary.size)
+    models.save(Folder.at(str(folder)), denoiser, vocabulary, kind="dsl", length=LENGTH)
+    return folder
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """(exit code, what was made, stderr) of `generate` with these settings."""
+
+    def run(*settings: str) -> tuple[int, dict[str, Any], str]:
+        named = any(s.startswith(("model=", "toy=")) for s in settings)
+        argv = [*settings, f"out={tmp_path}/out", f"root={tmp_path}/runs"]
+        code = command.run(
+            "generate",
+            generate.GenerateConfig,
+            plan=generate.dry_run,
+            execute=generate.execute,
+            presets=Path(generate.__file__).with_name("presets"),
+            doc="",
+            argv=argv if named else [f"model={model}", *argv],
+            data_errors=generate.DATA_ERRORS,
+        )
+        out, err = capsys.readouterr()
+        return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
+
+    return run
+
+
+def rows_of(made: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(made["jsonl"]).read_text().splitlines()]
+
+
+def test_draws_freely(run: Run) -> None:
+    code, made, _ = run("rows=3")
+    rows = rows_of(made)
+    assert code == 0
+    assert [row["row"] for row in rows] == [0, 1, 2]
+    assert all(len(row["tokens"]) == LENGTH for row in rows)
+    assert all(1 <= row["calls"] <= row["budget"] == LENGTH for row in rows)
+    assert rows[0]["path"] == {"alpha": "linear", "kind": "masked"}
+    assert len({row["text"] for row in rows}) == 3
+    text = Path(made["txt"]).read_text()
+    assert all(f"--- row {row['row']}\n{row['text']}\n" in text for row in rows)
+
+
+def test_neither_batch_nor_neighbours_change_a_text(run: Run) -> None:
+    whole = [row["text"] for row in rows_of(run("rows=5", "batch=5")[1])]
+    parts = [row["text"] for row in rows_of(run("rows=5", "batch=2")[1])]
+    later = [row["text"] for row in rows_of(run("rows=2", "first_row=3")[1])]
+    other = [row["text"] for row in rows_of(run("rows=5", "seed=1")[1])]
+    assert whole == parts
+    assert whole[3:] == later
+    assert whole != other
+
+
+def test_a_prompt_is_continued(run: Run) -> None:
+    for row in rows_of(run("text='the cat'", "length=10")[1]):
+        assert row["text"].startswith("the cat")
+        assert len(row["tokens"]) == 10
+
+
+@pytest.mark.parametrize("path", ["masked", HYBRID, RANDOM])
+def test_only_blanks_are_filled(run: Run, path: str) -> None:
+    rows = rows_of(run("text='a__d e_g'", f"path={path}")[1])
+    encode = dsl.Vocabulary.char().encode
+    for row in rows:
+        kept = {at: token for at, token in enumerate(row["tokens"]) if at not in (1, 2, 6)}
+        wanted = {at: encode([c])[0][0] for at, c in enumerate("a__d e_g") if c != "_"}
+        assert kept == wanted
+        assert "_" not in row["text"]
+    assert len({row["text"] for row in rows}) > 1
+
+
+def test_a_draft_may_be_overruled_and_is_heeded_at_high_snr(run: Run) -> None:
+    def agreement(snr: float) -> float:
+        rows = rows_of(run("mode=correct", "text='teh _ cat'", f"snr={snr}", "rows=16")[1])
+        draft = dsl.Vocabulary.char().encode(["teh  cat"])[0]
+        kept = [row["tokens"][:4] + row["tokens"][5:] for row in rows]
+        return sum(a == b for row in kept for a, b in zip(row, draft, strict=True)) / (8 * 16)
+
+    assert agreement(0.01) < 0.9
+    assert agreement(0.01) < agreement(300)
+
+
+def test_a_hybrid_takes_the_calls_that_it_splits(run: Run) -> None:
+    code, made, _ = run(f"path={HYBRID}")
+    assert (code, rows_of(made)[0]["budget"]) == (0, 8)
+    code, _, err = run(f"path={HYBRID}", "budget=9")
+    assert code == 2
+    assert "3 + 5 = 8 calls but the budget is 9" in err
+
+
+def test_an_input_file_of_texts_of_many_lengths(run: Run, tmp_path: Path) -> None:
+    lines = ["a_c", "", "abc__f", "abc__f"]
+    (tmp_path / "in.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    plain = rows_of(run(f"input={tmp_path}/in.txt", "rows=2")[1])
+    assert [len(row["tokens"]) for row in plain] == [3, 3, 12, 12, 6, 6, 6, 6]
+    objects = rows_of(run(f"input={tmp_path}/in.jsonl", "rows=2")[1])
+    assert [row["text"] for row in plain] == [row["text"] for row in objects]
+
+
+def test_options_reach_the_sampler(run: Run) -> None:
+    sharp = rows_of(run("rows=4", "temperature=1e-5", f"path={IN_ORDER}")[1])
+    nucleus = rows_of(run("rows=4", "nucleus.p=1e-6", f"path={IN_ORDER}")[1])
+    assert len({row["text"] for row in nucleus}) == 1
+    assert [row["text"] for row in sharp] == [row["text"] for row in nucleus]
+
+
+def test_an_autoregressive_model_goes_from_left_to_right(run: Run, tmp_path: Path) -> None:
+    vocabulary, folder = dsl.Vocabulary.char(), tmp_path / "ar"
+    denoiser = tiny(vocabulary.size, causal=True)
+    models.save(Folder.at(str(folder)), denoiser, vocabulary, kind="ar", length=LENGTH)
+    code, made, _ = run(f"model={folder}", "rows=1")
+    assert (code, rows_of(made)[0]["path"]["order"]) == (0, "left_to_right")
+    code, _, err = run(f"model={folder}", "path=masked")
+    assert code == 2
+    assert "left to right" in err
+
+
+def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    code, plan, _ = run("rows=5", "batch=2", "budget=7", "--dry-run")
+    assert code == 0
+    assert (plan["rows"], plan["tokens"], plan["batches"], plan["calls"]) == (5, 60, 3, 21)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "said"),
+    [
+        (["model=nowhere"], 3, "nowhere: no such model"),
+        (["path=maskd"], 2, "Did you mean `masked`?"),
+        (["path=sentence_sde"], 2, "path.gamma_max: required"),
+        (["path={kind: order, order: [1, 2]}"], 2, "2 keys but the text has 12 positions"),
+        (["text='far longer than twelve'"], 3, "22 tokens, the row has room for 12"),
+        (["text=Upper"], 3, "text: text 0, character 0: 'U' is not in this vocabulary"),
+        (["input=nowhere.txt"], 3, "nowhere.txt"),
+        (["text=a", "input=b.txt"], 2, "either a text or an input"),
+        (["toy=cyclic", "model=x"], 2, "either a model or a toy"),
+        (["temperature=0"], 2, "temperature must be positive"),
+        (["mode=corect"], 2, "Did you mean `correct`?"),
+        (["mode=correct", "text=a", "snr=0"], 2, "snr must be positive"),
+        (["rows=0"], 2, "rows must be at least 1"),
+        (["tokenizer=x"], 2, "has its own"),
+    ],
+)
+def test_bad_input_is_one_message(
+    run: Run, tmp_path: Path, settings: list[str], code: int, said: str
+) -> None:
+    got, _, err = run(*settings)
+    assert (got, err.count("\n")) == (code, 1), err
+    assert said in err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "a.jsonl, line 2: not an object"),
+        ("a.jsonl", b"a\n", "line 1"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.txt", b"", "empty"),
+        ("a.txt", b"fine\nFine\n", "a.txt, line 2"),
+    ],
+)
+def test_bad_files_name_the_line(
+    run: Run, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, _, err = run(f"input={tmp_path / name}")
+    assert code == 3
+    assert said in err
+
+
+def test_watching_shows_what_is_revealed_and_changes_nothing(run: Run) -> None:
+    settings = ["rows=2", "text='a____b'", f"path={RANDOM}"]
+    unwatched = [row["text"] for row in rows_of(run(*settings)[1])]
+    _, made, err = run(*settings, "watch=true")
+    assert [row["text"] for row in rows_of(made)] == unwatched
+    frames = re.findall(r"call \d of 6\n(.*)\n", err)
+    assert [frame.count("_") for frame in frames] == [3, 2, 1, 0]
+    assert frames[-1] == unwatched[0]
+    assert "\x1b" not in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_redrawn_and_not_obeying_the_text() -> None:
+    vocabulary = dsl.Vocabulary.train_bpe(["a \x1b[2J_ b"], 257)
+    law = dsl.ExactDenoiser(
+        torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1),
+        torch.tensor(vocabulary.encode(["a\x1b[2J_b"])),
+    )
+    terminal = Terminal()
+    state = dsl.State.masked(1, 7, 4)
+    order = dsl.paths.Order("left_to_right")
+    dsl.sample(law, order, state, budget=7, seed=0, recorders=[Watch(vocabulary, terminal)])
+    shown = terminal.getvalue()
+    assert "\x1b[2J" not in shown
+    assert shown.count("\x1b[2F\x1b[J") == 6
+    assert shown.splitlines()[-1] == "a·[2J_b"
+
+
+class References(HTMLParser):
+    """What a page would load, and the content of its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.scripts: list[str] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "action")]
+        self.inside = tag == "script"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.scripts.append(data)
+            self.inside = False
+
+
+def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
+    hostile = "</script><script>alert(1)</script>"
+    vocabulary = dsl.Vocabulary.train_bpe([hostile], 300)
+    (ids,) = vocabulary.encode([hostile])
+    table_VD = torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1)
+    film, path = Film(vocabulary), dsl.paths.SentenceSDE(gamma_max=9.0)
+    law = dsl.ExactDenoiser(table_VD, torch.tensor([ids]))
+    given = conditioning.read("_" * len(ids), vocabulary)
+    state = conditioning.state([given, given], table_VD)
+    sampled = dsl.sample(law, path, state, budget=4, seed=0, recorders=[film])
+
+    page = film.page()
+    parsed = References()
+    parsed.feed(page)
+    assert not parsed.found
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
+    assert len(parsed.scripts) == 2, "a text has ended the script it lies in"
+    data = json.loads(parsed.scripts[0])
+    assert len(data["frames"]) == sampled.calls + 1
+    last = data["frames"][-1]
+    assert last["tokens"] == sampled.tokens_BL.tolist() == [ids, ids]
+    assert "".join(data["texts"][str(i)] for i in ids) == hostile
+    assert {g for row in last["gamma"] for g in row} == {None}
+    assert [frame["gamma"][0][0] for frame in data["frames"]] == [0, 3, 6, 9, None]
+    assert all(
+        0 <= sure <= 100 for frame in data["frames"] for row in frame["sure"] for sure in row
+    )
+    _play(tmp_path, page, hostile)
+
+
+def _play(tmp_path: Path, page: str, text: str) -> None:
+    """In a browser, where one is installed, the last frame shows the text."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        return
+    (tmp_path / "film.html").write_text(page.replace("show(0);\n</script>", "show(4);\n</script>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (tmp_path / "film.html").as_uri()], capture_output=True, text=True, timeout=60
+    )
+    shown = re.sub(r"<[^>]+>", "", done.stdout.split("<main")[1].split("</main>")[0])
+    assert text.replace("<", "&lt;").replace(">", "&gt;") in shown
+
+
+def test_the_film_of_a_run_is_written_where_asked(run: Run, tmp_path: Path) -> None:
+    code, made, _ = run("text='a_c'", f"film={tmp_path}/film.html", "rows=3", "batch=2")
+    assert code == 0
+    parsed = References()
+    parsed.feed(Path(made["film"]).read_text())
+    film = json.loads(parsed.scripts[0])
+    assert film["given"] == [[1, 0, 1]] * 2
+    texts = ["".join(film["texts"][str(i)] for i in row) for row in film["frames"][-1]["tokens"]]
+    assert texts == [row["text"] for row in rows_of(made)[:2]]
+
+
+def test_toys_meet_their_exact_posteriors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toys, "ROWS", 400)
+    code, made, _ = run("toy=cyclic")
+    assert code == 0
+    assert made["free"]["share_valid"] == 1
+    for found in made["corrected"]:
+        assert found["share_valid"] == 1
+        # Some 3.5 standard errors, and what 51 Euler steps add at the lowest SNR.
+        assert abs(found["share_original"] - found["share_exact"]) < 0.09 + 0.05 * (
+            found["snr"] < 1
+        )
+    assert found["share_exact"] == pytest.approx(0.53, abs=0.01)  # 003 C.1: "about 50 percent"
+    assert made["remasked"]["calls"] == 10
+    assert made["remasked"]["share_original"] > 0.4
+    code, pairs, _ = run("toy=two_bit")
+    assert code == 0
+    for pair in pairs["pairs"]:
+        assert pair["share_valid"] == 1
+        assert abs(pair["share_11"] - pair["share_exact"]) < 0.09
+    for figure in (made["figure"], pairs["figure"]):
+        assert Path(figure).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ("masked", dsl.paths.Masked()),
+        ({"kind": "order", "order": [2, 1]}, dsl.paths.Order((2, 1))),
+        (
+            {"kind": "sentence_sde", "gamma_max": 3, "grid": {"kind": "log"}},
+            dsl.paths.SentenceSDE(gamma_max=3, grid=dsl.paths.Log()),
+        ),
+        (
+            {
+                "kind": "hybrid",
+                "first": {"kind": "second_order", "path": {"kind": "sentence_sde", "gamma_max": 3}},
+                "second": {"kind": "remask", "rule": "cap", "eta": None},
+                "split": [1, 2],
+            },
+            dsl.paths.Hybrid(
+                dsl.paths.SecondOrder(dsl.paths.SentenceSDE(gamma_max=3)),
+                dsl.paths.Remask(rule="cap"),
+                split=(1, 2),
+            ),
+        ),
+    ],
+)
+def test_a_path_from_plain_values(spec: Any, path: Any) -> None:
+    assert from_dict(spec) == path
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("maskd", "Did you mean 'masked'"),
+        ({}, "no kind None"),
+        (3, "path: 3 does not fit"),
+        ({"kind": "sentence_sde"}, "needs gamma_max"),
+        ({"kind": "sentence_sde", "gama_max": 3}, "Did you mean 'gamma_max'"),
+        ({"kind": "sentence_sde", "gamma_max": "3"}, "path.gamma_max: '3'"),
+        ({"kind": "sentence_sde", "gamma_max": True}, "path.gamma_max: True"),
+        ({"kind": "sentence_sde", "gamma_max": -3}, "must be positive"),
+        ({"kind": "sentence_sde", "gamma_max": 3, "grid": "lag"}, "Did you mean 'log'"),
+        ({"kind": "masked", "alpha": "cosin"}, "Did you mean 'cosine'"),
+        ({"kind": "hybrid", "first": "hybrid", "second": "masked", "split": [1, 1]}, "path.first"),
+        ({"kind": "hybrid", "first": "masked", "second": "masked", "split": 2}, "path.split: 2"),
+    ],
+)
+def test_a_bad_path_says_where(spec: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        from_dict(spec)
