@@ -1,6 +1,6 @@
 """Discrete Stochastic Localization: one denoiser for every SNR, every sampler a path of SNRs."""
 
-from dsl import paths
+from dsl import calibration, likelihood, paths, recorders
 from dsl.backbone import DiT, DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.errors import VocabularyError, WeightsError
@@ -24,9 +24,12 @@ __all__ = [
     "Vocabulary",
     "VocabularyError",
     "WeightsError",
+    "calibration",
     "from_mdlm",
+    "likelihood",
     "load",
     "paths",
+    "recorders",
     "sample",
     "save",
 ]

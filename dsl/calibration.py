@@ -1,0 +1,106 @@
+"""Does a denoiser know how sure it may be? Reliability by SNR under teacher forcing (004 fig. 4).
+
+Shapes: B rows, L positions, V tokens, K bins, N positions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsl.evidence import evidence
+from dsl.noise import Draws
+from dsl.posterior import Denoises
+from dsl.summary import summarise
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Predictions by confidence in K bins of equal width: how many, the sum of their confidence
+    and how many were right, each ``[K]`` float64. Batches add up: ``a + b``."""
+
+    count_K: Tensor
+    confidence_K: Tensor
+    right_K: Tensor
+
+    def __add__(self, other: "Reliability") -> "Reliability":
+        return Reliability(
+            self.count_K + other.count_K,
+            self.confidence_K + other.confidence_K,
+            self.right_K + other.right_K,
+        )
+
+    @property
+    def mean_confidence_K(self) -> Tensor:
+        """NaN where a bin is empty."""
+        return self.confidence_K / self.count_K
+
+    @property
+    def accuracy_K(self) -> Tensor:
+        """NaN where a bin is empty."""
+        return self.right_K / self.count_K
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error in [0, 1]: ``sum_k n_k/n |accuracy_k - confidence_k|``."""
+        gap = (self.right_K - self.confidence_K).abs().sum() / self.count_K.sum()
+        return gap.item()
+
+
+def reliability(confidence_N: Tensor, right_N: Tensor, bins: int = 10) -> Reliability:
+    """Bin predictions by confidence in (0, 1]; a bin holds its upper edge.
+
+    Raises:
+        ValueError: a confidence lies outside [0, 1] or is NaN.
+    """
+    confidence_N = confidence_N.double().cpu()
+    # A float32 softmax may sum to a little more than 1.
+    if not ((confidence_N >= 0) & (confidence_N <= 1 + 1e-4)).all():
+        raise ValueError("confidence must lie in [0, 1]: it is outside or NaN somewhere")
+    bin_N = ((confidence_N * bins).ceil().long() - 1).clamp(0, bins - 1)
+
+    def total(weight_N: Tensor) -> Tensor:
+        return torch.bincount(bin_N, weights=weight_N.double().cpu(), minlength=bins)
+
+    return Reliability(total(torch.ones_like(confidence_N)), total(confidence_N), total(right_N))
+
+
+@torch.no_grad()
+def calibration(
+    denoiser: Denoises,
+    tokens_BL: Tensor,
+    *,
+    gammas: Sequence[float],
+    seed: int,
+    first_row: int = 0,
+    bins: int = 10,
+) -> dict[float, Reliability]:
+    """Reliability of the likeliest token at every position, by SNR, one denoiser call each.
+
+    Every token of ``tokens_BL`` is seen at one common SNR through the channel, whatever a
+    sampler would have made of it (teacher forcing).
+
+    Raises:
+        ValueError: a gamma is negative, infinite or NaN: a revealed token is no prediction.
+    """
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    at_N = torch.arange(tokens_BL.numel(), device=table_VD.device)
+    by_snr = {}
+    for step, gamma in enumerate(gammas):
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
+        gamma_BL = torch.full(tokens_BL.shape, gamma, dtype=torch.float64)
+        state = evidence(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, step))
+        top_N2 = summarise(denoiser(state), _top, at_N)
+        right_N = top_N2[:, 1] == tokens_BL.flatten()
+        by_snr[gamma] = reliability(top_N2[:, 0], right_N, bins)
+    return by_snr
+
+
+def _top(log_probs_NV: Tensor) -> Tensor:
+    """Confidence and id of the likeliest token, ``[N, 2]`` float64."""
+    log_prob_N, token_N = log_probs_NV.max(1)
+    return torch.stack([log_prob_N.double().exp(), token_N.double()], dim=1)

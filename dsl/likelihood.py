@@ -1,0 +1,364 @@
+"""Three views of one number: -log P(text), in nats per token.
+
+Every estimate is a sum of independent terms, each unbiased for its own part, so it comes with a
+standard error. Noise is keyed by (seed, row, step): a row's estimate is the same in any batch.
+
+Shapes: B rows, L positions, V tokens, D table dimension, N asked positions (flat, in [0, B·L)),
+G SNRs of a profile, T terms of an estimate.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsl.denoiser import Denoiser
+from dsl.evidence import evidence
+from dsl.noise import Draws, Stream
+from dsl.objective import cross_entropy
+from dsl.paths.grids import NAMED, Grid, Information
+from dsl.posterior import Denoises, Posterior
+from dsl.summary import log_prob_of, summarise
+
+PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Nats per token of each row, ``[B]`` float64, and the standard error of the estimating.
+
+    The standard error leans to the safe side: it also counts how the terms differ by design.
+    """
+
+    mean_B: Tensor
+    stderr_B: Tensor
+
+    def corpus(self) -> tuple[float, float]:
+        """Mean over rows of equal length, and its standard error as an estimate for all text
+        like these rows (NaN for a single row). The latter includes ``stderr_B``."""
+        rows = len(self.mean_B)
+        return self.mean_B.mean().item(), self.mean_B.std().item() / math.sqrt(rows)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """``exp`` of nats per token; infinite where that overflows."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def bits_per_unit(nats_per_token: float, *, tokens: int, units: int) -> float:
+    """Bits per character or byte of a text of ``tokens`` tokens and ``units`` such units.
+
+    Every token of the text counts, special ones too, so that models with different vocabularies
+    are told apart by nothing but the bits they need for the same text.
+    """
+    return nats_per_token * tokens / (units * math.log(2))
+
+
+@torch.no_grad()
+def path_integral(
+    denoiser: Denoises,
+    tokens_BL: Tensor,
+    *,
+    gamma_max: float,
+    steps: int,
+    seed: int,
+    path: PathName = "diffusion",
+    grid: Grid | Literal["linear", "log"] = "log",
+    first_row: int = 0,
+) -> Estimate:
+    """``1/2 ∫ E · dgamma`` from 0 to ``gamma_max`` for every token (003 eq. 3).
+
+    For the exact posterior every path gives the same number. It falls short of -log P(x) by
+    ``-E log P(x | z)`` at ``gamma_max`` (003 eq. 12), so it is an estimate from below and no
+    bound; `hybrid_bound` adds what is missing. For a network, the spread between paths tells how
+    far its error field is from being one.
+
+    Args:
+        steps: denoiser calls, at least 2: one at a random point of each of the ``steps`` pieces
+            of the path, so the sum has no discretisation error.
+        path: how SNR rises. "diffusion": all tokens together; "left_to_right" and
+            "random_order": one token after the other, as autoregressive models do (003 eq. 4);
+            "staggered": every token in a random stretch of its own.
+        grid: where the pieces of a token's rise end. Pieces of equal nats have the least
+            variance, which is `Information` of a measured profile; a `Quantile` grid samples SNR
+            from a log-normal.
+
+    Raises:
+        ValueError: ``gamma_max`` is not positive and finite, or ``steps`` is below 2.
+    """
+    if not 0 < gamma_max < math.inf:
+        raise ValueError(f"gamma_max must be positive and finite, got {gamma_max}")
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    rows, length = tokens_BL.shape
+    contour = _Contour(tokens_BL, path, grid, gamma_max, steps, Draws(seed, first_row, steps))
+    terms = []
+    for step in range(steps):
+        draws = Draws(seed, first_row, step)
+        low_BL, high_BL = contour.gamma(step / steps), contour.gamma((step + 1) / steps)
+        along_B1 = draws.uniform(rows, 1, Stream.PATH).to(low_BL)
+        rise_BL = high_BL - low_BL
+        state = evidence(table_VD, tokens_BL, low_BL + along_B1 * rise_BL, draws)
+        error_BL = _squared_error(denoiser(state), tokens_BL, rise_BL > 0)
+        terms.append((error_BL * rise_BL).sum(1) / 2)
+    return _sum(terms, length)
+
+
+@torch.no_grad()
+def hybrid_bound(
+    denoiser: Denoises,
+    tokens_BL: Tensor,
+    *,
+    gamma_star: float,
+    steps: int,
+    seed: int,
+    grid: Grid | Literal["linear", "log"] = "log",
+    first_row: int = 0,
+) -> Estimate:
+    """The path integral to ``gamma_star`` plus ``-E sum_i log q(x_i | z)`` there (003 eq. 5, 13).
+
+    An upper bound on -log P(x), in expectation over texts: the factorised last term exceeds the
+    joint one by the total correlation that ``gamma_star`` leaves, and vanishes with it. Costs
+    ``2 * steps`` denoiser calls. Choose ``gamma_star`` on validation text, never per example.
+
+    Raises:
+        ValueError: as `path_integral`.
+    """
+    integral = path_integral(
+        denoiser,
+        tokens_BL,
+        gamma_max=gamma_star,
+        steps=steps,
+        seed=seed,
+        grid=grid,
+        first_row=first_row,
+    )
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    gamma_BL = torch.full(tokens_BL.shape, gamma_star, dtype=torch.float64)
+    everywhere_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    terms = []
+    for step in range(steps):
+        # The integral has used the steps up to and including `steps`.
+        state = evidence(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, steps + 1 + step))
+        terms.append(_nats(denoiser(state), tokens_BL, everywhere_BL).sum(1) / steps)
+    rest = _sum(terms, tokens_BL.shape[1])
+    return Estimate(integral.mean_B + rest.mean_B, integral.stderr_B.hypot(rest.stderr_B))
+
+
+@torch.no_grad()
+def roar(
+    denoiser: Denoises, tokens_BL: Tensor, *, samples: int, seed: int, first_row: int = 0
+) -> Estimate:
+    """``-E log P(s_i | s_A)``: k ~ U{0..L-1}, A a random subset of size k, i outside A (000 §4.4).
+
+    Exact in expectation when the conditionals are, an upper bound for a network read as a random
+    order model. All i outside A are used at once. One denoiser call per sample; the k of a row's
+    samples are spread evenly over their range.
+
+    Raises:
+        ValueError: ``samples`` is below 2.
+    """
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    rows, length = tokens_BL.shape
+    terms = []
+    for step in range(samples):
+        draws = Draws(seed, first_row, step)
+        uniform = draws.uniform(rows, length + 1, Stream.PATH).to(table_VD.device)
+        size_B1 = ((step + uniform[:, -1:]) / samples * length).long()
+        hidden_BL = _ranks(uniform[:, :length]) >= size_B1
+        gamma_BL = torch.where(hidden_BL, 0.0, torch.inf)
+        state = evidence(table_VD, tokens_BL, gamma_BL, draws)
+        nats_B = _nats(denoiser(state), tokens_BL, hidden_BL).sum(1) / hidden_BL.sum(1)
+        terms.append(nats_B * length / samples)
+    return _sum(terms, length)
+
+
+@torch.no_grad()
+def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
+    """``-log P(text)`` of a causal denoiser, exact, in one call.
+
+    Raises:
+        ValueError: the backbone is not causal.
+    """
+    if not denoiser.config.backbone.causal:
+        raise ValueError(
+            "the backbone is not causal, so one call is no product of conditionals; use roar, "
+            "path_integral or hybrid_bound"
+        )
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    revealed_BL = torch.full(tokens_BL.shape, torch.inf)
+    state = evidence(table_VD, tokens_BL, revealed_BL, Draws(0, 0, 0))
+    at_N = torch.arange(tokens_BL.numel(), device=table_VD.device)
+    nats_N = cross_entropy(denoiser, state, tokens_BL, at_N).double()
+    mean_B = nats_N.view(tokens_BL.shape).mean(1).cpu()
+    return Estimate(mean_B, torch.zeros_like(mean_B))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """``E(gamma)``, the mean squared error per token by SNR, in [0, 4]; ``[G, B]`` by row."""
+
+    gammas: tuple[float, ...]
+    error_GB: Tensor
+
+    @property
+    def mean_G(self) -> Tensor:
+        return self.error_GB.mean(1)
+
+    @property
+    def stderr_G(self) -> Tensor:
+        """Of the mean over texts; NaN for a single row."""
+        return self.error_GB.std(1) / math.sqrt(self.error_GB.shape[1])
+
+    def information(self) -> Information:
+        """The grid of equal nats: ``1/2 E`` integrated by trapezoids (003 eq. 3).
+
+        E falls with SNR for the exact posterior, so what noise makes rise is levelled first.
+        """
+        error = _falling(self.mean_G.tolist())
+        # A measured zero is only small: the grid must go on rising to its end.
+        error = [max(value, 1e-6 * error[0]) for value in error]
+        nats = [0.0]
+        for (low, high), (left, right) in zip(pairwise(self.gammas), pairwise(error), strict=True):
+            nats.append(nats[-1] + (high - low) * (left + right) / 4)
+        return Information(gammas=self.gammas, nats=tuple(nats))
+
+
+@torch.no_grad()
+def profile(
+    denoiser: Denoises, tokens_BL: Tensor, gammas: Sequence[float], *, seed: int, first_row: int = 0
+) -> Profile:
+    """The error field on the diffusion path, measured at ``gammas``: one denoiser call each.
+
+    Raises:
+        ValueError: ``gammas`` do not increase from 0, or are fewer than two.
+    """
+    if len(gammas) < 2 or gammas[0] != 0 or any(a >= b for a, b in pairwise(gammas)):
+        raise ValueError(f"gammas must be at least two and increase from 0, got {list(gammas)}")
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    everywhere_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    errors = []
+    for step, gamma in enumerate(gammas):
+        gamma_BL = torch.full(tokens_BL.shape, gamma, dtype=torch.float64)
+        state = evidence(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, step))
+        errors.append(_squared_error(denoiser(state), tokens_BL, everywhere_BL).mean(1))
+    return Profile(tuple(gammas), torch.stack(errors).cpu())
+
+
+def _diffusion(rows: int, length: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    start_BL = torch.zeros(rows, length, dtype=torch.float64)
+    return start_BL, start_BL + 1
+
+
+def _left_to_right(rows: int, length: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    rank_BL = torch.arange(length, dtype=torch.float64).expand(rows, -1)
+    return rank_BL / length, (rank_BL + 1) / length
+
+
+def _random_order(rows: int, length: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    rank_BL = _ranks(draws.uniform(rows, length, Stream.PATH)).double()
+    return rank_BL / length, (rank_BL + 1) / length
+
+
+def _staggered(rows: int, length: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    start_BL, span_BL = draws.uniform(rows, 2 * length, Stream.PATH).chunk(2, dim=1)
+    span_BL = (1 + span_BL) / 4
+    start_BL = start_BL * (1 - span_BL)
+    return start_BL, start_BL + span_BL
+
+
+# When each token's SNR begins and ends its rise, in [0, 1].
+_PATHS: Mapping[str, Callable[[int, int, Draws], tuple[Tensor, Tensor]]] = MappingProxyType(
+    {
+        "diffusion": _diffusion,
+        "left_to_right": _left_to_right,
+        "random_order": _random_order,
+        "staggered": _staggered,
+    }
+)
+
+
+class _Contour:
+    """A monotone curve of SNR from 0 to ``gamma_max``: a window of time for every token, and one
+    profile of the rise inside it. It is straight between two steps, whatever lies there."""
+
+    def __init__(
+        self,
+        tokens_BL: Tensor,
+        path: PathName,
+        grid: Grid | Literal["linear", "log"],
+        gamma_max: float,
+        steps: int,
+        draws: Draws,
+    ) -> None:
+        if path not in _PATHS:
+            raise ValueError(f"path must be one of {', '.join(_PATHS)}, got {path!r}")
+        rows, length = tokens_BL.shape
+        start_BL, stop_BL = _PATHS[path](rows, length, draws)
+        self.start_BL = start_BL.to(tokens_BL.device)
+        self.span_BL = (stop_BL - start_BL).to(tokens_BL.device)
+        rise = NAMED[grid] if isinstance(grid, str) else grid
+        knots = [rise.gamma(step / steps, gamma_max) for step in range(steps + 1)]
+        self.knots = torch.tensor(knots, dtype=torch.float64, device=tokens_BL.device)
+
+    def gamma(self, time: float) -> Tensor:
+        """``[B, L]`` float64 at a time in [0, 1]."""
+        pieces = len(self.knots) - 1
+        share_BL = ((time - self.start_BL) / self.span_BL).clamp(0, 1) * pieces
+        piece_BL = share_BL.long().clamp_max(pieces - 1)
+        return self.knots[piece_BL].lerp(self.knots[piece_BL + 1], share_BL - piece_BL)
+
+
+def _ranks(keys_BL: Tensor) -> Tensor:
+    return keys_BL.argsort(1).argsort(1)
+
+
+def _squared_error(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
+    """``|x - x_hat|²`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
+    x_ND = posterior.table_VD[tokens_BL[at_BL]]
+    x_hat_ND = posterior.mean_at(at_BL.flatten().nonzero().squeeze(1))
+    error_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
+    error_BL[at_BL] = (x_ND - x_hat_ND).double().square().sum(1)
+    return error_BL
+
+
+def _nats(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
+    """``-log p(token | state)`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
+    at_N = at_BL.flatten().nonzero().squeeze(1)
+    nats_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
+    nats_BL[at_BL] = -summarise(posterior, log_prob_of, at_N, tokens_BL[at_BL]).double()
+    return nats_BL
+
+
+def _sum(terms: Sequence[Tensor], length: int) -> Estimate:
+    """The sum of independent terms ``[B]``, each of a part next to the previous one's, per token.
+
+    Each part is seen once, so its variance shows in how neighbours differ: half the square of a
+    difference has the mean of two variances, plus half the square of what differs by design.
+    """
+    if len(terms) < 2:
+        raise ValueError("an estimate needs at least 2 steps or samples: one has no standard error")
+    terms_TB = torch.stack(list(terms))
+    variance_B = terms_TB.diff(dim=0).square().sum(0) / 2 * (len(terms) / (len(terms) - 1))
+    return Estimate((terms_TB.sum(0) / length).cpu(), (variance_B.sqrt() / length).cpu())
+
+
+def _falling(values: list[float]) -> list[float]:
+    """The closest non-increasing sequence in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] < mean:
+            before, size = pools.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]

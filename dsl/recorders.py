@@ -1,0 +1,135 @@
+"""Watching a sample being made (004 figure 2). Each recorder serves one call of `dsl.sample`.
+
+Lists hold one number per step of the path; shares are of the tokens that are not frozen.
+
+Shapes: B rows, L positions, T steps, N unrevealed positions.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsl.paths.clock import Clock
+from dsl.posterior import Posterior
+from dsl.state import State
+from dsl.summary import max_prob, nucleus_size, summarise
+
+
+def _lists(*names: str) -> dict[str, list[float]]:
+    return {name: [] for name in names}
+
+
+def _share(part_BL: Tensor, whole_BL: Tensor) -> float:
+    """Of the whole, 0 if that is empty."""
+    return int((part_BL & whole_BL).sum()) / max(int(whole_BL.sum()), 1)
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """Masking and reveal schedule: the shares ``masked``, ``evidence`` and ``revealed`` that each
+    step leaves (they sum to 1), and ``reveals``, the share that it revealed."""
+
+    name: str = "schedule"
+    _seen: dict[str, list[float]] = field(
+        init=False, default_factory=lambda: _lists("masked", "evidence", "revealed", "reveals")
+    )
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        shares = {
+            "masked": after.masked_BL,
+            "evidence": after.evidence_BL,
+            "revealed": after.revealed_BL,
+            "reveals": after.revealed_BL & ~before.revealed_BL,
+        }
+        for kind, part_BL in shares.items():
+            self._seen[kind].append(_share(part_BL, ~after.frozen_BL))
+
+    def result(self) -> dict[str, list[float]]:
+        return self._seen
+
+
+@dataclass(kw_only=True)
+class Rewrites:
+    """How much a path takes back, and what comes of it.
+
+    ``remasked`` is the share of revealed tokens that a step sent below SNR infinity;
+    ``rewritten`` the share of tokens that it revealed as something else than they last were, be
+    that drawn or given; ``rewrites_per_token`` the sum of the latter.
+    """
+
+    name: str = "rewrites"
+    _last_BL: Tensor | None = field(init=False, default=None)
+    _remasked: list[float] = field(init=False, default_factory=list)
+    _rewritten: list[float] = field(init=False, default_factory=list)
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        if self._last_BL is None:
+            self._last_BL = before.tokens_BL.masked_fill(~before.revealed_BL, -1)
+        shown_BL = before.revealed_BL & ~before.frozen_BL
+        self._remasked.append(_share(~after.revealed_BL, shown_BL))
+        fresh_BL = after.revealed_BL & ~before.revealed_BL
+        other_BL = fresh_BL & (self._last_BL >= 0) & (self._last_BL != after.tokens_BL)
+        self._rewritten.append(_share(other_BL, ~after.frozen_BL))
+        self._last_BL = torch.where(fresh_BL, after.tokens_BL, self._last_BL)
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "remasked": self._remasked,
+            "rewritten": self._rewritten,
+            "rewrites_per_token": math.fsum(self._rewritten),
+        }
+
+
+@dataclass(kw_only=True)
+class Sharpening:
+    """How sure the posterior is of what is not revealed yet: means of ``max_prob``, of
+    ``nucleus_size`` (how many of the likeliest tokens reach ``top_p``) and of ``entropy`` in nats.
+
+    NaN for a step that finds everything revealed. It looks at every step, so steps that would
+    have cost no denoiser call now may.
+    """
+
+    top_p: float = 0.9
+    name: str = "sharpening"
+    _seen: dict[str, list[float]] = field(
+        init=False, default_factory=lambda: _lists("max_prob", "nucleus_size", "entropy")
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        at_N = (~before.revealed_BL).flatten().nonzero().squeeze(1)
+        if len(at_N) == 0:
+            for values in self._seen.values():
+                values.append(math.nan)
+            return
+        size_N = summarise(posterior, partial(nucleus_size, p=self.top_p), at_N)
+        self._seen["max_prob"].append(summarise(posterior, max_prob, at_N).mean().item())
+        self._seen["nucleus_size"].append(size_N.double().mean().item())
+        self._seen["entropy"].append(posterior.entropy_at(at_N).mean().item())
+
+    def result(self) -> dict[str, list[float]]:
+        return self._seen
+
+
+@dataclass(kw_only=True)
+class Trajectory:
+    """Every state on the way: ``gamma_TBL`` and ``tokens_TBL``, T + 1 of each with the start,
+    on the CPU. Tokens are ids where revealed and 0 elsewhere."""
+
+    name: str = "trajectory"
+    _states: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        for state in (before, after) if not self._states else (after,):
+            self._states.append((state.gamma_BL.cpu(), state.tokens_BL.cpu()))
+
+    def result(self) -> dict[str, Tensor]:
+        gamma, tokens = zip(*self._states, strict=True)
+        return {"gamma_TBL": torch.stack(gamma), "tokens_TBL": torch.stack(tokens)}
