@@ -97,6 +97,8 @@ def state(given: Sequence[Given], table_VD: Tensor) -> State:
 
 def batches(given: Sequence[Given], rows: int) -> Iterator[tuple[int, Sequence[Given]]]:
     """Neighbours of one length, at most ``rows`` at a time, each with the index of its first."""
+    if rows < 1:
+        raise ValueError(f"a batch must be at least 1 row, got {rows}")
     first = 0
     for _, run in groupby(given, key=len):
         equal = list(run)

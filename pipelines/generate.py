@@ -103,13 +103,13 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
     if config.toy:
         return toys.TOYS[config.toy](out, config.seed)
     model, given = prepare(config)
-    film = Film(model.vocabulary)
+    film = Film(model.vocabulary) if config.film else None
     drawn = []
     for row in draw(config, model, given, film):
         print(f"--- row {row['row']}, {row['calls']} calls\n{printable(row['text'])}", flush=True)
         drawn.append(row)
     made = _write(out, drawn)
-    if config.film:
+    if config.film and film:
         folder, name = Folder.holding(config.film)
         folder.write_bytes(name, film.page().encode())
         made["film"] = folder.url_of(name)
@@ -144,16 +144,16 @@ def resolve(config: GenerateConfig, model: Model, length: int) -> tuple[AnyPath,
 
 
 def draw(
-    config: GenerateConfig, model: Model, given: Sequence[Given], film: Film
+    config: GenerateConfig, model: Model, given: Sequence[Given], film: Film | None
 ) -> Iterator[dict[str, Any]]:
-    """Finished rows in order, each with what made it."""
+    """Finished rows in order, each with what made it. A film is of the first batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nucleus = config.nucleus
     network = model.denoiser.to(device)
     for first, batch in conditioning.batches(given, config.batch):
         path, budget = resolve(config, model, len(batch[0]))
         recorders: list[Recorder] = [Watch(model.vocabulary, sys.stderr)] if config.watch else []
-        if config.film and not first:
+        if film and not first:
             recorders.append(film)
         began = time.perf_counter()
         try:

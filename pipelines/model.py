@@ -58,9 +58,8 @@ class TextModel(mlflow.pyfunc.PythonModel):
         self.vocabulary = dsl.Vocabulary.load(folder)
         self.length = weights.read_config(folder)["metadata"].get("length")
 
-    def predict(
-        self, context: Any, model_input: Any, params: Mapping[str, Any] | None = None
-    ) -> list[str]:
+    # No type for the input: MLflow would take it for a schema, and this one has several forms.
+    def predict(self, context, model_input, params: Mapping[str, Any] | None = None) -> list[str]:
         """One text for each text: a row's randomness is keyed by the seed and its place."""
         given = {name: default for name, (_, default) in PARAMS.items()} | dict(params or {})
         wanted = read_path(given["path"]) if given["path"] else None
@@ -103,7 +102,10 @@ def texts(model_input: pd.DataFrame | Sequence[str] | Sequence[Mapping[str, str]
 def read_path(spec: str | Mapping[str, Any]) -> Any:
     """A path by its kind, as a mapping, or as a mapping written in JSON."""
     if isinstance(spec, str) and spec.lstrip().startswith("{"):
-        return from_dict(json.loads(spec))
+        try:
+            spec = json.loads(spec)
+        except ValueError as error:
+            raise ValueError(f"path: not JSON ({error})") from error
     return from_dict(spec)
 
 

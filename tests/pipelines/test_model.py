@@ -1,0 +1,165 @@
+"""The model in the registry: what goes in is what `generate` draws, for strangers too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+
+import dsl
+from dsl.backbone import DiTConfig
+from infra import registry, tracking
+from infra.registry import ModelVersion
+from infra.storage import Folder
+from infra.tracking import RunHandle, TrackingConfig
+from pipelines import models
+from pipelines.generate import GenerateConfig, draw, prepare
+from pipelines.model import TextModel
+
+LENGTH = 10
+HYBRID = {
+    "kind": "hybrid",
+    "first": {"kind": "sentence_sde", "gamma_max": 9.0},
+    "second": "masked",
+    "split": [3, 4],
+}
+
+
+def saved(folder: Path, *, causal: bool = False) -> Path:
+    torch.manual_seed(0)
+    vocabulary = dsl.Vocabulary.char()
+    backbone = DiTConfig(
+        tokens=vocabulary.size, width=16, blocks=1, heads=2, cond_dim=8, dropout=0.0, causal=causal
+    )
+    denoiser = dsl.Denoiser(dsl.DenoiserConfig(backbone=backbone, embed_dim=4))
+    # A fresh head is zero: its posterior would be uniform whatever the state.
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    kind = "ar" if causal else "dsl"
+    models.save(Folder.at(str(folder)), denoiser, vocabulary, kind=kind, length=LENGTH)
+    return folder
+
+
+def loaded(folder: Path) -> TextModel:
+    model = TextModel()
+    model.load_context(SimpleNamespace(artifacts={"model": str(folder)}))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunHandle:
+    root = tmp_path_factory.mktemp("runs")
+    return tracking.start(
+        TrackingConfig(), root=str(root), name="made", params={}, tags={}, config_yaml=""
+    )
+
+
+@pytest.fixture(scope="module")
+def made(run: RunHandle, folder: Path) -> ModelVersion:
+    return models.register(Folder.at(str(folder)), "tiny", run, tags={"objective": "dsl"})
+
+
+def drawn(folder: Path, **settings: Any) -> list[str]:
+    """What `generate` draws."""
+    config = GenerateConfig(model=str(folder), rows=1, **settings)
+    model, given = prepare(config)
+    return [row["text"] for row in draw(config, model, given, None)]
+
+
+def test_predicts_what_generate_draws(folder: Path) -> None:
+    model, (text,) = loaded(folder), drawn(folder, text="the ", seed=3)
+    assert model.predict(None, ["the "], {"seed": 3}) == [text]
+    assert text.startswith("the ")
+    path = dsl.paths.Hybrid(dsl.paths.SentenceSDE(gamma_max=9.0), dsl.paths.Masked(), split=(3, 4))
+    settings = {"temperature": 0.5, "seed": 1}
+    (text,) = drawn(folder, text="a__d", path=path, **settings)
+    for spec in (HYBRID, json.dumps(HYBRID)):
+        assert model.predict(None, ["a__d"], {"path": spec, **settings}) == [text]
+    correct = {"mode": "correct", "snr": 3.0}
+    assert model.predict(None, ["teh"], correct) == drawn(folder, text="teh", **correct)
+
+
+def test_every_form_of_input_and_any_batch(folder: Path) -> None:
+    model, texts = loaded(folder), ["the ", "", "a__d", "b__e", ""]
+    wanted = model.predict(None, texts)
+    assert [len(dsl.Vocabulary.char().encode([text])[0]) for text in wanted[2:4]] == [4, 4]
+    assert len(set(wanted)) == 5
+    assert model.predict(None, [{"text": text} for text in texts]) == wanted
+    assert model.predict(None, pd.DataFrame({"text": texts})) == wanted
+    assert model.predict(None, texts, {"batch": 1}) == wanted
+
+
+def test_an_autoregressive_model_reads_from_left_to_right(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path, causal=True))
+    assert model.predict(None, ["the "])[0].startswith("the ")
+    with pytest.raises(ValueError, match="from left to right"):
+        model.predict(None, [""], {"path": "masked"})
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"path": "maskd"}, "Did you mean 'masked'"),
+        ({"path": HYBRID, "budget": 9}, "the budget is 9"),
+        ({"path": "{kind"}, "path: not JSON"),
+        ({"mode": "corect"}, "mode must be one of"),
+        ({"length": 3}, "room for 3"),
+        ({"nucleus": 0.0}, "nucleus must lie"),
+        ({"batch": 0}, "batch must be at least 1 row"),
+    ],
+)
+def test_bad_parameters_are_told(folder: Path, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        loaded(folder).predict(None, ["the "], params)
+
+
+def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, folder: Path) -> None:
+    path = list(sys.path)
+    try:
+        model = registry.load("models:/tiny@candidate", run.uri)
+    finally:
+        sys.path[:] = path
+    assert model.predict(["the "]) == drawn(folder, text="the ")
+    assert model.predict(pd.DataFrame({"text": ["the "]})) == drawn(folder, text="the ")
+    params = {"path": json.dumps(HYBRID), "seed": 2, "length": 8}
+    hybrid = dsl.paths.parse.from_dict(HYBRID)
+    wanted = drawn(folder, text="the ", path=hybrid, seed=2, length=8)
+    assert model.predict(["the "], params=params) == wanted
+    with pytest.raises(mlflow.MlflowException, match="seed"):
+        model.predict(["the "], params={"seed": "three"})
+
+
+def test_a_stranger_loads_it(
+    run: RunHandle, made: ModelVersion, folder: Path, tmp_path: Path
+) -> None:
+    """A process with MLflow and the registry's address, and nothing of this repository."""
+    code = (
+        "import json, sys, mlflow\n"
+        f"mlflow.set_tracking_uri({run.uri!r})\n"
+        "model = mlflow.pyfunc.load_model('models:/tiny@candidate')\n"
+        "texts = model.predict(['the ', 'a__d'])\n"
+        "rooms = [room for room in ('infra', 'pipelines') if room in sys.modules]\n"
+        "print(json.dumps([texts, rooms, sys.modules['dsl'].__file__]))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    texts, rooms, where = json.loads(ended.stdout.splitlines()[-1])
+    assert texts == [*drawn(folder, text="the "), *drawn(folder, text="a__d", first_row=1)]
+    assert not rooms
+    assert not Path(where).is_relative_to(Path(models.__file__).parents[1])
