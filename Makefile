@@ -7,7 +7,7 @@ ready  := .venv/.installed
 DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export DSL_TEST_DATA
 
-.PHONY: setup quickstart test test-faults lint format clean
+.PHONY: setup quickstart test lint format clean
 setup: $(ready)
 
 # torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
@@ -17,14 +17,18 @@ $(ready): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# `make quickstart EXISTING=restart` makes everything anew; by default a second run picks up what
+# the first has left, and a finished one only shows what it made.
+EXISTING ?= resume
 quickstart: $(ready)
-	PYTHON=$(BIN)/python $(BIN)/python pipelines/prepare.py quickstart
+	$(BIN)/python pipelines/prepare.py quickstart existing=$(EXISTING)
+	$(BIN)/python pipelines/pretrain.py quickstart existing=$(EXISTING)
+	$(BIN)/python pipelines/finetune.py quickstart existing=$(EXISTING)
+	$(BIN)/python pipelines/generate.py quickstart
+	$(BIN)/python pipelines/evaluate.py quickstart existing=$(EXISTING)
 
 test: $(ready)
 	$(BIN)/python -m pytest
-
-test-faults: $(ready)
-	$(BIN)/python -m pytest -m faults
 
 lint: $(ready)
 	$(BIN)/ruff check .
