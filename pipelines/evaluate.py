@@ -20,22 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from infra import cluster, command, tracking
 from infra.config import digest, to_tree, to_yaml
-from infra.errors import ConfigError, DataError, nearest
+from infra.errors import ConfigError
+from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle, TrackingConfig
-from pipelines import evaluation, models
-from pipelines.evaluation import HeldOut, Subject
+from pipelines import held_out, subjects
+from pipelines.evaluation import REAL, UNIGRAM, Evaluation, draw_plots, figures
 from pipelines.launch import DATA_ERRORS, RESULT, open_run, say
 from pipelines.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig
 from pipelines.models import ConverterConfig
 from pipelines.report import Report, markdown
+from pipelines.subjects import Origin
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-SHOWN = 300  # characters of a sample in the terminal
+SHOWN = 300  # characters of a text in the terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +71,21 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.models:
             raise ValueError("models must name at least one model")
-        if taken := self.models.keys() & set(evaluation.ANCHORS):
-            raise ValueError(f"models may not be named {min(taken)}, which is a row of its own")
+        if taken := self.models.keys() & {UNIGRAM, REAL}:
+            raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
 
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
     """What would be asked, for `--dry-run`."""
-    manifest = evaluation.manifest_of(config)
-    walks = sum(len(path.budgets) for path in config.paths.values())
+    manifest = held_out.require(config.data, config.split, _rows(config))
+    budgets = [entry.calls(manifest.length) for entry in config.paths.values()]
     return {
         "run": (Folder.at(config.root) / config.name).url,
         "models": ", ".join(f"{name}: {address}" for name, address in config.models.items()),
         "split": f"{config.split}, {manifest.rows(config.split)} rows of {manifest.length} tokens",
         "likelihood_rows": config.likelihood.rows,
-        "texts_per_model": walks * config.samples.rows,
-        "calls_per_text": sum(sum(path.budgets) for path in config.paths.values()),
+        "texts_per_model": sum(map(len, budgets)) * config.samples.rows,
+        "calls_per_text_on_all_paths": sum(map(sum, budgets)),
     }
 
 
@@ -93,31 +93,29 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     folder = open_run(config, "evaluate")
     uri = tracking.locate(config.tracking, config.root)
     origins = {
-        name: evaluation.origin(_spelt(name, address), uri, config.root)
+        name: subjects.origin(name, address, uri=uri, root=config.root)
         for name, address in config.models.items()
     }
     if folder.exists(RESULT):
         return _finished(folder, origins)
-    held_out = HeldOut.read(config)
-    subjects = [_subject(config, name, held_out, origins[name], uri) for name in config.models]
-    handle = _start(config, held_out, origins)
+    evaluation = _prepare(config, origins, uri)
+    handle = _start(config, evaluation.held_out.manifest, origins)
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:
-        made, metrics = evaluation.evaluate(config, held_out, subjects, folder / "samples")
-        for name, content in made.files().items():
-            (folder / "report").write_bytes(name, content)
+        report = _report(config, evaluation, folder)
+        metrics = figures(report.tables)
         log = tracking.Logger(tracking.Journal(folder), handle)
         log.log(0, metrics)
         log.close()
-        with _on_disk(folder) as places:
+        with _on_disk(folder, "report", "samples") as places:
             for place in places:
                 tracking.log_artifacts(handle, place)
             handle = tracking.finish(handle)
     except BaseException as error:
         tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    _show(made)
-    say(f"report: {folder.url_of('report/report.html')}\nmetrics: {tracking.page(handle)}")
+    _show(report)
+    say(f"\nreport: {folder.url_of('report/report.html')}\nMLflow: {tracking.page(handle)}")
     result = {
         "run": folder.url,
         "run_id": handle.run_id,
@@ -130,50 +128,66 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _spelt(name: str, address: str) -> str:
-    """The address, if something is there; DataError with the nearest neighbour if not."""
-    if address.startswith("models:/") or Folder.at(address).exists():
-        return address
-    parent, last = Folder.holding(address.rstrip("/"))
-    near = nearest(last, parent.names())
-    fix = f"Did you mean {parent.url_of(near)}?" if near else "Give a run, a model or models:/…"
-    raise DataError(f"models.{name}", f"{address}: no such model", fix)
+def _rows(config: EvaluateConfig) -> dict[str, int]:
+    return {"likelihood.rows": config.likelihood.rows, "samples.rows": config.samples.rows}
 
 
-def _finished(folder: Folder, origins: Mapping[str, Any]) -> dict[str, Any]:
+def _finished(folder: Folder, origins: Mapping[str, Origin]) -> dict[str, Any]:
     """What an earlier evaluation of the very same models found."""
     result: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
     if result["models"] != origins:
         raise ConfigError(
             "name",
-            f"{folder.url} is an evaluation of earlier versions of these models",
+            f"{folder.url} is an evaluation of other versions of these models",
             "Choose another name, or existing=restart to wipe it",
         )
     say(f"{folder.url} is finished; existing=restart would make it anew")
     return result
 
 
-def _subject(
-    config: EvaluateConfig, name: str, held_out: HeldOut, origin: Mapping[str, Any], uri: str
-) -> Subject:
-    where, address = f"models.{name}", config.models[name]
-    # The version that was found, should the alias move meanwhile.
-    found = origin.get("version", address)
-    model = models.load(found, converter=config.converter, tracking_uri=uri)
-    models.require_same(model, held_out.vocabulary, where)
-    length = held_out.rows_NL.shape[1]
-    if model.length not in (None, length):
-        why = f"{address} was trained on rows of {model.length} tokens, the data has {length}"
-        raise DataError(where, why, f"Prepare the data with length={model.length}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Subject(
-        name=name, kind=model.kind, denoiser=model.denoiser.to(device).eval(), origin=origin
+def _prepare(config: EvaluateConfig, origins: Mapping[str, Origin], uri: str) -> Evaluation:
+    """The rows and the models, once all of them are known to fit together."""
+    wanted = _rows(config)
+    held_out.require(config.data, config.split, wanted)
+    rows = held_out.read(
+        config.data,
+        config.split,
+        max(wanted.values()),
+        corpus_rows=config.corpus_rows,
+        seed=config.seed,
     )
+    loaded = [
+        subjects.load(name, origin, rows, converter=config.converter, uri=uri)
+        for name, origin in origins.items()
+    ]
+    return Evaluation(held_out=rows, subjects=loaded, seed=config.seed, batch=config.batch)
 
 
-def _start(
-    config: EvaluateConfig, held_out: HeldOut, origins: Mapping[str, Mapping[str, Any]]
-) -> RunHandle:
+def _report(config: EvaluateConfig, evaluation: Evaluation, folder: Folder) -> Report:
+    """Everything that is measured, written into `report` and `samples` of the run directory."""
+    manifest = evaluation.held_out.manifest
+    likelihood = evaluation.likelihood(config.likelihood)
+    states = evaluation.states(config.states, config.likelihood.rows)
+    samples, texts = evaluation.samples(config.samples, config.paths, folder / "samples")
+    tables = {"likelihood": likelihood, "states": states, "samples": samples}
+    report = Report(
+        title=f"Evaluation {config.name}",
+        subtitle=f"{config.split} split of {manifest.source} (digest {manifest.digest[:12]}), "
+        f"V = {manifest.vocabulary.size}, L = {manifest.length}, seed {config.seed}",
+        facts={
+            "data": {"digest": manifest.digest, "split": config.split, "blocks": manifest.blocks},
+            "models": {subject.name: subject.facts() for subject in evaluation.subjects},
+        },
+        tables=tables,
+        plots=draw_plots(evaluation.subjects, tables),
+        texts=texts,
+    )
+    for name, content in report.files().items():
+        (folder / "report").write_bytes(name, content)
+    return report
+
+
+def _start(config: EvaluateConfig, manifest: Manifest, origins: Mapping[str, Origin]) -> RunHandle:
     commit = cluster.commit()
     return tracking.start(
         config.tracking,
@@ -194,17 +208,16 @@ def _start(
         },
         config_yaml=to_yaml(config, "evaluate"),
         dataset={
-            "name": held_out.manifest.source,
-            "digest": held_out.manifest.digest,
+            "name": manifest.source,
+            "digest": manifest.digest,
             "source": Folder.at(config.data).url,
         },
     )
 
 
 @contextmanager
-def _on_disk(folder: Folder) -> Iterator[list[Path]]:
-    """The folders to show as artifacts: themselves, or copies of a bucket's."""
-    names = ("report", "samples")
+def _on_disk(folder: Folder, *names: str) -> Iterator[list[Path]]:
+    """Folders of the run directory: themselves, or copies where they are in a bucket."""
     if folder.is_local:
         yield [Path(folder.path) / name for name in names]
         return
@@ -217,12 +230,12 @@ def _on_disk(folder: Folder) -> Iterator[list[Path]]:
         yield [Path(staging) / name for name in names]
 
 
-def _show(made: Report) -> None:
-    for text in made.texts:
+def _show(report: Report) -> None:
+    for text in report.texts:
         flat = " ".join(text.text.split())
         say(f"\n{text.heading}: {flat[:SHOWN]}{'…' if len(flat) > SHOWN else ''}")
-    for table in made.tables.values():
-        say(f"\n{table.title}\n{markdown(table)}")
+    for table in report.tables.values():
+        say(f"\n{table.title}. {table.note}\n{markdown(table)}")
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +22,14 @@ from dsl.denoiser import Denoiser
 from dsl.evidence import evidence
 from dsl.likelihood import Estimate
 from dsl.noise import Draws, Stream
-from dsl.paths import AnyPath, Hybrid, Order, SecondOrder, SentenceSDE, TokenSDE
+from dsl.paths import AnyPath, Hybrid, SecondOrder, SentenceSDE, TokenSDE
+from dsl.paths.defaults import LEFT_TO_RIGHT, choose
 from dsl.posterior import Posterior
 from dsl.sampling import sample
 from dsl.state import State
 from dsl.summary import log_prob_of, summarise
-from dsl.truncation import Convention, Truncated
+from dsl.truncation import Truncated
+from pipelines.generate import Nucleus
 
 CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)
 
@@ -72,19 +74,24 @@ class StatesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PathConfig:
-    """A path, and the budgets in denoiser calls that it is walked with."""
+    """A path, and the budgets in denoiser calls to walk it with.
+
+    No budgets: the one that `generate` would take, which is the sum of a hybrid's split and one
+    call a token for any other path.
+    """
 
     path: AnyPath
-    budgets: tuple[int, ...]
+    budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(f"budgets holds counts of calls, got {list(self.budgets)}")
-        if isinstance(self.path, Hybrid) and set(self.budgets) != {sum(self.path.split)}:
-            raise ValueError(
-                f"budgets of a hybrid is the sum of its split, [{sum(self.path.split)}], "
-                f"got {list(self.budgets)}"
-            )
+        for budget in self.budgets:
+            if budget < 1:
+                raise ValueError(f"budgets must be at least one call, got {budget}")
+            choose(self.path, budget, length=1, causal=False)  # refuses another sum than the split
+
+    def calls(self, length: int) -> tuple[int, ...]:
+        """The budgets for texts of ``length`` tokens."""
+        return self.budgets or choose(self.path, None, length=length, causal=False)[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +100,14 @@ class SamplesConfig:
 
     rows: int = 256
     temperature: float = 1.0
-    nucleus: float = 1.0
-    convention: Convention = "keep"
+    nucleus: Nucleus = field(default_factory=Nucleus)
 
     def __post_init__(self) -> None:
         if self.rows < 2:
             raise ValueError(f"rows must be at least 2, got {self.rows}")
-        Truncated(None, self.temperature, self.nucleus, self.convention)  # refuses what it must
+
+    def sharpen(self, denoiser: Denoiser) -> Truncated:
+        return Truncated(denoiser, self.temperature, self.nucleus.p, self.nucleus.convention)
 
 
 # --- likelihood --------------------------------------------------------------------------------
@@ -153,7 +161,7 @@ def _hybrid(
 
 EXACT = View("exact", "exact", _exact)
 ENDPOINTS = View("endpoint_bound", "upper bound, tokens revealed in random order", _endpoints)
-INTEGRAL = View("path_integral", "estimate from below, stops at gamma_max", _integral)
+INTEGRAL = View("path_integral", "estimate, no bound: stops at gamma_max", _integral)
 HYBRID = View("hybrid_bound", "upper bound, SNR up to gamma_star", _hybrid)
 
 VIEWS: Mapping[str, tuple[View, ...]] = {
@@ -268,7 +276,7 @@ def draw(
     batch: int,
 ) -> Texts:
     """``config.rows`` texts from nothing, along a path."""
-    sharpened = Truncated(denoiser, config.temperature, config.nucleus, config.convention)
+    sharpened = config.sharpen(denoiser)
     began, tokens, calls = time.perf_counter(), [], 0
     for rows in spans(config.rows, batch):
         state = State.masked(rows.stop - rows.start, length, denoiser.config.embed_dim)
@@ -290,14 +298,14 @@ def _of_mdlm(path: AnyPath, budget: int, length: int) -> str | None:
             s for s, calls in zip((path.first, path.second), path.split, strict=True) if calls
         ]
     if any(isinstance(stage, CONTINUOUS) for stage in stages):
-        return "needs evidence of finite SNR, which mdlm was not trained on"
+        return "mdlm was not trained on finite SNR"
     return None
 
 
 def _of_ar(path: AnyPath, budget: int, length: int) -> str | None:
-    if path == Order("left_to_right") and budget >= length:
+    if path == LEFT_TO_RIGHT and budget >= length:
         return None
-    return f"ar writes left to right, a call for each of {length} tokens"
+    return f"ar takes order left_to_right and {length} calls, nothing else"
 
 
 REFUSALS: Mapping[str, Callable[[AnyPath, int, int], str | None]] = {

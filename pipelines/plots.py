@@ -34,7 +34,7 @@ def losses(runs: Mapping[str, Rows]) -> bytes:
 
 def quality(samples: Rows, anchors: Mapping[str, float]) -> bytes:
     """The share of known words against calls, with horizontal lines for what is not sampled."""
-    figure = _figure()
+    figure = _figure(width=8)
     axes = figure.subplots()
     for name, rows in _by(samples, "model", "path"):
         calls, shares = [r["calls"] for r in rows], [r["words"] for r in rows]
@@ -43,8 +43,8 @@ def quality(samples: Rows, anchors: Mapping[str, float]) -> bytes:
     for name, share in anchors.items():
         axes.axhline(share, color="0.5", ls=":")
         axes.annotate(name, (1, share), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes.set(xlabel="calls", ylabel="share of words in the corpus")
-    axes.legend(fontsize="small")
+    axes.set(xlabel="calls", ylabel="share of words in the corpus", ylim=(0, 1))
+    figure.legend(loc="outside right upper", fontsize="small")
     return _png(figure)
 
 
@@ -59,6 +59,7 @@ def errors_by_snr(states: Rows) -> bytes:
             axes.errorbar(gammas, values, yerr=errors, marker="o", capsize=3, label=name)
     left.set(xscale="log", xlabel="SNR", ylabel="cross-entropy, nats per token")
     right.set(xscale="log", xlabel="SNR", ylabel="E(SNR) = |x - x̂|²")
+    right.ticklabel_format(axis="y", useOffset=False)
     left.legend()
     return _png(figure)
 
@@ -70,7 +71,7 @@ def _by(rows: Rows, *keys: str) -> Iterable[tuple[str, list[Mapping[str, Any]]]]
     return [(key, list(group)) for key, group in groupby(rows, name)]
 
 
-def _figure(width: float = 6.0) -> Figure:
+def _figure(width: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, 3.8), layout="constrained")  # Agg, and no global state

@@ -51,15 +51,13 @@ class Table:
     rows: Sequence[Row]
 
     def cells(self) -> list[list[str]]:
-        """Heads first."""
+        """Heads first. A reason is the last cell of its row and stands for all the others."""
         return [[column.title for column in self.columns], *map(self._cells, self.rows)]
 
     def _cells(self, row: Row) -> list[str]:
         if SKIPPED not in row:
             return [column.cell(row) for column in self.columns]
-        given = [column.cell(row) for column in self.columns if column.key in row]
-        empty = len(self.columns) - len(given) - 1
-        return [*given, str(row[SKIPPED]), *[""] * empty]
+        return [*(c.cell(row) for c in self.columns if c.key in row), str(row[SKIPPED])]
 
 
 class Plot(NamedTuple):
@@ -120,33 +118,33 @@ class Report:
 
 def markdown(table: Table) -> str:
     """A Markdown table whose columns are aligned, so that a terminal can show it too."""
-    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in table.cells()]
-    # A reason runs over into the empty cells behind it.
-    reasons = {str(row[SKIPPED]).replace("|", "\\|") for row in table.rows if SKIPPED in row}
-    widths = [
-        max(len(cell) for cell in column if cell not in reasons)
-        for column in zip(*rows, strict=True)
-    ]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (
-        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "".join(f"| {line} |\n" for line in lines)
+    head, *rows = [[cell.replace("|", "\\|") for cell in cells] for cells in table.cells()]
+    whole = [head, *(row for row in rows if len(row) == len(head))]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "".join(f"| {_aligned(line, widths)} |\n" for line in lines)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    last = sum(widths[len(cells) - 1 :]) + 3 * (len(widths) - len(cells))
+    padded = [cell.ljust(width) for cell, width in zip(cells[:-1], widths, strict=False)]
+    return " | ".join([*padded, cells[-1].ljust(last)])
 
 
 def _table(table: Table) -> str:
     head, *rows = table.cells()
-    lines = [_line("th", head), *(_line("td", row) for row in rows)]
+    lines = [_line("th", head, len(head)), *(_line("td", row, len(head)) for row in rows)]
     return (
         f"<h2>{html.escape(table.title)}</h2>\n<p>{html.escape(table.note)}</p>\n"
         f"<table>\n{''.join(lines)}</table>"
     )
 
 
-def _line(tag: str, cells: Sequence[str]) -> str:
-    inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inside}</tr>\n"
+def _line(tag: str, cells: Sequence[str], columns: int) -> str:
+    span = f' colspan="{columns - len(cells) + 1}"'
+    inside = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells[:-1]]
+    last = f"<{tag}{span if columns > len(cells) else ''}>{html.escape(cells[-1])}</{tag}>"
+    return f"<tr>{''.join(inside)}{last}</tr>\n"
 
 
 def _figure(plot: Plot) -> str:

@@ -1,0 +1,78 @@
+"""The text that models are judged on, and what the training text says of words and frequencies.
+
+Shapes: N rows, L positions, T tokens of a text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsl.vocabulary import Vocabulary
+from infra import shards, stream
+from infra.errors import ConfigError
+from infra.shards import Manifest
+from infra.storage import Folder
+from pipelines import metrics, models
+from pipelines.metrics import Unigram
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Rows ``[N, L]`` of a held-out split; the unigram and the words are of the training split."""
+
+    manifest: Manifest
+    vocabulary: Vocabulary
+    rows_NL: np.ndarray
+    unigram: Unigram
+    words: frozenset[str]
+
+
+def read(url: str, split: str, rows: int, *, corpus_rows: int, seed: int) -> HeldOut:
+    """A random subset of a split, the same for the same seed, and the words of the training split.
+
+    corpus_rows: of the training split, at most so many are looked at, the first ones.
+    Raises ConfigError or DataError for a split that is not there or shards that are damaged.
+    """
+    manifest, data = shards.read_manifest(url), Folder.at(url)
+    vocabulary = models.vocabulary_of(manifest, data)
+    corpus_T = _corpus(data, manifest, corpus_rows)
+    return HeldOut(
+        manifest=manifest,
+        vocabulary=vocabulary,
+        rows_NL=stream.holdout(data, manifest, split, rows, seed),
+        unigram=Unigram.fit(corpus_T, vocabulary.size),
+        words=frozenset(metrics.words(corpus_T, vocabulary)),
+    )
+
+
+def require(url: str, split: str, wanted: dict[str, int]) -> Manifest:
+    """The manifest of the data; ConfigError for the first setting that asks for too many rows."""
+    manifest = shards.read_manifest(url)
+    there = manifest.rows(split)
+    for key, rows in wanted.items():
+        if rows > there:
+            raise ConfigError(
+                key,
+                f"{rows} of the {there} rows of {Folder.at(url).url_of(split)}",
+                "Ask for fewer, or prepare a larger split",
+            )
+    return manifest
+
+
+def _corpus(data: Folder, manifest: Manifest, most: int) -> np.ndarray:
+    """The first rows of the training split end to end, without what only frames rows; ``[T]``."""
+    groups = [
+        (file.name, index, count)
+        for file, counts in zip(
+            manifest.files("train"), shards.check_files(data, manifest, "train"), strict=True
+        )
+        for index, count in enumerate(counts)
+    ]
+    starts = np.cumsum([0, *(count for *_, count in groups)])
+    wanted = [group for group, start in zip(groups, starts, strict=False) if start < most]
+    rows_NL = np.concatenate(
+        [shards.read_group(data, manifest, name, index) for name, index, _ in wanted]
+    )[:most]
+    return {"eos": rows_NL, "bos_eos": rows_NL[:, 1:-1]}[manifest.blocks].reshape(-1)
