@@ -1,0 +1,338 @@
+"""Training runs without Ray: what a stop costs, what a step is, what may change, what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import dsl
+from dsl.noise import generator
+from dsl.objective import DSLObjective
+from infra import checkpoints, stream
+from infra.checkpoints import committed, consolidate
+from infra.errors import ConfigError
+from infra.shards import read_manifest
+from infra.storage import Folder
+from infra.stream import Plan
+from pipelines import launch, models, training
+from tests.pipelines import tiny
+from tests.pipelines.tiny import curve
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: str) -> dict[str, Path]:
+    """Both verbs without a break: `mdlm`, and `dsl` that starts from it."""
+    root = tmp_path_factory.mktemp("whole")
+    tiny.execute("pretrain", f"data={data}", f"root={root}", "name=mdlm")
+    tiny.execute("finetune", f"data={data}", f"root={root}", "name=dsl", f"init={root / 'mdlm'}")
+    return {"pretrain": root / "mdlm", "finetune": root / "dsl"}
+
+
+def arguments(verb: str, data: str, run: Path, whole: dict[str, Path]) -> list[str]:
+    """What gives another run of the settings of `whole`."""
+    init = [f"init={whole['pretrain']}"] if verb == "finetune" else []
+    return [f"data={data}", f"root={run.parent}", f"name={run.name}", *init]
+
+
+def tensors(run: Path, step: int = STEPS) -> dict[str, Tensor]:
+    return consolidate(str(run / "checkpoints"), step, "")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Bit for bit: weights, average, optimizer, the model folder and every metric."""
+    first, second = tensors(one), tensors(two)
+    assert first.keys() == second.keys()
+    for part in ("model.", "ema.", "optimizer."):
+        assert any(name.startswith(part) for name in first)
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+    assert curve(one) == curve(two)
+    assert [row["step"] for row in curve(two)] == list(range(1, STEPS + 1))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (one / "model" / name).read_bytes() == (two / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_twelve_steps_are_six_a_stop_and_six(
+    verb: str, tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    run = tmp_path / "run"
+    argv = arguments(verb, data, run, whole)
+    with tiny.bare(tiny.interrupted_at(8)), pytest.raises(KeyboardInterrupt):
+        tiny.VERBS[verb].execute(tiny.load(verb, *argv))
+    assert curve(run)[-1]["step"] == 7  # of which the last is done again, from step 6
+    assert max(committed(str(run / "checkpoints"))) <= 6
+    assert not (run / "model").exists()
+    made = tiny.execute(verb, *argv)
+    assert_same_run(whole[verb], run)
+    assert made["checkpoint"].endswith("step_000012")
+
+
+STAGES = {
+    "before the record": (launch.tracking, "start"),
+    "the initial weights": (models.weights, "save"),
+    "the first batch": (stream, "read_group"),
+    "a step": (training.Learner, "step"),
+    "the first validation": (training.Learner, "validate"),
+    "a checkpoint": (checkpoints.Checkpoints, "save"),
+    "the model": (launch, "consolidate"),
+    "the last report": (launch.tracking, "finish"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_at_any_stage(
+    stage: str,
+    tmp_path: Path,
+    data: str,
+    whole: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit 130, and the same command ends as if nothing had been."""
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    argv = arguments("pretrain", data, tmp_path / "run", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(*STAGES[stage], interrupt)
+        assert tiny.main("pretrain", *argv) == 130
+    assert capsys.readouterr().err.endswith("run the same command again to resume\n")
+    assert tiny.main("pretrain", *argv) == 0
+    assert_same_run(whole["pretrain"], tmp_path / "run")
+
+
+def test_a_real_ctrl_c(tmp_path: Path, data: str, whole: dict[str, Path]) -> None:
+    """A process that gets SIGINT in step 8 says so in one line; the next one finishes the run."""
+    argv = arguments("finetune", data, tmp_path / "run", whole)
+    command = [sys.executable, "-m", "tests.pipelines.tiny"]
+    root = Path(launch.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    stopped = subprocess.run(
+        [*command, "--interrupt-at", "8", "finetune", *argv],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=root,
+    )
+    assert stopped.returncode == 130
+    assert stopped.stdout == ""
+    assert stopped.stderr.splitlines()[-1] == "interrupted; run the same command again to resume"
+    assert "Traceback" not in stopped.stderr
+    assert 0 < len(curve(tmp_path / "run")) < STEPS
+    tiny.execute("finetune", *argv)
+    assert_same_run(whole["finetune"], tmp_path / "run")
+
+
+def test_a_step_is_what_a_page_of_plain_torch_says(data: str, whole: dict[str, Path]) -> None:
+    """Lanes in order, their mean loss, clipping, AdamW, the average: no sharding, no loop of ours.
+
+    Only the order in which gradients are added up may differ, by rounding.
+    """
+    run = whole["finetune"]
+    config = tiny.load("finetune", *arguments("finetune", data, run, whole))
+    settings = config.train.optimizer
+    objective = DSLObjective(dsl.load(run / "init").train(), config.support)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.lr, weight_decay=0.0)
+    average = AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    plan = Plan.of(Folder.at(data), read_manifest(data), "train", config.train.stream)
+    for step, batches in zip(range(1, STEPS + 1), stream.read(plan, (0, 1)), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(step / settings.warmup, 1)
+        losses = [
+            objective(torch.from_numpy(batches[lane]), generator(0, step, lane)).value
+            for lane in (0, 1)
+        ]
+        mean = sum(losses) / 2
+        mean.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(objective)
+        assert curve(run)[step - 1]["loss"] == pytest.approx(mean.item(), rel=2e-5)
+    held = tensors(run)
+    for prefix, module in (("model.", objective), ("ema.", average.module)):
+        for name, tensor in module.state_dict().items():
+            torch.testing.assert_close(held[prefix + name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_the_order_in_which_lanes_arrive_is_nothing(
+    tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    def backwards(plan: Plan, lanes: tuple[int, ...], done: int):  # type: ignore[no-untyped-def]
+        for batch in stream.read(plan, lanes, done):
+            yield dict(reversed(batch.items()))
+
+    argv = arguments("pretrain", data, tmp_path / "run", whole)
+    with tiny.bare(backwards):
+        tiny.VERBS["pretrain"].execute(tiny.load("pretrain", *argv))
+    assert_same_run(whole["pretrain"], tmp_path / "run")
+
+
+def test_validation_knows_the_weights_alone(tmp_path: Path, data: str) -> None:
+    """At a learning rate of 0 the training loss moves with its noise, validation does not."""
+    argv = [f"data={data}", f"root={tmp_path}", "init=scratch", "train.optimizer.lr=0"]
+    tiny.execute("finetune", *argv, "name=often", "train.validate_every=1", "train.steps=6")
+    tiny.execute("finetune", *argv, "name=once", "train.validate_every=6", "train.steps=6")
+    often, once = curve(tmp_path / "often"), curve(tmp_path / "once")
+    keys = [key for key in once[-1] if key.startswith("validation/")]
+    assert len(keys) == 5
+    for row in often:
+        assert {key: row[key] for key in keys} == {key: once[-1][key] for key in keys}
+    assert len({row["loss"] for row in often}) == 6
+    # And looking does not change what is looked at.
+    assert [row["loss"] for row in often] == [row["loss"] for row in once]
+
+
+def test_validation_is_of_the_average_on_the_holdout(data: str, whole: dict[str, Path]) -> None:
+    run = whole["finetune"]
+    config = tiny.load("finetune", *arguments("finetune", data, run, whole))
+    rows_NL = stream.holdout(Folder.at(data), read_manifest(data), "validation", 8, 0)
+    objective = DSLObjective(dsl.load(run / "model"), config.support)
+    with torch.no_grad():
+        losses = [
+            objective(torch.from_numpy(rows_RL), generator(0, training.VALIDATION, key)).value
+            for key, rows_RL in enumerate(np.split(rows_NL, 2))
+        ]
+    loss = sum(losses).item() / 2
+    assert curve(run)[-1]["validation/loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_the_model_is_the_average_of_the_last_checkpoint(verb: str, whole: dict[str, Path]) -> None:
+    run = whole[verb]
+    average = consolidate(str(run / "checkpoints"), STEPS, "ema.denoiser.")
+    model = dsl.load(run / "model").state_dict()
+    assert model.keys() == average.keys()
+    assert all(torch.equal(model[name], average[name]) for name in model)
+    latest = consolidate(str(run / "checkpoints"), STEPS, "model.denoiser.")
+    assert any(not torch.equal(model[name], latest[name]) for name in model)
+
+
+def test_fine_tuning_starts_from_the_averaged_backbone(whole: dict[str, Path]) -> None:
+    start = dsl.load(whole["finetune"] / "init").backbone.state_dict()
+    given = dsl.load(whole["pretrain"] / "model").backbone.state_dict()
+    assert all(torch.equal(start[name], given[name]) for name in given)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(
+    tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    argv = arguments("pretrain", data, tmp_path / "run", whole)
+    tiny.execute("pretrain", *argv)
+    assert_same_run(whole["pretrain"], tmp_path / "run")
+    tiny.execute("pretrain", *argv, "name=other", "train.stream.seed=1")
+    mine, other = curve(tmp_path / "run"), curve(tmp_path / "other")
+    assert all(a["loss"] != b["loss"] for a, b in zip(mine, other, strict=True))
+
+
+def test_a_finished_run_is_left_alone(data: str, whole: dict[str, Path]) -> None:
+    run = whole["pretrain"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    made = tiny.execute("pretrain", *arguments("pretrain", data, run, whole))
+    assert made == json.loads((run / launch.RESULT).read_text())
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_other_settings_are_named_and_refused(data: str, whole: dict[str, Path]) -> None:
+    run = whole["pretrain"]
+    argv = [*arguments("pretrain", data, run, whole), "train.optimizer.lr=0.5", "backbone.blocks=3"]
+    with pytest.raises(ConfigError) as refused:
+        tiny.execute("pretrain", *argv)
+    message = str(refused.value)
+    assert "pretrain.train.optimizer.lr: 0.003 -> 0.5" in message
+    assert "pretrain.backbone.blocks: 2 -> 3" in message
+    assert "existing=restart" in message
+    assert "width" not in message
+
+
+def test_the_other_verb_is_refused(data: str, whole: dict[str, Path]) -> None:
+    run = whole["pretrain"]
+    argv = [f"data={data}", f"root={run.parent}", f"name={run.name}", "init=scratch"]
+    with pytest.raises(ConfigError, match="is a run with other settings"):
+        tiny.execute("finetune", *argv)
+
+
+def test_what_does_not_touch_the_weights_may_change(data: str, whole: dict[str, Path]) -> None:
+    free = ["workers.max_failures=1", "train.checkpoint.every=5", "train.log_every=2"]
+    run = whole["pretrain"]
+    tiny.execute("pretrain", *arguments("pretrain", data, run, whole), *free)
+
+
+def test_a_restart_wipes_the_run_and_nothing_else(
+    tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    run = tmp_path / "run"
+    argv = [*arguments("pretrain", data, run, whole), "train.steps=6"]
+    tiny.execute("pretrain", *argv)
+    (run / "old").touch()
+    (tmp_path / "beside").touch()
+    argv = arguments("pretrain", data, run, whole)
+    with pytest.raises(ConfigError, match=r"train\.steps: 6 -> 12"):
+        tiny.execute("pretrain", *argv)
+    tiny.execute("pretrain", *argv, "existing=restart")
+    assert_same_run(whole["pretrain"], run)
+    assert not (run / "old").exists()
+    assert (tmp_path / "beside").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_wiped(tmp_path: Path, data: str) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    argv = [f"data={data}", f"root={tmp_path}", "name=thesis"]
+    for existing in ("resume", "restart"):
+        with pytest.raises(ConfigError, match="exists and is not a run"):
+            tiny.execute("pretrain", *argv, f"existing={existing}")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", ".hidden", "../escape"])
+def test_a_name_stays_in_its_root(name: str) -> None:
+    with pytest.raises(ConfigError, match="name must be letters"):
+        tiny.load("pretrain", "data=x", f"name={name}")
+
+
+def test_workers_share_the_lanes_evenly() -> None:
+    with pytest.raises(ConfigError, match=r"multiple of workers\.count"):
+        tiny.load("pretrain", "data=x", "name=x", "workers.count=4")
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_a_dry_run_touches_nothing(
+    verb: str, tmp_path: Path, data: str, whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(verb, data, tmp_path / "run", whole)
+    assert tiny.main(verb, *argv, "--dry-run") == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert planned["tokens"] == STEPS * 2 * 4 * 32
+    model = dsl.load(whole[verb] / "model")
+    if verb == "pretrain":
+        assert planned["parameters"] == sum(p.numel() for p in model.parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_learning_rate_rises_then_stays_or_falls() -> None:
+    constant = partial(training.OptimizerConfig(lr=2.0, warmup=4).lr_at, steps=12)
+    assert [constant(step) for step in (1, 2, 4, 5, 12)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = partial(training.OptimizerConfig(lr=2.0, warmup=4, schedule="cosine").lr_at, steps=12)
+    assert [cosine(step) for step in (2, 4, 8, 12)] == pytest.approx([1.0, 2.0, 1.1, 0.2])
+    falling = [cosine(step) for step in range(4, 13)]
+    assert falling == sorted(falling, reverse=True)
+    assert training.OptimizerConfig(lr=2.0, warmup=0).lr_at(1, 9) == 2.0
