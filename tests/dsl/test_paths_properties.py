@@ -1,0 +1,161 @@
+"""What holds for every path, state and budget.
+
+Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsl.noise import Draws
+from dsl.paths import (
+    AnyPath,
+    Clock,
+    EntropyBounded,
+    Hybrid,
+    Information,
+    Masked,
+    Order,
+    Quantile,
+    Remask,
+    SecondOrder,
+    SentenceSDE,
+    TokenSDE,
+)
+from dsl.sampling import sample
+from dsl.state import State
+from tests.dsl.laws import random_law
+
+LAW = random_law(tokens=3, length=4, dim=2, seed=3)
+SDE = SentenceSDE(gamma_max=20.0)
+JVP = TokenSDE(gamma_max=20.0, delta=0.1, curvature="jvp")
+PATHS: list[AnyPath] = [
+    Masked(alpha="cosine"),
+    *(Remask(rule=rule) for rule in ("cap", "rescale", "conf", "loop", "forward_backward")),  # type: ignore[arg-type]
+    Order("random"),
+    Order((3, 1, 2, 0)),
+    EntropyBounded(bound=0.5),
+    SDE,
+    SentenceSDE(gamma_max=20.0, grid=Quantile(mu=1.0, sigma=1.0)),
+    SentenceSDE(gamma_max=20.0, grid=Information(gammas=(0.0, 4.0, 20.0), nats=(0.0, 2.0, 3.0))),
+    TokenSDE(gamma_max=20.0, delta=0.1),
+    JVP,
+    SecondOrder(SDE),
+    SecondOrder(JVP),
+]
+HYBRIDS = [
+    (SDE, Masked()),
+    (JVP, Remask(rule="conf")),
+    (SecondOrder(SDE), EntropyBounded(bound=0.5)),
+    (Remask(rule="cap"), SDE),
+    (Order("random"), TokenSDE(gamma_max=20.0, delta=0.1)),
+]
+SNRS = [0.0, 1e-8, 0.5, 30.0, 1e8, float("inf")]
+
+
+class Finite:
+    """Every state on the way is finite, reads as it should and keeps what is frozen."""
+
+    name = "finite"
+
+    def __init__(self) -> None:
+        self.states = 0
+
+    def observe(self, clock: Clock, before: State, posterior: Any, after: State) -> None:
+        for state in (before, after):
+            assert state.z_BLD.isfinite().all()
+            assert (state.gamma_BL >= 0).all()
+            assert (state.z_BLD[state.masked_BL] == 0).all()
+            assert (state.z_BLD[state.revealed_BL] == 0).all()
+        frozen_BL = before.frozen_BL
+        assert torch.equal(before.tokens_BL[frozen_BL], after.tokens_BL[frozen_BL])
+        assert torch.equal(before.gamma_BL[frozen_BL], after.gamma_BL[frozen_BL])
+        self.states += 1
+
+    def result(self) -> int:
+        return self.states
+
+
+def check(path: AnyPath, state: State, budget: int, seed: int) -> None:
+    made = sample(LAW.denoiser(), path, state, budget=budget, seed=seed, recorders=[Finite()])
+    assert made.calls <= budget
+    assert (made.row_calls_B <= made.calls).all()
+    assert ((made.tokens_BL >= 0) & (made.tokens_BL < 3)).all()
+    known_BL = state.frozen_BL
+    assert torch.equal(made.tokens_BL[known_BL], state.tokens_BL[known_BL])
+
+
+states = st.builds(
+    lambda tokens, known, snrs: State.from_tokens(
+        LAW.table_VD, torch.tensor([tokens]), torch.tensor([known]), torch.tensor([snrs])
+    ),
+    st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.lists(st.sampled_from(SNRS), min_size=4, max_size=4),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(path=st.sampled_from(PATHS), state=states, budget=st.integers(1, 12), seed=st.integers(0, 9))
+def test_any_state_any_budget(path: AnyPath, state: State, budget: int, seed: int) -> None:
+    check(path, state, budget, seed)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    stages=st.sampled_from(HYBRIDS),
+    split=st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(any),
+    state=states,
+)
+def test_any_hybrid(stages: Any, split: tuple[int, int], state: State) -> None:
+    check(Hybrid(*stages, split=split), state, sum(split), 0)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_a_split_that_leaves_one_stage_out_is_the_other(path: AnyPath) -> None:
+    start = State.masked(16, 4, 2)
+    whole = sample(LAW.denoiser(), path, start, budget=9, seed=1)
+    for hybrid in (
+        Hybrid(path, Masked(), split=(9, 0)),  # type: ignore[arg-type]
+        Hybrid(Masked(), path, split=(0, 9)),  # type: ignore[arg-type]
+    ):
+        made = sample(LAW.denoiser(), hybrid, start, budget=9, seed=1)
+        assert torch.equal(made.tokens_BL, whole.tokens_BL)
+        assert made.calls == whole.calls
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_text_does_not_depend_on_the_batch(path: AnyPath) -> None:
+    made = [
+        sample(LAW.denoiser(), path, State.masked(rows, 4, 2), budget=9, seed=1, first_row=first)
+        for rows, first in ((8, 0), (4, 4), (1, 6))
+    ]
+    assert torch.equal(made[0].tokens_BL[4:], made[1].tokens_BL)
+    assert torch.equal(made[0].tokens_BL[6:7], made[2].tokens_BL)
+
+
+def test_a_second_stage_finds_the_evidence_as_it_was_left() -> None:
+    path = Hybrid(SDE, Order("left_to_right"), split=(3, 4))
+    denoiser = LAW.denoiser()
+    state, carry = State.masked(5, 4, 2).like(LAW.table_VD), path.init(State.masked(5, 4, 2))
+    for call in range(3, 7):
+        clock = Clock(call=call, budget=7, draws=Draws(0, 0, call))
+        state = State.from_tokens(
+            LAW.table_VD, LAW.draw(5, 0), torch.zeros(5, 4).bool(), torch.full((5, 4), 7.0)
+        )
+        gamma_BL, carry = path.target(state, denoiser(state), carry, clock)
+        assert set(gamma_BL.unique().tolist()) <= {7.0, float("inf")}
+
+
+def test_every_path_of_the_union_is_covered_and_has_its_own_kind() -> None:
+    members = get_args(AnyPath)
+    assert {type(path) for path in PATHS} | {Hybrid} == set(members)
+    kinds = [member.__dataclass_fields__["kind"].default for member in members]
+    assert len(set(kinds)) == len(members)
+    for path in PATHS:
+        assert hash(path) == hash(path)

@@ -1,0 +1,260 @@
+"""Continuous paths: grids, curvature, per-token steps that arrive, and orders of convergence.
+
+Shapes: B rows, L positions, D table dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsl.noise import Draws, Stream
+from dsl.paths import (
+    Clock,
+    Hybrid,
+    Information,
+    Masked,
+    Quantile,
+    SecondOrder,
+    SentenceSDE,
+    TokenSDE,
+)
+from dsl.paths.curvature import jvp
+from dsl.posterior import Posterior
+from dsl.sampling import Sample, sample
+from dsl.state import State
+from tests.dsl.laws import Law, random_law, ring
+
+INF = float("inf")
+LAW = replace(random_law(tokens=3, length=4, dim=2, seed=3), table_VD=ring(3))
+
+
+class Walk:
+    """The SNR before every call ``[calls, B, L]``, and the last prediction."""
+
+    name = "walk"
+
+    def __init__(self) -> None:
+        self.gamma: list[Tensor] = []
+
+    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        self.gamma.append(before.gamma_BL)
+        if clock.call + 1 == clock.budget:
+            self.mean_BLD = posterior.mean()
+
+    def result(self) -> Walk:
+        return self
+
+
+def draw(path: Any, budget: int, rows: int = 16, law: Law = LAW) -> Sample:
+    state = State.masked(rows, law.sequences_SL.shape[1], law.table_VD.shape[1])
+    return sample(law.denoiser(), path, state, budget=budget, seed=2, recorders=[Walk()])
+
+
+# --- grids -----------------------------------------------------------------------------------
+
+PROFILE = Information(gammas=(0.0, 1.0, 4.0, 30.0), nats=(0.0, 0.5, 1.0, 1.5))
+
+
+@pytest.mark.parametrize("grid", ["linear", "log", Quantile(mu=1.0, sigma=0.8), PROFILE], ids=repr)
+def test_grids_rise_from_0_to_gamma_max(grid: Any) -> None:
+    path = SentenceSDE(gamma_max=25.0, grid=grid)
+    gammas = [path.gamma(share / 64) for share in range(65)]
+    assert gammas[0] == 0
+    assert gammas[-1] == pytest.approx(25.0, rel=1e-12)
+    assert all(low < high for low, high in pairwise(gammas))
+    walk = draw(path, 9).recorded["walk"]
+    at = torch.tensor([path.gamma(move / 8) for move in range(9)], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(walk.gamma), at[:, None, None].expand(9, 16, 4))
+
+
+def test_quantiles_are_equal_shares_of_the_log_normal() -> None:
+    path = SentenceSDE(gamma_max=25.0, grid=Quantile(mu=1.0, sigma=0.8))
+    law = NormalDist(1.0, 0.8)
+    shares = [law.cdf(math.log(path.gamma(k / 8))) for k in range(1, 9)]
+    assert [share / shares[-1] for share in shares] == pytest.approx([k / 8 for k in range(1, 9)])
+
+
+def test_information_takes_equal_nats() -> None:
+    path = SentenceSDE(gamma_max=30.0, grid=PROFILE)
+    assert [path.gamma(k / 6) for k in range(7)] == pytest.approx([0, 0.5, 1, 2.5, 4, 17, 30])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: SentenceSDE(gamma_max=31.0, grid=PROFILE),
+        lambda: SentenceSDE(gamma_max=INF),
+        lambda: SentenceSDE(gamma_max=3.0, grid="lin"),  # type: ignore[arg-type]
+        lambda: Quantile(mu=0.0, sigma=0.0),
+        lambda: Information(gammas=(0.0, 2.0, 1.0), nats=(0.0, 1.0, 2.0)),
+        lambda: Information(gammas=(0.0, 2.0), nats=(0.1, 1.0)),
+        lambda: TokenSDE(gamma_max=3.0, delta=0.0),
+        lambda: TokenSDE(gamma_max=-3.0, delta=1.0),
+        lambda: TokenSDE(gamma_max=3.0, delta=1.0, curvature="fd"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_settings_are_told(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"must|lies beyond|need"):
+        bad()
+
+
+# --- curvature and per-token steps -----------------------------------------------------------
+
+
+def test_jvp_is_the_derivative_along_the_drift() -> None:
+    """003 eq. 21, by central differences; masked, faint, strong and revealed tokens together."""
+    gamma_BL = torch.tensor([[0.0, 0.3, 6.0, INF], [0.0, 0.0, 0.0, 0.0]])
+    known_BL = torch.zeros(2, 4, dtype=torch.bool)
+    state = State.from_tokens(LAW.table_VD, LAW.draw(2, 0), known_BL, gamma_BL).like(LAW.table_VD)
+    denoiser = LAW.denoiser()
+    x_hat_BLD = denoiser(state).mean()
+    clock = Clock(call=0, budget=9, draws=Draws(0, 0, 0), evaluate=denoiser)
+    drift_BLD = x_hat_BLD * ~state.revealed_BL[..., None]
+    h = 1e-5
+    ahead, behind = (
+        denoiser(replace(state, z_BLD=state.z_BLD + s * h * drift_BLD)).mean() for s in (1, -1)
+    )
+    by_difference_BL = ((ahead - behind) / (2 * h)).norm(dim=-1)
+    by_difference_BL = by_difference_BL.masked_fill(state.revealed_BL, 0)
+    kappa_BL = jvp(state, x_hat_BLD, clock)
+    torch.testing.assert_close(kappa_BL, by_difference_BL, rtol=1e-6, atol=1e-8)
+    assert (kappa_BL[:, :3] > 1e-4).all()
+
+
+@pytest.mark.parametrize("curvature", ["secant", "jvp"])
+@pytest.mark.parametrize("budget", [1, 2, 3, 8, 33])
+def test_infinite_tolerance_is_the_linear_grid_bit_for_bit(curvature: Any, budget: int) -> None:
+    sentence = draw(SentenceSDE(gamma_max=17.3), budget)
+    token = draw(TokenSDE(gamma_max=17.3, delta=INF, curvature=curvature), budget)
+    assert torch.equal(sentence.tokens_BL, token.tokens_BL)
+    walks = [made.recorded["walk"].gamma for made in (sentence, token)]
+    assert all(torch.equal(*pair) for pair in zip(*walks, strict=True))
+    assert sentence.calls == token.calls
+
+
+@pytest.mark.parametrize("curvature", ["secant", "jvp"])
+@pytest.mark.parametrize("budget", [2, 3, 4, 5, 12, 13])
+@pytest.mark.parametrize("delta", [1e-6, 0.02, 1.0])
+def test_it_arrives_within_the_budget_and_says_what_that_took(
+    delta: float, budget: int, curvature: Any
+) -> None:
+    made = draw(TokenSDE(gamma_max=20.0, delta=delta, curvature=curvature), budget)
+    gamma = torch.stack(made.recorded["walk"].gamma)
+    assert (gamma.diff(dim=0) >= 0).all()
+    torch.testing.assert_close(gamma[-1], torch.full_like(gamma[-1], 20.0))
+    assert made.calls <= budget
+    shortfall_B = made.recorded["shortfall_B"]
+    assert ((shortfall_B >= 0) & (shortfall_B <= 20)).all()
+
+
+def test_uncertain_tokens_wait_and_a_tight_tolerance_is_reported() -> None:
+    tight, loose = (
+        draw(TokenSDE(gamma_max=20.0, delta=delta), 24).recorded for delta in (0.01, 5.0)
+    )
+    assert tight["shortfall_B"].min() > 1 > 1e-6 > loose["shortfall_B"].max()
+    spread = torch.stack(tight["walk"].gamma).std(dim=2).amax(0)
+    assert (spread > 0.5).all()
+
+
+def test_a_jvp_is_charged_to_the_budget() -> None:
+    """Every move but the last costs two calls: T // 2 moves, and nothing beyond T."""
+    asked = []
+    denoiser = LAW.denoiser()
+
+    class Spy:
+        table_VD = LAW.table_VD
+
+        def __call__(self, state: State) -> Posterior:
+            asked.append(state)
+            return denoiser(state)
+
+    for budget in range(2, 12):
+        asked.clear()
+        path = TokenSDE(gamma_max=20.0, delta=0.1, curvature="jvp")
+        made = sample(Spy(), path, State.masked(3, 4, 2), budget=budget, seed=0)
+        moves = budget // 2
+        assert made.calls == len(asked) == 2 * (moves - 1) + 1 + 1 <= budget
+        assert (made.row_calls_B == made.calls).all()
+
+
+def test_no_path_can_overdraw_the_budget() -> None:
+    class Greedy(Masked):
+        def target(self, state: State, posterior: Posterior, carry: None, clock: Clock) -> Any:
+            for _ in range(3):
+                clock.evaluate(state)
+            return state.gamma_BL, None
+
+    with pytest.raises(ValueError, match="more states than its budget"):
+        draw(Greedy(), 6)
+
+
+def test_a_first_stage_reports_through_a_hybrid() -> None:
+    first = TokenSDE(gamma_max=6.0, delta=0.05, curvature="jvp")
+    made = draw(Hybrid(first, Masked(), split=(9, 8)), 17)
+    assert (made.recorded["shortfall_B"] > 0).all()
+    assert made.calls <= 17
+    assert (made.recorded["walk"].gamma[5] == 6.0).all()  # after 9 calls: 4 moves, then wait
+
+
+# --- order of convergence --------------------------------------------------------------------
+
+FINEST = 64
+WEAK = replace(random_law(tokens=3, length=2, dim=2, seed=5, sharpness=1.0), table_VD=ring(3))
+
+
+def coupled(moves: int) -> type:
+    """Draws whose coarse steps add up the finest steps' noise: one Brownian path for all."""
+
+    class Coupled:
+        def __init__(self, seed: int, first_row: int, step: int) -> None:
+            each = FINEST // moves
+            self.fine = [Draws(seed, first_row, step * each + k) for k in range(each)]
+
+        def normal(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            noise = torch.stack([draws.normal(shape, dtype) for draws in self.fine])
+            return noise.sum(0) / math.sqrt(len(self.fine))
+
+        def uniform(self, rows: int, length: int, stream: Stream) -> Tensor:
+            return self.fine[0].uniform(rows, length, stream)
+
+    return Coupled
+
+
+@pytest.mark.parametrize(
+    ("path", "order"),
+    [
+        (SentenceSDE(gamma_max=4.0), 1.0),
+        (SecondOrder(SentenceSDE(gamma_max=4.0)), 2.0),
+    ],
+    ids=["euler_maruyama", "second_order"],
+)
+def test_the_error_in_law_falls_with_the_order_of_the_move(
+    monkeypatch: pytest.MonkeyPatch, path: Any, order: float
+) -> None:
+    """How sure the last prediction is, ``E |x_hat|^2``, against the number of moves."""
+    sharpness = []
+    levels = [4, 8, 16, 32]
+    for moves in levels:
+        monkeypatch.setattr("dsl.sampling.Draws", coupled(moves))
+        mean_BLD = draw(path, moves + 1, rows=16000, law=WEAK).recorded["walk"].mean_BLD
+        sharpness.append(mean_BLD.square().sum((1, 2)).mean().item())
+    gaps = [abs(high - low) for low, high in pairwise(sharpness)]
+    slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(gaps)]
+    assert sum(slopes) / len(slopes) == pytest.approx(order, abs=0.3)
+
+
+def test_second_order_costs_no_call_and_keeps_the_grid() -> None:
+    plain = draw(SentenceSDE(gamma_max=9.0, grid="log"), 12)
+    second = draw(SecondOrder(SentenceSDE(gamma_max=9.0, grid="log")), 12)
+    assert plain.calls == second.calls == 12
+    walks = [made.recorded["walk"].gamma for made in (plain, second)]
+    assert all(torch.equal(*pair) for pair in zip(*walks, strict=True))
+    assert "shortfall_B" in draw(SecondOrder(TokenSDE(gamma_max=9.0, delta=0.1)), 12).recorded

@@ -1,0 +1,167 @@
+"""Temperature and nucleus: what is kept, and that draws and means are sharpened alike.
+
+Shapes: B rows, L positions, V tokens, N asked positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsl.paths import Masked, SentenceSDE
+from dsl.posterior import CHUNK_ELEMENTS, Posterior
+from dsl.sampling import sample
+from dsl.state import State
+from dsl.truncation import Truncated
+from tests.dsl.laws import chi_square_p, cyclic, random_law
+
+GPT2 = 50257
+PROBS = torch.tensor([[0.05, 0.4, 0.25, 0.3], [0.95, 0.02, 0.02, 0.01]], dtype=torch.float64)
+
+
+class Known(Posterior):
+    """One given distribution at every position; remembers how much was asked for at once."""
+
+    def __init__(self, state: State, table_VD: Tensor, log_probs_V: Tensor) -> None:
+        super().__init__(state, table_VD)
+        self.log_probs_V = log_probs_V
+        self.largest = 0
+
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        self.largest = max(self.largest, len(at_N))
+        return self.log_probs_V.expand(len(at_N), -1)
+
+    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
+        return self
+
+
+class Fixed:
+    """A denoiser that always says the same."""
+
+    def __init__(self, log_probs_V: Tensor) -> None:
+        self.table_VD = F.normalize(torch.randn(len(log_probs_V), 3), dim=1)
+        self.log_probs_V = log_probs_V
+        self.answer: Known | None = None
+
+    def __call__(self, state: State) -> Posterior:
+        self.answer = Known(state, self.table_VD, self.log_probs_V)
+        return self.answer
+
+
+def zipf() -> Tensor:
+    """GPT-2's number of tokens, float32 log-probabilities with a long tail."""
+    return (-1.1 * torch.arange(1, GPT2 + 1, dtype=torch.float32).log()).log_softmax(0)
+
+
+def sharpened(**options: Any) -> Tensor:
+    law = cyclic(4)
+    return Truncated(law.denoiser(), **options).sharpen(PROBS.log()).exp()
+
+
+def test_keep_holds_the_token_that_crosses_p() -> None:
+    expected = torch.tensor([[0.0, 4 / 7, 0.0, 3 / 7], [1.0, 0.0, 0.0, 0.0]]).double()
+    torch.testing.assert_close(sharpened(nucleus=0.6), expected)
+
+
+def test_drop_leaves_out_the_token_that_crosses_p_but_never_the_first() -> None:
+    expected = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).double()
+    torch.testing.assert_close(sharpened(nucleus=0.6, convention="drop"), expected)
+    torch.testing.assert_close(sharpened(nucleus=0.01, convention="drop"), expected)
+
+
+def test_temperature_comes_before_the_nucleus() -> None:
+    hot = PROBS.sqrt() / PROBS.sqrt().sum(1, keepdim=True)
+    torch.testing.assert_close(sharpened(temperature=2.0), hot)
+    kept = sharpened(temperature=2.0, nucleus=0.85)
+    assert (kept[0] > 0).tolist() == [False, True, True, True]
+    assert (kept[1] > 0).tolist() == [True, True, True, False]
+
+
+def test_no_sharpening_changes_nothing() -> None:
+    assert torch.equal(sharpened(), PROBS.log().exp())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"nucleus": 0.0},
+        {"nucleus": 1.1},
+        {"convention": "cut"},
+    ],
+)
+def test_bad_options_are_told(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Truncated(cyclic(4).denoiser(), **options)
+
+
+def test_a_nucleus_of_a_long_tail_is_cut_in_float64() -> None:
+    log_probs_V = zipf()
+    exact_V = log_probs_V.double().exp().cumsum(0)
+    for p in (0.9, 0.999):
+        kept_V = Truncated(Fixed(log_probs_V), nucleus=p).sharpen(log_probs_V[None])[0].isfinite()
+        assert int(kept_V.sum()) == int((exact_V < p).sum()) + 1
+
+
+@pytest.mark.parametrize(("nucleus", "draws"), [(1.0, 3000), (0.9, 1000)])
+def test_draws_are_exact_in_distribution(nucleus: float, draws: int) -> None:
+    """Chi-square over a GPT-2 sized vocabulary."""
+    denoiser = Truncated(Fixed(zipf()), nucleus=nucleus)
+    posterior = denoiser(State.masked(1, draws, 3))
+    generator = torch.Generator().manual_seed(0)
+    uniform_N = torch.rand(draws, dtype=torch.float64, generator=generator)
+    tokens_N = posterior.draw(torch.arange(draws), uniform_N)
+    p_V = denoiser.sharpen(zipf()[None].double())[0].exp()
+    assert chi_square_p(torch.bincount(tokens_N, minlength=GPT2), p_V) > 1e-3
+
+
+def test_work_is_chunked_by_positions() -> None:
+    inner = Fixed(zipf())
+    posterior = Truncated(inner, nucleus=0.9)(State.masked(2, 200, 3))
+    posterior.mean()
+    assert inner.answer is not None
+    assert inner.answer.largest * GPT2 <= CHUNK_ELEMENTS
+
+
+def test_mean_and_entropy_are_those_of_the_sharpened_law() -> None:
+    law = random_law(tokens=5, length=3, dim=2, seed=1)
+    denoiser = Truncated(law.denoiser(), temperature=0.7, nucleus=0.8)
+    known_BL = torch.tensor([[True, False, False]])
+    state = State.from_tokens(law.table_VD, torch.tensor([[2, 0, 0]]), known_BL)
+    posterior = denoiser(state)
+    probs_BLV = posterior.log_probs().exp()
+    assert torch.equal(probs_BLV[0, 0], F.one_hot(torch.tensor(2), 5).double())
+    assert (probs_BLV[0, 1:] == 0).any()
+    torch.testing.assert_close(posterior.mean(), probs_BLV @ law.table_VD)
+    entropy_N = torch.special.entr(probs_BLV).sum(-1).flatten()
+    torch.testing.assert_close(posterior.entropy_at(torch.arange(3)), entropy_N)
+
+
+@pytest.mark.parametrize("path", [Masked(), SentenceSDE(gamma_max=20.0)], ids=repr)
+def test_every_path_samples_the_sharpened_denoiser(path: Any) -> None:
+    """A temperature takes rare texts out of any stage, of draws and of drifts."""
+    law = random_law(tokens=3, length=2, dim=2, seed=4)
+    mode_L = law.sequences_SL[law.p_S.argmax()]
+    shares = [
+        (made.tokens_BL == mode_L).all(1).double().mean().item()
+        for made in (
+            sample(denoiser, path, State.masked(200, 2, 2), budget=16, seed=0)
+            for denoiser in (law.denoiser(), Truncated(law.denoiser(), 0.2))
+        )
+    ]
+    assert shares[1] > shares[0] + 0.2
+
+
+def test_text_does_not_depend_on_the_batch() -> None:
+    law = random_law(tokens=4, length=5, dim=3, seed=2)
+    denoiser = Truncated(law.denoiser(), temperature=0.9, nucleus=0.9, convention="drop")
+    whole, part = (
+        sample(denoiser, Masked(), State.masked(rows, 5, 3), budget=9, seed=1, first_row=first)
+        for rows, first in ((8, 0), (3, 5))
+    )
+    assert torch.equal(whole.tokens_BL[5:], part.tokens_BL)
