@@ -126,6 +126,7 @@ def test_reveal_draws_from_the_posterior() -> None:
 def test_down_to_zero_forgets_exactly(now: float) -> None:
     after = move(known(now), 0.0, 0)
     assert torch.equal(after.z_BLD, torch.zeros_like(after.z_BLD))
+    assert not after.z_BLD.signbit().any()  # no -0.0 either: equal states have equal bits
     assert torch.equal(after.tokens_BL, torch.zeros_like(after.tokens_BL))
     assert (after.gamma_BL == 0).all()
 

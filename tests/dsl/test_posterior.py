@@ -106,7 +106,7 @@ def test_draws_follow_a_large_vocabulary() -> None:
 
 def test_draws_invert_the_cdf_exactly() -> None:
     """Evenly spaced uniforms must reproduce every cumulative probability to within one draw;
-    half of the mass lies on 50,000 tokens of less than 2^-16, which float32 sums would bend."""
+    two fifths of the mass lie on 50,000 tokens of less than 2^-16."""
     logits_V = torch.zeros(GPT2)
     logits_V[::100] = 5.0
     log_probs_V = logits_V.log_softmax(-1)
@@ -117,6 +117,17 @@ def test_draws_invert_the_cdf_exactly() -> None:
     exact_V = log_probs_V.double().exp().cumsum(0)
     assert (cdf_V - exact_V / exact_V[-1]).abs().max() <= 1.01 / rows
     assert drawn_N.diff().min() >= 0
+
+
+def test_the_rarest_tokens_can_be_drawn() -> None:
+    """Fifty thousand tokens of 1e-9 behind a sure one: below the spacing of float32 sums near 1,
+    where a coarser sum would merge them by the dozen."""
+    log_probs_V = torch.full((GPT2,), math.log(1e-9))
+    log_probs_V[0] = math.log1p(-(GPT2 - 1) * 1e-9)
+    edges_V = log_probs_V.double().exp().cumsum(0)
+    wanted_N = torch.randint(1, GPT2, (200,))
+    middle_N = (edges_V[wanted_N - 1] + edges_V[wanted_N]) / 2 / edges_V[-1]
+    assert torch.equal(repeated(log_probs_V, 200).draw(torch.arange(200), middle_N), wanted_N)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
