@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from dsl import conditioning
 from dsl.backbone import DiTConfig
 from dsl.paths.parse import from_dict
 from infra import command
+from infra.errors import ConfigError, DataError
 from infra.storage import Folder
-from pipelines import generate, models, toys
+from pipelines import generate, models, prompts, toys
 from pipelines.film import Film
 from pipelines.watch import Watch
 
@@ -167,6 +169,30 @@ def test_an_autoregressive_model_goes_from_left_to_right(run: Run, tmp_path: Pat
     assert "left to right" in err
 
 
+def test_weights_without_a_vocabulary_need_one_that_fits(tmp_path: Path) -> None:
+    vocabulary = dsl.Vocabulary.char()
+    vocabulary.save(tmp_path)
+    bare = models.Model(
+        denoiser=tiny(vocabulary.size),
+        vocabulary=None,
+        kind="mdlm",
+        length=None,
+        address="mdlm",
+    )
+    for place in (f"{tmp_path}/", f"{tmp_path}/tokenizer.json"):
+        assert prompts.with_vocabulary(bare, place).vocabulary.sha256 == vocabulary.sha256
+    Folder.at("memory://tokens").write_bytes("tokenizer.json", vocabulary.to_json().encode())
+    assert prompts.with_vocabulary(bare, "memory://tokens/tokenizer.json").vocabulary
+    with pytest.raises(ConfigError, match="mdlm comes without one"):
+        prompts.with_vocabulary(bare, None)
+    dsl.Vocabulary.train_bpe(["a"], 257).save(tmp_path)
+    with pytest.raises(DataError, match="257 tokens, mdlm has 28"):
+        prompts.with_vocabulary(bare, str(tmp_path))
+    known = prompts.with_vocabulary(replace(bare, denoiser=tiny(257)), str(tmp_path))
+    with pytest.raises(DataError, match="a prompt needs a length"):
+        prompts.given([("text", "a")], known, mode="infill", snr=1.0, length=None)
+
+
 def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     code, plan, _ = run("rows=5", "batch=2", "budget=7", "--dry-run")
     assert code == 0
@@ -274,8 +300,8 @@ class References(HTMLParser):
 
 def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
     hostile = "</script><script>alert(1)</script>"
-    vocabulary = dsl.Vocabulary.train_bpe([hostile], 300)
-    (ids,) = vocabulary.encode([hostile])
+    spelled = dsl.Vocabulary.char().to_json().replace('"a"', json.dumps(hostile))
+    vocabulary, ids = dsl.Vocabulary.from_json(spelled), [2, 1, 1]  # 1 was "a"
     table_VD = torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1)
     film, path = Film(vocabulary), dsl.paths.SentenceSDE(gamma_max=9.0)
     law = dsl.ExactDenoiser(table_VD, torch.tensor([ids]))
@@ -293,7 +319,7 @@ def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
     assert len(data["frames"]) == sampled.calls + 1
     last = data["frames"][-1]
     assert last["tokens"] == sampled.tokens_BL.tolist() == [ids, ids]
-    assert "".join(data["texts"][str(i)] for i in ids) == hostile
+    assert "".join(data["texts"][str(i)] for i in ids) == "b" + 2 * hostile
     assert {g for row in last["gamma"] for g in row} == {None}
     assert [frame["gamma"][0][0] for frame in data["frames"]] == [0, 3, 6, 9, None]
     assert all(

@@ -75,7 +75,7 @@ def made(run: RunHandle, folder: Path) -> ModelVersion:
 
 def drawn(folder: Path, **settings: Any) -> list[str]:
     """What `generate` draws."""
-    config = GenerateConfig(model=str(folder), rows=1, **settings)
+    config = GenerateConfig(**{"model": str(folder), "rows": 1} | settings)
     model, given = prepare(config)
     return [row["text"] for row in draw(config, model, given, None)]
 
@@ -89,8 +89,9 @@ def test_predicts_what_generate_draws(folder: Path) -> None:
     (text,) = drawn(folder, text="a__d", path=path, **settings)
     for spec in (HYBRID, json.dumps(HYBRID)):
         assert model.predict(None, ["a__d"], {"path": spec, **settings}) == [text]
-    correct = {"mode": "correct", "snr": 3.0}
-    assert model.predict(None, ["teh"], correct) == drawn(folder, text="teh", **correct)
+    for snr in (0.1, 300.0):
+        correct = {"mode": "correct", "snr": snr}
+        assert model.predict(None, ["teh cat"], correct) == drawn(folder, text="teh cat", **correct)
 
 
 def test_every_form_of_input_and_any_batch(folder: Path) -> None:
@@ -134,6 +135,8 @@ def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, fol
     finally:
         sys.path[:] = path
     assert model.predict(["the "]) == drawn(folder, text="the ")
+    registered = {"model": "models:/tiny@candidate", "tracking": TrackingConfig(uri=run.uri)}
+    assert model.predict(["the "]) == drawn(folder, text="the ", **registered)
     assert model.predict(pd.DataFrame({"text": ["the "]})) == drawn(folder, text="the ")
     params = {"path": json.dumps(HYBRID), "seed": 2, "length": 8}
     hybrid = dsl.paths.parse.from_dict(HYBRID)
