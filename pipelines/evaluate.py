@@ -204,6 +204,7 @@ def _start(config: EvaluateConfig, manifest: Manifest, origins: Mapping[str, Ori
                 f"model.{name}.{key}": str(value)
                 for name, origin in origins.items()
                 for key, value in origin.items()
+                if value
             },
         },
         config_yaml=to_yaml(config, "evaluate"),

@@ -124,16 +124,16 @@ class Evaluation:
             return
         say(f"{name}: error by state")
         for share in config.revealed:
-            errors = _both(measures.errors_revealed(denoiser, tokens_NL, share, **keys))
-            if subject.kind == "mdlm":
-                errors = {key: value for key, value in errors.items() if key.startswith("nats")}
-            yield {"model": name, "state": f"revealed {share:g}", "share": share, **errors}
+            errors = measures.errors_revealed(denoiser, tokens_NL, share, **keys)
+            row = {"model": name, "state": f"revealed {share:g}", "share": share}
+            yield row | _errors(errors, table_trained=subject.kind == "dsl")
         if subject.kind == "mdlm":
             yield {"model": name, "state": "SNR > 0", SKIPPED: "mdlm was not trained on it"}
             return
         for gamma in config.gammas:
             errors = measures.errors_at(denoiser, tokens_NL, gamma, **keys)
-            yield {"model": name, "state": f"SNR {gamma:g}", "gamma": gamma, **_both(errors)}
+            row = {"model": name, "state": f"SNR {gamma:g}", "gamma": gamma}
+            yield row | _errors(errors, table_trained=True)
 
     def samples(
         self, config: SamplesConfig, paths: Mapping[str, PathConfig], folder: Folder
@@ -239,11 +239,11 @@ def figures(tables: Mapping[str, Table]) -> dict[str, float]:
     }
 
 
-def _both(errors: measures.Errors) -> dict[str, float]:
-    return {
-        **_entries("nats", metrics.mean(errors.nats_N)),
-        **_entries("squared_error", metrics.mean(errors.squared_N)),
-    }
+def _errors(errors: measures.Errors, *, table_trained: bool) -> dict[str, float]:
+    """Distances in a table that nobody trained would say nothing."""
+    nats = _entries("nats", metrics.mean(errors.nats_N))
+    squared = _entries("squared_error", metrics.mean(errors.squared_N))
+    return nats | squared if table_trained else nats
 
 
 def _entries(key: str, score: Score) -> dict[str, float]:

@@ -105,8 +105,9 @@ class SamplesConfig:
     def __post_init__(self) -> None:
         if self.rows < 2:
             raise ValueError(f"rows must be at least 2, got {self.rows}")
+        self.sharpen(None)  # refuses what lies outside its range, before a model is loaded
 
-    def sharpen(self, denoiser: Denoiser) -> Truncated:
+    def sharpen(self, denoiser: Denoiser | None) -> Truncated:
         return Truncated(denoiser, self.temperature, self.nucleus.p, self.nucleus.convention)
 
 
