@@ -34,6 +34,7 @@ from infra.storage import Folder
 
 COMMIT = "commit.json"
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write
+FAULTS = 4  # named in a message
 PEER_TIMEOUT = timedelta(hours=2)  # how long one rank's write may outlast another's
 
 log = logging.getLogger(__name__)
@@ -309,7 +310,8 @@ def _must_match(
         if held[key] != wanted[key]
     ]
     if faults:
-        why = "the checkpoint is of another model: " + "; ".join(sorted(faults))
+        more = f" and {len(faults) - FAULTS} more" if len(faults) > FAULTS else ""
+        why = f"the checkpoint is of another model: {'; '.join(sorted(faults)[:FAULTS])}{more}"
         raise DataError(folder.url, why, "Resume with the configuration it was made with")
 
 

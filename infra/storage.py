@@ -247,11 +247,18 @@ _UNREACHABLE = _Cause(
 )
 _CAUSES = (
     _Cause(
-        {"FileNotFoundError", "NotADirectoryError"},
+        {"FileNotFoundError"},
         set(),
         DataError,
         "not found",
         "Check the spelling, or run the step that makes it",
+    ),
+    _Cause(
+        {"NotADirectoryError", "FileExistsError"},
+        set(),
+        InfraError,
+        "a file is where a folder should be",
+        "Choose another folder",
     ),
     _Cause(
         {"PermissionError"},

@@ -150,7 +150,8 @@ def launch(
         raise
     handle = tracking.finish(handle)
     result |= {"run_id": handle.run_id, **_register(config, folder / "model", kind, handle)}
-    folder.write_bytes(RESULT, json.dumps(result).encode())
+    if handle.run_id or not config.register:  # else the same command is to try again
+        folder.write_bytes(RESULT, json.dumps(result).encode())
     return result
 
 

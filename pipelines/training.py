@@ -182,7 +182,7 @@ def train(
         report: hears of each validation, on every worker at the same steps.
 
     Raises:
-        ConfigError: the loss is no longer finite.
+        ConfigError: the loss or its gradient is no longer finite.
         InfraError: several checkpoints in a row could not be written.
     """
     with parallel.join(sharding) as mesh:
@@ -200,14 +200,14 @@ def train(
             with progress.waiting():
                 microbatches = next(stream)
             metrics = learner.step(step, microbatches)
-            if not math.isfinite(metrics["loss"]):
-                checkpoints.wait()
-                raise ConfigError(
-                    "train.optimizer.lr",
-                    f"the loss of step {step} is {metrics['loss']}; the last good checkpoint is "
-                    f"step {checkpoints.latest()}",
-                    "Lower the learning rate or lengthen the warm-up, and train under a new name",
-                )
+            for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+                if not math.isfinite(metrics[name]):
+                    checkpoints.wait()
+                    raise ConfigError(
+                        "train.optimizer.lr",
+                        f"the {what} of step {step} is {metrics[name]}; {_last_good(checkpoints)}",
+                        "Lower the learning rate or lengthen the warm-up; train under a new name",
+                    )
             last = step == config.steps
             if last or step % config.validate_every == 0:
                 metrics |= learner.validate(held_out) | _table_metrics(learner)
@@ -221,10 +221,14 @@ def train(
         if checkpoints.latest() != config.steps:
             raise InfraError(
                 checkpoints.folder.url,
-                f"the last checkpoint could not be written; the last good one is step "
-                f"{checkpoints.latest()}",
+                f"the last checkpoint could not be written; {_last_good(checkpoints)}",
                 "Mend the store, then run the same command again: it resumes",
             )
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    step = checkpoints.latest()
+    return "there is no checkpoint" if step is None else f"the last good checkpoint is step {step}"
 
 
 def _held_out(

@@ -1,0 +1,561 @@
+"""What users and machines do wrong: one message that says where, why and what to do; exit 2, 3, 4.
+
+Everything goes through the verbs' own `main`, and nothing may be left that looks finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import gzip
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from dsl.objective import Loss, MDLMObjective
+from infra import checkpoints, storage
+from infra.checkpoints import committed
+from infra.shards import MANIFEST, ShardWriter, read_manifest
+from pipelines import pretrain
+from tests.pipelines import tiny
+from tests.pipelines.tiny import curve
+
+REPOSITORY = Path(pretrain.__file__).parents[1]
+
+
+class Outcome(NamedTuple):
+    code: int
+    message: str  # the last line of stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny.shards(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A finished pretraining run."""
+    root = tmp_path_factory.mktemp("finished")
+    tiny.execute("pretrain", f"data={data}", f"root={root}", "name=mdlm")
+    return root / "mdlm"
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a verb's `main`; a failure must be one line on stderr, and nothing on stdout."""
+
+    def run(verb: str, *argv: str) -> Outcome:
+        capsys.readouterr()
+        code = tiny.main(verb, *argv)
+        out, err = capsys.readouterr()
+        message = err.splitlines()[-1]
+        if code:
+            assert out == ""
+            assert "Traceback" not in err
+            assert "a bug" not in message
+            assert len(message) < 800
+        else:
+            json.loads(out.splitlines()[-1])
+        return Outcome(code, message)
+
+    return run
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "argv", "message"),
+    [
+        ("pretrain", ["train.optimizer.lrr=1"], "train.optimizer.lrr (command line): no such key. "
+         "Did you mean `lr`?"),
+        ("pretrain", ["trian.steps=1"], "trian (command line): no such key. Did you mean `train`?"),
+        ("finetune", ["support.kind=raor"], "support.kind (command line): no kind 'raor'. "
+         "Did you mean `roar`?"),
+        ("prepare", ["length=many"], "length (command line): expected int, got 'many'"),
+        ("prepare", ["length=2.5"], "length (command line): expected int, got 2.5"),
+        ("pretrain", ["train=fast"], "train (command line): expected a mapping, got 'fast'"),
+        ("pretrain", ["objective=dsl"], "expected 'mdlm' | 'ar', got 'dsl'"),
+        ("pretrain", ["quikstart"], "quikstart: no such preset. Did you mean `quickstart`?"),
+        ("pretrain", ["nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        ("pretrain", ["--dryrun"], "--dryrun: no such flag. Did you mean --dry-run?"),
+        ("prepare", ["out=null"], "out (command line): expected str, got None"),
+        ("pretrain", ["train.steps=0"], "steps must be at least 1, got 0"),
+        ("finetune", ["support.roar_share=2"],
+         "roar_share must be in [0, 1]"),
+        ("pretrain", ["data=ss3://bucket/x"], "unknown protocol ss3://. "
+         "Did you mean s3://?"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_command_line(
+    main: Callable[..., Outcome], verb: str, argv: list[str], message: str
+) -> None:
+    given = {"name": "x", "data": "x", "out": "x", "init": "x"}
+    wanted = [f.name for f in dataclasses.fields(tiny.CONFIGS[verb]) if f.name in given]
+    code, said = main(verb, *(f"{name}={given[name]}" for name in wanted), *argv)
+    assert (code, message in said) == (2, True), said
+
+
+def test_the_real_command_line(tmp_path: Path) -> None:
+    """The scripts themselves: exit codes reach the shell, and no traceback comes unasked."""
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *argv]
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPOSITORY)
+
+    wrong = run("pipelines/finetune.py", "quickstart", "train.stepz=9")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == ("train.stepz (command line): no such key. Did you mean `steps`?\n")
+    absent = run("pipelines/prepare.py", f"source={tmp_path}/none.txt", f"out={tmp_path}/out")
+    assert (absent.returncode, absent.stdout) == (3, "")
+    assert "none.txt: no such file. Give a file" in absent.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- text --------------------------------------------------------------------------------------
+
+TABLE = pa.table({"text": ["some words"] * 99})
+
+
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(TABLE, sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "the corpus is empty"),
+        ("empty.jsonl.gz", gzip.compress(b"\n\n"), "the corpus is empty"),
+        ("short.txt", b"a few words", "11 characters are too few for a validation share of 0.05"),
+        ("garbage.txt", bytes(range(256)) * 99, "garbage.txt: not UTF-8 text"),
+        ("garbage", b"\0\1\2\3" * 99, "holds NUL bytes: this is not text"),
+        ("torn.parquet", parquet()[:-99], "torn.parquet: not a whole Parquet file"),
+        ("torn.txt.gz", gzip.compress(b"word " * 9_999)[:-9], "torn.txt.gz: cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "a.jsonl line 2: no text in field 'text'"),
+        ("Upper.jsonl", b'{"text": "lower UPPER"}\n' * 99, "'U' is not in this vocabulary of 28"),
+    ],
+)
+def test_bad_text(
+    main: Callable[..., Outcome], tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, said = main("prepare", f"source={tmp_path / name}", f"out={tmp_path / 'out'}")
+    assert (code, message in said, name in said) == (3, True, True), said
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_a_tokenizer_that_is_none(main: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    vocabulary = f"vocabulary={{kind: file, path: {tmp_path}}}"
+    code, said = main("prepare", "source=cpython", f"out={tmp_path / 'out'}", vocabulary)
+    assert (code, "not a tokenizer" in said) == (3, True), said
+
+
+# --- shards ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path: Path, data: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(data, tmp_path / "shards"))
+
+
+def edit(shards: Path, **facts: Any) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    (shards / MANIFEST).write_text(json.dumps(manifest | facts))
+
+
+def cut(shards: Path) -> None:
+    file = shards / "train" / "part-00000.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def torn(shards: Path) -> None:
+    """Zeros in the middle, which only the page's checksum can tell."""
+    file = shards / "train" / "part-00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[1000 : len(content) // 2] = bytes(len(content) // 2 - 1000)
+    file.write_bytes(content)
+
+
+def another_vocabulary(shards: Path) -> None:
+    file = shards / "tokenizer.json"
+    file.write_text(file.read_text().replace('"z"', '"Z"'))
+
+
+def an_id_too_many(shards: Path) -> None:
+    """Shards of a larger vocabulary under the manifest's claim of this one."""
+    manifest = read_manifest(str(shards))
+    claimed = json.loads((shards / MANIFEST).read_text())
+    larger = type(manifest.vocabulary)(kind="char", sha256="0", size=41)
+    rules = {"source": "", "split_rule": "", "blocks": "eos", "overwrite": True}
+    with ShardWriter(str(shards), vocabulary=larger, length=32, **rules) as writer:
+        for split in ("train", "validation"):
+            writer.write(split, np.full((400, 32), 40))
+    edit(shards, vocabulary=claimed["vocabulary"])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no manifest": (lambda at: (at / MANIFEST).unlink(), "no finished shards here. Run `prepare`"),
+    "no JSON": (lambda at: (at / MANIFEST).write_bytes(b"\0"), "not a manifest of shards"),
+    "format": (lambda at: edit(at, format=99), "format version 99; this code reads 1"),
+    "length": (lambda at: edit(at, length=16), "fixed_size_list"),
+    "key": (lambda at: edit(at, lenght=32), "lenght: Unexpected keyword argument"),
+    "vocabulary": (another_vocabulary, "not the vocabulary that the manifest names"),
+    "no tokenizer": (lambda at: (at / "tokenizer.json").unlink(), "neither tokenizer.json nor "),
+    "missing": (lambda at: (at / "train/part-00000.parquet").unlink(), "parquet: not found"),
+    "truncated": (cut, "bytes where the manifest has"),
+    "torn": (torn, "not readable as parquet"),
+    "id": (an_id_too_many, "row 0: id 40 where the vocabulary has 28 entries"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_shards(
+    main: Callable[..., Outcome], tmp_path: Path, shards: Path, damage: str
+) -> None:
+    spoil, message = DAMAGE[damage]
+    spoil(shards)
+    argv = [f"data={shards}", f"root={tmp_path}", "name=run"]
+    code, said = main("pretrain", *argv)
+    assert (code, message in said) == (3, True), said
+    assert str(shards) in said
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["train.stream.rows_per_microbatch=500"], 3, "Prepare a larger validation split"),
+        (["train.stream.window_groups=0"], 2, "stream.window_groups: 0 is not positive"),
+    ],
+)
+def test_settings_that_do_not_fit_the_shards(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path, argv: list[str], code: int,
+    message: str,
+) -> None:  # fmt: skip
+    found, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run", *argv)
+    assert (found, message in said) == (code, True), said
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+class Malicious:
+    """What a poisoned checkpoint does on being unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
+def test_a_malicious_checkpoint_executes_nothing(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path, form: str
+) -> None:
+    marker = tmp_path / "executed"
+    content = {"state_dict": {"w": torch.zeros(2)}, "ema": Malicious(marker)}
+    file = tmp_path / "model.ckpt"
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", f"init={file}"]
+    code, said = main("finetune", *argv)
+    assert code == 3
+    assert "model.ckpt: refused as unsafe or damaged" in said
+    assert not marker.exists()
+    assert not (tmp_path / "run" / "init" / "config.json").exists()
+
+
+def missing(model: Path) -> str:
+    return str(model.with_name("nowhere"))
+
+
+def unfinished(model: Path) -> str:
+    (model / "config.json").unlink()
+    return str(model)
+
+
+def short(model: Path) -> str:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    return str(model)
+
+
+def another_shape(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    config["denoiser"]["backbone"]["width"] = 32
+    (model / "config.json").write_text(json.dumps(config))
+    return str(model)
+
+
+def other_tokens(model: Path) -> str:
+    another_vocabulary(model)
+    return str(model)
+
+
+INITS: dict[Callable[[Path], str], str] = {
+    missing: "nowhere: no such model. Give a run, a model folder or models:/name@alias",
+    unfinished: "config.json: no such file",
+    short: "not a whole safetensors file",
+    another_shape: "mis-shaped: ",
+    other_tokens: "another vocabulary of the same size. Prepare the data with the model's own",
+}
+
+
+@pytest.mark.parametrize("spoil", INITS, ids=lambda spoil: spoil.__name__)
+def test_bad_weights_to_start_from(
+    main: Callable[..., Outcome],
+    tmp_path: Path,
+    data: Path,
+    finished: Path,
+    spoil: Callable[[Path], str],
+) -> None:
+    init = spoil(Path(shutil.copytree(finished / "model", tmp_path / "model")))
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", f"init={init}"]
+    code, said = main("finetune", *argv)
+    assert (code, INITS[spoil] in said) == (3, True), said
+    assert not (tmp_path / "run" / "init" / "config.json").exists()
+
+
+def test_a_registry_that_does_not_answer(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "init=models:/dsl@champion"]
+    code, said = main("finetune", *argv)
+    assert (code, "the model registry refused or did not answer" in said) == (4, True), said
+
+
+def test_an_autoregressive_model_is_no_start(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path
+) -> None:
+    root = [f"data={data}", f"root={tmp_path}"]
+    tiny.execute("pretrain", *root, "name=ar", "objective=ar", "train.steps=2")
+    code, said = main("finetune", *root, "name=run", f"init={tmp_path / 'ar'}")
+    assert (code, "is autoregressive. Give a masked model" in said) == (2, True), said
+
+
+def test_a_vocabulary_of_another_size(
+    main: Callable[..., Outcome], tmp_path: Path, finished: Path
+) -> None:
+    data = tiny.shards(tmp_path, vocabulary="{kind: bpe, size: 300}")
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", f"init={finished}"]
+    code, said = main("finetune", *argv)
+    assert (code, "has 28 tokens, the data has 300" in said) == (3, True), said
+
+
+def test_a_checkpoint_of_another_shape(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path, finished: Path
+) -> None:
+    """Somebody copied checkpoints between runs: which tensors differ is said, and how."""
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "backbone.width=32"]
+    with tiny.bare(tiny.interrupted_at(5)), pytest.raises(KeyboardInterrupt):
+        pretrain.execute(tiny.load("pretrain", *argv))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(finished / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000012")
+    code, said = main("pretrain", *argv)
+    assert code == 3
+    assert "the checkpoint is of another model: " in said
+
+
+# --- the run itself ----------------------------------------------------------------------------
+
+
+class Poisoned(MDLMObjective):
+    """Whose loss, or the gradient of it, is no number from the eighth step on."""
+
+    forwards = 0
+    shown = "the loss of step 8 is nan"
+
+    def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
+        loss = super().forward(tokens_BL, generator)
+        self.forwards += self.training
+        if self.forwards <= 7 * 2:
+            return loss
+        return loss._replace(value=self.spoilt(loss.value))
+
+    def spoilt(self, value: Tensor) -> Tensor:
+        return value * torch.nan
+
+
+class Explosive(Poisoned):
+    """The loss stays finite: 0 is added, at an infinite slope."""
+
+    shown = "the norm of the gradient of step 8 is "
+
+    def spoilt(self, value: Tensor) -> Tensor:
+        return value + (value - value.detach()).sqrt()
+
+
+@pytest.mark.parametrize("objective", [Poisoned, Explosive])
+def test_a_loss_that_is_no_number_ends_the_run(
+    main: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    data: Path,
+    objective: type[Poisoned],
+) -> None:
+    monkeypatch.setitem(pretrain.OBJECTIVES, "mdlm", objective)
+    code, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    assert code == 2
+    assert f"train.optimizer.lr: {objective.shown}" in said
+    assert "the last good checkpoint is step 6" in said
+    assert "Lower the learning rate" in said
+    assert committed(str(tmp_path / "run" / "checkpoints")) == [3, 6]
+    assert [row["step"] for row in curve(tmp_path / "run")] == list(range(1, 8))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_learning_rate_beyond_all_bounds(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.optimizer.lr=1e30"]
+    code, said = main("pretrain", *argv)
+    assert (code, "of step 2 is inf; there is no checkpoint" in said) == (2, True), said
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_an_mlflow_server_that_does_not_answer(
+    main: Callable[..., Outcome],
+    tmp_path: Path,
+    data: Path,
+    finished: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Training does not care: a warning, the metrics in the journal, exit 0.
+
+    Registering is tried again by the same command, so the run does not count as finished.
+    """
+    argv = [f"data={data}", f"root={tmp_path}", "name=mdlm", "register=tiny"]
+    code, said = main("pretrain", *argv)
+    assert code == 0
+    assert said.startswith("not registered: http://127.0.0.1:9 does not answer")
+    warnings = [record.getMessage() for record in caplog.records]
+    assert any("is not on MLflow at http://127.0.0.1:9" in warning for warning in warnings)
+    assert curve(tmp_path / "mdlm") == curve(finished)
+    assert not (tmp_path / "mdlm" / "result.json").exists()
+    assert main("pretrain", *argv) == (0, said)
+
+
+# --- the machine -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["prepare", "pretrain"])
+def test_an_output_folder_that_cannot_be(
+    main: Callable[..., Outcome], tmp_path: Path, data: Path, verb: str
+) -> None:
+    """Below a file there is no folder, whoever asks."""
+    (tmp_path / "file").write_text("in the way")
+    place = tmp_path / "file" / "below"
+    given = {"prepare": [f"out={place}"], "pretrain": [f"data={data}", f"root={place}", "name=run"]}
+    code, said = main(verb, *given[verb])
+    assert (code, str(place) in said) == (4, True), said
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@contextmanager
+def disk_full(monkeypatch: pytest.MonkeyPatch, *places: str) -> Iterator[list[str]]:
+    """No room for files whose path has one of these in it; the paths that were refused."""
+    refused = []
+    replacing = storage._replacing
+
+    @contextmanager
+    def full(path: str) -> Iterator[Any]:
+        with replacing(path) as file:
+            yield file
+            if any(place in path for place in places):
+                refused.append(path)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_replacing", full)
+        patch.setattr(checkpoints, "PAUSES_S", (0.0,))
+        yield refused
+
+
+def test_a_disk_that_is_full_for_a_while(
+    main: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    data: Path,
+    finished: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Fewer failures in a row than would end a run are warnings, and change nothing else."""
+    argv = [f"data={data}", f"root={tmp_path}", "name=run"]
+    with disk_full(monkeypatch, "step_000003", "step_000006") as refused:
+        code, _ = main("pretrain", *argv)
+    assert code == 0
+    assert len(refused) == 2 * 2  # each tried twice
+    warnings = [r.getMessage() for r in caplog.records if "training goes on" in r.getMessage()]
+    failed = [f"checkpoint of step {step} failed" for step in (3, 6)]
+    assert [warning.partition(",")[0] for warning in warnings] == failed
+    assert all("the disk is full" in warning for warning in warnings)
+    assert committed(str(tmp_path / "run" / "checkpoints")) == [9, 12]
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert curve(tmp_path / "run") == curve(finished)
+
+
+def test_a_disk_that_stays_full(
+    main: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    data: Path,
+    finished: Path,
+) -> None:
+    """The run ends, names its last good step, and goes on from there when there is room."""
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.checkpoint.every=2"]
+    with disk_full(monkeypatch, *(f"step_{step:06d}" for step in (4, 6, 8))):
+        code, said = main("pretrain", *argv)
+    assert code == 4
+    assert "step_000008: 3 checkpoints in a row failed, last good one: step 2." in said
+    assert "the disk is full" in said
+    assert committed(str(tmp_path / "run" / "checkpoints")) == [2]
+    assert main("pretrain", *argv).code == 0
+    assert curve(tmp_path / "run") == curve(finished)
+
+
+def test_a_disk_that_is_full_at_the_end(
+    main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run"]
+    with disk_full(monkeypatch, "step_000012"):
+        code, said = main("pretrain", *argv)
+    assert (code, "the last good checkpoint is step 9" in said) == (4, True), said
+    with disk_full(monkeypatch, "/model/"):
+        code, said = main("pretrain", *argv)
+    assert (code, "the disk is full" in said) == (4, True), said
+    assert main("pretrain", *argv).code == 0
+
+
+def test_a_disk_that_is_full_while_preparing(
+    main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    argv = ["source=cpython", f"out={tmp_path}", "vocabulary={kind: bpe, size: 300}"]
+    with disk_full(monkeypatch, "/validation/"):
+        code, said = main("prepare", *argv)
+    assert (code, "the disk is full. Free some space" in said) == (4, True), said
+    assert not (tmp_path / MANIFEST).exists()
+    assert main("prepare", *argv).code == 0
