@@ -197,6 +197,15 @@ def test_given_tokens_that_are_frozen_stay(rule: Any) -> None:
         assert not torch.equal(made_BL, tokens_BL)
 
 
+def test_frozen_tokens_take_no_share_of_the_re_masking() -> None:
+    known_BL = torch.tensor([[True, False, True, False]])
+    start = State.from_tokens(LAW.table_VD, LAW.draw(1, 0), known_BL, torch.full((1, 4), torch.inf))
+    memory = Remask(rule="conf").init(start)
+    assert memory is not None
+    doubt_BL = memory.update(start, LAW.denoiser()(start)).doubt_BL
+    assert torch.equal(doubt_BL.isinf(), known_BL)
+
+
 def test_conf_starts_afresh_as_a_second_stage() -> None:
     path = Hybrid(SentenceSDE(gamma_max=3.0), Remask(rule="conf"), split=(4, 20))
     assert draw(path).shape == (64, 4)
