@@ -213,3 +213,10 @@ def test_conf_starts_afresh_as_a_second_stage() -> None:
         draw(Hybrid(SentenceSDE(gamma_max=3.0), Remask(rule="conf"), split=(0, 24))),
         draw(Remask(rule="conf")),
     )
+
+
+def test_loop_exchanges_tokens_for_half_of_the_calls() -> None:
+    """From t = .55 (included) down to t = .05 (excluded), t = 1 - clock."""
+    clocks = [Clock(call=call, budget=20, draws=Draws(0, 0, call)) for call in range(20)]
+    remasks = [Remask(rule="loop").chances(clock)[1] for clock in clocks]
+    assert remasks == [0.0] * 9 + [0.02] * 10 + [0.0]
