@@ -315,7 +315,7 @@ def test_every_preset_can_be_read(preset: str) -> None:
     )
     length = {"quickstart": 64, "text8": 256, "owt": 1024}[preset]
     assert all(entry.calls(length) for entry in found.paths.values())
-    assert found.name == preset
+    assert found.name == f"{preset}-evaluation"
 
 
 # --- measures ----------------------------------------------------------------------------------
@@ -422,7 +422,8 @@ def test_the_corpus_is_whole_and_in_order(world: Path) -> None:
     train = " ".join(tiny.documents()).split()
     # The split ends somewhere in the last fifth, and the very first word may have been cut.
     assert set(train[1 : len(train) * 8 // 10]) <= found.words <= set(train)
-    counted = round(1 / found.unigram.p_V.min())
-    assert counted >= manifest.rows("train") * LENGTH
+    # There is no j in numbers: the least frequent of V = 28 has a count of one in T + V.
+    assert 1 / found.unigram.p_V.min() == pytest.approx(manifest.rows("train") * LENGTH + 28)
     few = held_out.read(url, "validation", 2, corpus_rows=3, seed=0)
+    assert 1 / few.unigram.p_V.min() == pytest.approx(3 * LENGTH + 28)
     assert few.words < found.words
