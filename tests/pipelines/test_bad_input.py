@@ -472,6 +472,7 @@ def test_an_output_folder_that_cannot_be(
     given = {"prepare": [f"out={place}"], "pretrain": [f"data={data}", f"root={place}", "name=run"]}
     code, said = main(verb, *given[verb])
     assert (code, str(place) in said) == (4, True), said
+    assert "a file is where a folder should be. Choose another folder" in said
     assert (tmp_path / "file").read_text() == "in the way"
 
 
