@@ -7,6 +7,7 @@ would notice (and, where a text has no spaces, anywhere). Memory holds one piece
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -20,15 +21,15 @@ from typing import Any, TextIO
 
 import fsspec
 
-from infra.errors import ConfigError, DataError
-from infra.storage import Folder, scrub
+from infra.errors import DataError
+from infra.storage import Folder, explained, scrub
 
 EMBEDDED = "cpython"
 PIECE = 1 << 12
 COMPRESSED = (".gz", ".xz", ".zst")
 # A single space between two words: cut in front of it and the words' tokens stay as they are.
 SEAM = re.compile(r"(?<=\S)(?= \S)")
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def expand(source: str) -> list[str]:
         files = fsspec.open_files(source, mode="rb")
         filesystem = files.fs
         urls = sorted(
-            filesystem.unstrip_protocol(file.path) for file in files if filesystem.isfile(file.path)
+            filesystem.unstrip_protocol(file.path)
+            for file in files
+            if filesystem.info(file.path)["type"] == "file"  # isfile() hides why it cannot say
         )
     if not urls:
         raise DataError(scrub(source), "no such file", "Give a file, or a pattern with *")
@@ -188,28 +191,24 @@ def _cut(chunks: Iterator[str]) -> Iterator[Piece]:
         yield Piece(rest, ends=True)
 
 
-class _explained:
-    """What reading a file can raise, as one DataError that names the file."""
-
-    def __init__(self, url: str) -> None:
-        self.url = scrub(url)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
-    ) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            byte = f"byte 0x{error.object[error.start]:02x}"
-            raise DataError(
-                self.url, f"not UTF-8 text ({byte})", "Give text, .jsonl or .parquet"
-            ) from None
-        if isinstance(error, FileNotFoundError):
-            raise DataError(self.url, "no such file", "Check the URL") from None
-        if isinstance(error, PermissionError):
-            raise DataError(self.url, "may not be read", "Check its rights") from None
-        if isinstance(error, BROKEN) or type(error).__name__ == "ZstdError":
-            raise DataError(self.url, f"cannot be read ({error})", "Copy it again") from None
-        if isinstance(error, ValueError | ImportError) and not isinstance(error, ConfigError):
-            raise DataError(self.url, str(error)) from None
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What reading a file can raise, as one Problem that names the file."""
+    where = scrub(url)
+    with explained(where):
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            why = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+            raise DataError(where, why, "Give text, .jsonl or .parquet") from None
+        except FileNotFoundError:
+            raise DataError(where, "no such file", "Check the URL") from None
+        except DAMAGED as error:
+            raise DataError(where, f"cannot be read ({error})", "Copy it again") from None
+        except OSError as error:
+            # Decoders raise it bare, whereas that of a disk or a network has a number or a class.
+            if type(error) is not OSError or error.errno is not None:
+                raise
+            raise DataError(where, f"cannot be read ({error})", "Copy it again") from None
+        except (ValueError, ImportError) as error:
+            raise DataError(where, str(error)) from None

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
 from dsl.objective import Loss, MDLMObjective
@@ -124,7 +125,7 @@ def test_the_real_command_line(tmp_path: Path) -> None:
     assert wrong.stderr == ("train.stepz (command line): no such key. Did you mean `steps`?\n")
     absent = run("pipelines/prepare.py", f"source={tmp_path}/none.txt", f"out={tmp_path}/out")
     assert (absent.returncode, absent.stdout) == (3, "")
-    assert "none.txt: no such file. Give a file" in absent.stderr
+    assert "none.txt: no such file. Check the URL" in absent.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -160,6 +161,19 @@ def test_bad_text(
     code, said = main("prepare", f"source={tmp_path / name}", f"out={tmp_path / 'out'}")
     assert (code, message in said, name in said) == (3, True, True), said
     assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_a_store_that_does_not_answer(
+    main: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is down is no missing file."""
+
+    def refuse(self: MemoryFileSystem, path: str, **kwargs: object) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    code, said = main("prepare", "source=memory://bucket/a.txt", f"out={tmp_path / 'out'}")
+    assert (code, "memory://bucket/a.txt: the store does not answer" in said) == (4, True), said
 
 
 def test_a_tokenizer_that_is_none(main: Callable[..., Outcome], tmp_path: Path) -> None:
