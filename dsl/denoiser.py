@@ -1,7 +1,7 @@
 """The network that answers a state with a posterior: table, converter and backbone.
 
 Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W backbone width,
-N asked positions (flat), R rows.
+H hidden width (W, or W + D with the skip), N asked positions (flat), R rows.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,17 @@ class DenoiserConfig:
 
     ``embed_dim`` is D; 003 grows it as 16 ln V / ln 35. ``beta`` and ``mask_prior`` are where the
     converter starts (see `dsl.converter.Converter`); 1/2 suits training from scratch.
+
+    ``skip`` adds each token's own evidence to its logits. The exact posterior is
+    ``p(s_i = v | z) ∝ p(s_i = v | z_others) exp(<z_i, x_v>)`` (003 A.1), so the network is left
+    with the context and need not learn to copy. A masked token has no evidence: nothing is added.
     """
 
     backbone: DiTConfig
     embed_dim: int = 64
     beta: float | None = None
     mask_prior: float = 0.5
+    skip: bool = True
 
     def __post_init__(self) -> None:
         if self.embed_dim < 1:
@@ -57,11 +62,21 @@ class Denoiser(nn.Module):
 
     @classmethod
     def from_backbone(
-        cls, backbone: DiT, *, embed_dim: int, beta: float | None, mask_prior: float
+        cls,
+        backbone: DiT,
+        *,
+        embed_dim: int,
+        beta: float | None,
+        mask_prior: float,
+        skip: bool = True,
     ) -> "Denoiser":
         """A fresh table and converter around a backbone, which is kept and not copied."""
         config = DenoiserConfig(
-            backbone=backbone.config, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior
+            backbone=backbone.config,
+            embed_dim=embed_dim,
+            beta=beta,
+            mask_prior=mask_prior,
+            skip=skip,
         )
         return cls(config, backbone)
 
@@ -73,11 +88,14 @@ class Denoiser(nn.Module):
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
-        """``weight_VW, bias_V``: logits are ``linear(hidden, weight, bias)``."""
-        return self.backbone.head
+        """``weight_VH, bias_V``: logits are ``linear(hidden, weight, bias)``."""
+        weight_VW, bias_V = self.backbone.head
+        if not self.config.skip:
+            return weight_VW, bias_V
+        return torch.cat([weight_VW, self.table_VD.to(weight_VW)], dim=1), bias_V
 
     def hidden(self, state: State) -> Tensor:
-        """Hidden states ``[B, L, W]``, one linear map away from the logits."""
+        """Hidden states ``[B, L, H]``, one linear map away from the logits."""
         return self._hidden(state, self.table_VD)
 
     def forward(self, state: State) -> Posterior:
@@ -96,24 +114,26 @@ class Denoiser(nn.Module):
             start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
             inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)
         hidden_BLW: Tensor = self.backbone(inputs_BLW)
-        return hidden_BLW
+        if not self.config.skip:
+            return hidden_BLW
+        return torch.cat([hidden_BLW, state.z_BLD.to(hidden_BLW)], dim=-1)
 
 
 class NetworkPosterior(Posterior):
     """Hidden states, projected onto the vocabulary at asked positions only."""
 
     def __init__(
-        self, state: State, table_VD: Tensor, hidden_BLW: Tensor, head: tuple[Tensor, Tensor]
+        self, state: State, table_VD: Tensor, hidden_BLH: Tensor, head: tuple[Tensor, Tensor]
     ) -> None:
         super().__init__(state, table_VD)
-        self.hidden_BLW = hidden_BLW
+        self.hidden_BLH = hidden_BLH
         self.head = head
 
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        logits_NV = F.linear(self.hidden_BLW.flatten(0, 1)[at_N], *self.head)
+        logits_NV = F.linear(self.hidden_BLH.flatten(0, 1)[at_N], *self.head)
         return precise(logits_NV).log_softmax(-1)
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "NetworkPosterior":
         assert isinstance(fresh, NetworkPosterior)
-        hidden_BLW = self.hidden_BLW.index_copy(0, rows_R, fresh.hidden_BLW)
-        return NetworkPosterior(state, self.table_VD, hidden_BLW, self.head)
+        hidden_BLH = self.hidden_BLH.index_copy(0, rows_R, fresh.hidden_BLH)
+        return NetworkPosterior(state, self.table_VD, hidden_BLH, self.head)

@@ -29,6 +29,7 @@ def from_mdlm(
     embed_dim: int = 64,
     beta: float | None = None,
     mask_prior: float = 0.99,
+    skip: bool = True,
 ) -> Denoiser:
     """A denoiser around a pretrained backbone, float32 on the CPU, in evaluation mode.
 
@@ -41,6 +42,7 @@ def from_mdlm(
             a Lightning ``.ckpt``, of which the EMA weights are taken.
         embed_dim: D of the new table.
         beta, mask_prior: where the converter starts (see `dsl.converter.Converter`).
+        skip: whether evidence skips the backbone (see `dsl.denoiser.DenoiserConfig`).
 
     Raises:
         WeightsError: anything but a whole MDLM DiT whose [MASK] is the last of its ids.
@@ -55,7 +57,7 @@ def from_mdlm(
         tensors = read_ema(path)
     backbone = read_backbone(tensors, declared, where=where)
     return Denoiser.from_backbone(
-        backbone, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior
+        backbone, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior, skip=skip
     ).eval()
 
 

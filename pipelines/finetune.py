@@ -62,6 +62,7 @@ def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) 
         embed_dim=config.converter.embed_dim,
         beta=config.converter.beta,
         mask_prior=config.converter.mask_prior,
+        skip=config.converter.skip,
     )
 
 
@@ -72,6 +73,7 @@ def _scratch(config: FinetuneConfig, tokens: int) -> Denoiser:
             embed_dim=config.converter.embed_dim,
             beta=config.converter.beta,
             mask_prior=config.converter.mask_prior,
+            skip=config.converter.skip,
         )
     )
 

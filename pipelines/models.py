@@ -50,11 +50,13 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConverterConfig:
-    """The table's dimension and where the converter starts (see `dsl.converter.Converter`)."""
+    """The table's dimension, where the converter starts (see `dsl.converter.Converter`), and
+    whether evidence skips the backbone (see `dsl.denoiser.DenoiserConfig`)."""
 
     embed_dim: int = 64
     beta: float | None = None
     mask_prior: float = 0.99
+    skip: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def load(address: str, *, converter: ConverterConfig, tracking_uri: str) -> Mode
             embed_dim=converter.embed_dim,
             beta=converter.beta,
             mask_prior=converter.mask_prior,
+            skip=converter.skip,
         )
     return Model(denoiser=denoiser, vocabulary=None, kind="mdlm", length=None, address=address)
 

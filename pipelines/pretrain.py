@@ -40,7 +40,7 @@ def denoiser(config: PretrainConfig, tokens: int) -> Denoiser:
     """
     torch.manual_seed(config.train.stream.seed)
     dit = config.backbone.dit(tokens, causal=config.objective == "ar")
-    return Denoiser(DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0))
+    return Denoiser(DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0, skip=False))
 
 
 def dry_run(config: PretrainConfig) -> dict[str, Any]:

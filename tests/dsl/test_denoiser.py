@@ -223,3 +223,24 @@ def test_it_samples():
 def test_impossible_configurations_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         DenoiserConfig(backbone=DiTConfig(tokens=5, width=4, blocks=1, heads=1), **wrong)
+
+
+@torch.no_grad()
+def test_the_skip_is_the_exact_posterior_of_tokens_without_context():
+    """With a silent backbone and the unigram as its bias, any SNR gives Bayes (003 A.1)."""
+    torch.manual_seed(0)
+    backbone = DiT(DiTConfig(tokens=4, width=8, blocks=1, heads=1))  # its head starts at zero
+    unigram_V = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    backbone.head[1].copy_(unigram_V.log())
+    denoiser = Denoiser.from_backbone(backbone, embed_dim=3, beta=None, mask_prior=0.5)
+    sequences_SL = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    law = dsl.ExactDenoiser(denoiser.table_VD, sequences_SL, unigram_V[sequences_SL].prod(1))
+    gamma_BL = torch.tensor([[0.0, 0.5, 4.0], [30.0, torch.inf, 1.0]])
+    tokens_BL = torch.tensor([[3, 1, 2], [0, 2, 1]])
+    nothing_BL = torch.zeros(2, 3, dtype=torch.bool)
+    state = State.from_tokens(denoiser.table_VD, tokens_BL, nothing_BL, gamma_BL)
+    torch.testing.assert_close(denoiser(state).log_probs().exp(), law(state).log_probs().exp())
+    plain = Denoiser.from_backbone(
+        backbone, embed_dim=3, beta=None, mask_prior=0.5, skip=False
+    )  # what the skip is for: without it the evidence is not heard
+    assert (plain(state).log_probs()[0, 2] - unigram_V.log()).abs().max() < 1e-6

@@ -93,7 +93,7 @@ def test_the_average_is_taken_and_not_the_raw_weights(tmp_path):
         assert torch.equal(mine, raw[f"backbone.{name}"][: len(mine)] + 1), name
     # V drops the mask row in the head and keeps it among the converter's values.
     assert denoiser.table_VD.shape == (11, 5)
-    assert denoiser.head[0].shape == (11, 16)
+    assert denoiser.backbone.head[0].shape == (11, 16)
     assert denoiser.backbone.values_UW.shape == (12, 16)
     assert denoiser.config.backbone.heads == 2
     assert denoiser.converter.beta.item() == 2.0
