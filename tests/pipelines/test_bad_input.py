@@ -1,4 +1,4 @@
-"""What users and machines do wrong: one message that says where, why and what to do; exit 2, 3, 4.
+"""What users give us wrong: one message that says where, why and what to do, and the exit code.
 
 Everything goes through the verbs' own `main`, and nothing may be left that looks finished.
 """
@@ -14,10 +14,10 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,22 +25,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from torch import Tensor
 
-from dsl.objective import Loss, MDLMObjective
-from infra import checkpoints, storage
-from infra.checkpoints import committed
 from infra.shards import MANIFEST, ShardWriter, read_manifest
 from pipelines import pretrain
 from tests.pipelines import tiny
-from tests.pipelines.tiny import curve
 
 REPOSITORY = Path(pretrain.__file__).parents[1]
-
-
-class Outcome(NamedTuple):
-    code: int
-    message: str  # the last line of stderr
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +47,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a verb's `main`; a failure must be one line on stderr, and nothing on stdout."""
-
-    def run(verb: str, *argv: str) -> Outcome:
-        capsys.readouterr()
-        code = tiny.main(verb, *argv)
-        out, err = capsys.readouterr()
-        message = err.splitlines()[-1]
-        if code:
-            assert out == ""
-            assert "Traceback" not in err
-            assert "a bug" not in message
-            assert len(message) < 800
-        else:
-            json.loads(out.splitlines()[-1])
-        return Outcome(code, message)
-
-    return run
+def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tiny.Outcome]:
+    return partial(tiny.outcome, capsys)
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -104,7 +78,7 @@ def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     ],
 )  # fmt: skip
 def test_a_mistyped_command_line(
-    main: Callable[..., Outcome], verb: str, argv: list[str], message: str
+    main: Callable[..., tiny.Outcome], verb: str, argv: list[str], message: str
 ) -> None:
     given = {"name": "x", "data": "x", "out": "x", "init": "x"}
     wanted = [f.name for f in dataclasses.fields(tiny.CONFIGS[verb]) if f.name in given]
@@ -155,7 +129,7 @@ def parquet() -> bytes:
     ],
 )
 def test_bad_text(
-    main: Callable[..., Outcome], tmp_path: Path, name: str, content: bytes, message: str
+    main: Callable[..., tiny.Outcome], tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     code, said = main("prepare", f"source={tmp_path / name}", f"out={tmp_path / 'out'}")
@@ -164,7 +138,7 @@ def test_bad_text(
 
 
 def test_a_store_that_does_not_answer(
-    main: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    main: Callable[..., tiny.Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that is down is no missing file."""
 
@@ -176,7 +150,7 @@ def test_a_store_that_does_not_answer(
     assert (code, "memory://bucket/a.txt: the store does not answer" in said) == (4, True), said
 
 
-def test_a_tokenizer_that_is_none(main: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_none(main: Callable[..., tiny.Outcome], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     vocabulary = f"vocabulary={{kind: file, path: {tmp_path}}}"
     code, said = main("prepare", "source=cpython", f"out={tmp_path / 'out'}", vocabulary)
@@ -244,7 +218,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_bad_shards(
-    main: Callable[..., Outcome], tmp_path: Path, shards: Path, damage: str
+    main: Callable[..., tiny.Outcome], tmp_path: Path, shards: Path, damage: str
 ) -> None:
     spoil, message = DAMAGE[damage]
     spoil(shards)
@@ -263,7 +237,7 @@ def test_bad_shards(
     ],
 )
 def test_settings_that_do_not_fit_the_shards(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path, argv: list[str], code: int,
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path, argv: list[str], code: int,
     message: str,
 ) -> None:  # fmt: skip
     found, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run", *argv)
@@ -285,7 +259,7 @@ class Malicious:
 
 @pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
 def test_a_malicious_checkpoint_executes_nothing(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path, form: str
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path, form: str
 ) -> None:
     marker = tmp_path / "executed"
     content = {"state_dict": {"w": torch.zeros(2)}, "ema": Malicious(marker)}
@@ -340,7 +314,7 @@ INITS: dict[Callable[[Path], str], str] = {
 
 @pytest.mark.parametrize("spoil", INITS, ids=lambda spoil: spoil.__name__)
 def test_bad_weights_to_start_from(
-    main: Callable[..., Outcome],
+    main: Callable[..., tiny.Outcome],
     tmp_path: Path,
     data: Path,
     finished: Path,
@@ -354,7 +328,7 @@ def test_bad_weights_to_start_from(
 
 
 def test_a_registry_that_does_not_answer(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
 ) -> None:
     argv = [f"data={data}", f"root={tmp_path}", "name=run", "init=models:/dsl@champion"]
     code, said = main("finetune", *argv)
@@ -362,7 +336,7 @@ def test_a_registry_that_does_not_answer(
 
 
 def test_an_autoregressive_model_is_no_start(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
 ) -> None:
     root = [f"data={data}", f"root={tmp_path}"]
     tiny.execute("pretrain", *root, "name=ar", "objective=ar", "train.steps=2")
@@ -371,7 +345,7 @@ def test_an_autoregressive_model_is_no_start(
 
 
 def test_a_vocabulary_of_another_size(
-    main: Callable[..., Outcome], tmp_path: Path, finished: Path
+    main: Callable[..., tiny.Outcome], tmp_path: Path, finished: Path
 ) -> None:
     data = tiny.shards(tmp_path, vocabulary="{kind: bpe, size: 300}")
     argv = [f"data={data}", f"root={tmp_path}", "name=run", f"init={finished}"]
@@ -380,7 +354,7 @@ def test_a_vocabulary_of_another_size(
 
 
 def test_a_checkpoint_of_another_shape(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path, finished: Path
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path, finished: Path
 ) -> None:
     """Somebody copied checkpoints between runs: which tensors differ is said, and how."""
     argv = [f"data={data}", f"root={tmp_path}", "name=run", "backbone.width=32"]
@@ -392,185 +366,3 @@ def test_a_checkpoint_of_another_shape(
     code, said = main("pretrain", *argv)
     assert code == 3
     assert "the checkpoint is of another model: " in said
-
-
-# --- the run itself ----------------------------------------------------------------------------
-
-
-class Poisoned(MDLMObjective):
-    """Whose loss, or the gradient of it, is no number from the eighth step on."""
-
-    forwards = 0
-    shown = "the loss of step 8 is nan"
-
-    def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
-        loss = super().forward(tokens_BL, generator)
-        self.forwards += self.training
-        if self.forwards <= 7 * 2:
-            return loss
-        return loss._replace(value=self.spoilt(loss.value))
-
-    def spoilt(self, value: Tensor) -> Tensor:
-        return value * torch.nan
-
-
-class Explosive(Poisoned):
-    """The loss stays finite: 0 is added, at an infinite slope."""
-
-    shown = "the norm of the gradient of step 8 is "
-
-    def spoilt(self, value: Tensor) -> Tensor:
-        return value + (value - value.detach()).sqrt()
-
-
-@pytest.mark.parametrize("objective", [Poisoned, Explosive])
-def test_a_loss_that_is_no_number_ends_the_run(
-    main: Callable[..., Outcome],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    data: Path,
-    objective: type[Poisoned],
-) -> None:
-    monkeypatch.setitem(pretrain.OBJECTIVES, "mdlm", objective)
-    code, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
-    assert code == 2
-    assert f"train.optimizer.lr: {objective.shown}" in said
-    assert "the last good checkpoint is step 6" in said
-    assert "Lower the learning rate" in said
-    assert committed(str(tmp_path / "run" / "checkpoints")) == [3, 6]
-    assert [row["step"] for row in curve(tmp_path / "run")] == list(range(1, 8))
-    assert not (tmp_path / "run" / "model").exists()
-
-
-def test_a_learning_rate_beyond_all_bounds(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path
-) -> None:
-    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.optimizer.lr=1e30"]
-    code, said = main("pretrain", *argv)
-    assert (code, "of step 2 is inf; there is no checkpoint" in said) == (2, True), said
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_an_mlflow_server_that_does_not_answer(
-    main: Callable[..., Outcome],
-    tmp_path: Path,
-    data: Path,
-    finished: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Training does not care: a warning, the metrics in the journal, exit 0.
-
-    Registering is tried again by the same command, so the run does not count as finished.
-    """
-    argv = [f"data={data}", f"root={tmp_path}", "name=mdlm", "register=tiny"]
-    code, said = main("pretrain", *argv)
-    assert code == 0
-    assert said.startswith("not registered: http://127.0.0.1:9 does not answer")
-    warnings = [record.getMessage() for record in caplog.records]
-    assert any("is not on MLflow at http://127.0.0.1:9" in warning for warning in warnings)
-    assert curve(tmp_path / "mdlm") == curve(finished)
-    assert not (tmp_path / "mdlm" / "result.json").exists()
-    assert main("pretrain", *argv) == (0, said)
-
-
-# --- the machine -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verb", ["prepare", "pretrain"])
-def test_an_output_folder_that_cannot_be(
-    main: Callable[..., Outcome], tmp_path: Path, data: Path, verb: str
-) -> None:
-    """Below a file there is no folder, whoever asks."""
-    (tmp_path / "file").write_text("in the way")
-    place = tmp_path / "file" / "below"
-    given = {"prepare": [f"out={place}"], "pretrain": [f"data={data}", f"root={place}", "name=run"]}
-    code, said = main(verb, *given[verb])
-    assert (code, str(place) in said) == (4, True), said
-    assert "a file is where a folder should be. Choose another folder" in said
-    assert (tmp_path / "file").read_text() == "in the way"
-
-
-@contextmanager
-def disk_full(monkeypatch: pytest.MonkeyPatch, *places: str) -> Iterator[list[str]]:
-    """No room for files whose path has one of these in it; the paths that were refused."""
-    refused = []
-    replacing = storage._replacing
-
-    @contextmanager
-    def full(path: str) -> Iterator[Any]:
-        with replacing(path) as file:
-            yield file
-            if any(place in path for place in places):
-                refused.append(path)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "_replacing", full)
-        patch.setattr(checkpoints, "PAUSES_S", (0.0,))
-        yield refused
-
-
-def test_a_disk_that_is_full_for_a_while(
-    main: Callable[..., Outcome],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    data: Path,
-    finished: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Fewer failures in a row than would end a run are warnings, and change nothing else."""
-    argv = [f"data={data}", f"root={tmp_path}", "name=run"]
-    with disk_full(monkeypatch, "step_000003", "step_000006") as refused:
-        code, _ = main("pretrain", *argv)
-    assert code == 0
-    assert len(refused) == 2 * 2  # each tried twice
-    warnings = [r.getMessage() for r in caplog.records if "training goes on" in r.getMessage()]
-    failed = [f"checkpoint of step {step} failed" for step in (3, 6)]
-    assert [warning.partition(",")[0] for warning in warnings] == failed
-    assert all("the disk is full" in warning for warning in warnings)
-    assert committed(str(tmp_path / "run" / "checkpoints")) == [9, 12]
-    assert not list((tmp_path / "run").rglob("*.partial"))
-    assert curve(tmp_path / "run") == curve(finished)
-
-
-def test_a_disk_that_stays_full(
-    main: Callable[..., Outcome],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    data: Path,
-    finished: Path,
-) -> None:
-    """The run ends, names its last good step, and goes on from there when there is room."""
-    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.checkpoint.every=2"]
-    with disk_full(monkeypatch, *(f"step_{step:06d}" for step in (4, 6, 8))):
-        code, said = main("pretrain", *argv)
-    assert code == 4
-    assert "step_000008: 3 checkpoints in a row failed, last good one: step 2." in said
-    assert "the disk is full" in said
-    assert committed(str(tmp_path / "run" / "checkpoints")) == [2]
-    assert main("pretrain", *argv).code == 0
-    assert curve(tmp_path / "run") == curve(finished)
-
-
-def test_a_disk_that_is_full_at_the_end(
-    main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
-) -> None:
-    argv = [f"data={data}", f"root={tmp_path}", "name=run"]
-    with disk_full(monkeypatch, "step_000012"):
-        code, said = main("pretrain", *argv)
-    assert (code, "the last good checkpoint is step 9" in said) == (4, True), said
-    with disk_full(monkeypatch, "/model/"):
-        code, said = main("pretrain", *argv)
-    assert (code, "the disk is full" in said) == (4, True), said
-    assert main("pretrain", *argv).code == 0
-
-
-def test_a_disk_that_is_full_while_preparing(
-    main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    argv = ["source=cpython", f"out={tmp_path}", "vocabulary={kind: bpe, size: 300}"]
-    with disk_full(monkeypatch, "/validation/"):
-        code, said = main("prepare", *argv)
-    assert (code, "the disk is full. Free some space" in said) == (4, True), said
-    assert not (tmp_path / MANIFEST).exists()
-    assert main("prepare", *argv).code == 0

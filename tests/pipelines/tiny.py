@@ -16,15 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from infra import config, journal, stream
-from infra.shards import read_manifest
 from infra.storage import Folder
-from infra.stream import Plan, holdout
+from infra.stream import Plan
 from pipelines import finetune, launch, prepare, pretrain
 
 VERBS = {"prepare": prepare, "pretrain": pretrain, "finetune": finetune}
@@ -101,6 +101,27 @@ def main(verb: str, *argv: str) -> int:
         return VERBS[verb].main()
 
 
+class Outcome(NamedTuple):
+    code: int
+    message: str  # the last line of stderr
+
+
+def outcome(capsys: pytest.CaptureFixture[str], verb: str, *argv: str) -> Outcome:
+    """Run `main`: its JSON line is the last of stdout, a failure is one clear line on stderr."""
+    capsys.readouterr()
+    code = main(verb, *argv)
+    out, err = capsys.readouterr()
+    message = err.splitlines()[-1]
+    if code:
+        assert out == ""
+        assert "Traceback" not in err
+        assert "a bug" not in message
+        assert len(message) < 800
+    else:
+        json.loads(out.splitlines()[-1])
+    return Outcome(code, message)
+
+
 @contextmanager
 def bare(batches: Any = stream.read) -> Iterator[None]:
     """This process in the place of Ray's workers, and no patience with the MLflow server."""
@@ -128,12 +149,6 @@ def curve(run: Path | str) -> list[dict[str, float]]:
         {k: v for k, v in row.items() if k != "time" and not k.startswith("speed/")}
         for row in journal.read(Folder.at(str(run)))
     ]
-
-
-def rows(data: str | Folder, split: str) -> np.ndarray:
-    """All rows of a split `[N, L]`, in no order of meaning."""
-    folder, manifest = Folder.at(data), read_manifest(data)
-    return holdout(folder, manifest, split, manifest.rows(split), 0)
 
 
 if __name__ == "__main__":
