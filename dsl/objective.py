@@ -8,7 +8,7 @@ Shapes: B rows, L positions, V tokens, D table dimension, W backbone width, N pr
 (flat, in [0, B·L)).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,8 @@ class MDLMObjective(nn.Module):
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
         at_N = _flat(state.masked_BL)
         nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
-        weight_N = (1 / t_B1).expand_as(tokens_BL).flatten().to(nats_N)[at_N]
+        weight_B1 = 1 / t_B1 if self.weighting == "bound" else torch.ones_like(t_B1)
+        weight_N = weight_B1.expand_as(tokens_BL).flatten().to(nats_N)[at_N]
         return Loss(
             value=(weight_N * nats_N).sum() / tokens_BL.numel(),
             metrics=_part("masked", nats_N, tokens_BL),

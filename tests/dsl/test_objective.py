@@ -272,3 +272,11 @@ def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
     growth = int(ran.stdout) * 1024
     more_positions = 4096 - 512
     assert growth < 0.1 * more_positions * 50257 * 4, f"{growth / 2**20:.0f} MiB"
+
+
+def test_flat_weights_leave_the_plain_cross_entropy_of_the_same_masks(tokens_BL):
+    flat = MDLMObjective(make(), weighting="flat")(tokens_BL, generator(1, 2, 3))
+    bound = MDLMObjective(make())(tokens_BL, generator(1, 2, 3))
+    torch.testing.assert_close(flat.value.detach(), flat.metrics["masked_nats"])
+    assert torch.equal(flat.metrics["masked_nats"], bound.metrics["masked_nats"])
+    assert bound.value > flat.value
