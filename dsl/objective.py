@@ -87,11 +87,16 @@ class MDLMObjective(nn.Module):
 
     Each row draws t in (EPS, 1], stratified over the batch, and masks each token with
     probability t. The table and the converter take no part: the constructor freezes them.
+
+    ``weighting="flat"`` leaves the bound's weights 1/t out. The best prediction is the same for
+    every mask, and without the few rows that weigh hundreds a small batch learns it in fewer
+    steps; the loss is then the cross-entropy at masked tokens and bounds nothing.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, weighting: Literal["bound", "flat"] = "bound") -> None:
         super().__init__()
         self.denoiser = _freeze_evidence(denoiser)
+        self.weighting = weighting
 
     def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
         """``(1/BL) sum_masked -log p(s_i | z) / t``: its expectation bounds the NLL from above."""
