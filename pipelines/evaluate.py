@@ -20,18 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from infra import cluster, command, tracking
-from infra.config import digest, to_tree, to_yaml
+from infra import tracking
 from infra.errors import ConfigError
-from infra.shards import Manifest
 from infra.storage import Folder
-from infra.tracking import RunHandle, TrackingConfig
-from pipelines import held_out, subjects
+from infra.tracking import TrackingConfig
+from pipelines import held_out, runs, subjects, verb
 from pipelines.evaluation import REAL, UNIGRAM, Evaluation, draw_plots, figures
-from pipelines.launch import DATA_ERRORS, RESULT, open_run, say
 from pipelines.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig
 from pipelines.models import ConverterConfig
 from pipelines.report import Report, markdown
+from pipelines.runs import RESULT, say
 from pipelines.subjects import Origin
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -90,7 +88,7 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    folder = open_run(config, "evaluate")
+    folder = runs.open_run(config, "evaluate")
     uri = tracking.locate(config.tracking, config.root)
     origins = {
         name: subjects.origin(name, address, uri=uri, root=config.root)
@@ -99,7 +97,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     if folder.exists(RESULT):
         return _finished(folder, origins)
     evaluation = _prepare(config, origins, uri)
-    handle = _start(config, evaluation.held_out.manifest, origins)
+    handle = runs.start(config, "evaluate", evaluation.held_out.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:
         report = _report(config, evaluation, folder)
@@ -187,33 +185,14 @@ def _report(config: EvaluateConfig, evaluation: Evaluation, folder: Folder) -> R
     return report
 
 
-def _start(config: EvaluateConfig, manifest: Manifest, origins: Mapping[str, Origin]) -> RunHandle:
-    commit = cluster.commit()
-    return tracking.start(
-        config.tracking,
-        root=config.root,
-        name=config.name,
-        params=to_tree(config),
-        tags={
-            "verb": "evaluate",
-            "commit": commit.sha if commit else "unknown",
-            "dirty": str(bool(commit and commit.dirty)).lower(),
-            "config_hash": digest(config),
-            "ray_job_id": cluster.job_id() or "none",
-            **{
-                f"model.{name}.{key}": str(value)
-                for name, origin in origins.items()
-                for key, value in origin.items()
-                if value
-            },
-        },
-        config_yaml=to_yaml(config, "evaluate"),
-        dataset={
-            "name": manifest.source,
-            "digest": manifest.digest,
-            "source": Folder.at(config.data).url,
-        },
-    )
+def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:
+    """Which models were asked, as tags of the run."""
+    return {
+        f"model.{name}.{key}": str(value)
+        for name, origin in origins.items()
+        for key, value in origin.items()
+        if value
+    }
 
 
 @contextmanager
@@ -240,15 +219,7 @@ def _show(report: Report) -> None:
 
 
 def main() -> int:
-    return command.run(
-        "evaluate",
-        EvaluateConfig,
-        plan=plan,
-        execute=execute,
-        presets=Path(__file__).with_name("presets"),
-        doc=__doc__ or "",
-        data_errors=DATA_ERRORS,
-    )
+    return verb.run("evaluate", EvaluateConfig, plan=plan, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":

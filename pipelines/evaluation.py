@@ -19,10 +19,10 @@ from infra import journal
 from infra.storage import Folder
 from pipelines import measures, metrics, plots
 from pipelines.held_out import HeldOut
-from pipelines.launch import say
 from pipelines.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig, View
 from pipelines.metrics import Score
 from pipelines.report import SKIPPED, STDERR, Column, Plot, Row, Table, Text
+from pipelines.runs import say
 from pipelines.subjects import Subject
 
 UNIGRAM, REAL = "unigram", "real"  # what stands beside the models

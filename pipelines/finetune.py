@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.objective import DSLObjective
 from dsl.support import Mixed, Support
 from dsl.vocabulary import Vocabulary
-from infra import command, tracking
+from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
-from pipelines import models
-from pipelines.launch import DATA_ERRORS, RunConfig, launch, plan
+from pipelines import models, verb
+from pipelines.launch import RunConfig, launch, plan
 from pipelines.models import BackboneConfig, ConverterConfig
 
 SCRATCH = "scratch"
@@ -100,15 +99,7 @@ def execute(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def main() -> int:
-    return command.run(
-        "finetune",
-        FinetuneConfig,
-        plan=dry_run,
-        execute=execute,
-        presets=Path(__file__).with_name("presets"),
-        doc=__doc__ or "",
-        data_errors=DATA_ERRORS,
-    )
+    return verb.run("finetune", FinetuneConfig, plan=dry_run, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":

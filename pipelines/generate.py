@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,14 +32,13 @@ from dsl.paths import AnyPath
 from dsl.paths.defaults import choose
 from dsl.sampling import Recorder
 from dsl.truncation import Convention, Truncated
-from infra import command, tracking
+from infra import tracking
 from infra.config import to_tree
 from infra.errors import ConfigError
 from infra.storage import Folder
 from infra.tracking import TrackingConfig
-from pipelines import models, prompts, toys
+from pipelines import models, prompts, toys, verb
 from pipelines.film import Film
-from pipelines.launch import DATA_ERRORS
 from pipelines.models import ConverterConfig, Model
 from pipelines.watch import Watch, printable
 
@@ -210,15 +208,7 @@ def dry_run(config: GenerateConfig) -> dict[str, Any]:
 
 
 def main() -> int:
-    return command.run(
-        "generate",
-        GenerateConfig,
-        plan=dry_run,
-        execute=execute,
-        presets=Path(__file__).with_name("presets"),
-        doc=__doc__ or "",
-        data_errors=DATA_ERRORS,
-    )
+    return verb.run("generate", GenerateConfig, plan=dry_run, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":

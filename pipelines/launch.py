@@ -11,38 +11,29 @@ import json
 import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from dsl.denoiser import Denoiser
-from dsl.errors import VocabularyError, WeightsError
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
 from infra import cluster, journal, stream, tracking
 from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.cluster import ClusterConfig
-from infra.config import digest, flatten, to_tree, to_yaml
-from infra.errors import ConfigError, DataError
+from infra.errors import DataError
 from infra.parallel import ParallelConfig, world
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
 from infra.tracking import RunHandle, TrackingConfig
-from pipelines import models
+from pipelines import models, runs
+from pipelines.runs import RESULT, say
 from pipelines.training import Log, TrainConfig, train
 
-RESULT = "result.json"
-# What may differ when a run is continued: where it runs, how it is shown, and how often it
-# writes. Everything else decides what the weights become.
-FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "train.log_every")
-# What counts as bad data or weights beside infra's own errors.
-DATA_ERRORS = (WeightsError, VocabularyError)
 H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
 
 
@@ -128,13 +119,15 @@ def launch(
     kind: what the weights are trained for, written beside them. initial: the starting weights,
     asked for once in the life of a run. tags: lineage for the MLflow run.
     """
-    folder = open_run(config, verb)
+    folder = runs.open_run(config, verb)
     if folder.exists(RESULT):
-        say(f"{folder.url} is finished; existing=restart would make it anew")
-        return json.loads(folder.read_bytes(RESULT))
+        before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
+        if before["register"] == config.register:
+            say(f"{folder.url} is finished; existing=restart would make it anew")
+            return before
     manifest = read_manifest(config.data)
     vocabulary = models.vocabulary_of(manifest, Folder.at(config.data))
-    handle = _start(config, verb, manifest, tags)
+    handle = runs.start(config, verb, manifest, tags)
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:
         init = folder / "init"
@@ -149,69 +142,11 @@ def launch(
         tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     handle = tracking.finish(handle)
-    result |= {"run_id": handle.run_id, **_register(config, folder / "model", kind, handle)}
+    result |= {"run_id": handle.run_id, "register": config.register}
+    result |= _register(config, folder / "model", kind, handle)
     if handle.run_id or not config.register:  # else the same command is to try again
         folder.write_bytes(RESULT, json.dumps(result).encode())
     return result
-
-
-def open_run(config: RunConfig, verb: str) -> Folder:
-    """The run directory: new, wiped, or the one of an earlier attempt with the same settings.
-
-    Raises ConfigError where the directory holds a run of other settings, or no run at all.
-    """
-    folder = Folder.at(config.root) / config.name
-    if not folder.exists(tracking.CONFIG):
-        if folder.names():
-            raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
-        return folder
-    if config.existing == "restart":
-        folder.remove()
-        return folder
-    before = flatten(yaml.safe_load(folder.read_bytes(tracking.CONFIG)))
-    now = flatten({verb: to_tree(config)})
-    decisive = {
-        key
-        for key in before.keys() | now.keys()
-        if not key.partition(".")[2].startswith(FREE) and before.get(key) != now.get(key)
-    }
-    if decisive:
-        shown = ", ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(decisive)[:5])
-        raise ConfigError(
-            "name",
-            f"{folder.url} is a run with other settings ({shown})",
-            "Choose another name, or existing=restart to wipe it",
-        )
-    return folder
-
-
-def say(line: str) -> None:
-    """Progress for a person; stdout is kept for what was made."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _start(config: RunConfig, verb: str, manifest: Manifest, tags: Mapping[str, str]) -> RunHandle:
-    commit = cluster.commit()
-    return tracking.start(
-        config.tracking,
-        root=config.root,
-        name=config.name,
-        params=to_tree(config),
-        tags={
-            "verb": verb,
-            "commit": commit.sha if commit else "unknown",
-            "dirty": str(bool(commit and commit.dirty)).lower(),
-            "config_hash": digest(config),
-            "ray_job_id": cluster.job_id() or "none",
-            **tags,
-        },
-        config_yaml=to_yaml(config, verb),
-        dataset={
-            "name": manifest.source,
-            "digest": manifest.digest,
-            "source": Folder.at(config.data).url,
-        },
-    )
 
 
 def _fit(job: Job) -> None:

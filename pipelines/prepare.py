@@ -21,12 +21,14 @@ import numpy as np
 
 from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
-from infra import cluster, command, shards
+from infra import cluster, shards
 from infra.config import digest, to_tree
 from infra.errors import ConfigError, DataError
 from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
+from pipelines import verb
 from pipelines.corpus import Piece, expand, pieces
+from pipelines.runs import say
 
 PIECES_AT_ONCE = 2048  # some 8 MiB of text, which the tokenizer spreads over its threads
 
@@ -107,10 +109,6 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
             say(f"{split}: {text['rows']:,} rows, {text['tokens']:,} tokens")
     assert writer.manifest is not None
     return _summary(out, writer.manifest)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _finished(config: PrepareConfig, manifest: Manifest) -> dict[str, Any]:
@@ -235,15 +233,7 @@ def dry_run(config: PrepareConfig) -> dict[str, Any]:
 
 
 def main() -> int:
-    return command.run(
-        "prepare",
-        PrepareConfig,
-        plan=dry_run,
-        execute=execute,
-        presets=Path(__file__).with_name("presets"),
-        doc=__doc__ or "",
-        data_errors=(VocabularyError,),
-    )
+    return verb.run("prepare", PrepareConfig, plan=dry_run, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":

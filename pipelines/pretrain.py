@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,9 +16,9 @@ import torch
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.objective import ARObjective, MDLMObjective
 from dsl.vocabulary import Vocabulary
-from infra import command
 from infra.shards import Manifest, read_manifest
-from pipelines.launch import DATA_ERRORS, RunConfig, launch, plan
+from pipelines import verb
+from pipelines.launch import RunConfig, launch, plan
 from pipelines.models import BackboneConfig
 
 OBJECTIVES = {
@@ -73,15 +72,7 @@ def execute(config: PretrainConfig) -> dict[str, Any]:
 
 
 def main() -> int:
-    return command.run(
-        "pretrain",
-        PretrainConfig,
-        plan=dry_run,
-        execute=execute,
-        presets=Path(__file__).with_name("presets"),
-        doc=__doc__ or "",
-        data_errors=DATA_ERRORS,
-    )
+    return verb.run("pretrain", PretrainConfig, plan=dry_run, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Run directories: opened, resumed or refused, and shown in MLflow. What every verb that makes a
+run has in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import yaml
+
+from dsl.errors import VocabularyError, WeightsError
+from infra import cluster, tracking
+from infra.config import digest, flatten, to_tree, to_yaml
+from infra.errors import ConfigError
+from infra.shards import Manifest
+from infra.storage import Folder
+from infra.tracking import RunHandle, TrackingConfig
+
+RESULT = "result.json"
+# What may differ when a run is continued: where it runs, how it is shown, and how often it
+# writes. Everything else decides what the weights become.
+FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "train.log_every")
+# What counts as bad data or weights beside infra's own errors.
+DATA_ERRORS = (WeightsError, VocabularyError)
+
+
+class Settings(Protocol):
+    """What the configuration of a verb that makes a run holds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def root(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def existing(self) -> Literal["resume", "restart"]: ...
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+
+def open_run(config: Settings, verb: str) -> Folder:
+    """The run directory: new, wiped, or the one of an earlier attempt with the same settings.
+
+    Raises ConfigError where the directory holds a run of other settings, or no run at all.
+    """
+    folder = Folder.at(config.root) / config.name
+    if not folder.exists(tracking.CONFIG):
+        if folder.names():
+            raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
+        return folder
+    if config.existing == "restart":
+        folder.remove()
+        return folder
+    before = flatten(yaml.safe_load(folder.read_bytes(tracking.CONFIG)))
+    now = flatten({verb: to_tree(config)})
+    decisive = {
+        key
+        for key in before.keys() | now.keys()
+        if not key.partition(".")[2].startswith(FREE) and before.get(key) != now.get(key)
+    }
+    if decisive:
+        shown = ", ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(decisive)[:5])
+        raise ConfigError(
+            "name",
+            f"{folder.url} is a run with other settings ({shown})",
+            "Choose another name, or existing=restart to wipe it",
+        )
+    return folder
+
+
+def start(config: Settings, verb: str, manifest: Manifest, tags: Mapping[str, str]) -> RunHandle:
+    """Open the MLflow run of a run directory, with all that says where it came from."""
+    commit = cluster.commit()
+    return tracking.start(
+        config.tracking,
+        root=config.root,
+        name=config.name,
+        params=to_tree(config),
+        tags={
+            "verb": verb,
+            "commit": commit.sha if commit else "unknown",
+            "dirty": str(bool(commit and commit.dirty)).lower(),
+            "config_hash": digest(config),
+            "ray_job_id": cluster.job_id() or "none",
+            **tags,
+        },
+        config_yaml=to_yaml(config, verb),
+        dataset={
+            "name": manifest.source,
+            "digest": manifest.digest,
+            "source": Folder.at(config.data).url,
+        },
+    )
+
+
+def say(line: str) -> None:
+    """Progress for a person; stdout is kept for what was made."""
+    print(line, file=sys.stderr, flush=True)
