@@ -56,6 +56,14 @@ class Logger:
         """Record the metrics of a step; steps rise strictly (see `Journal.append`)."""
         self._journal.append(step, metrics)
 
+    def sync(self) -> None:
+        """Have every line so far in the run's store: called before a checkpoint is to count, so
+        that a run which goes on from there lacks none. A store that refuses costs a warning."""
+        try:
+            self._journal.sync()
+        except Problem as problem:
+            log.warning("%s", problem)
+
     def close(self, patience: float = 15.0) -> int:
         """Send what is left for at most `patience` seconds; return how many lines are unsent.
 

@@ -221,6 +221,9 @@ class _Silent:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         return None
 
+    def sync(self) -> None:
+        return None
+
 
 def _validation_rows(data: Folder, manifest: Manifest, config: TrainConfig) -> np.ndarray:
     """Held-out rows ``[N, L]``: whole microbatches, equally many for every lane."""

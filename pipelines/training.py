@@ -91,6 +91,8 @@ class Log(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def sync(self) -> None: ...
+
 
 class Learner:
     """An objective with its average and its optimizer, sharded over the workers."""
@@ -216,6 +218,7 @@ def train(
                 log.log(step, metrics | progress.metrics())
             progress.line(step, metrics)
             if last or step % config.checkpoint.every == 0:
+                log.sync()
                 checkpoints.save(step, learner.tensors(), meta={})
         checkpoints.wait()
         if checkpoints.latest() != config.steps:

@@ -190,6 +190,16 @@ def test_journal_in_an_object_store() -> None:
 # The run
 
 
+def test_a_checkpoint_can_wait_for_the_journal_to_be_in_its_store() -> None:
+    url = "memory://bucket/runs/synced"
+    handle = RunHandle(folder=url, uri="sqlite:///unused.db", run_id=None)
+    log = Logger(Journal(url), handle, interval=3600)
+    log.log(1, {"loss": 2.0})
+    log.sync()
+    assert [row["step"] for row in journal.read(url)] == [1]
+    log.close()
+
+
 def test_a_run_shows_all_it_was_given(root: Path, tmp_path: Path) -> None:
     sweep = start(root, "sweep")
     handle = start(root, "sweep/trial", dataset=DATASET, parent=sweep.run_id)
