@@ -113,7 +113,9 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
         tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     _show(report)
-    say(f"\nreport: {folder.url_of('report/report.html')}\nMLflow: {tracking.page(handle)}")
+    plots = [folder.url_of(f"report/{plot.name}.png") for plot in report.plots]
+    say(f"\nreport: {folder.url_of('report/report.html')}\nplots: {' '.join(plots)}")
+    say(f"MLflow: {tracking.page(handle)}")
     result = {
         "run": folder.url,
         "run_id": handle.run_id,
