@@ -86,12 +86,10 @@ class Evaluation:
                 "meaning": view.meaning,
             }
 
-        rows = [row(UNIGRAM, measures.EXACT, self.held_out.unigram.nats(rows_NL))]
+        rows = [row(UNIGRAM, measures.exact(), self.held_out.unigram.nats(rows_NL))]
         for subject in self.subjects:
-            for view in measures.VIEWS[subject.kind]:
-                nats_N = measures.nats(
-                    view, subject.denoiser, tokens_NL, config, seed=self.seed, batch=self.batch
-                )
+            for view in measures.views(subject.kind, config, self.seed):
+                nats_N = measures.nats(view, subject.denoiser, tokens_NL, batch=self.batch)
                 rows.append(row(subject.name, view, nats_N))
         return Table(
             title="Likelihood of held-out text",

@@ -65,7 +65,7 @@ def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tiny.Outcome]:
         ("prepare", ["length=many"], "length (command line): expected int, got 'many'"),
         ("prepare", ["length=2.5"], "length (command line): expected int, got 2.5"),
         ("pretrain", ["train=fast"], "train (command line): expected a mapping, got 'fast'"),
-        ("pretrain", ["objective=dsl"], "expected 'mdlm' | 'ar', got 'dsl'"),
+        ("pretrain", ["objective=dsl"], "expected 'mdlm' | 'mdlm_flat' | 'ar', got 'dsl'"),
         ("pretrain", ["quikstart"], "quikstart: no such preset. Did you mean `quickstart`?"),
         ("pretrain", ["nowhere.yaml"], "nowhere.yaml: cannot be read"),
         ("pretrain", ["--dryrun"], "--dryrun: no such flag. Did you mean --dry-run?"),

@@ -25,6 +25,7 @@ from infra.errors import ConfigError, DataError
 from infra.storage import Folder
 from pipelines import generate, models, prompts, toys
 from pipelines.film import Film
+from pipelines.runs import DATA_ERRORS
 from pipelines.watch import Watch
 
 LENGTH = 12
@@ -69,7 +70,7 @@ def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
             presets=Path(generate.__file__).with_name("presets"),
             doc="",
             argv=argv if named else [f"model={model}", *argv],
-            data_errors=generate.DATA_ERRORS,
+            data_errors=DATA_ERRORS,
         )
         out, err = capsys.readouterr()
         return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
