@@ -358,8 +358,8 @@ def test_errors_agree_with_the_path_integral(tokens_NL: torch.Tensor) -> None:
     denoiser = network(28)
     gammas = np.linspace(0.02, 1.98, 50)
     errors = [
-        measures.errors_at(denoiser, tokens_NL, float(gamma), seed=0, batch=7).squared_N.mean()
-        for gamma in gammas
+        measures.errors_at(denoiser, tokens_NL, float(gamma), seed=n, batch=7).squared_N.mean()
+        for n, gamma in enumerate(gammas)
     ]
     integral = path_integral(denoiser, tokens_NL, gamma_max=2.0, steps=50, seed=5, grid="linear")
     # Both are means over as many draws of the same noise.
