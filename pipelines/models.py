@@ -13,7 +13,7 @@ from pathlib import Path
 from dsl import mdlm, weights
 from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser
-from dsl.vocabulary import Vocabulary
+from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
 from infra.errors import DataError
 from infra.registry import ModelVersion
@@ -103,14 +103,14 @@ def load(address: str, *, converter: ConverterConfig, tracking_uri: str) -> Mode
 
 
 def load_folder(folder: Folder, address: str = "") -> Model:
-    """The model in a folder that `save` wrote."""
+    """The model in a folder that `save` wrote, or `dsl.save`, which says less about it."""
     with _local(folder) as local:
         metadata = weights.read_config(local)["metadata"]
         return Model(
             denoiser=weights.load(local),
-            vocabulary=Vocabulary.load(local),
-            kind=metadata["objective"],
-            length=metadata["length"],
+            vocabulary=Vocabulary.load(local) if (local / TOKENIZER).exists() else None,
+            kind=metadata.get("objective", "dsl"),
+            length=metadata.get("length"),
             address=address or folder.url,
         )
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dsl
+from dsl.backbone import DiTConfig
+from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.noise import generator
 from dsl.objective import DSLObjective
 from infra import checkpoints, stream
@@ -341,3 +343,14 @@ def test_the_learning_rate_rises_then_stays_or_falls() -> None:
     falling = [cosine(step) for step in range(4, 13)]
     assert falling == sorted(falling, reverse=True)
     assert training.OptimizerConfig(lr=2.0, warmup=0).lr_at(1, 9) == 2.0
+
+
+def test_a_folder_of_dsl_save_is_a_model(tmp_path: Path) -> None:
+    backbone = DiTConfig(tokens=5, width=8, blocks=1, heads=1, cond_dim=4)
+    denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=3))
+    dsl.save(denoiser, tmp_path / "bare")
+    model = models.load(
+        str(tmp_path / "bare"), converter=models.ConverterConfig(), tracking_uri="unused"
+    )
+    assert (model.kind, model.vocabulary, model.length) == ("dsl", None, None)
+    assert torch.equal(model.denoiser.table_VD, denoiser.table_VD)
