@@ -56,6 +56,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     `worker_failures` by rank. Such a wrapper says nothing of its own: the text of one is a
     whole remote traceback, even where it poses as an instance of what it wraps.
     """
+    yield from _causes(error, set())
+
+
+def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
+    # A problem that is raised anew from its wrapper is its own cause's cause.
+    if id(error) in seen:
+        return
+    seen.add(id(error))
     failures = getattr(error, "worker_failures", None) or {}
     wrapped = [getattr(error, name, None) for name in WRAPPERS]
     inner = [cause for cause in (*wrapped, *failures.values()) if isinstance(cause, BaseException)]
@@ -63,4 +71,4 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         yield error
         inner = [error.__cause__] if error.__cause__ else []
     for cause in inner:
-        yield from causes(cause)
+        yield from _causes(cause, seen)

@@ -127,6 +127,9 @@ def launch(
             return before
     manifest = read_manifest(config.data)
     vocabulary = models.vocabulary_of(manifest, Folder.at(config.data))
+    # What the workers would stumble over is found here, before any of them is started.
+    Plan.of(Folder.at(config.data), manifest, "train", config.train.stream)
+    _validation_rows(Folder.at(config.data), manifest, config.train)
     handle = runs.start(config, verb, manifest, tags)
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:

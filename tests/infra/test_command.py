@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -173,3 +173,13 @@ def test_problems_pickle(kind: type[Problem]) -> None:
 def test_nearest() -> None:
     assert nearest("stpes", ["seed", "steps"]) == "steps"
     assert nearest("zzz", ["seed", "steps"]) is None
+
+
+def test_a_problem_raised_anew_from_its_wrapper_is_still_one_message() -> None:
+    class Failed(Exception):
+        worker_failures: ClassVar[dict[int, Exception]] = {}
+
+    problem, wrapper = DataError("part-0.parquet", "1000 bytes", "Fetch it again"), Failed()
+    wrapper.worker_failures = {1: problem}
+    problem.__cause__ = wrapper
+    assert command.explain(problem) == (str(problem), DataError.exit_code)
