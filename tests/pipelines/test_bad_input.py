@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,6 @@ from pipelines import pretrain
 from tests.pipelines import tiny
 
 REPOSITORY = Path(pretrain.__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(tiny.shards(tmp_path_factory.mktemp("data")))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A finished pretraining run."""
-    root = tmp_path_factory.mktemp("finished")
-    tiny.execute("pretrain", f"data={data}", f"root={root}", "name=mdlm")
-    return root / "mdlm"
-
-
-@pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tiny.Outcome]:
-    return partial(tiny.outcome, capsys)
 
 
 # --- the command line --------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,6 @@ from infra.shards import MANIFEST
 from pipelines import pretrain
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(tiny.shards(tmp_path_factory.mktemp("data")))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A finished pretraining run."""
-    root = tmp_path_factory.mktemp("finished")
-    tiny.execute("pretrain", f"data={data}", f"root={root}", "name=mdlm")
-    return root / "mdlm"
-
-
-@pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tiny.Outcome]:
-    return partial(tiny.outcome, capsys)
 
 
 class Poisoned(MDLMObjective):
