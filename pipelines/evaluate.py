@@ -24,13 +24,14 @@ from infra import tracking
 from infra.errors import ConfigError
 from infra.storage import Folder
 from infra.tracking import TrackingConfig
-from pipelines import held_out, runs, subjects, verb
-from pipelines.evaluation import REAL, UNIGRAM, Evaluation, draw_plots, figures
-from pipelines.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig
+from pipelines import runs, verb
+from pipelines.evaluation import held_out, subjects
+from pipelines.evaluation.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig
+from pipelines.evaluation.subjects import Origin
+from pipelines.evaluation.tables import REAL, UNIGRAM, Evaluation, draw_plots, figures
 from pipelines.models import ConverterConfig
 from pipelines.report import Report, markdown
 from pipelines.runs import RESULT, say
-from pipelines.subjects import Origin
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 SHOWN = 300  # characters of a text in the terminal

@@ -22,8 +22,9 @@ from infra.logger import connect
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.tracking import TrackingConfig
-from pipelines import evaluate, held_out, measures, metrics, models
-from pipelines.measures import LikelihoodConfig, PathConfig, SamplesConfig
+from pipelines import evaluate, models
+from pipelines.evaluation import held_out, measures, metrics
+from pipelines.evaluation.measures import LikelihoodConfig, PathConfig, SamplesConfig
 from pipelines.runs import DATA_ERRORS
 from tests.pipelines import tiny
 

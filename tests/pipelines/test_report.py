@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipelines import plots
-from pipelines.report import Column, Plot, Report, Table, Text, markdown
+from pipelines.report import Column, Plot, Report, Table, Text, markdown, plots
 
 ATTACK = "<script>alert(1)</script><img src=http://example.org/x onerror=alert(1)>"
 COLUMNS = (Column("model", "Model"), Column("calls", "Calls"), Column("nats", "Nats", ".3f"))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsl.vocabulary import Vocabulary
-from pipelines import metrics
-from pipelines.metrics import Unigram
+from pipelines.evaluation import metrics
+from pipelines.evaluation.metrics import Unigram
 
 CHAR = Vocabulary.char()
 

@@ -14,7 +14,7 @@ from infra import journal, registry, tracking
 from infra.errors import DataError, nearest
 from infra.storage import Folder
 from pipelines import models
-from pipelines.held_out import HeldOut
+from pipelines.evaluation.held_out import HeldOut
 from pipelines.models import ConverterConfig
 
 Origin = Mapping[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("template.html")
 STDERR = "_stderr"  # ends the key of a value's standard error
 SKIPPED = "skipped"  # the key of the reason why a row has no values
 NOTHING = "–"
@@ -92,7 +92,7 @@ class Report:
             "evaluation.json": self.json().encode(),
             "evaluation.md": self.markdown().encode(),
             **{f"{plot.name}.png": plot.png for plot in self.plots},
-            "report.html": self.html().encode(),
+            "template.html": self.html().encode(),
         }
 
     def json(self) -> str:

@@ -17,13 +17,19 @@ import torch
 from dsl import likelihood
 from infra import journal
 from infra.storage import Folder
-from pipelines import measures, metrics, plots
-from pipelines.held_out import HeldOut
-from pipelines.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig, View
-from pipelines.metrics import Score
-from pipelines.report import SKIPPED, STDERR, Column, Plot, Row, Table, Text
+from pipelines.evaluation import measures, metrics
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.measures import (
+    LikelihoodConfig,
+    PathConfig,
+    SamplesConfig,
+    StatesConfig,
+    View,
+)
+from pipelines.evaluation.metrics import Score
+from pipelines.evaluation.subjects import Subject
+from pipelines.report import SKIPPED, STDERR, Column, Plot, Row, Table, Text, plots
 from pipelines.runs import say
-from pipelines.subjects import Subject
 
 UNIGRAM, REAL = "unigram", "real"  # what stands beside the models
 TEXTS = 2  # of each model and path are shown; all of them are in samples/

@@ -14,8 +14,9 @@ from infra import shards, stream
 from infra.errors import ConfigError
 from infra.shards import Manifest
 from infra.storage import Folder
-from pipelines import metrics, models
-from pipelines.metrics import Unigram
+from pipelines import models
+from pipelines.evaluation import metrics
+from pipelines.evaluation.metrics import Unigram
 
 
 @dataclass(frozen=True, kw_only=True)
