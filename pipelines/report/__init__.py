@@ -92,7 +92,7 @@ class Report:
             "evaluation.json": self.json().encode(),
             "evaluation.md": self.markdown().encode(),
             **{f"{plot.name}.png": plot.png for plot in self.plots},
-            "template.html": self.html().encode(),
+            "report.html": self.html().encode(),
         }
 
     def json(self) -> str:
