@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Problem
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SQLITE = "sqlite:///"
 LONGEST_WAIT_S = 60.0  # between two attempts while a server is away
 UPLOAD_EVERY_S = 30.0  # the whole journal each time, where it lives in an object store
 LINES_A_BATCH = 100
@@ -147,14 +151,47 @@ class Sender:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that gives up soon: with MLflow's own settings a dead server blocks for minutes."""
+    """A client that gives up soon: with MLflow's own settings a dead server blocks for minutes.
+
+    A database that is not there yet is made, by one process while the others wait.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # One warning of ours says what urllib3 would repeat at every attempt.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not uri.startswith(SQLITE):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path = Path(uri.removeprefix(SQLITE))
+    with _alone(path):
+        if not path.exists():
+            _create(path)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)  # adds the default experiment
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it, the file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _create(path: Path) -> None:
+    """A database with MLflow's tables, under its name only once it is whole.
+
+    MLflow makes one in a hundred steps that take seconds, and two processes in it at once, or one
+    that is killed, leave a database that MLflow never opens again.
+    """
+    from mlflow.db import upgrade
+
+    new = path.with_name(f"{path.name}.new")
+    for left in path.parent.glob(f"{new.name}*"):  # by a process that was killed, and its journal
+        left.unlink()
+    upgrade.callback(f"{SQLITE}{new}")
+    new.replace(path)
 
 
 def reason(error: Exception) -> str:

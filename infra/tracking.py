@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from infra import journal
 from infra.errors import ConfigError, DataError, InfraError, Problem
 from infra.journal import Journal
-from infra.logger import Logger, Sender, batches, connect, reason
+from infra.logger import SQLITE, Logger, Sender, batches, connect, reason
 from infra.storage import Folder, scrub
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 RECORD = "run.json"
 CONFIG = "config.yaml"
 KEY = "run_key"  # the tag by which a run is found again whose id was never heard
-SQLITE = "sqlite:///"
 # MLflow's limits, of which the server lets none be passed.
 PARAMS_A_BATCH, TAGS_A_BATCH = 100, 100
 PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
