@@ -1,0 +1,232 @@
+"""Strangers' models: Hugging Face folders and names, found on this machine first and on the hub
+second. Only their safetensors are read: nothing is unpickled and none of their code is run.
+
+Shapes: B sequences of a batch, L positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from infra.errors import ConfigError, DataError, InfraError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+FILES = (
+    CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", *TOKENIZERS, "merges.txt",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+PATIENCE_S = 3.0  # for each address that the hub's name has
+
+Head = Literal["AutoModel", "AutoModelForCausalLM"]
+
+
+class Opened(NamedTuple):
+    """``network`` in float32 and evaluation mode; ``start`` is the id that opens a text."""
+
+    tokenizer: Any
+    network: Any
+    start: int
+
+
+def check(model: str, head: Head, *, max_tokens: int, where: str) -> None:
+    """Have a model on this machine, its weights looked at but not loaded.
+
+    where: the dotted path of the setting that names it.
+
+    Raises ConfigError for more tokens than it has positions, DataError for a model that is not
+    there or cannot be used, InfraError where the hub would have to be asked and does not answer.
+    """
+    from safetensors import safe_open
+
+    folder = find(model, where)
+    try:
+        for name in _weights(folder):
+            with safe_open(folder / name, "pt") as file:  # a torn file fails here
+                file.keys()
+        tokenizer, config = _tokenizer(folder), _config(folder)
+    except Exception as error:  # the libraries raise whatever a file makes them stumble over
+        raise _unusable(model, where, error) from error
+    _require_fit(model, config, head, where)
+    _start(tokenizer, model, where)
+    positions = min(
+        getattr(config, "max_position_embeddings", tokenizer.model_max_length),
+        tokenizer.model_max_length,
+    )
+    if max_tokens > positions:
+        why = f"{max_tokens} tokens, but {model} takes {positions}"
+        raise ConfigError(f"{where.rpartition('.')[0]}.max_tokens", why, f"At most {positions}")
+
+
+def open(model: str, head: Head, device: torch.device | str, *, where: str) -> Opened:
+    """A model on a device; the errors of `check` but for ConfigError."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would report of the weights is looked at below
+    folder = find(model, where)
+    _require_fit(model, _config(folder), head, where)
+    try:
+        tokenizer = _tokenizer(folder)
+        network, found = getattr(transformers, head).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the libraries raise whatever a file makes them stumble over
+        raise _unusable(model, where, error) from error
+    # Such weights are made up at random. Nobody here looks at what a pooler says.
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:
+        why = f"{model} has no weights for {missing[0]} ({len(missing)} are missing)"
+        raise DataError(where, why, "Name a model that was saved with them")
+    network.config.use_cache = False
+    return Opened(tokenizer, network.to(device).eval(), _start(tokenizer, model, where))
+
+
+def find(model: str, where: str) -> Path:
+    """The folder with a model's files: a local one, the hub's cache, or downloaded into it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if lack := _lack_of(folder):
+            raise DataError(where, f"{model}: {lack}", "Give a folder of `save_pretrained`")
+        return folder
+    try:
+        config = try_to_load_from_cache(model, CONFIG)
+    except HFValidationError:
+        why = f"{model}: no such folder, and no name that a model of the hub could have"
+        raise DataError(where, why, "Name one such as gpt2-large or owner/name") from None
+    if isinstance(config, str) and not _lack_of(Path(config).parent):
+        return Path(config).parent
+    return _download(model, where)
+
+
+class Batch(NamedTuple):
+    """Sequences padded on the right, and the places ``rows`` they have among all of them."""
+
+    rows: list[int]
+    ids_BL: Tensor
+    mask_BL: Tensor
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], size: int, device: torch.device | str
+) -> Iterator[Batch]:
+    """Sequences of like length together, the longest first: what fits then fits to the end."""
+    order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
+        lengths_B = torch.tensor([len(sequences[row]) for row in rows])
+        mask_BL = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        ids_BL = torch.zeros(mask_BL.shape, dtype=torch.int64)
+        ids_BL[mask_BL] = torch.tensor([token for row in rows for token in sequences[row]])
+        yield Batch(rows, ids_BL.to(device), mask_BL.long().to(device))
+
+
+def _download(model: str, where: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    stand_in = f"take {where.rpartition('.')[0]}.kind=own, the offline stand-in"
+    try:
+        # Ask once and in vain for seconds: what follows has retries that take minutes.
+        siblings = HfApi().model_info(model, timeout=PATIENCE_S).siblings or []
+        lack = _lack({sibling.rfilename for sibling in siblings})
+        if not lack:
+            return Path(snapshot_download(model, allow_patterns=list(FILES)))
+    except GatedRepoError:
+        lack = "the hub wants its terms accepted, or a login, first"
+    except RepositoryNotFoundError:
+        lack = "no such folder here and no such model on the hub, or a private one"
+    except Exception as error:  # of one HTTP library today and another one tomorrow
+        reason = _line(error) or type(error).__name__
+        why = f"{model} is not on this machine, and the hub does not hand it out ({reason})"
+        raise InfraError(where, why, f"Name a local folder that holds it, or {stand_in}") from error
+    raise DataError(where, f"{model}: {lack}", f"Name another model, or {stand_in}")
+
+
+def _lack_of(folder: Path) -> str | None:
+    """What a folder should hold and does not."""
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    if lack := _lack(names):
+        return lack
+    missing = sorted(set(_weights(folder)) - names)
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _lack(names: Collection[str]) -> str | None:
+    if CONFIG not in names:
+        return f"there is no {CONFIG}, so it is no model of Hugging Face"
+    if not {WEIGHTS, INDEX} & set(names):
+        pickles = sorted(name for name in names if name.endswith(PICKLES))
+        if pickles:
+            return f"its weights are {pickles[0]} alone, and only safetensors are read"
+        return f"there is no {WEIGHTS}"
+    return None if set(TOKENIZERS) & set(names) else f"there is no {TOKENIZERS[0]}"
+
+
+def _weights(folder: Path) -> list[str]:
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        return [f"a readable {INDEX}"]
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _require_fit(model: str, config: Any, head: Head, where: str) -> None:
+    """DataError unless a model reads text in one piece, and predicts it where that is wanted."""
+    import transformers
+
+    known = {
+        "AutoModel": transformers.MODEL_MAPPING,
+        "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    }[head]
+    if type(config) not in known or config.is_encoder_decoder:
+        wanted = {"AutoModel": "a plain text model", "AutoModelForCausalLM": "a causal one"}[head]
+        why = f"{model} is of type {config.model_type}, which is not {wanted}"
+        raise DataError(where, why, "Name one such as gpt2-large")
+
+
+def _start(tokenizer: Any, model: str, where: str) -> int:
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
+    found = next((id for id in ends if id is not None), None)
+    if found is None:
+        why = f"the tokenizer of {model} has no token that begins or ends a text"
+        raise DataError(where, why, "Name a model whose tokenizer has a bos or eos token")
+    return found
+
+
+def _unusable(model: str, where: str, error: Exception) -> DataError:
+    return DataError(where, f"{model} cannot be opened ({_line(error)})", "Copy it again")
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else f"{text[:160]}…"

@@ -1,0 +1,213 @@
+"""Generative perplexity: how likely a model of somebody else finds the texts of ours.
+
+Shapes: N texts, L positions, B windows of a batch, V tokens of the judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsl import likelihood
+from dsl.vocabulary import END_OF_TEXT
+from infra.errors import DataError
+from pipelines import models
+from pipelines.evaluation import hub, metrics
+from pipelines.evaluation.features import OpenModel
+from pipelines.evaluation.metrics import Score
+from pipelines.models import ConverterConfig, Model
+
+WHERE = "judge.model"
+
+
+class Judged(NamedTuple):
+    """Sums over each text, ``[N]``: nats (float64), how many tokens they are for, and the UTF-8
+    bytes of the text without marks of its ends (both int64)."""
+
+    nats_N: np.ndarray
+    tokens_N: np.ndarray
+    bytes_N: np.ndarray
+
+
+# From texts, and their rows of ids [N, L] in the data's vocabulary.
+Judge = Callable[[Sequence[str], np.ndarray], Judged]
+
+
+def perplexity(judged: Judged) -> Score:
+    """``exp`` of the nats per token of all texts together; linearised error."""
+    nats, stderr = metrics.ratio(judged.nats_N, judged.tokens_N)
+    if math.isnan(nats):
+        return Score(nats, nats)
+    value = likelihood.perplexity(nats)
+    return Score(value, value * stderr)
+
+
+def bits_per_byte(judged: Judged) -> Score:
+    """The same nats per byte of text, in bits: judges with other tokenizers compare."""
+    return metrics.ratio(judged.nats_N, judged.bytes_N * math.log(2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubJudge:
+    """A causal language model of the Hugging Face hub, or of a local folder.
+
+    Every token of a text counts but those that end texts, which are context only: `<|endoftext|>`
+    is read as the judge's own end token. The first token is predicted from the judge's start
+    token alone. Longer texts are read in windows of `max_tokens` that begin `max_tokens // 2`
+    apart: a token is predicted once, by the first window that reaches it, so from everything
+    before it or from more than half a window. `batch` windows of like length share a call and do
+    not change each other's figures.
+    """
+
+    model: str = "gpt2-large"
+    max_tokens: int = 1024
+    batch: int = 4
+    kind: Literal["hub"] = "hub"
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.max_tokens} tokens"
+
+    def addresses(self) -> tuple[str, ...]:
+        """The models of our own that it opens."""
+        return ()
+
+    def check(self, uri: str) -> None:
+        """Have the model on this machine, or say what to do; see `hub.check`."""
+        hub.check(self.model, "AutoModelForCausalLM", max_tokens=self.max_tokens, where=WHERE)
+
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Judge:
+        opened = hub.open(self.model, "AutoModelForCausalLM", device, where=WHERE)
+        tokenizer, network, start = opened
+        _require_causal(self.model, network, start)
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        end = tokenizer.eos_token or tokenizer.bos_token
+
+        @torch.no_grad()
+        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
+            texts = [text.replace(END_OF_TEXT, end) for text in texts]
+            ids = [_ids(tokenizer, start, text) for text in texts]
+            found = [
+                (text, *w) for text, row in enumerate(ids) for w in windows(row, self.max_tokens)
+            ]
+            nats_N = np.zeros(len(texts))
+            for batch in hub.batches([window[:-1] for _, window, _ in found], self.batch, device):
+                logits_BLV = network(input_ids=batch.ids_BL, attention_mask=batch.mask_BL).logits
+                for logits_LV, number in zip(logits_BLV, batch.rows, strict=True):
+                    text, window, done = found[number]
+                    nats_N[text] += _nats(logits_LV, window, done, marks)
+            return Judged(
+                nats_N,
+                np.array([sum(id not in marks for id in row) for row in ids], np.int64),
+                np.array([len(text.replace(end, "").encode()) for text in texts], np.int64),
+            )
+
+        return judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnJudge:
+    """The offline stand-in: an autoregressive model of our own.
+
+    `model` is an address as `pipelines.models.load` takes it. It reads the very ids that were
+    drawn, and every one of them counts, ends of documents too.
+    """
+
+    model: str
+    batch: int = 64
+    kind: Literal["own"] = "own"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+    @property
+    def label(self) -> str:
+        return f"stand-in: {self.model}, not comparable with gpt2-large"
+
+    def addresses(self) -> tuple[str, ...]:
+        """The models of our own that it opens."""
+        return (self.model,)
+
+    def check(self, uri: str) -> None:
+        """DataError where the model is not autoregressive or, as may be dsl.WeightsError, where
+        there is none; `uri` of the registry."""
+        _require_ar(models.load(self.model, converter=ConverterConfig(), tracking_uri=uri))
+
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Judge:
+        denoiser = _require_ar(open_model(self.model)).denoiser.to(device).eval()
+
+        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
+            rows, length = tokens_NL.shape
+            nats_N = np.empty(rows)
+            for first in range(0, rows, self.batch):
+                span = slice(first, first + self.batch)
+                tokens_BL = torch.from_numpy(tokens_NL[span].astype(np.int64))
+                nats_N[span] = likelihood.ar(denoiser, tokens_BL).mean_B.numpy() * length
+            texts = [text.replace(END_OF_TEXT, "") for text in texts]
+            bytes_N = np.array([len(text.encode()) for text in texts], np.int64)
+            return Judged(nats_N, np.full(rows, length), bytes_N)
+
+        return judge
+
+
+AnyJudge = HubJudge | OwnJudge
+
+
+def windows(tokens: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], int]]:
+    """Stretches of tokens, in each of which all but the first are predicted from at most ``size``
+    before them, and how many of these predictions an earlier stretch has made."""
+    first, done, last = 0, 0, len(tokens) - 1
+    while done < last:
+        window = tokens[first : first + size + 1]
+        yield window, done - first
+        done = first + len(window) - 1
+        first += size // 2
+
+
+def _ids(tokenizer: Any, start: int, text: str) -> list[int]:
+    """The text's tokens behind a start token, which the text may bring along."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if ids[:1] == [start] else [start, *ids]
+
+
+def _nats(logits_LV: Tensor, window: Sequence[int], done: int, marks: set[int]) -> float:
+    """Of the tokens of a window that are neither done nor marks."""
+    at = [place for place in range(done, len(window) - 1) if window[place + 1] not in marks]
+    targets = torch.tensor([window[place + 1] for place in at], dtype=torch.int64)
+    return (
+        F.cross_entropy(logits_LV[at].float(), targets.to(logits_LV.device), reduction="none")
+        .double()
+        .sum()
+        .item()
+    )
+
+
+@torch.no_grad()
+def _require_causal(model: str, network: Any, start: int) -> None:
+    """DataError where a prediction changes with the token it is of."""
+    device = network.device
+    pairs = torch.tensor([[start, start], [start, (start + 1) % network.config.vocab_size]])
+    one, other = network(input_ids=pairs.to(device)).logits[:, 0]
+    if not torch.allclose(one, other, atol=1e-4):
+        why = f"{model} sees the tokens that it is to predict"
+        raise DataError(WHERE, why, "Name a causal model, such as gpt2-large")
+
+
+def _require_ar(model: Model) -> Model:
+    if model.kind != "ar":
+        why = f"{model.address} is a {model.kind} model, and only an ar model can judge"
+        raise DataError(WHERE, why, "Pretrain one with objective=ar, or take judge.kind=hub")
+    return model

@@ -1,0 +1,290 @@
+"""Features are mauve-text's own, in batches; what cannot be opened is one message beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsl.backbone import DiTConfig
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.evidence import evidence
+from dsl.noise import Draws
+from dsl.vocabulary import Vocabulary
+from infra import config
+from infra.errors import ConfigError, DataError, InfraError, Problem
+from infra.storage import Folder
+from pipelines import models
+from pipelines.evaluation import hub
+from pipelines.evaluation.features import AnyFeaturizer, HubFeaturizer, OwnFeaturizer
+from pipelines.models import Model
+from tests.pipelines import tiny
+from tests.pipelines.evaluation import strangers
+
+TEXTS = [
+    "one", "two thousand three", "<|endoftext|>forty<|endoftext|>", "ünïcode \ufffd",
+    *tiny.documents(4), "five six",
+]  # fmt: skip
+NO_TOKENS = np.zeros((len(TEXTS), 0), np.int64)
+
+
+def none_of_ours(address: str) -> Model:
+    raise AssertionError(f"{address} is no business of a stranger's model")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return strangers.gpt2(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty cache of the hub; a function that says where the hub is."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def at(endpoint: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+
+    return at
+
+
+def featurize(folder: Path, texts: list[str], **settings: Any) -> np.ndarray:
+    featurizer = HubFeaturizer(model=str(folder), **settings)
+    return featurizer.load("cpu", none_of_ours)(texts, NO_TOKENS[: len(texts)])
+
+
+# --- a stranger's model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [strangers.POSITIONS, 5])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_features_are_those_of_mauve_text(folder: Path, max_tokens: int, batch: int) -> None:
+    from mauve.compute_mauve import get_features_from_input
+
+    theirs = get_features_from_input(
+        None, None, TEXTS, str(folder), max_tokens, -1, name="p", batch_size=1
+    )
+    ours = featurize(folder, TEXTS, max_tokens=max_tokens, batch=batch)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert len(np.unique(theirs.round(3), axis=0)) == len(TEXTS)  # no two alike: order shows
+
+
+def test_a_bidirectional_model_does_not_see_the_padding(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    encoder = strangers.tokenizer()
+    settings = BertConfig(
+        vocab_size=len(encoder), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=strangers.POSITIONS, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = strangers.save(
+        BertModel(settings, add_pooling_layer=False), encoder, tmp_path / "bert"
+    )
+    texts = ["one", "two thousand three", "twenty"]
+    alone = featurize(folder, texts, max_tokens=40, batch=1)
+    np.testing.assert_allclose(featurize(folder, texts, max_tokens=40, batch=3), alone, atol=2e-6)
+
+
+def test_an_empty_text_is_read_as_the_start_token(folder: Path) -> None:
+    empty, start = featurize(folder, ["", "<|endoftext|>"], max_tokens=8)
+    np.testing.assert_array_equal(empty, start)
+    assert featurize(folder, [], max_tokens=8).shape == (0, 16)
+
+
+def test_a_folder_is_checked_without_a_hub(folder: Path, cache: Any) -> None:
+    cache("http://127.0.0.1:9")
+    HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check("")
+
+
+def test_a_name_is_downloaded_once(folder: Path, cache: Any) -> None:
+    featurizer = HubFeaturizer(model="someone/gpt2-tiny", max_tokens=8)
+    with strangers.hub({"someone/gpt2-tiny": folder}) as endpoint:
+        cache(endpoint)
+        featurizer.check("")
+    cache("http://127.0.0.1:9")  # and now without a network
+    featurizer.check("")
+    np.testing.assert_array_equal(
+        featurizer.load("cpu", none_of_ours)(TEXTS, NO_TOKENS),
+        featurize(folder, TEXTS, max_tokens=8),
+    )
+
+
+def test_nothing_is_unpickled(folder: Path, tmp_path: Path, cache: Any) -> None:
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (pickled / name).write_bytes((folder / name).read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"never read")
+    with strangers.hub({"someone/pickled": pickled}) as endpoint:
+        cache(endpoint)
+        for model in (str(pickled), "someone/pickled"):
+            error = refused(DataError, model)
+            assert "its weights are pytorch_model.bin alone" in error
+            assert "someone" not in model or "kind=own" in error
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def refused(kind: type[Problem], model: str, max_tokens: int = 8) -> str:
+    with pytest.raises(kind) as error:
+        HubFeaturizer(model=model, max_tokens=max_tokens).check("")
+    assert type(error.value) is kind
+    assert len(str(error.value)) < 500
+    return str(error.value)
+
+
+def test_an_absent_hub_is_one_message(cache: Any) -> None:
+    cache("http://127.0.0.1:9")
+    error = refused(InfraError, "gpt2-large")
+    assert error.startswith("featurizer.model: gpt2-large is not on this machine, and the hub ")
+    assert error.endswith("or take featurizer.kind=own, the offline stand-in")
+
+
+def test_an_unknown_name_is_one_message(cache: Any) -> None:
+    with strangers.hub({}) as endpoint:
+        cache(endpoint)
+        assert "no such folder here and no such model on the hub" in refused(
+            DataError, "gpt2-lrage"
+        )
+    assert "no name that a model of the hub could have" in refused(DataError, "/no/such/folder")
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def tear(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def lose_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}'
+    )
+
+
+def garble(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "gpt2-of-tomorrow"}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lose_config, "there is no config.json"),
+        (tear, "cannot be opened"),
+        (lose_tokenizer, "there is no tokenizer.json"),
+        (lose_shard, "model-00001-of-00002.safetensors is missing"),
+        (garble, "cannot be opened"),
+    ],
+)
+def test_a_damaged_folder_is_one_message(tmp_path: Path, spoil: Any, why: str) -> None:
+    folder = strangers.gpt2(tmp_path / "gpt2")
+    spoil(folder)
+    assert why in refused(DataError, str(folder))
+
+
+def test_weights_that_would_be_made_up_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = strangers.gpt2(tmp_path / "gpt2") / "model.safetensors"
+    tensors = {name: t for name, t in load_file(weights).items() if "h.1.mlp" not in name}
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(DataError, match=r"has no weights for h\.1\.mlp\S+ \(4 are missing\)"):
+        hub.open(str(weights.parent), "AutoModel", "cpu", where="featurizer.model")
+
+
+def test_more_tokens_than_positions_are_refused(folder: Path) -> None:
+    error = refused(ConfigError, str(folder), strangers.POSITIONS + 1)
+    assert error.startswith("featurizer.max_tokens: 49 tokens, but ")
+    assert error.endswith("takes 48. At most 48")
+
+
+# --- a model of our own --------------------------------------------------------------------------
+
+
+def own(kind: str) -> Model:
+    vocabulary = Vocabulary.char()
+    backbone = DiTConfig(
+        tokens=vocabulary.size, width=16, blocks=2, heads=2, cond_dim=8, causal=kind == "ar"
+    )
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=8))
+    return Model(denoiser=denoiser, vocabulary=vocabulary, kind=kind, length=12, address=kind)
+
+
+@pytest.mark.parametrize("kind", ["ar", "mdlm", "dsl"])
+def test_own_features_are_means_of_hidden_states(kind: str) -> None:
+    model = own(kind)
+    tokens_NL = np.random.default_rng(0).integers(0, 28, (7, 12)).astype(np.uint16)
+    featurizer = OwnFeaturizer(model="runs/own", batch=3)
+    assert featurizer.addresses() == ("runs/own",)
+    assert featurizer.label.startswith("stand-in: ")
+    opened = []
+    features_NF = featurizer.load("cpu", lambda address: opened.append(address) or model)(
+        [""] * 7, tokens_NL
+    )
+    assert opened == ["runs/own"]
+    tokens_BL = torch.from_numpy(tokens_NL.astype(np.int64))
+    state = evidence(
+        model.denoiser.table_VD, tokens_BL, torch.full((7, 12), torch.inf), Draws(0, 0, 0)
+    )
+    with torch.no_grad():
+        hidden_BLH = model.denoiser.eval().hidden(state)
+    assert features_NF.dtype == np.float32
+    np.testing.assert_allclose(features_NF, hidden_BLH.mean(1).numpy(), atol=1e-6)
+
+
+def test_own_model_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such model"):
+        OwnFeaturizer(model=str(tmp_path / "absent")).check("")
+    model = own("ar")
+    assert model.vocabulary
+    folder = Folder.at(str(tmp_path / "ar"))
+    models.save(folder, model.denoiser, model.vocabulary, kind="ar", length=12)
+    OwnFeaturizer(model=folder.url).check("")
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    featurizer: AnyFeaturizer = field(default_factory=HubFeaturizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], HubFeaturizer(model="gpt2-large", max_tokens=1024, batch=8)),
+        (["featurizer.model=distilgpt2"], HubFeaturizer(model="distilgpt2")),
+        (["featurizer.kind=own", "featurizer.model=runs/ar"], OwnFeaturizer(model="runs/ar")),
+    ],
+)
+def test_a_featurizer_is_configured_by_kind(given: list[str], expected: AnyFeaturizer) -> None:
+    loaded = config.load(Holder, verb="evaluate", argv=given, presets=Path())
+    assert loaded.featurizer == expected
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"batch": 0}])
+def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        HubFeaturizer(**wrong)

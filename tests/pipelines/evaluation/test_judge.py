@@ -1,0 +1,270 @@
+"""Perplexity against closed forms and by hand; every token once, padding and marks never."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsl.backbone import DiTConfig
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.state import State
+from dsl.vocabulary import END_OF_TEXT, Vocabulary
+from infra.errors import DataError
+from pipelines.evaluation import judge
+from pipelines.evaluation.judge import HubJudge, Judged, OwnJudge, windows
+from pipelines.models import Model
+from tests.pipelines import tiny
+from tests.pipelines.evaluation import strangers
+
+TEXTS = [
+    "one", "", "two thousand three", f"{END_OF_TEXT}forty{END_OF_TEXT}five{END_OF_TEXT}",
+    *tiny.documents(3),
+]  # fmt: skip
+NO_TOKENS = np.zeros((len(TEXTS), 0), np.int64)
+
+
+def none_of_ours(address: str) -> Model:
+    raise AssertionError(f"{address} is no business of a stranger's model")
+
+
+def judged(folder: Path, texts: list[str], **settings: Any) -> Judged:
+    return HubJudge(model=str(folder), **settings).load("cpu", none_of_ours)(texts, NO_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return strangers.gpt2(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A model that predicts one and the same law everywhere, and that law's logits."""
+    from transformers import AutoModelForCausalLM
+
+    folder = strangers.gpt2(
+        tmp_path_factory.mktemp("models") / "unigram", tie_word_embeddings=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        # The last norm answers (1, 0, …, 0) whatever it reads, so the head's first column decides.
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1.0
+    model.save_pretrained(folder)
+    return folder, model.lm_head.weight[:, 0].detach()
+
+
+# --- a stranger's model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [strangers.POSITIONS, 7])
+def test_a_known_unigram_gives_its_own_nats(unigram: tuple[Path, Any], max_tokens: int) -> None:
+    folder, logits_V = unigram
+    found = judged(folder, TEXTS, max_tokens=max_tokens)
+    nats_V = -logits_V.double().log_softmax(0)
+    encoder = strangers.tokenizer()
+    ids = [[i for i in encoder(text)["input_ids"] if i != encoder.eos_token_id] for text in TEXTS]
+    np.testing.assert_allclose(found.nats_N, [nats_V[i].sum() for i in ids], rtol=1e-6)
+    np.testing.assert_array_equal(found.tokens_N, [len(i) for i in ids])
+    bare = [text.replace(END_OF_TEXT, "") for text in TEXTS]
+    np.testing.assert_array_equal(found.bytes_N, [len(text) for text in bare])
+
+
+def test_perplexity_of_the_uniform_law_is_v(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = strangers.gpt2(tmp_path / "uniform")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    value, stderr = judge.perplexity(judged(folder, TEXTS, max_tokens=10))
+    assert value == pytest.approx(300, rel=1e-6)
+    assert stderr < 1e-3
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_batches_do_not_change_figures(folder: Path, batch: int) -> None:
+    alone = judged(folder, TEXTS, max_tokens=9, batch=1)
+    together = judged(folder, TEXTS, max_tokens=9, batch=batch)
+    np.testing.assert_allclose(together.nats_N, alone.nats_N, rtol=1e-5)
+    np.testing.assert_array_equal(together.tokens_N, alone.tokens_N)
+
+
+def test_windows_of_a_long_text_by_hand(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    size = 8
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    encoder = strangers.tokenizer()
+    text = tiny.documents(1)[0] * 3
+    tokens = [encoder.bos_token_id, *encoder(text)["input_ids"]]
+    assert len(tokens) > 3 * size
+    nats = 0.0
+    for target in range(1, len(tokens)):
+        # The first window of eight that ends at or behind what is predicted; they begin every four.
+        first = 0 if target <= size else math.ceil((target - size) / 4) * 4
+        context = torch.tensor([tokens[first:target]])
+        assert target <= size or 5 <= context.shape[1] <= size
+        with torch.no_grad():
+            logits_V = model(input_ids=context).logits[0, -1].double()
+        nats -= logits_V.log_softmax(0)[tokens[target]].item()
+    found = judged(folder, [text], max_tokens=size)
+    assert found.nats_N[0] == pytest.approx(nats, rel=1e-5)
+    assert found.tokens_N[0] == len(tokens) - 1
+
+
+@given(count=st.integers(1, 60), size=st.integers(2, 20))
+def test_windows_predict_every_token_once(count: int, size: int) -> None:
+    tokens = list(range(count))
+    predicted = []
+    for window, done in windows(tokens, size):
+        assert len(window) <= size + 1
+        assert window == tokens[window[0] : window[0] + len(window)]
+        fresh = window[1 + done :]
+        assert fresh
+        assert fresh[0] <= size or fresh[0] - window[0] > size // 2
+        predicted += fresh
+    assert predicted == tokens[1:]
+
+
+def test_ends_of_texts_are_context_alone(folder: Path) -> None:
+    plain, marked, both = judged(
+        folder, ["forty", f"{END_OF_TEXT}forty", f"forty{END_OF_TEXT}"], max_tokens=20
+    ).nats_N
+    assert plain == pytest.approx(marked, rel=1e-6)
+    assert plain == pytest.approx(both, rel=1e-6)
+    split, joined = judged(folder, [f"one{END_OF_TEXT}one", "oneone"], max_tokens=20).nats_N
+    assert split != pytest.approx(joined, rel=1e-3)
+
+
+def test_the_mark_is_read_as_the_judges_own(tmp_path: Path) -> None:
+    encoder = strangers.tokenizer()
+    folder = strangers.gpt2(tmp_path / "gpt2")
+    text = (folder / "tokenizer.json").read_text().replace(END_OF_TEXT, "</s>")
+    (folder / "tokenizer.json").write_text(text)
+    settings = (folder / "tokenizer_config.json").read_text().replace(END_OF_TEXT, "</s>")
+    (folder / "tokenizer_config.json").write_text(settings)
+    found = judged(folder, [f"one{END_OF_TEXT}two", "one</s>two"], max_tokens=20)
+    assert found.tokens_N.tolist() == [len(encoder("one")[0]) + len(encoder("two")[0])] * 2
+    assert found.nats_N[0] == found.nats_N[1]
+    assert found.bytes_N.tolist() == [6, 6]
+
+
+def test_a_model_that_sees_its_targets_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    encoder = strangers.tokenizer()
+    settings = BertConfig(
+        vocab_size=len(encoder), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=48, initializer_range=0.3,
+    )  # fmt: skip
+    folder = strangers.save(BertForMaskedLM(settings), encoder, tmp_path / "bert")
+    with pytest.raises(DataError, match="sees the tokens that it is to predict"):
+        judged(folder, ["one"], max_tokens=20)
+
+
+def test_a_model_of_another_trade_is_refused(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    folder = strangers.save(
+        T5ForConditionalGeneration(settings), strangers.tokenizer(), tmp_path / "t5"
+    )
+    with pytest.raises(DataError, match="of type t5, which is not a causal one"):
+        HubJudge(model=str(folder), max_tokens=20).check("")
+
+
+def test_a_causal_folder_is_checked(folder: Path) -> None:
+    HubJudge(model=str(folder), max_tokens=20).check("")
+
+
+# --- a model of our own --------------------------------------------------------------------------
+
+
+def own(kind: str, spoil: Callable[[Denoiser], Any] = lambda denoiser: None) -> Model:
+    vocabulary = Vocabulary.char()
+    backbone = DiTConfig(
+        tokens=vocabulary.size, width=16, blocks=2, heads=2, cond_dim=8, causal=kind == "ar"
+    )
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=8))
+    with torch.no_grad():
+        spoil(denoiser)
+    return Model(denoiser=denoiser, vocabulary=vocabulary, kind=kind, length=12, address=kind)
+
+
+def uniform(denoiser: Denoiser) -> None:
+    for parameter in denoiser.backbone.head:
+        parameter.zero_()
+
+
+def test_own_uniform_model_gives_v_and_counts_every_token() -> None:
+    tokens_NL = np.random.default_rng(0).integers(0, 28, (5, 12)).astype(np.uint16)
+    texts = [Vocabulary.char().decode(row) for row in tokens_NL.tolist()]
+    found = OwnJudge(model="ar", batch=2).load("cpu", lambda _: own("ar", uniform))(
+        texts, tokens_NL
+    )
+    np.testing.assert_allclose(found.nats_N, 12 * math.log(28), rtol=1e-6)
+    assert found.tokens_N.tolist() == [12] * 5
+    assert found.bytes_N.tolist() == (tokens_NL != 27).sum(1).tolist()
+    assert judge.perplexity(found).value == pytest.approx(28, rel=1e-6)
+
+
+def test_own_judge_multiplies_conditionals() -> None:
+    model = own("ar")
+    tokens_NL = np.random.default_rng(1).integers(0, 28, (3, 12))
+    found = OwnJudge(model="ar").load("cpu", lambda _: model)(["x"] * 3, tokens_NL)
+    tokens_BL = torch.from_numpy(tokens_NL)
+    nats_B = torch.zeros(3, dtype=torch.float64)
+    for place in range(12):
+        known_BL = (torch.arange(12) < place).expand(3, -1)
+        with torch.no_grad():
+            state = State.from_tokens(model.denoiser.table_VD, tokens_BL, known_BL)
+            log_probs_BV = model.denoiser(state).log_probs()[:, place].double()
+        nats_B += F.nll_loss(log_probs_BV, tokens_BL[:, place], reduction="none")
+    np.testing.assert_allclose(found.nats_N, nats_B.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "dsl"])
+def test_only_ar_models_judge(kind: str) -> None:
+    with pytest.raises(DataError, match=f"{kind} is a {kind} model, and only an ar model"):
+        OwnJudge(model=kind).load("cpu", own)
+
+
+def test_own_judge_opens_its_model_alone() -> None:
+    assert OwnJudge(model="runs/ar").addresses() == ("runs/ar",)
+    assert HubJudge().addresses() == ()
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_figures_are_of_all_texts_together() -> None:
+    found = Judged(np.array([2.0, 9.0]), np.array([1, 2]), np.array([4, 7]))
+    assert judge.perplexity(found).value == pytest.approx(math.exp(11 / 3))
+    assert judge.bits_per_byte(found).value == pytest.approx(11 / 11 / math.log(2))
+    empty = Judged(np.zeros(2), np.zeros(2, int), np.zeros(2, int))
+    assert math.isnan(judge.perplexity(empty).value)
+    assert math.isnan(judge.bits_per_byte(empty).value)
+
+
+def test_the_error_is_that_of_repeated_draws() -> None:
+    rng = np.random.default_rng(0)
+
+    def draw() -> Judged:
+        tokens_N = rng.integers(5, 50, 400)
+        nats_N = tokens_N * 2.0 + rng.normal(0, 3, 400) * np.sqrt(tokens_N)
+        return Judged(nats_N, tokens_N, 4 * tokens_N)
+
+    for figure in (judge.perplexity, judge.bits_per_byte):
+        scores = [figure(draw()) for _ in range(300)]
+        spread = np.std([score.value for score in scores])
+        assert np.mean([score.stderr for score in scores]) == pytest.approx(spread, rel=0.15)
