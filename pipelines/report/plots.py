@@ -1,83 +1,219 @@
-"""The plots of an evaluation, as PNG bytes."""
+"""The plots of models and samplers, as PNG bytes; None where there is nothing to draw.
+
+Rows are those of the tables: a value that is absent, None or NaN was not measured and leaves a
+gap. Standard errors lie under the value's key and `_stderr`.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+import itertools
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from pipelines.report.drawing import (
+    COLOURS,
+    CURVES,
+    GREY,
+    curve,
+    groups,
+    measured,
+    numbers,
+    panels,
+    styles,
+    widen,
+)
+from pipelines.report.tables import Row, Rows, number
 
-Rows = Sequence[Mapping[str, Any]]
+Bounds = tuple[float, float]
 
 # What of a journal is drawn, and how.
-CURVES: Mapping[str, Mapping[str, Any]] = {
-    "loss": {"lw": 0.7, "alpha": 0.6},
-    "validation/loss": {"marker": "o", "ms": 4},
-}
+JOURNAL = MappingProxyType(
+    {
+        "loss": {"color": COLOURS[0], "lw": 0.7, "alpha": 0.7},
+        "validation/loss": {"color": COLOURS[1], "marker": "o", "ms": 4},
+    }
+)
 
 
-def losses(runs: Mapping[str, Rows]) -> bytes:
+def losses(journals: Mapping[str, Rows]) -> bytes | None:
     """Training and validation loss by step, a panel for each run's journal."""
-    figure = _figure(width=4.5 * len(runs))
-    panels = figure.subplots(1, len(runs), squeeze=False)[0]
-    for axes, (name, journal) in zip(panels, runs.items(), strict=True):
-        for key, style in CURVES.items():
-            rows = [row for row in journal if key in row]
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=key, **style)
-        axes.set(title=name, xlabel="step", ylabel="nats per token")
-        axes.legend()
-    return _png(figure)
+    journals = {
+        name: rows
+        for name, rows in journals.items()
+        if any(measured(rows, "step", key) for key in JOURNAL)
+    }
+    if not journals:
+        return None
+    made = panels(list(journals), width=4.5, columns=3, share=False)
+    for axes, journal in zip(made.axes, journals.values(), strict=True):
+        for key, line in JOURNAL.items():
+            if rows := measured(journal, "step", key):
+                curve(axes, rows, "step", key, label=key, **line)
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.legend(fontsize="small")
+    return made.png()
 
 
-def quality(samples: Rows, anchors: Mapping[str, float]) -> bytes:
-    """The share of known words against calls, with horizontal lines for what is not sampled."""
-    figure = _figure(width=8)
-    axes = figure.subplots()
-    for name, rows in _by(samples, "model", "path"):
-        calls, shares = [r["calls"] for r in rows], [r["words"] for r in rows]
-        errors = [row["words_stderr"] for row in rows]
-        axes.errorbar(calls, shares, yerr=errors, marker="o", capsize=3, label=name)
-    for name, share in anchors.items():
-        axes.axhline(share, color="0.5", ls=":")
-        axes.annotate(name, (1, share), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes.set(xlabel="calls", ylabel="share of words in the corpus", ylim=(0, 1))
-    figure.legend(loc="outside right upper", fontsize="small")
-    return _png(figure)
+def quality(
+    rows: Rows,
+    key: str,
+    *,
+    label: str,
+    bounds: Bounds | None = None,
+    anchors: Mapping[str, float] = MappingProxyType({}),
+) -> bytes | None:
+    """A figure of merit against calls, with standard errors: a curve for each model and path, and
+    for a hybrid path (rows with a `split`) one for each number of continuous calls.
+
+    A panel for each model where one for all would be crowded. `anchors` are lines across. Without
+    `bounds` an axis of values that span much is logarithmic.
+    """
+    rows = measured(rows, "calls", key)
+    if not rows:
+        return None
+    curves = groups(rows, lambda row: f"{row['model']} {_way(row)}")
+    parted = len(curves) > CURVES
+    of_model = groups(rows, lambda row: row["model"]) if parted else {"": rows}
+    name = _way if parted else lambda row: f"{row['model']} {_way(row)}"
+    lines = styles(map(name, rows))
+    lengths = map(len, [*lines, *anchors])
+    made = panels(
+        list(of_model), width=3.4 if parted else 5.5, columns=3, beside=0.5 + 0.075 * max(lengths)
+    )
+    anchors = {key: value for key, value in anchors.items() if math.isfinite(number(value))}
+    for axes, part in zip(made.axes, of_model.values(), strict=True):
+        for curve_name, of_curve in groups(part, name).items():
+            curve(axes, of_curve, "calls", key, label=curve_name, **lines[curve_name])
+        for (anchor, value), dashes in zip(anchors.items(), itertools.cycle((":", "-.", "--"))):
+            axes.axhline(value, color=GREY, ls=dashes, label=anchor)
+        axes.set(xlabel="calls")
+        axes.grid(alpha=0.3)
+    values = [number(row[key]) for row in rows]
+    for axes in made.axes[:1]:  # the others share its axes
+        widen(axes.xaxis, [number(row["calls"]) for row in rows])
+        if bounds:
+            axes.set_ylim(*bounds)
+        else:
+            widen(axes.yaxis, [*values, *anchors.values()])
+    made.figure.supylabel(label, fontsize="medium")
+    made.legend()
+    return made.png()
 
 
-def errors_by_snr(states: Rows) -> bytes:
+def splits(rows: Rows, key: str, *, label: str) -> bytes | None:
+    """A figure of merit of hybrid paths: continuous calls down, endpoint calls across."""
+    import numpy as np
+
+    rows = [row for row in measured(rows, key) if row.get("split")]
+    if not rows:
+        return None
+    continuous, endpoint = (sorted({row["split"][i] for row in rows}) for i in (0, 1))
+    parts = groups(rows, lambda row: f"{row['model']} {row['path']}")
+    size = {"width": 1.6 + 0.75 * len(endpoint), "height": 1.2 + 0.45 * len(continuous)}
+    made = panels(list(parts), **size, beside=0.9)
+    values = numbers(row[key] for row in rows)
+    low, high = min(values), max(values)
+    for axes, part in zip(made.axes, parts.values(), strict=True):
+        grid = np.full((len(continuous), len(endpoint)), math.nan)
+        for row in part:
+            at = continuous.index(row["split"][0]), endpoint.index(row["split"][1])
+            grid[at] = number(row[key])
+            # White on the dark half of the colours, black on the light one.
+            ink = "white" if grid[at] <= (low + high) / 2 else "black"
+            axes.text(at[1], at[0], f"{grid[at]:.3g}", ha="center", va="center", color=ink)
+        image = axes.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        axes.set_xticks(range(len(endpoint)), map(str, endpoint))
+        axes.set_yticks(range(len(continuous)), map(str, continuous))
+        axes.set(xlabel="endpoint calls", ylabel="continuous calls")
+    made.figure.colorbar(image, ax=made.axes, label=label)
+    return made.png()
+
+
+def reliability(rows: Rows) -> bytes | None:
+    """Accuracy against confidence by SNR, models side by side; the diagonal is honest (004 fig. 4).
+
+    The area of a dot is the share of predictions in its bin; legends hold the expected
+    calibration error.
+    """
+    rows = [row for row in measured(rows, "gamma") if any(row.get("count") or ())]
+    if not rows:
+        return None
+    lines = styles(row["model"] for row in rows)
+    by_gamma = dict(sorted(groups(rows, lambda row: row["gamma"]).items()))
+    made = panels([f"SNR {gamma:g}" for gamma in by_gamma], width=3.0)
+    for axes, part in zip(made.axes, by_gamma.values(), strict=True):
+        axes.plot((0, 1), (0, 1), color=GREY, ls=":", lw=1)
+        for row in part:
+            look = lines[row["model"]]
+            confidence, accuracy = numbers(row["confidence"]), numbers(row["accuracy"])
+            counts = numbers(row["count"])
+            filled = [
+                i
+                for i, values in enumerate(zip(confidence, accuracy, counts, strict=True))
+                if all(map(math.isfinite, values)) and counts[i] > 0
+            ]
+            x, y = [confidence[i] for i in filled], [accuracy[i] for i in filled]
+            label = f"{row['model']}: ECE {number(row.get('ece')):.3f}"
+            axes.plot(x, y, color=look["color"], ls=look["ls"], lw=1.2, label=label)
+            area = [8 + 80 * counts[i] / sum(counts) for i in filled]
+            axes.scatter(x, y, s=area, color=look["color"], marker=look["marker"])
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+        axes.legend(fontsize="x-small", loc="best")
+    return made.png()
+
+
+def nll(rows: Rows) -> bytes | None:
+    """Nats per token against gamma* of the hybrid bound, with standard errors (003 eq. 5).
+
+    Rows without a `gamma_star` are lines across, in the colour of their model: give those that
+    the bound is to be compared with.
+    """
+    rows = measured(rows, "nats_per_token")
+    bounds = measured(rows, "gamma_star")
+    if not bounds:
+        return None
+    made = panels([""], width=5.5, beside=2.0)
+    (axes,) = made.axes
+    lines = styles(row["model"] for row in rows)
+    for (model, view), part in groups(bounds, _view).items():
+        curve(axes, part, "gamma_star", "nats_per_token", label=f"{model} {view}", **lines[model])
+    for row in rows:
+        if row not in bounds:
+            label = " ".join(_view(row))
+            color = lines[row["model"]]["color"]
+            axes.axhline(row["nats_per_token"], color=color, ls=":", label=label)
+    widen(axes.xaxis, [row["gamma_star"] for row in bounds])
+    axes.set(xlabel="gamma*", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    made.legend()
+    return made.png()
+
+
+def errors_by_snr(rows: Rows) -> bytes | None:
     """Cross-entropy and squared error against SNR."""
-    figure = _figure(width=9)
-    left, right = figure.subplots(1, 2)
-    for name, rows in _by(states, "model"):
-        gammas = [row["gamma"] for row in rows]
-        for axes, key in ((left, "nats"), (right, "squared_error")):
-            values, errors = ([row[k] for row in rows] for k in (key, f"{key}_stderr"))
-            axes.errorbar(gammas, values, yerr=errors, marker="o", capsize=3, label=name)
-    left.set(xscale="log", xlabel="SNR", ylabel="cross-entropy, nats per token")
-    right.set(xscale="log", xlabel="SNR", ylabel="E(SNR) = |x - x̂|²")
-    right.ticklabel_format(axis="y", useOffset=False)
-    left.legend()
-    return _png(figure)
+    ways = {"nats": "cross-entropy, nats per token", "squared_error": "E(SNR) = |x - x̂|²"}
+    rows = measured(rows, "gamma")
+    if not any(measured(rows, key) for key in ways):
+        return None
+    lines = styles(row["model"] for row in rows)
+    made = panels(["", ""], width=4.2, height=3.4, beside=1.0, share=False)
+    for axes, (key, label) in zip(made.axes, ways.items(), strict=True):
+        seen = measured(rows, key)
+        for model, part in groups(seen, lambda row: row["model"]).items():
+            curve(axes, part, "gamma", key, label=model, **lines[model])
+        widen(axes.xaxis, [row["gamma"] for row in seen])
+        axes.set(xlabel="SNR", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", useOffset=False)
+    made.legend()
+    return made.png()
 
 
-def _by(rows: Rows, *keys: str) -> Iterable[tuple[str, list[Mapping[str, Any]]]]:
-    def name(row: Mapping[str, Any]) -> str:
-        return " ".join(str(row[key]) for key in keys)
-
-    return [(key, list(group)) for key, group in groupby(rows, name)]
+def _view(row: Row) -> tuple[str, str]:
+    return row["model"], str(row.get("view", "")).replace("_", " ")
 
 
-def _figure(width: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, 3.8), layout="constrained")  # Agg, and no global state
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+def _way(row: Row) -> str:
+    """A path; a hybrid one with its continuous calls, since walks of one sum may differ."""
+    return f"{row['path']} {row['split'][0]} | ·" if row.get("split") else str(row["path"])

@@ -1,0 +1,141 @@
+"""What all plots share: paper, panels, curves that can be told apart, and curves with errors.
+
+Figures are made without pyplot, so nothing is global and any thread may draw.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from pipelines.report.tables import STDERR, Row, Rows, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+T = TypeVar("T", bound=Hashable)
+
+# The colours of Okabe and Ito, which the colour-blind can tell apart, without the yellow that
+# nobody can see on white. Markers and dashes tell the curves apart in grey, and beyond seven.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vP*X"
+DASHES = ("-", "--", ":")
+GREY = "0.45"
+CURVES = 8  # in one panel; more are parted
+COLUMNS = 4  # panels side by side
+SPAN = 8  # the ratio of values from which an axis is logarithmic
+
+
+class Panels(NamedTuple):
+    """A figure and its panels, row by row."""
+
+    figure: Figure
+    axes: list[Axes]
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=120)
+        return buffer.getvalue()
+
+    def legend(self) -> None:
+        """One for all panels, beside them: it can cover nothing. Each name stands there once."""
+        handles = {
+            label: handle
+            for axes in self.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        width, height = self.figure.get_size_inches()
+        self.figure.set_size_inches(width, max(height, 0.19 * len(handles) + 0.4))
+        self.figure.legend(
+            list(handles.values()), list(handles), loc="outside right upper", fontsize="small"
+        )
+
+
+def panels(
+    titles: Sequence[str],
+    *,
+    width: float,
+    height: float = 3.0,
+    columns: int = COLUMNS,
+    beside: float = 0.0,
+    share: bool | str = True,
+) -> Panels:
+    """A panel of `width` x `height` inches for each title, with room `beside` them for a legend.
+
+    `share` is what panels have in common of both axes, as matplotlib names it.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(titles))
+    lines = math.ceil(len(titles) / columns)
+    size = (width * columns + beside, height * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=share, sharey=share).ravel()
+    for axes, title in zip(grid, titles, strict=False):
+        axes.set_title(title, fontsize="medium")
+        axes.tick_params(labelsize="small", labelbottom=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(titles) :]:
+        axes.remove()
+    return Panels(figure, list(grid[: len(titles)]))
+
+
+def style(index: int) -> dict[str, Any]:
+    """Line and marker of a curve; different ones for the first 56."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": DASHES[index // len(COLOURS) % len(DASHES)],
+        "ms": 4,
+        "lw": 1.3,
+    }
+
+
+def styles(names: Iterable[T]) -> dict[T, dict[str, Any]]:
+    """One for each name, in order of appearance."""
+    return {name: style(index) for index, name in enumerate(dict.fromkeys(names))}
+
+
+def groups(rows: Iterable[Row], name: Callable[[Row], T]) -> dict[T, list[Row]]:
+    """Rows by name, both in order of appearance."""
+    found: dict[T, list[Row]] = {}
+    for row in rows:
+        found.setdefault(name(row), []).append(row)
+    return found
+
+
+def measured(rows: Iterable[Row], *keys: str) -> list[Row]:
+    """The rows that have a finite number under every key."""
+    return [row for row in rows if all(math.isfinite(number(row.get(key))) for key in keys)]
+
+
+def numbers(values: Iterable[Any]) -> list[float]:
+    return [number(value) for value in values]
+
+
+def curve(axes: Axes, rows: Rows, x: str, y: str, **line: Any) -> None:
+    """``y`` against ``x``, in order of ``x``, with standard errors where there are any."""
+    rows = sorted(rows, key=lambda row: number(row[x]))
+    errors = numbers(row.get(y + STDERR) for row in rows)
+    # All errors missing would still draw a bar of no height into the legend.
+    given = (
+        {"yerr": errors, "capsize": 2.5, "elinewidth": 1} if any(map(math.isfinite, errors)) else {}
+    )
+    axes.errorbar(numbers(row[x] for row in rows), numbers(row[y] for row in rows), **given, **line)
+
+
+def widen(axis: Axis, values: Iterable[float]) -> None:
+    """Make an axis logarithmic where its values are positive and span more than `SPAN`."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    values = list(values)
+    if not values or min(values) <= 0 or max(values) <= SPAN * min(values):
+        return
+    axis._set_axes_scale("log")
+    axis.set_major_locator(LogLocator(base=2 if max(values) < 2**10 * min(values) else 10))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())

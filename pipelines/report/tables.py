@@ -1,0 +1,76 @@
+"""Tables: plain rows, and columns that say how a value is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+STDERR = "_stderr"  # ends the key of a value's standard error
+BOUND = "_bound"  # ends the key that says whether a value is an upper bound
+SKIPPED = "skipped"  # the key of the reason why a row has no values
+NOTHING = "–"
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+
+def number(value: Any) -> float:
+    """NaN for what was not measured."""
+    return math.nan if value is None else float(value)
+
+
+class Column(NamedTuple):
+    """The values under `key`, shown in the format `show`, each with its error if it has one."""
+
+    key: str
+    title: str
+    show: str = ""
+
+    def cell(self, row: Row) -> str:
+        value, error = row.get(self.key), number(row.get(self.key + STDERR))
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return NOTHING
+        shown = f"{value:{self.show}}" if isinstance(value, int | float) else str(value)
+        sign = "≤ " if row.get(self.key + BOUND) else ""
+        return sign + shown + ("" if math.isnan(error) else f" ± {error:{self.show}}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows under a title. A row that was skipped has its reason where its values would begin."""
+
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    rows: Rows
+
+    def cells(self) -> list[list[str]]:
+        """Heads first. A reason is the last cell of its row and stands for all the others."""
+        return [[column.title for column in self.columns], *map(self._cells, self.rows)]
+
+    def _cells(self, row: Row) -> list[str]:
+        if SKIPPED not in row:
+            return [column.cell(row) for column in self.columns]
+        return [*(c.cell(row) for c in self.columns if c.key in row), str(row[SKIPPED])]
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table whose columns are aligned, so that a terminal can show it too."""
+    head, *rows = [[_plain(cell) for cell in cells] for cells in table.cells()]
+    whole = [head, *(row for row in rows if len(row) == len(head))]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "".join(f"| {_aligned(line, widths)} |\n" for line in lines)
+
+
+def _plain(cell: str) -> str:
+    """On one line, and without what Markdown would take for the end of the cell."""
+    return " ".join(cell.replace("|", "\\|").splitlines())
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    last = sum(widths[len(cells) - 1 :]) + 3 * (len(widths) - len(cells))
+    padded = [cell.ljust(width) for cell, width in zip(cells[:-1], widths, strict=False)]
+    return " | ".join([*padded, cells[-1].ljust(last)])
