@@ -1,0 +1,367 @@
+"""The gate: what its intervals cover, which way each metric points, and what it lets through."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.evaluation import gate
+from pipelines.evaluation.gate import (
+    AnyMetric,
+    Decision,
+    Draws,
+    Entropy,
+    GateConfig,
+    GenerativePerplexity,
+    Likelihood,
+    Mauve,
+    Words,
+)
+
+N = 400
+TEXTS = {"path": "masked", "budget": 8}
+NATS = Likelihood()
+
+
+@dataclass
+class Made:
+    """Scores from arrays by model; `asked` keeps what k-means would have got."""
+
+    nats_N: dict[str, np.ndarray] = field(default_factory=dict)
+    judged_2N: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    words_2N: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    entropies_N: dict[str, np.ndarray] = field(default_factory=dict)
+    features_NF: dict[str, np.ndarray] = field(default_factory=dict)
+    asked: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
+
+    def nats(self, model: str, view: str) -> np.ndarray:
+        assert view == "endpoint_bound"
+        return self.nats_N[model]
+
+    def judged(self, model: str, path: str, budget: int) -> tuple[np.ndarray, np.ndarray]:
+        assert (path, budget) == ("masked", 8)
+        return self.judged_2N[model]
+
+    def words(self, model: str, path: str, budget: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.words_2N[model]
+
+    def entropies(self, model: str, path: str, budget: int) -> np.ndarray:
+        return self.entropies_N[model]
+
+    def features(self, model: str, path: str, budget: int) -> np.ndarray:
+        return self.features_NF[model]
+
+    def reference_entropies(self) -> np.ndarray:
+        return self.entropies_N["real"]
+
+    def reference_features(self) -> np.ndarray:
+        return self.features_NF["real"]
+
+    def mauve(self, p_NF: np.ndarray, q_NF: np.ndarray, seed: int) -> float:
+        """A stand-in: less the further apart the means are."""
+        self.asked.append((p_NF, q_NF, seed))
+        return float(np.exp(-np.abs(p_NF.mean(0) - q_NF.mean(0)).sum()))
+
+
+def decide(scores: Made, metric: AnyMetric, *guards: AnyMetric, seed: int = 0) -> Decision:
+    config = GateConfig(model="new", metric=metric, guards=guards, resamples=200)
+    return gate.compare(scores, config, candidate="new", other="old", seed=seed)
+
+
+def noise(seed: int, size: int = N) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=size)
+
+
+def nats(better_by: float) -> Made:
+    """Rows differ by far more than the models do: only in pairs can that be seen."""
+    rows_N = 5 + noise(0)
+    return Made(nats_N={"old": rows_N, "new": rows_N - better_by + 0.1 * noise(1)})
+
+
+# --- the interval --------------------------------------------------------------------------------
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    config = GateConfig(model="new", metric=NATS, confidence=0.9, resamples=200)
+    covered, runs, truth = 0, 300, 0.3
+    for seed in range(runs):
+        rows_N = noise(2 * seed, 80)
+        new_N = rows_N - truth + noise(2 * seed + 1, 80)
+        scores = Made(nats_N={"old": rows_N, "new": new_N})
+        found = gate.compare(scores, config, candidate="new", other="old", seed=seed).metric
+        covered += found.low <= truth <= found.high
+    # Four standard errors of a share of 0.9, and what percentiles of 80 rows fall short by.
+    assert 0.9 - 0.07 - 0.02 < covered / runs < 0.9 + 0.07
+
+
+def test_the_interval_is_that_of_the_textbook() -> None:
+    scores = nats(better_by=0.05)
+    found = decide(scores, NATS).metric
+    differences_N = scores.nats_N["old"] - scores.nats_N["new"]
+    assert found.difference == pytest.approx(differences_N.mean())
+    assert found.candidate == pytest.approx(scores.nats_N["new"].mean())
+    width = 2 * 1.96 * differences_N.std(ddof=1) / math.sqrt(N)
+    assert found.high - found.low == pytest.approx(width, rel=0.2)
+
+
+@given(seed=st.integers(0, 2**64 - 1))
+def test_the_same_seed_draws_the_same(seed: int) -> None:
+    draws, again = Draws(seed, 30), Draws(seed, 30)
+    rows_RN = draws.rows(7)
+    assert rows_RN.shape == (31, 7)
+    assert rows_RN[0].tolist() == list(range(7))
+    assert set(np.unique(rows_RN)) <= set(range(7))
+    assert (again.rows(7) == rows_RN).all()
+    assert again.seeds() == draws.seeds()
+    assert all(0 <= number < 2**31 for number in draws.seeds())
+    assert not (draws.references(7)[1:] == rows_RN[1:]).all()
+    assert not (Draws(seed ^ 1, 30).rows(7)[1:] == rows_RN[1:]).all()
+
+
+def test_the_draws_are_pinned() -> None:
+    """A decision can be made again only as long as these stay."""
+    assert Draws(3, 2).rows(5)[1:].tolist() == [[0, 4, 0, 1, 0], [4, 2, 0, 0, 0]]
+
+
+def test_every_row_is_as_likely() -> None:
+    times = np.bincount(Draws(1, 4000).rows(5)[1:].ravel()) / 4000
+    assert times == pytest.approx(np.ones(5), abs=0.08)
+
+
+def test_resampled_ratios_are_of_sums() -> None:
+    parts, wholes = np.array([1.0, 0.0, 6.0]), np.array([2.0, 0.0, 8.0])
+    rows = np.array([[0, 1, 2], [0, 0, 2], [1, 1, 1]])
+    ratios = gate.ratios(parts, wholes, rows)
+    assert ratios[:2] == pytest.approx([7 / 10, 8 / 12])
+    assert math.isnan(ratios[2])
+    assert gate.means(parts, rows) == pytest.approx([7 / 3, 8 / 3, 0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=2, max_size=12))
+def test_resampled_ratios_equal_direct_computation(rows: list[tuple[int, int]]) -> None:
+    parts_N, wholes_N = np.array(rows).T
+    rows_RN = Draws(5, 20).rows(len(rows))
+    direct = [parts_N[n].sum() / wholes_N[n].sum() for n in rows_RN]
+    assert gate.ratios(parts_N, wholes_N, rows_RN) == pytest.approx(direct)
+
+
+# --- each metric points the right way ------------------------------------------------------------
+
+
+def judged(better_by: float) -> Made:
+    tokens_N = np.random.default_rng(3).integers(5, 50, N)
+    nats_N = tokens_N * (3 + 0.2 * noise(4))
+    new = nats_N - better_by * tokens_N
+    return Made(judged_2N={"old": (nats_N, tokens_N), "new": (new, tokens_N)})
+
+
+def words(better_by: float) -> Made:
+    draws = np.random.default_rng(5)
+    all_N = draws.integers(5, 30, N)
+    counts = {"old": draws.binomial(all_N, 0.6), "new": draws.binomial(all_N, 0.6 + better_by)}
+    return Made(words_2N={model: (known_N, all_N) for model, known_N in counts.items()})
+
+
+def entropies(better_by: float, *, side: int) -> Made:
+    """Texts as far from real ones as 1, less by what is better, on either side of them."""
+    far = {"real": 0.0, "old": 1.0, "new": 1.0 - better_by}
+    rows_N = 0.1 * noise(6)
+    return Made(entropies_N={model: 4 + side * off + rows_N for model, off in far.items()})
+
+
+def features(better_by: float) -> Made:
+    rows_NF = np.random.default_rng(7).normal(size=(N, 3))
+    off = {"real": 0.0, "old": 0.5, "new": 0.5 - better_by}
+    return Made(features_NF={model: rows_NF + value for model, value in off.items()})
+
+
+@pytest.mark.parametrize(
+    ("metric", "make"),
+    [
+        (NATS, nats),
+        (GenerativePerplexity(**TEXTS), judged),
+        (Words(**TEXTS), words),
+        (Entropy(**TEXTS), partial(entropies, side=1)),
+        (Entropy(**TEXTS), partial(entropies, side=-1)),
+        (Mauve(**TEXTS, resamples=40), features),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_better_is_accepted_and_worse_or_the_same_is_not(metric: AnyMetric, make) -> None:
+    better = decide(make(0.1), metric)
+    assert better.accepted
+    assert better.metric.verdict == "better"
+    assert better.metric.low <= better.metric.difference <= better.metric.high
+    assert "new becomes champion over old: better in " in better.why
+    worse = decide(make(-0.1), metric)
+    assert not worse.accepted
+    assert worse.metric.verdict == "worse"
+    assert "new does not replace old: worse in " in worse.why
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_identical_models_are_never_accepted(seed: int) -> None:
+    def same(values: dict) -> dict:
+        return values | {"new": values["old"]}
+
+    scores = Made(
+        nats_N=same(nats(0).nats_N),
+        judged_2N=same(judged(0).judged_2N),
+        words_2N=same(words(0).words_2N),
+        entropies_N=same(entropies(0, side=1).entropies_N),
+        features_NF=same(features(0).features_NF),
+    )
+    for metric in (
+        NATS,
+        *(kind(**TEXTS) for kind in (GenerativePerplexity, Words, Entropy, Mauve)),
+    ):
+        decision = decide(scores, metric, seed=seed)
+        assert not decision.accepted
+        interval = decision.metric
+        assert (interval.low, interval.difference, interval.high) == (0, 0, 0)
+        assert interval.verdict == "undecided"
+
+
+def test_chance_alone_is_seldom_accepted() -> None:
+    accepted = 0
+    for seed in range(200):
+        rows_N = noise(seed)
+        scores = Made(nats_N={"old": rows_N, "new": rows_N + noise(1000 + seed)})
+        accepted += decide(scores, NATS, seed=seed).accepted
+    assert accepted <= 14  # 2.5 % of 200 are 5; more than 14 come one time in a thousand
+
+
+def test_the_perplexity_is_that_of_all_tokens() -> None:
+    scores = judged(0.1)
+    nats_N, tokens_N = scores.judged_2N["new"]
+    found = decide(scores, GenerativePerplexity(**TEXTS)).metric
+    assert found.candidate == pytest.approx(math.exp(nats_N.sum() / tokens_N.sum()))
+
+
+def test_entropy_is_measured_against_real_text_not_as_such() -> None:
+    over = Made(
+        entropies_N={
+            "real": 4 + 0 * noise(1),
+            "old": 3.9 + 0.01 * noise(2),
+            "new": 4.5 + 0 * noise(3),
+        }
+    )
+    assert decide(over, Entropy(**TEXTS)).metric.verdict == "worse"
+
+
+# --- MAUVE ---------------------------------------------------------------------------------------
+
+
+def test_mauve_resamples_both_models_alike() -> None:
+    """Rows are their own features here, so what k-means gets shows which were taken."""
+    scores = Made(
+        features_NF={
+            "old": np.arange(6.0)[:, None],
+            "new": 100 + np.arange(6.0)[:, None],
+            "real": 1000 + np.arange(4.0)[:, None],
+        }
+    )
+    decide(scores, Mauve(**TEXTS, resamples=20), seed=9)
+    assert len(scores.asked) == 2 * (1 + 20)
+    new, old = scores.asked[:21], scores.asked[21:]
+    for (p_NF, q_MF, seed), (other_NF, same_MF, same_seed) in zip(new, old, strict=True):
+        np.testing.assert_array_equal(p_NF - 100, other_NF)
+        np.testing.assert_array_equal(q_MF, same_MF)
+        assert seed == same_seed
+        assert set(q_MF.ravel()) <= set(range(1000, 1004))
+    assert new[0][0].ravel().tolist() == list(range(100, 106))
+    assert len({seed for *_, seed in new}) == 21
+    assert len({tuple(p_NF.ravel()) for p_NF, *_ in new}) > 15
+    assert len({tuple(q_MF.ravel()) for _, q_MF, _ in new}) > 15
+
+
+# --- guards --------------------------------------------------------------------------------------
+
+
+def test_a_guard_that_is_worse_vetoes() -> None:
+    scores = replace(nats(0.1), entropies_N=entropies(-0.1, side=1).entropies_N)
+    decision = decide(scores, NATS, Entropy(**TEXTS))
+    assert decision.metric.verdict == "better"
+    assert not decision.accepted
+    assert decision.why.startswith("new does not replace old: worse in entropy of masked 8: 1.1 ")
+    assert "at 95%" in decision.why
+
+
+def test_a_guard_that_cannot_tell_lets_pass() -> None:
+    scores = replace(nats(0.1), entropies_N=entropies(0.0, side=1).entropies_N)
+    decision = decide(scores, NATS, Entropy(**TEXTS))
+    assert decision.guards[0].verdict == "undecided"
+    assert decision.accepted
+
+
+def test_what_cannot_be_measured_is_not_let_pass() -> None:
+    mute = {"old": (np.ones(N), np.ones(N)), "new": (np.zeros(N), np.zeros(N))}
+    scores = replace(nats(0.1), words_2N=mute)
+    decision = decide(scores, NATS, Words(**TEXTS))
+    assert not decision.accepted
+    assert "not measurable in words of masked 8" in decision.why
+    assert not decide(scores, Words(**TEXTS)).accepted
+
+
+def test_rows_that_cannot_be_paired() -> None:
+    scores = Made(nats_N={"new": noise(1, 5), "old": noise(2, 6)})
+    with pytest.raises(ValueError, match="6 rows cannot be paired with 5"):
+        decide(scores, NATS)
+
+
+# --- what is made of it --------------------------------------------------------------------------
+
+
+def test_a_decision_as_rows_and_as_json() -> None:
+    mute = {"old": (np.ones(N), np.ones(N)), "new": (np.zeros(N), np.zeros(N))}
+    decision = decide(replace(nats(0.1), words_2N=mute), NATS, Words(**TEXTS))
+    first, second = decision.rows()
+    assert first == {
+        "role": "metric",
+        "metric": "nats per token, endpoint_bound",
+        "candidate": decision.metric.candidate,
+        "other": decision.metric.other,
+        "difference": decision.metric.difference,
+        "low": decision.metric.low,
+        "high": decision.metric.high,
+        "verdict": "better",
+    }
+    assert (second["role"], second["metric"]) == ("guard", "words of masked 8")
+    tree = json.loads(json.dumps(decision.json(), allow_nan=False))
+    assert tree["accepted"] is False
+    assert tree["why"] == decision.why
+    assert tree["intervals"][0] == first
+    assert tree["intervals"][1]["low"] is None
+
+
+def test_the_same_seed_decides_the_same() -> None:
+    assert decide(nats(0.01), NATS, seed=4) == decide(nats(0.01), NATS, seed=4)
+    assert decide(nats(0.01), NATS, seed=4) != decide(nats(0.01), NATS, seed=5)
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 5}])
+def test_a_config_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GateConfig(model="new", metric=NATS, **wrong)
+    with pytest.raises(ValueError, match="resamples"):
+        Mauve(**TEXTS, resamples=1)
+
+
+def test_the_config_is_read_by_kind() -> None:
+    from pydantic import TypeAdapter
+
+    tree = {
+        "model": "dsl",
+        "metric": {"kind": "mauve", "path": "masked", "budget": 8},
+        "guards": [{"kind": "entropy", "path": "masked", "budget": 8}, {"kind": "likelihood"}],
+    }
+    found = TypeAdapter(GateConfig).validate_python(tree)
+    guards = (Entropy(**TEXTS), Likelihood(view="endpoint_bound"))
+    assert found == GateConfig(model="dsl", metric=Mauve(**TEXTS), guards=guards)
