@@ -30,6 +30,7 @@ class Metric(NamedTuple):
 MAUVE = Metric("mauve", "MAUVE ↑", ".3f", (0, 1))
 PERPLEXITY = Metric("perplexity", "Generative perplexity ↓", ".1f")
 WORDS = Metric("words", "Words in corpus ↑", ".3f", (0, 1))
+ENTROPY = Metric("entropy", "Entropy of a text, nats", ".3f")
 QUALITY = (MAUVE, PERPLEXITY, WORDS)
 
 # Views that bound the likelihood, by what they begin with, and the one that is it.

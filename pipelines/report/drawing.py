@@ -70,8 +70,8 @@ def panels(
     """
     from matplotlib.figure import Figure
 
-    columns = min(columns, len(titles))
     lines = math.ceil(len(titles) / columns)
+    columns = math.ceil(len(titles) / lines)
     size = (width * columns + beside, height * lines)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=share, sharey=share).ravel()
@@ -130,12 +130,12 @@ def curve(axes: Axes, rows: Rows, x: str, y: str, **line: Any) -> None:
 
 def widen(axis: Axis, values: Iterable[float]) -> None:
     """Make an axis logarithmic where its values are positive and span more than `SPAN`."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     values = list(values)
     if not values or min(values) <= 0 or max(values) <= SPAN * min(values):
         return
     axis._set_axes_scale("log")
     axis.set_major_locator(LogLocator(base=2 if max(values) < 2**10 * min(values) else 10))
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

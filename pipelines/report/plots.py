@@ -91,6 +91,7 @@ def quality(
         axes.grid(alpha=0.3)
     values = [number(row[key]) for row in rows]
     for axes in made.axes[:1]:  # the others share its axes
+        axes.xaxis.get_major_locator().set_params(integer=True)
         widen(axes.xaxis, [number(row["calls"]) for row in rows])
         if bounds:
             axes.set_ylim(*bounds)
@@ -101,8 +102,9 @@ def quality(
     return made.png()
 
 
-def splits(rows: Rows, key: str, *, label: str) -> bytes | None:
-    """A figure of merit of hybrid paths: continuous calls down, endpoint calls across."""
+def splits(rows: Rows, key: str, *, label: str, show: str = ".3g") -> bytes | None:
+    """A figure of merit of hybrid paths, in the format `show`: continuous calls down, endpoint
+    calls across."""
     import numpy as np
 
     rows = [row for row in measured(rows, key) if row.get("split")]
@@ -121,7 +123,7 @@ def splits(rows: Rows, key: str, *, label: str) -> bytes | None:
             grid[at] = number(row[key])
             # White on the dark half of the colours, black on the light one.
             ink = "white" if grid[at] <= (low + high) / 2 else "black"
-            axes.text(at[1], at[0], f"{grid[at]:.3g}", ha="center", va="center", color=ink)
+            axes.text(at[1], at[0], f"{grid[at]:{show}}", ha="center", va="center", color=ink)
         image = axes.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
         axes.set_xticks(range(len(endpoint)), map(str, endpoint))
         axes.set_yticks(range(len(continuous)), map(str, continuous))
@@ -136,7 +138,7 @@ def reliability(rows: Rows) -> bytes | None:
     The area of a dot is the share of predictions in its bin; legends hold the expected
     calibration error.
     """
-    rows = [row for row in measured(rows, "gamma") if any(row.get("count") or ())]
+    rows = [row for row in measured(rows, "gamma") if _bins(row)]
     if not rows:
         return None
     lines = styles(row["model"] for row in rows)
@@ -145,22 +147,23 @@ def reliability(rows: Rows) -> bytes | None:
     for axes, part in zip(made.axes, by_gamma.values(), strict=True):
         axes.plot((0, 1), (0, 1), color=GREY, ls=":", lw=1)
         for row in part:
-            look = lines[row["model"]]
-            confidence, accuracy = numbers(row["confidence"]), numbers(row["accuracy"])
-            counts = numbers(row["count"])
-            filled = [
-                i
-                for i, values in enumerate(zip(confidence, accuracy, counts, strict=True))
-                if all(map(math.isfinite, values)) and counts[i] > 0
-            ]
-            x, y = [confidence[i] for i in filled], [accuracy[i] for i in filled]
+            confidence, accuracy, counts = zip(*_bins(row), strict=True)
+            line = lines[row["model"]]
+            color = line["color"]
             label = f"{row['model']}: ECE {number(row.get('ece')):.3f}"
-            axes.plot(x, y, color=look["color"], ls=look["ls"], lw=1.2, label=label)
-            area = [8 + 80 * counts[i] / sum(counts) for i in filled]
-            axes.scatter(x, y, s=area, color=look["color"], marker=look["marker"])
+            axes.plot(confidence, accuracy, color=color, ls=line["ls"], lw=1.2, label=label)
+            area = [8 + 80 * count / sum(counts) for count in counts]
+            axes.scatter(confidence, accuracy, s=area, color=color, marker=line["marker"])
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         axes.legend(fontsize="x-small", loc="best")
     return made.png()
+
+
+def _bins(row: Row) -> list[tuple[float, ...]]:
+    """Confidence, accuracy and count of the bins that have all three."""
+    columns = (numbers(row.get(key) or ()) for key in ("confidence", "accuracy", "count"))
+    bins = zip(*columns, strict=False)
+    return [values for values in bins if all(map(math.isfinite, values)) and values[-1]]
 
 
 def nll(rows: Rows) -> bytes | None:
@@ -176,11 +179,12 @@ def nll(rows: Rows) -> bytes | None:
     made = panels([""], width=5.5, beside=2.0)
     (axes,) = made.axes
     lines = styles(row["model"] for row in rows)
-    for (model, view), part in groups(bounds, _view).items():
-        curve(axes, part, "gamma_star", "nats_per_token", label=f"{model} {view}", **lines[model])
+    for model, part in groups(bounds, lambda row: row["model"]).items():
+        label = f"{model} hybrid bound"
+        curve(axes, part, "gamma_star", "nats_per_token", label=label, **lines[model])
     for row in rows:
         if row not in bounds:
-            label = " ".join(_view(row))
+            label = f"{row['model']} {row['view']}".replace("_", " ")
             color = lines[row["model"]]["color"]
             axes.axhline(row["nats_per_token"], color=color, ls=":", label=label)
     widen(axes.xaxis, [row["gamma_star"] for row in bounds])
@@ -210,10 +214,6 @@ def errors_by_snr(rows: Rows) -> bytes | None:
     return made.png()
 
 
-def _view(row: Row) -> tuple[str, str]:
-    return row["model"], str(row.get("view", "")).replace("_", " ")
-
-
 def _way(row: Row) -> str:
     """A path; a hybrid one with its continuous calls, since walks of one sum may differ."""
-    return f"{row['path']} {row['split'][0]} | ·" if row.get("split") else str(row["path"])
+    return f"{row['path']} {row['split'][0]} + …" if row.get("split") else str(row["path"])

@@ -1,32 +1,46 @@
 """Plots of samples being made, step by step, as PNG bytes; None where there is nothing to draw.
 
-A row is a trace: lists of one number a step, None where there was nothing to measure.
+A row is a trace: lists of one number a step, None where there was nothing to measure. Of very
+many traces only the one with the largest budget is drawn for each model and path.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate, product
 from types import MappingProxyType
+from typing import NamedTuple
 
 from pipelines.report.drawing import COLOURS, CURVES, groups, numbers, panels, styles, widen
-from pipelines.report.tables import Row, Rows, number
+from pipelines.report.tables import Row, Rows
 
 SHARES = MappingProxyType({"masked": "0.82", "evidence": COLOURS[5], "revealed": COLOURS[0]})
-SHARPENING = MappingProxyType(
-    {
-        "max_prob": "max probability, mean",
-        "nucleus_size": "nucleus size, mean",
-        "entropy": "entropy in nats, mean",
-    }
+TRACES = 24  # in one plot; of more, only the longest of each path are drawn
+
+
+class Series(NamedTuple):
+    """A number a step of each trace; `wide` ones may need a logarithmic axis."""
+
+    label: str
+    of: Callable[[Row], list[float]]
+    wide: bool = False
+
+
+REMASKING = (
+    Series("remasked share", lambda row: numbers(row.get("remasked") or ())),
+    Series("rewrites per token", lambda row: list(accumulate(numbers(row.get("rewritten") or ())))),
 )
-Series = Callable[[Row], list[float]]
+SHARPENING = (
+    Series("max probability, mean", lambda row: numbers(row.get("max_prob") or ())),
+    Series("nucleus size, mean", lambda row: numbers(row.get("nucleus_size") or ()), wide=True),
+    Series("entropy in nats, mean", lambda row: numbers(row.get("entropy") or ())),
+)
 
 
 def schedule(rows: Rows) -> bytes | None:
     """The shares of masked, evident and revealed tokens that each step leaves (004 fig. 2a)."""
-    rows = [row for row in rows if all(row.get(key) for key in SHARES)]
+    rows = _few([row for row in rows if all(row.get(key) for key in SHARES)])
     if not rows:
         return None
     titles = [f"{row['model']} {_walk(row)}" for row in rows]
@@ -42,31 +56,19 @@ def schedule(rows: Rows) -> bytes | None:
 
 
 def remasking(rows: Rows) -> bytes | None:
-    """How much each step takes back, and the rewrites that came of it so far (004 fig. 2b)."""
-    rows = [row for row in rows if any(row.get("remasked") or ())]
-    return _by_step(
-        rows,
-        {
-            "remasked share of the revealed": lambda row: numbers(row["remasked"]),
-            "rewrites per token": lambda row: list(itertools.accumulate(numbers(row["rewritten"]))),
-        },
-    )
+    """The share of revealed tokens that each step takes back, and the rewrites that came of it up
+    to then (004 fig. 2b). Of paths that take something back."""
+    return _by_step([row for row in rows if any(row.get("remasked") or ())], REMASKING)
 
 
 def sharpening(rows: Rows) -> bytes | None:
     """How sure the posterior is of what is not revealed yet (004 fig. 2c)."""
-    rows = [row for row in rows if any(map(_finite, (row.get(key) for key in SHARPENING)))]
-    return _by_step(
-        rows,
-        {
-            label: lambda row, key=key: numbers(row.get(key) or ())
-            for key, label in SHARPENING.items()
-        },
-    )
+    return _by_step(rows, SHARPENING)
 
 
-def _by_step(rows: Rows, series: Mapping[str, Series]) -> bytes | None:
+def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
     """A panel for each series, and a line of panels for each model where one would be crowded."""
+    rows = _few([row for row in rows if any(map(_points, (of(row) for _, of, _ in series)))])
     if not rows:
         return None
     crowded = len(rows) > CURVES
@@ -81,25 +83,34 @@ def _by_step(rows: Rows, series: Mapping[str, Series]) -> bytes | None:
         beside=0.5 + 0.075 * max(map(len, looks)),
         share="col",
     )
-    for (part, (label, of)), axes in zip(
-        itertools.product(parts.values(), series.items()), made.axes, strict=True
-    ):
+    panel_of = zip(product(parts.values(), series), made.axes, strict=True)
+    for (part, (label, of, wide)), axes in panel_of:
         for row in part:
-            values = of(row)
-            # Walks of any length side by side; a marker at every step would hide the curve.
-            steps = [(step + 1) / len(values) for step in range(len(values))]
-            axes.plot(steps, values, label=name(row), **looks[name(row)], markevery=(0.05, 0.15))
+            if points := _points(of(row)):
+                # A marker at every step would hide the curve.
+                line = looks[name(row)] | {"markevery": (0.05, 0.15)}
+                axes.plot(*zip(*points, strict=True), label=name(row), **line)
         axes.set(xlabel="share of the steps", ylabel=label, xlim=(0, 1))
         axes.grid(alpha=0.3)
-    for axes, of in zip(made.axes, series.values(), strict=False):
-        values = [value for row in rows for value in of(row) if math.isfinite(value)]
-        widen(axes.yaxis, values)
+        if wide:
+            widen(axes.yaxis, [value for row in rows for _, value in _points(of(row))])
+        else:
+            axes.set_ylim(bottom=0)
     made.legend()
     return made.png()
 
 
-def _finite(values: Sequence[float | None] | None) -> bool:
-    return any(math.isfinite(number(value)) for value in values or ())
+def _points(values: Sequence[float]) -> list[tuple[float, float]]:
+    """What was measured, against the share of the steps, so that walks of any length compare."""
+    steps = [(step + 1) / len(values) for step in range(len(values))]
+    return [point for point in zip(steps, values, strict=True) if math.isfinite(point[1])]
+
+
+def _few(rows: Sequence[Row]) -> Sequence[Row]:
+    if len(rows) <= TRACES:
+        return rows
+    walks = groups(rows, lambda row: (row["model"], row["path"])).values()
+    return [max(walk, key=lambda row: row["budget"]) for walk in walks]
 
 
 def _walk(row: Row) -> str:
