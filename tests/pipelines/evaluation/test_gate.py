@@ -16,7 +16,7 @@ from pipelines.evaluation import gate
 from pipelines.evaluation.gate import (
     AnyMetric,
     Decision,
-    Draws,
+    Resamples,
     Entropy,
     GateConfig,
     GenerativePerplexity,
@@ -113,7 +113,7 @@ def test_the_interval_is_that_of_the_textbook() -> None:
 
 @given(seed=st.integers(0, 2**64 - 1))
 def test_the_same_seed_draws_the_same(seed: int) -> None:
-    draws, again = Draws(seed, 30), Draws(seed, 30)
+    draws, again = Resamples(seed, 30), Resamples(seed, 30)
     rows_RN = draws.rows(7)
     assert rows_RN.shape == (31, 7)
     assert rows_RN[0].tolist() == list(range(7))
@@ -122,16 +122,16 @@ def test_the_same_seed_draws_the_same(seed: int) -> None:
     assert again.seeds() == draws.seeds()
     assert all(0 <= number < 2**31 for number in draws.seeds())
     assert not (draws.references(7)[1:] == rows_RN[1:]).all()
-    assert not (Draws(seed ^ 1, 30).rows(7)[1:] == rows_RN[1:]).all()
+    assert not (Resamples(seed ^ 1, 30).rows(7)[1:] == rows_RN[1:]).all()
 
 
 def test_the_draws_are_pinned() -> None:
     """A decision can be made again only as long as these stay."""
-    assert Draws(3, 2).rows(5)[1:].tolist() == [[0, 4, 0, 1, 0], [4, 2, 0, 0, 0]]
+    assert Resamples(3, 2).rows(5)[1:].tolist() == [[0, 4, 0, 1, 0], [4, 2, 0, 0, 0]]
 
 
 def test_every_row_is_as_likely() -> None:
-    times = np.bincount(Draws(1, 4000).rows(5)[1:].ravel()) / 4000
+    times = np.bincount(Resamples(1, 4000).rows(5)[1:].ravel()) / 4000
     assert times == pytest.approx(np.ones(5), abs=0.08)
 
 
@@ -147,7 +147,7 @@ def test_resampled_ratios_are_of_sums() -> None:
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=2, max_size=12))
 def test_resampled_ratios_equal_direct_computation(rows: list[tuple[int, int]]) -> None:
     parts_N, wholes_N = np.array(rows).T
-    rows_RN = Draws(5, 20).rows(len(rows))
+    rows_RN = Resamples(5, 20).rows(len(rows))
     direct = [parts_N[n].sum() / wholes_N[n].sum() for n in rows_RN]
     assert gate.ratios(parts_N, wholes_N, rows_RN) == pytest.approx(direct)
 
