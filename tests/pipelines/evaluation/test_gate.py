@@ -16,12 +16,12 @@ from pipelines.evaluation import gate
 from pipelines.evaluation.gate import (
     AnyMetric,
     Decision,
-    Resamples,
     Entropy,
     GateConfig,
     GenerativePerplexity,
     Likelihood,
     Mauve,
+    Resamples,
     Words,
 )
 
