@@ -17,7 +17,7 @@ from pipelines import models
 from pipelines.evaluation import hub
 from pipelines.models import ConverterConfig, Model
 
-WHERE = "featurizer.model"
+WHERE = "mauve.featurizer.model"
 
 # From the address of one of our own models to the model, which speaks the data's vocabulary.
 OpenModel = Callable[[str], Model]
@@ -64,7 +64,7 @@ class HubFeaturizer:
         @torch.no_grad()
         def featurize(texts: Sequence[str], tokens_NL: np.ndarray) -> np.ndarray:
             cut = {"truncation": True, "max_length": self.max_tokens}
-            ids = [tokenizer(text, **cut)["input_ids"] or [opened.start] for text in texts]
+            ids = [row or [opened.start] for row in tokenizer(list(texts), **cut)["input_ids"]]
             features_NF = np.empty((len(ids), network.config.hidden_size), np.float32)
             for batch in hub.batches(ids, self.batch, device):
                 read = network(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)

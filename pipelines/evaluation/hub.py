@@ -7,6 +7,7 @@ Shapes: B sequences of a batch, L positions.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,8 @@ FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+CAUTION = {"trust_remote_code": False, "local_files_only": True}
+FIX = "Copy it again, or name another that the transformers library knows"
 PATIENCE_S = 3.0  # for each address that the hub's name has
 
 Head = Literal["AutoModel", "AutoModelForCausalLM"]
@@ -44,22 +47,10 @@ def check(model: str, head: Head, *, max_tokens: int, where: str) -> None:
     Raises ConfigError for more tokens than it has positions, DataError for a model that is not
     there or cannot be used, InfraError where the hub would have to be asked and does not answer.
     """
-    from safetensors import safe_open
-
-    folder = find(model, where)
-    try:
-        for name in _weights(folder):
-            with safe_open(folder / name, "pt") as file:  # a torn file fails here
-                file.keys()
-        tokenizer, config = _tokenizer(folder), _config(folder)
-    except Exception as error:  # the libraries raise whatever a file makes them stumble over
-        raise _unusable(model, where, error) from error
-    _require_fit(model, config, head, where)
-    _start(tokenizer, model, where)
-    positions = min(
-        getattr(config, "max_position_embeddings", tokenizer.model_max_length),
-        tokenizer.model_max_length,
-    )
+    seen = _look_at(model, head, where)
+    # None where positions are relative.
+    embedded = getattr(seen.config, "max_position_embeddings", None)
+    positions = min(embedded or math.inf, seen.tokenizer.model_max_length)
     if max_tokens > positions:
         why = f"{max_tokens} tokens, but {model} takes {positions}"
         raise ConfigError(f"{where.rpartition('.')[0]}.max_tokens", why, f"At most {positions}")
@@ -72,27 +63,24 @@ def open(model: str, head: Head, device: torch.device | str, *, where: str) -> O
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it would report of the weights is looked at below
-    folder = find(model, where)
-    _require_fit(model, _config(folder), head, where)
+    seen = _look_at(model, head, where)
     try:
-        tokenizer = _tokenizer(folder)
-        network, found = getattr(transformers, head).from_pretrained(
-            folder,
+        network, report = getattr(transformers, head).from_pretrained(
+            seen.folder,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
             output_loading_info=True,
+            **CAUTION,
         )
-    except Exception as error:  # the libraries raise whatever a file makes them stumble over
+    except Exception as error:  # the library raises whatever a file makes it stumble over
         raise _unusable(model, where, error) from error
     # Such weights are made up at random. Nobody here looks at what a pooler says.
-    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         why = f"{model} has no weights for {missing[0]} ({len(missing)} are missing)"
         raise DataError(where, why, "Name a model that was saved with them")
     network.config.use_cache = False
-    return Opened(tokenizer, network.to(device).eval(), _start(tokenizer, model, where))
+    return Opened(seen.tokenizer, network.to(device).eval(), seen.start)
 
 
 def find(model: str, where: str) -> Path:
@@ -141,7 +129,8 @@ def _download(model: str, where: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    stand_in = f"take {where.rpartition('.')[0]}.kind=own, the offline stand-in"
+    section = where.rpartition(".")[0]
+    stand_in = f"take {section}.kind=own with a model of your own, the offline stand-in"
     try:
         # Ask once and in vain for seconds: what follows has retries that take minutes.
         siblings = HfApi().model_info(model, timeout=PATIENCE_S).siblings or []
@@ -188,43 +177,46 @@ def _weights(folder: Path) -> list[str]:
         return [f"a readable {INDEX}"]
 
 
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
+class _Seen(NamedTuple):
+    """What is known of a model before its weights are loaded."""
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    folder: Path
+    config: Any
+    tokenizer: Any
+    start: int
 
 
-def _require_fit(model: str, config: Any, head: Head, where: str) -> None:
-    """DataError unless a model reads text in one piece, and predicts it where that is wanted."""
+def _look_at(model: str, head: Head, where: str) -> _Seen:
+    """DataError unless a model is whole, of the wanted kind, and knows how texts begin."""
     import transformers
+    from safetensors import safe_open
 
-    known = {
-        "AutoModel": transformers.MODEL_MAPPING,
-        "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    folder = find(model, where)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **CAUTION)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **CAUTION)
+        for name in _weights(folder):
+            with safe_open(folder / name, "pt") as file:  # a torn file fails here
+                file.keys()
+    except Exception as error:  # the libraries raise whatever a file makes them stumble over
+        raise _unusable(model, where, error) from error
+    known, wanted = {
+        "AutoModel": (transformers.MODEL_MAPPING, "a plain text model"),
+        "AutoModelForCausalLM": (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "a causal one"),
     }[head]
     if type(config) not in known or config.is_encoder_decoder:
-        wanted = {"AutoModel": "a plain text model", "AutoModelForCausalLM": "a causal one"}[head]
         why = f"{model} is of type {config.model_type}, which is not {wanted}"
         raise DataError(where, why, "Name one such as gpt2-large")
-
-
-def _start(tokenizer: Any, model: str, where: str) -> int:
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
-    found = next((id for id in ends if id is not None), None)
-    if found is None:
+    start = next((id for id in ends if id is not None), None)
+    if start is None:
         why = f"the tokenizer of {model} has no token that begins or ends a text"
         raise DataError(where, why, "Name a model whose tokenizer has a bos or eos token")
-    return found
+    return _Seen(folder, config, tokenizer, start)
 
 
 def _unusable(model: str, where: str, error: Exception) -> DataError:
-    return DataError(where, f"{model} cannot be opened ({_line(error)})", "Copy it again")
+    return DataError(where, f"{model} cannot be opened ({_line(error)})", FIX)
 
 
 def _line(error: Exception) -> str:

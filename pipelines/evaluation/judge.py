@@ -92,13 +92,15 @@ class HubJudge:
         opened = hub.open(self.model, "AutoModelForCausalLM", device, where=WHERE)
         tokenizer, network, start = opened
         _require_causal(self.model, network, start)
-        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        end = tokenizer.eos_token or tokenizer.bos_token
+        marks = {start, tokenizer.eos_token_id}
+        end = tokenizer.eos_token or tokenizer.decode([start])
 
         @torch.no_grad()
         def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
             texts = [text.replace(END_OF_TEXT, end) for text in texts]
-            ids = [_ids(tokenizer, start, text) for text in texts]
+            ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            # Behind a start token, which the text may bring along.
+            ids = [row if row[:1] == [start] else [start, *row] for row in ids]
             found = [
                 (text, *w) for text, row in enumerate(ids) for w in windows(row, self.max_tokens)
             ]
@@ -175,12 +177,6 @@ def windows(tokens: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], i
         yield window, done - first
         done = first + len(window) - 1
         first += size // 2
-
-
-def _ids(tokenizer: Any, start: int, text: str) -> list[int]:
-    """The text's tokens behind a start token, which the text may bring along."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if ids[:1] == [start] else [start, *ids]
 
 
 def _nats(logits_LV: Tensor, window: Sequence[int], done: int, marks: set[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,17 @@ def test_a_bidirectional_model_does_not_see_the_padding(tmp_path: Path) -> None:
     np.testing.assert_allclose(featurize(folder, texts, max_tokens=40, batch=3), alone, atol=2e-6)
 
 
+def test_batches_hold_texts_of_like_length() -> None:
+    sequences = [[5], [6, 6, 6], [7, 7], [8, 8, 8, 8]]
+    first, second = hub.batches(sequences, 2, "cpu")
+    assert (first.rows, second.rows) == ([3, 1], [2, 0])
+    assert first.ids_BL.tolist() == [[8, 8, 8, 8], [6, 6, 6, 0]]
+    assert second.mask_BL.tolist() == [[1, 1], [1, 0]]
+
+
 def test_an_empty_text_is_read_as_the_start_token(folder: Path) -> None:
     empty, start = featurize(folder, ["", "<|endoftext|>"], max_tokens=8)
     np.testing.assert_array_equal(empty, start)
-    assert featurize(folder, [], max_tokens=8).shape == (0, 16)
 
 
 def test_a_folder_is_checked_without_a_hub(folder: Path, cache: Any) -> None:
@@ -149,8 +157,10 @@ def refused(kind: type[Problem], model: str, max_tokens: int = 8) -> str:
 def test_an_absent_hub_is_one_message(cache: Any) -> None:
     cache("http://127.0.0.1:9")
     error = refused(InfraError, "gpt2-large")
-    assert error.startswith("featurizer.model: gpt2-large is not on this machine, and the hub ")
-    assert error.endswith("or take featurizer.kind=own, the offline stand-in")
+    assert error.startswith(
+        "mauve.featurizer.model: gpt2-large is not on this machine, and the hub "
+    )
+    assert error.endswith("featurizer.kind=own with a model of your own, the offline stand-in")
 
 
 def test_an_unknown_name_is_one_message(cache: Any) -> None:
@@ -202,6 +212,19 @@ def test_a_damaged_folder_is_one_message(tmp_path: Path, spoil: Any, why: str) -
     assert why in refused(DataError, str(folder))
 
 
+def test_no_code_of_theirs_is_run(tmp_path: Path) -> None:
+    folder, ran = strangers.gpt2(tmp_path / "gpt2"), tmp_path / "ran"
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')")
+    settings = json.loads((folder / "config.json").read_text())
+    theirs = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
+    settings |= {"model_type": "theirs", "auto_map": theirs}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert "cannot be opened" in refused(DataError, str(folder))
+    with pytest.raises(DataError, match="cannot be opened"):
+        hub.open(str(folder), "AutoModel", "cpu", where="mauve.featurizer.model")
+    assert not ran.exists()
+
+
 def test_weights_that_would_be_made_up_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -209,12 +232,12 @@ def test_weights_that_would_be_made_up_are_refused(tmp_path: Path) -> None:
     tensors = {name: t for name, t in load_file(weights).items() if "h.1.mlp" not in name}
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(DataError, match=r"has no weights for h\.1\.mlp\S+ \(4 are missing\)"):
-        hub.open(str(weights.parent), "AutoModel", "cpu", where="featurizer.model")
+        hub.open(str(weights.parent), "AutoModel", "cpu", where="mauve.featurizer.model")
 
 
 def test_more_tokens_than_positions_are_refused(folder: Path) -> None:
     error = refused(ConfigError, str(folder), strangers.POSITIONS + 1)
-    assert error.startswith("featurizer.max_tokens: 49 tokens, but ")
+    assert error.startswith("mauve.featurizer.max_tokens: 49 tokens, but ")
     assert error.endswith("takes 48. At most 48")
 
 

@@ -182,6 +182,21 @@ def test_a_model_of_another_trade_is_refused(tmp_path: Path) -> None:
         HubJudge(model=str(folder), max_tokens=20).check("")
 
 
+def test_weights_without_a_head_of_their_own_judge_as_well(folder: Path, tmp_path: Path) -> None:
+    """The form of gpt2-large: the body's weights, to which the head is tied, and old buffers."""
+    from safetensors.torch import load_file, save_file
+
+    body = strangers.gpt2(tmp_path / "gpt2", head=False)
+    whole = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
+    assert "wte.weight" in tensors
+    assert not any("lm_head" in name for name in tensors)
+    buffers = {f"h.{i}.attn.bias": torch.ones(1, 1, 48, 48).tril() for i in (0, 1)}
+    save_file(tensors | buffers, body / "model.safetensors", {"format": "pt"})
+    expected = judged(folder, TEXTS, max_tokens=20)
+    np.testing.assert_array_equal(judged(body, TEXTS, max_tokens=20).nats_N, expected.nats_N)
+
+
 def test_a_causal_folder_is_checked(folder: Path) -> None:
     HubJudge(model=str(folder), max_tokens=20).check("")
 
