@@ -32,7 +32,7 @@ class HubFeaturizer:
     `model` is a name on the Hugging Face hub or a local folder. Text is cut at `max_tokens` of
     the model's own tokenizer, to which `<|endoftext|>` means what the tokenizer says. A text
     without any token is read as the one token that begins texts; mauve-text would drop it.
-    `batch` texts of like length share a call and do not change each other's features.
+    `batch` texts of like length share a call; features are the same up to rounding.
     """
 
     model: str = "gpt2-large"

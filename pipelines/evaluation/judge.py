@@ -62,8 +62,8 @@ class HubJudge:
     is read as the judge's own end token. The first token is predicted from the judge's start
     token alone. Longer texts are read in windows of `max_tokens` that begin `max_tokens // 2`
     apart: a token is predicted once, by the first window that reaches it, so from everything
-    before it or from more than half a window. `batch` windows of like length share a call and do
-    not change each other's figures.
+    before it or from more than half a window. `batch` windows of like length share a call;
+    figures are the same up to rounding.
     """
 
     model: str = "gpt2-large"
