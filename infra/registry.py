@@ -162,6 +162,14 @@ def set_alias(model_uri: str, alias: str, uri: str) -> None:
         client.set_registered_model_alias(found.name, alias, found.version)
 
 
+def tag(model_uri: str, tags: Mapping[str, str], uri: str) -> None:
+    """Write tags on the version behind `model_uri`, over those of the same names."""
+    with _registry(uri) as client:
+        found = _find(client, model_uri)
+        for name, value in tags.items():
+            client.set_model_version_tag(found.name, found.version, name, value)
+
+
 def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
     """The version that an alias points at; None where the model or the alias is not there yet."""
     try:

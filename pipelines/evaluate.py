@@ -1,191 +1,150 @@
-"""Put models side by side on held-out text: likelihood, error by state, and what they write.
+"""Put models side by side on held-out text: likelihood, error by state, calibration, and what
+they write along every path at every budget; and let the best be the champion.
 
     python pipelines/evaluate.py quickstart
     python pipelines/evaluate.py owt models.mdlm=s3://bucket/mdlm models.dsl=models:/dsl@candidate
 
 A model is anything that `finetune` takes as `init`, of any kind: masked, autoregressive or DSL.
 All are asked about the same rows with the same noise; the unigram stands beside them as the floor
-and held-out text as what there is to reach.
+and held-out text as what there is to reach. An evaluation that was interrupted goes on where it
+was; what has been drawn is never drawn again.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from infra import tracking
-from infra.errors import ConfigError
+from infra import pool, tracking
 from infra.storage import Folder
-from infra.tracking import TrackingConfig
 from pipelines import runs, verb
-from pipelines.evaluation import held_out, subjects
-from pipelines.evaluation.measures import LikelihoodConfig, PathConfig, SamplesConfig, StatesConfig
-from pipelines.evaluation.subjects import Origin
-from pipelines.evaluation.tables import REAL, UNIGRAM, Evaluation, draw_plots, figures
-from pipelines.models import ConverterConfig
+from pipelines.evaluation import held_out, jobs, preparation, promotion, stages
+from pipelines.evaluation.bench import MODELS
+from pipelines.evaluation.cells import cells, refusal
+from pipelines.evaluation.found import Found
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.pages import report
+from pipelines.evaluation.parts import Parts
+from pipelines.evaluation.settings import REAL, REFERENCES, UNIGRAM, EvaluateConfig
+from pipelines.evaluation.stages import Stage
+from pipelines.evaluation.subjects import Origin, Subject
+from pipelines.evaluation.tables import Tables, figures, time_table
 from pipelines.report import Report, markdown
 from pipelines.runs import RESULT, say
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 SHOWN = 300  # characters of a text in the terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """`models` and `paths` go by names of your choice; every model walks every path it can.
-
-    `data` are the shards of `prepare`. At most `corpus_rows` rows of its training split say which
-    words there are and how frequent tokens are. `batch` rows at a time share a denoiser call.
-    """
-
-    name: str
-    data: str
-    models: dict[str, str]
-    paths: dict[str, PathConfig] = field(default_factory=dict)
-    split: Literal["validation", "test"] = "test"
-    root: str = "runs"
-    existing: Literal["resume", "restart"] = "resume"
-    seed: int = 0
-    batch: int = 64
-    corpus_rows: int = 20_000
-    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
-    states: StatesConfig = field(default_factory=StatesConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    converter: ConverterConfig = field(default_factory=ConverterConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def __post_init__(self) -> None:
-        for name in (self.name, *self.models, *self.paths):
-            if not NAME.fullmatch(name):
-                raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")
-        for name in ("batch", "corpus_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.models:
-            raise ValueError("models must name at least one model")
-        if taken := self.models.keys() & {UNIGRAM, REAL}:
-            raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
 
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
     """What would be asked, for `--dry-run`."""
-    manifest = held_out.require(config.data, config.split, _rows(config))
-    budgets = [entry.calls(manifest.length) for entry in config.paths.values()]
+    wanted = {"likelihood.rows": config.likelihood.rows, "samples.rows": config.samples.rows}
+    manifest = held_out.require(config.data, config.split, wanted)
+    walks = [walk for entry in config.paths.values() for walk in entry.walks(manifest.length)]
+    texts = config.samples.rows * config.samples.repeats
     return {
         "run": (Folder.at(config.root) / config.name).url,
         "models": ", ".join(f"{name}: {address}" for name, address in config.models.items()),
         "split": f"{config.split}, {manifest.rows(config.split)} rows of {manifest.length} tokens",
         "likelihood_rows": config.likelihood.rows,
-        "texts_per_model": sum(map(len, budgets)) * config.samples.rows,
-        "calls_per_text_on_all_paths": sum(map(sum, budgets)),
+        "texts_per_model": len(walks) * texts,
+        "calls_per_text_on_all_paths": sum(budget for _, budget in walks),
+        "tokens_per_model": sum(budget for _, budget in walks) * texts * manifest.length,
+        "processes": config.workers.count,
     }
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
+    began = time.monotonic()
     folder = runs.open_run(config, "evaluate")
     uri = tracking.locate(config.tracking, config.root)
-    origins = {
-        name: subjects.origin(name, address, uri=uri, root=config.root)
-        for name, address in config.models.items()
-    }
+    origins = preparation.origins(config, uri)
     if folder.exists(RESULT):
         return _finished(folder, origins)
-    evaluation = _prepare(config, origins, uri)
-    handle = runs.start(config, "evaluate", evaluation.held_out.manifest, _lineage(origins))
+    rows = preparation.rows(config)
+    subjects = preparation.prepare(config, folder, origins, rows, uri)
+    found = _found(config, folder, subjects, rows)
+    promotion.require(config, found)
+    handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:
-        report = _report(config, evaluation, folder)
-        metrics = figures(report.tables)
+        spent = _measure(config, subjects, found)
+        decision = promotion.decide(config, found, origins, uri)
+        tables = Tables(found=found, held_out=rows, subjects=subjects)
+        spent_table = time_table(spent, wall=time.monotonic() - began, config=config)
+        made = report(tables, decision, spent_table)
+        for name, content in made.files().items():
+            (folder / "report").write_bytes(name, content)
+        metrics = figures(made.tables)
         log = tracking.Logger(tracking.Journal(folder), handle)
         log.log(0, metrics)
         log.close()
-        with _on_disk(folder, "report", "samples") as places:
-            for place in places:
-                tracking.log_artifacts(handle, place)
-            handle = tracking.finish(handle)
+        with _on_disk(folder / "report") as place:
+            tracking.log_artifacts(handle, place)
+        handle = tracking.finish(handle)
     except BaseException as error:
         tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    _show(report)
-    plots = [folder.url_of(f"report/{plot.name}.png") for plot in report.plots]
-    say(f"\nreport: {folder.url_of('report/report.html')}\nplots: {' '.join(plots)}")
-    say(f"MLflow: {tracking.page(handle)}")
+    _show(made)
     result = {
         "run": folder.url,
         "run_id": handle.run_id,
         "models": origins,
         "report": folder.url_of("report/report.html"),
         "tables": folder.url_of("report/evaluation.json"),
+        "samples": folder.url_of("samples"),
         "metrics": metrics,
     }
+    result |= promotion.conclude(config, origins, decision, handle, result["report"])
+    say(f"\nreport: {result['report']}\nMLflow: {tracking.page(handle)}")
     folder.write_bytes(RESULT, json.dumps(result).encode())
+    (folder / MODELS).remove()
     return result
 
 
-def _rows(config: EvaluateConfig) -> dict[str, int]:
-    return {"likelihood.rows": config.likelihood.rows, "samples.rows": config.samples.rows}
+def _found(
+    config: EvaluateConfig, folder: Folder, subjects: Sequence[Subject], rows: HeldOut
+) -> Found:
+    """Where the answers will be found, and of which cells."""
+    kinds = {subject.name: subject.kind for subject in subjects}
+    length = rows.manifest.length
+    walked = [
+        cell
+        for cell in cells(kinds, config.paths, length)
+        if not refusal(kinds[cell.model], cell.walk, cell.budget, length)
+    ]
+    return Found(config, Parts(folder), tuple(walked))
+
+
+def _measure(config: EvaluateConfig, subjects: Sequence[Subject], found: Found) -> list[Stage]:
+    """Everything that takes a model, on the pool: what the stages have cost."""
+    parts = found.parts
+    kinds = {subject.name: subject.kind for subject in subjects}
+    sources = [UNIGRAM, REAL, REFERENCES, *(cell.name for cell in found.walked)]
+
+    def numbers() -> dict[str, list[int]]:
+        return {source: sorted(parts.present(f"samples/{source}")) for source in sources}
+
+    with pool.connected(config.workers):
+        asked = jobs.of_models(config, kinds, found.walked)
+        spent = [stages.run("models", asked, config, parts)]
+        spent.append(stages.run("texts", jobs.of_texts(config, numbers()), config, parts))
+        counts = {source: found.count(source) for source in sources}
+        spent.append(stages.run("corpora", jobs.of_corpora(config, counts), config, parts))
+    return spent
 
 
 def _finished(folder: Folder, origins: Mapping[str, Origin]) -> dict[str, Any]:
     """What an earlier evaluation of the very same models found."""
     result: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
-    if result["models"] != origins:
-        raise ConfigError(
-            "name",
-            f"{folder.url} is an evaluation of other versions of these models",
-            "Choose another name, or existing=restart to wipe it",
-        )
+    preparation.require_same(result["models"], origins, folder)
     say(f"{folder.url} is finished; existing=restart would make it anew")
     return result
-
-
-def _prepare(config: EvaluateConfig, origins: Mapping[str, Origin], uri: str) -> Evaluation:
-    """The rows and the models, once all of them are known to fit together."""
-    wanted = _rows(config)
-    held_out.require(config.data, config.split, wanted)
-    rows = held_out.read(
-        config.data,
-        config.split,
-        max(wanted.values()),
-        corpus_rows=config.corpus_rows,
-        seed=config.seed,
-    )
-    loaded = [
-        subjects.load(name, origin, rows, converter=config.converter, uri=uri)
-        for name, origin in origins.items()
-    ]
-    return Evaluation(held_out=rows, subjects=loaded, seed=config.seed, batch=config.batch)
-
-
-def _report(config: EvaluateConfig, evaluation: Evaluation, folder: Folder) -> Report:
-    """Everything that is measured, written into `report` and `samples` of the run directory."""
-    manifest = evaluation.held_out.manifest
-    likelihood = evaluation.likelihood(config.likelihood)
-    states = evaluation.states(config.states, config.likelihood.rows)
-    samples, texts = evaluation.samples(config.samples, config.paths, folder / "samples")
-    tables = {"likelihood": likelihood, "states": states, "samples": samples}
-    report = Report(
-        title=f"Evaluation {config.name}",
-        subtitle=f"{config.split} split of {manifest.source} (digest {manifest.digest[:12]}), "
-        f"V = {manifest.vocabulary.size}, L = {manifest.length}, seed {config.seed}",
-        facts={
-            "data": {"digest": manifest.digest, "split": config.split, "blocks": manifest.blocks},
-            "models": {subject.name: subject.facts() for subject in evaluation.subjects},
-        },
-        tables=tables,
-        plots=draw_plots(evaluation.subjects, tables),
-        texts=texts,
-    )
-    for name, content in report.files().items():
-        (folder / "report").write_bytes(name, content)
-    return report
 
 
 def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:
@@ -199,18 +158,17 @@ def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:
 
 
 @contextmanager
-def _on_disk(folder: Folder, *names: str) -> Iterator[list[Path]]:
-    """Folders of the run directory: themselves, or copies where they are in a bucket."""
+def _on_disk(folder: Folder) -> Iterator[Path]:
+    """A folder of the run directory: itself, or a copy where it is in a bucket."""
     if folder.is_local:
-        yield [Path(folder.path) / name for name in names]
+        yield Path(folder.path)
         return
     with tempfile.TemporaryDirectory() as staging:
-        for name in names:
-            (Path(staging) / name).mkdir()
-            for file in (folder / name).names():
-                content = (folder / name).read_bytes(file)
-                (Path(staging) / name / file).write_bytes(content)
-        yield [Path(staging) / name for name in names]
+        place = Path(staging) / folder.path.rpartition("/")[2]
+        place.mkdir()
+        for file in folder.names():
+            (place / file).write_bytes(folder.read_bytes(file))
+        yield place
 
 
 def _show(report: Report) -> None:

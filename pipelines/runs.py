@@ -98,3 +98,8 @@ def start(config: Settings, verb: str, manifest: Manifest, tags: Mapping[str, st
 def say(line: str) -> None:
     """Progress for a person; stdout is kept for what was made."""
     print(line, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, for progress."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -26,6 +26,7 @@ from infra.checkpoints import Checkpoints, training_tensors
 from infra.errors import ConfigError, InfraError
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
+from pipelines.runs import clock
 
 SECONDS_BETWEEN_LINES = 5.0
 # Steps are counted from 1; the noise of validation is keyed where no training step can be.
@@ -296,7 +297,7 @@ class Progress:
             *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
             f"{speed['speed/tokens_per_s']:,.0f} tokens/s",
             f"data wait {speed['speed/data_wait_percent']:.1f} %",
-            f"ETA {int(eta) // 60}:{int(eta) % 60:02d}",
+            f"ETA {clock(eta)}",
         ]
         print("  ".join(shown), file=sys.stderr, flush=True)
         self.since, self.from_step, self.waited = now, step, 0.0

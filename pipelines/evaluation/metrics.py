@@ -18,6 +18,8 @@ from dsl.noise import Draws, Stream
 from dsl.vocabulary import Vocabulary
 
 WORD = re.compile(r"[^\W\d_]+")  # a maximal run of letters
+NGRAMS = (1, 2, 3)  # of which the different ones are counted
+REPEATED = 4  # tokens that make a repetition
 TORN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -88,10 +90,12 @@ def words(tokens_T: np.ndarray, vocabulary: Vocabulary) -> Iterator[str]:
                 yield match[0].casefold()
 
 
-def word_share(rows_NL: np.ndarray, vocabulary: Vocabulary, known: Set[str]) -> Score:
-    """The share of the rows' words that are among the known; NaN where there are no words."""
+def word_counts(
+    rows_NL: np.ndarray, vocabulary: Vocabulary, known: Set[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many of each row's words are among the known, and how many there are; both ``[N]``."""
     found = [[word in known for word in words(row_L, vocabulary)] for row_L in rows_NL]
-    return ratio(np.array([sum(row) for row in found]), np.array([len(row) for row in found]))
+    return np.array([sum(row) for row in found]), np.array([len(row) for row in found])
 
 
 def distinct(rows_NL: np.ndarray, n: int) -> float:
@@ -102,14 +106,22 @@ def distinct(rows_NL: np.ndarray, n: int) -> float:
     return len(np.unique(grams, axis=0)) / len(grams)
 
 
-def entropy(rows_NL: np.ndarray) -> Score:
-    """Entropy in nats of the tokens of a row, by their frequencies in it, in [0, log L]."""
+def entropies(rows_NL: np.ndarray) -> np.ndarray:
+    """Entropy in nats of the tokens of each row, by their frequencies in it, in [0, log L]."""
 
     def of(row_L: np.ndarray) -> float:
         p = np.unique(row_L, return_counts=True)[1] / len(row_L)
         return float(-(p * np.log(p)).sum())
 
-    return mean(np.array([of(row_L) for row_L in rows_NL]))
+    return np.array([of(row_L) for row_L in rows_NL])
+
+
+def repetitions(rows_NL: np.ndarray, n: int = REPEATED) -> np.ndarray:
+    """The share of each row's n-grams that it had before, in [0, 1); NaN where rows are shorter."""
+    if rows_NL.shape[1] < n:
+        return np.full(len(rows_NL), math.nan)
+    grams_NGn = np.lib.stride_tricks.sliding_window_view(rows_NL, n, axis=1)
+    return np.array([1 - len(np.unique(row_Gn, axis=0)) / len(row_Gn) for row_Gn in grams_NGn])
 
 
 def text_bytes(rows_NL: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The models that an evaluation puts side by side, and where each of them comes from."""
+"""The models that an evaluation puts side by side: where each comes from, and a copy of each."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dsl.denoiser import Denoiser
+from dsl.geometry import geometry_report
+from dsl.weights import WEIGHTS
 from infra import journal, registry, tracking
 from infra.errors import DataError, nearest
 from infra.storage import Folder
@@ -26,13 +28,10 @@ class Subject:
 
     name: str
     kind: str
-    denoiser: Denoiser
     origin: Origin
-
-    def facts(self) -> dict[str, Any]:
-        """Where it came from, what it is and how large."""
-        parameters = sum(p.numel() for p in self.denoiser.parameters())
-        return {**self.origin, "kind": self.kind, "parameters": parameters}
+    facts: Mapping[
+        str, Any
+    ]  # how large it is, what its table looks like, the digest of its weights
 
 
 def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
@@ -43,7 +42,12 @@ def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
     """
     if address.startswith("models:/"):
         version = registry.describe(address, uri)
-        found = {"address": address, "version": version.uri, "run_id": version.run_id}
+        found = {
+            "address": address,
+            "name": version.name,
+            "version": version.uri,
+            "run_id": version.run_id,
+        }
         runs = Folder.at(root)
         made = [run for run in runs.names() if _run_id(runs / run) == version.run_id]
         return found | ({"run": (runs / made[0]).url} if made else {})
@@ -63,22 +67,35 @@ def _run_id(folder: Folder) -> str | None:
     return json.loads(folder.read_bytes(tracking.RECORD)).get("run_id")
 
 
-def load(
-    name: str, origin: Origin, held_out: HeldOut, *, converter: ConverterConfig, uri: str
+def freeze(
+    name: str,
+    origin: Origin,
+    held_out: HeldOut,
+    into: Folder,
+    *,
+    converter: ConverterConfig,
+    uri: str,
 ) -> Subject:
-    """The model of an origin, on the GPU if there is one.
+    """Copy the model of an origin below `into`, where every worker and every restart finds it.
 
     Raises DataError where it was trained on another vocabulary or length than the data has.
     """
-    where = f"models.{name}"
     # The version that was found, should the alias move meanwhile.
     address = origin.get("version", origin["address"])
+    # The fresh table that an MDLM checkpoint gets is the same each time.
+    torch.manual_seed(0)
     model = models.load(address, converter=converter, tracking_uri=uri)
-    models.require_same(model, held_out.vocabulary, where)
+    models.require_same(model, held_out.vocabulary, f"models.{name}")
     length = held_out.manifest.length
     if model.length not in (None, length):
         why = f"{address} was trained on rows of {model.length} tokens, the data has {length}"
-        raise DataError(where, why, f"Prepare the data with length={model.length}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser = model.denoiser.to(device).eval()
-    return Subject(name=name, kind=model.kind, denoiser=denoiser, origin=origin)
+        raise DataError(f"models.{name}", why, f"Prepare the data with length={model.length}")
+    kind, denoiser = model.kind, model.denoiser
+    models.save(into / name, denoiser, held_out.vocabulary, kind=kind, length=length)
+    facts = {
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "weights": hashlib.sha256((into / name).read_bytes(WEIGHTS)).hexdigest(),
+    }
+    if kind == "dsl":
+        facts |= geometry_report(denoiser.table_VD) | {"beta": denoiser.converter.beta.item()}
+    return Subject(name=name, kind=kind, origin=origin, facts=facts)

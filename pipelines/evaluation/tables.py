@@ -1,41 +1,29 @@
-"""What an evaluation asks of its models, and the tables and plots it makes of the answers.
-
-Shapes: N rows, L positions.
-"""
+"""The tables of an evaluation, made from what its parts say; plots are drawn of their rows."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from dsl import likelihood
-from infra import journal
-from infra.storage import Folder
-from pipelines.evaluation import measures, metrics
+from pipelines.evaluation import judge, measures, metrics
+from pipelines.evaluation.cells import Cell, cells, longest, refusal
+from pipelines.evaluation.found import Found
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.measures import (
-    LikelihoodConfig,
-    PathConfig,
-    SamplesConfig,
-    StatesConfig,
-    View,
-)
-from pipelines.evaluation.metrics import Score
+from pipelines.evaluation.measures import AtSNR, Condition
+from pipelines.evaluation.metrics import NGRAMS, Score
+from pipelines.evaluation.settings import REAL, UNIGRAM, EvaluateConfig
+from pipelines.evaluation.stages import Stage
 from pipelines.evaluation.subjects import Subject
-from pipelines.report import SKIPPED, STDERR, Column, Plot, Row, Table, Text, plots
-from pipelines.runs import say
+from pipelines.report import SKIPPED, STDERR, Column, Row, Table
 
-UNIGRAM, REAL = "unigram", "real"  # what stands beside the models
-TEXTS = 2  # of each model and path are shown; all of them are in samples/
-NGRAMS = (1, 2, 3)
+MEASURED = ("likelihood", "states", "calibration", "samples")
 # What tells the rows of a table apart, in the names of their figures.
-LABELS = ("model", "view", "state", "path", "budget")
+LABELS = ("model", "view", "state", "path", "split", "budget")
 
 LIKELIHOOD = (
     Column("model", "Model"),
@@ -51,38 +39,60 @@ STATES = (
     Column("nats", "Cross-entropy", ".4f"),
     Column("squared_error", "Squared error", ".4f"),
 )
+CALIBRATION = (
+    Column("model", "Model"),
+    Column("state", "State"),
+    Column("ece", "ECE", ".4f"),
+    Column("accuracy_of_all", "Accuracy", ".4f"),
+    Column("confidence_of_all", "Confidence", ".4f"),
+)
 SAMPLES = (
     Column("model", "Model"),
     Column("path", "Path"),
     Column("budget", "Budget"),
-    Column("calls", "Calls"),
+    Column("calls", "Calls a text", ".1f"),
     Column("words", "Words in corpus", ".3f"),
     *(Column(f"distinct_{n}", f"Distinct-{n}", ".3f") for n in NGRAMS),
+    Column("repetition", "Repetition", ".3f"),
     Column("entropy", "Entropy", ".3f"),
     Column("seconds", "Seconds a text", ".4f"),
+)
+MAUVE = (
+    Column("mauve", "MAUVE", ".3f"),
+    Column("mauve_spread", "k-means spread", ".3f"),
+)
+JUDGED = (
+    Column("perplexity", "Generative perplexity", ".2f"),
+    Column("judged_bits_per_byte", "Judged bits per byte", ".3f"),
+)
+TIME = (
+    Column("stage", "Stage"),
+    Column("jobs", "Jobs"),
+    Column("made", "Made just now"),
+    Column("work", "Seconds of work", ".1f"),
+    Column("wall", "Seconds waited just now", ".1f"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """All models on the same rows with the same noise, `batch` rows at a time."""
+class Tables:
+    """Everything that the parts of an evaluation say, as tables."""
 
+    found: Found
     held_out: HeldOut
     subjects: Sequence[Subject]
-    seed: int
-    batch: int
 
-    def likelihood(self, config: LikelihoodConfig) -> Table:
+    def likelihood(self) -> Table:
         """Every view of every model's likelihood; the unigram is the floor."""
-        rows_NL = self.held_out.rows_NL[: config.rows]
-        tokens_NL = torch.from_numpy(rows_NL)
+        config = self.found.config
+        rows_NL = self.held_out.rows_NL[: config.likelihood.rows]
         bytes_N = metrics.text_bytes(rows_NL, self.held_out.vocabulary)
 
-        def row(model: str, view: View, nats_N: np.ndarray) -> Row:
+        def row(model: str, view: measures.View) -> Row:
+            nats_N = self.found.nats(model, view.name)
             nats = metrics.mean(nats_N)
             bits = metrics.ratio(nats_N * rows_NL.shape[1] / math.log(2), bytes_N)
             perplexity = likelihood.perplexity(nats.value)
-            say(f"{model}: {view.name} {nats.value:.4f} nats per token")
             return {
                 "model": model,
                 "view": view.name,
@@ -90,13 +100,13 @@ class Evaluation:
                 **_entries("bits_per_byte", bits),
                 **_entries("perplexity", Score(perplexity, perplexity * nats.stderr)),
                 "meaning": view.meaning,
+                **({} if view.gamma_star is None else {"gamma_star": view.gamma_star}),
             }
 
-        rows = [row(UNIGRAM, measures.exact(), self.held_out.unigram.nats(rows_NL))]
+        rows = [row(UNIGRAM, measures.exact())]
         for subject in self.subjects:
-            for view in measures.views(subject.kind, config, self.seed):
-                nats_N = measures.nats(view, subject.denoiser, tokens_NL, batch=self.batch)
-                rows.append(row(subject.name, view, nats_N))
+            views = measures.views(subject.kind, config.likelihood, config.seed)
+            rows += [row(subject.name, view) for view in views]
         return Table(
             title="Likelihood of held-out text",
             note=f"{len(rows_NL):,} rows, {rows_NL.size:,} tokens, {bytes_N.sum():,} bytes. Every "
@@ -105,136 +115,179 @@ class Evaluation:
             rows=rows,
         )
 
-    def states(self, config: StatesConfig, rows: int) -> Table:
+    def states(self) -> Table:
         """The error of every model at the endpoints and, for those trained on it, at finite SNR."""
-        tokens_NL = torch.from_numpy(self.held_out.rows_NL[:rows])
         return Table(
             title="Error by state",
             note="Per unrevealed token of the same rows: cross-entropy in nats, and |x - x̂|², "
             "which is E(SNR) where every token has one SNR.",
             columns=STATES,
-            rows=[
-                row for subject in self.subjects for row in self._states(subject, config, tokens_NL)
-            ],
+            rows=[row for subject in self.subjects for row in self._states(subject)],
         )
 
-    def _states(
-        self, subject: Subject, config: StatesConfig, tokens_NL: torch.Tensor
-    ) -> Iterator[Row]:
-        name, denoiser = subject.name, subject.denoiser
-        keys = {"seed": self.seed, "batch": self.batch}
-        if subject.kind == "ar":
-            yield {"model": name, "state": "any", SKIPPED: "ar sees the tokens before, no others"}
-            return
-        say(f"{name}: error by state")
-        for share in config.revealed:
-            errors = measures.errors_revealed(denoiser, tokens_NL, share, **keys)
-            row = {"model": name, "state": f"revealed {share:g}", "share": share}
-            yield row | _errors(errors, table_trained=subject.kind == "dsl")
-        if subject.kind == "mdlm":
-            yield {"model": name, "state": "SNR > 0", SKIPPED: "mdlm was not trained on it"}
-            return
-        for gamma in config.gammas:
-            errors = measures.errors_at(denoiser, tokens_NL, gamma, **keys)
-            row = {"model": name, "state": f"SNR {gamma:g}", "gamma": gamma}
-            yield row | _errors(errors, table_trained=True)
+    def _states(self, subject: Subject) -> Iterator[Row]:
+        name, kind = subject.name, subject.kind
+        for condition in measures.conditions(kind, self.found.config.states):
+            errors = self.found.errors(name, condition)
+            # Distances in a table that nobody trained would say nothing.
+            squared = _entries("squared_error", metrics.mean(errors["squared"]))
+            yield {
+                "model": name,
+                "state": condition.name,
+                **_snr(condition),
+                **_entries("nats", metrics.mean(errors["nats"])),
+                **(squared if kind == "dsl" else {}),
+            }
+        lacking = {
+            "ar": ("any", "ar sees the tokens before, no others"),
+            "mdlm": ("SNR > 0", "mdlm was not trained on it"),
+        }
+        if kind in lacking:
+            state, why = lacking[kind]
+            yield {"model": name, "state": state, SKIPPED: why}
 
-    def samples(
-        self, config: SamplesConfig, paths: Mapping[str, PathConfig], folder: Folder
-    ) -> tuple[Table, list[Text]]:
-        """Texts of every model on every path it can walk; all go into `folder`, some come back."""
-        rows: list[Row] = []
-        texts: list[Text] = []
-        drawn_NL = self.held_out.unigram.draw(config.rows, self.held_out.manifest.length, self.seed)
-        real_NL = self.held_out.rows_NL[: config.rows]
-        for name, tokens_NL in ((UNIGRAM, drawn_NL), (REAL, real_NL)):
-            rows.append({"model": name, **self._figures(tokens_NL)})
-            texts += self._texts(name, tokens_NL)
-        for subject in self.subjects:
-            for path, entry in paths.items():
-                for budget in entry.calls(self.held_out.manifest.length):
-                    row, tokens_NL = self._walk(subject, config, path, entry, budget)
-                    rows.append(row)
-                    if tokens_NL is not None:
-                        name = f"{subject.name} {path} {budget}"
-                        texts += self._texts(name, tokens_NL)
-                        lines = map(json.dumps, self._lines(tokens_NL))
-                        content = "".join(f"{line}\n" for line in lines).encode()
-                        folder.write_bytes(f"{name.replace(' ', '-')}.jsonl", content)
-        table = Table(
+    def calibration(self) -> Table:
+        """How far confidence is from accuracy, by SNR."""
+        return Table(
+            title="Calibration under teacher forcing",
+            note="The likeliest token at every position, in ten bins of equal width. ECE: expected "
+            "calibration error.",
+            columns=CALIBRATION,
+            rows=[row for s in self.subjects if s.kind == "dsl" for row in self._calibration(s)],
+        )
+
+    def _calibration(self, subject: Subject) -> Iterator[Row]:
+        if not self.found.config.states.gammas:
+            return
+        for gamma, bins in self.found.calibration(subject.name).items():
+            count_K, sure_K, right_K = bins["count"], bins["confidence"], bins["right"]
+            filled_K = np.maximum(count_K, 1)
+            empty_K = count_K == 0
+            yield {
+                "model": subject.name,
+                "state": AtSNR(snr=gamma).name,
+                "gamma": gamma,
+                "ece": float(np.abs(right_K - sure_K).sum() / count_K.sum()),
+                "accuracy_of_all": float(right_K.sum() / count_K.sum()),
+                "confidence_of_all": float(sure_K.sum() / count_K.sum()),
+                "count": count_K.tolist(),
+                "confidence": _or_none(sure_K / filled_K, empty_K),
+                "accuracy": _or_none(right_K / filled_K, empty_K),
+            }
+
+    def samples(self) -> Table:
+        """What is to be said of the texts of every cell, and of what stands beside them."""
+        config = self.found.config
+        rows: list[Row] = [{"model": name, **self._texts(name)} for name in (UNIGRAM, REAL)]
+        for cell, reason in self._cells():
+            row = {"model": cell.model, "path": cell.path}
+            if reason:
+                rows.append(row | {SKIPPED: reason})
+                continue
+            split = {"split": list(cell.split)} if cell.split else {}
+            rows.append(row | split | {"budget": cell.budget} | self._drawn(cell))
+        each = f"{config.samples.repeats} x " if config.samples.repeats > 1 else ""
+        columns = SAMPLES[:4] + (MAUVE if config.mauve else ()) + (JUDGED if config.judge else ())
+        return Table(
             title="Texts",
-            note=f"{config.rows:,} texts each at temperature {config.temperature:g} and nucleus "
-            f"{config.nucleus.p:g}. Words in corpus: the share of words that occur in the training "
-            "split. Entropy: of the tokens of a text, in nats.",
-            columns=SAMPLES,
+            note=f"{each}{config.samples.rows:,} texts each at temperature "
+            f"{config.samples.temperature:g} and nucleus {config.samples.nucleus.p:g} "
+            f"({config.samples.nucleus.convention}). Words in corpus: the share of words that "
+            "occur in the training split. Repetition: the share of "
+            f"{metrics.REPEATED}-grams of tokens that a text had before. Entropy: of the tokens of "
+            "a text, in nats. Seconds a text: of one process, "
+            f"{config.batch} at a time. {self._strangers()}",
+            columns=columns + SAMPLES[4:],
             rows=rows,
         )
-        return table, texts
 
-    def _walk(
-        self, subject: Subject, config: SamplesConfig, path: str, entry: PathConfig, budget: int
-    ) -> tuple[Row, np.ndarray | None]:
-        length = self.held_out.manifest.length
-        row = {"model": subject.name, "path": path, "budget": budget}
-        if reason := measures.refusal(subject.kind, entry.path, budget, length):
-            return row | {SKIPPED: reason}, None
-        texts = measures.draw(
-            subject.denoiser,
-            entry.path,
-            budget=budget,
-            length=length,
-            config=config,
-            seed=self.seed,
-            batch=self.batch,
-        )
-        say(f"{subject.name}: {path} {budget} in {texts.seconds:.1f} s")
-        row |= {"calls": texts.calls, "seconds": texts.seconds / config.rows}
-        return row | self._figures(texts.tokens_NL), texts.tokens_NL
+    def _strangers(self) -> str:
+        config, said = self.found.config, []
+        if config.mauve:
+            said.append(
+                f"MAUVE on features of {config.mauve.featurizer.label}, mean over "
+                f"{config.mauve.seeds} k-means seeds (spread: their standard deviation); ± is the "
+                "standard error over repeats, where there are several."
+            )
+        if config.judge:
+            said.append(f"Generative perplexity by {config.judge.label}.")
+        return " ".join(said)
 
-    def _figures(self, tokens_NL: np.ndarray) -> dict[str, float]:
-        held_out = self.held_out
+    def _cells(self) -> Iterator[tuple[Cell, str | None]]:
+        """Every cell with the reason why it is not walked; one cell of a path if none is."""
+        length, config = self.held_out.manifest.length, self.found.config
+        refused: set[tuple[str, str]] = set()
+        kinds = {subject.name: subject.kind for subject in self.subjects}
+        for cell in cells(kinds, config.paths, length):
+            reason = refusal(kinds[cell.model], cell.walk, cell.budget, length)
+            if reason and (cell.model, cell.path) in refused:
+                continue
+            if reason:
+                refused.add((cell.model, cell.path))
+            yield cell, reason
+
+    def _drawn(self, cell: Cell) -> dict[str, Any]:
+        calls_N = self.found.calls(cell.name)
         return {
-            **_entries("words", metrics.word_share(tokens_NL, held_out.vocabulary, held_out.words)),
-            **{f"distinct_{n}": metrics.distinct(tokens_NL, n) for n in NGRAMS},
-            **_entries("entropy", metrics.entropy(tokens_NL)),
+            "calls": float(calls_N.mean()),
+            **self._texts(cell.name),
+            "seconds": self.found.seconds(cell.name) / len(calls_N),
         }
 
-    def _texts(self, heading: str, tokens_NL: np.ndarray) -> list[Text]:
-        return [Text(heading, line["text"]) for line in self._lines(tokens_NL[:TEXTS])]
+    def _texts(self, source: str) -> dict[str, Any]:
+        read, config = self.found.read(source), self.found.config
+        whole = self.found.whole(source)
+        row = {
+            **_entries("words", metrics.ratio(read["known"], read["words"])),
+            **_entries("entropy", metrics.mean(read["entropy"])),
+            **_entries("repetition", metrics.mean(read["repetition"])),
+        }
+        if whole:
+            row |= {k: float(np.mean([w[k] for w in whole])) for k in whole[0] if k != "mauve"}
+        if whole and whole[0].get("mauve"):
+            per_seed_RS = np.array([repeat["mauve"] for repeat in whole])
+            row |= _entries("mauve", metrics.mean(per_seed_RS.mean(1)))
+            row["mauve_spread"] = float(per_seed_RS.std(1, ddof=1).mean())
+        if config.judge:
+            verdict = self.found.verdict(source)
+            row |= _entries("perplexity", judge.perplexity(verdict))
+            row |= _entries("judged_bits_per_byte", judge.bits_per_byte(verdict))
+        return row
 
-    def _lines(self, tokens_NL: np.ndarray) -> list[dict[str, Any]]:
-        decode = self.held_out.vocabulary.decode
+    def traces(self) -> list[Row]:
+        """What the recorders saw, step by step, of each cell that was traced."""
+        if not self.found.config.samples.traced:
+            return []
         return [
-            {"row": number, "text": decode(tokens), "tokens": tokens}
-            for number, tokens in enumerate(tokens_NL.tolist())
+            {"model": cell.model, "path": cell.path, "budget": cell.budget}
+            | {k: v for seen in self.found.trace(cell).values() for k, v in seen.items()}
+            for cell in longest(self.found.walked)
         ]
 
 
-def draw_plots(subjects: Sequence[Subject], tables: Mapping[str, Table]) -> list[Plot]:
-    """The plots there is something to show in."""
-    runs = {s.name: journal.read(s.origin["run"]) for s in subjects if "run" in s.origin}
-    by_snr = [row for row in tables["states"].rows if "gamma" in row]
-    texts = [row for row in tables["samples"].rows if SKIPPED not in row]
-    made = []
-    if runs := {name: rows for name, rows in runs.items() if rows}:
-        caption = "Training and validation loss of the runs that made the models"
-        made.append(Plot("loss", caption, plots.losses(runs)))
-    if walked := [row for row in texts if "calls" in row]:
-        anchors = {row["model"]: row["words"] for row in texts if "calls" not in row}
-        caption = "Words in corpus against calls; dotted: unigram draws and real text"
-        made.append(Plot("quality", caption, plots.quality(walked, anchors)))
-    if by_snr:
-        made.append(Plot("snr", "Error over SNR", plots.errors_by_snr(by_snr)))
-    return made
+def time_table(stages: Iterable[Stage], *, wall: float, config: EvaluateConfig) -> Table:
+    """Where the time went since the command began, and what of it was not work of the stages."""
+    processes = max(config.workers.count, 1)
+    rows = [vars(stage) | {"stage": stage.name} for stage in stages]
+    waited = sum(row["wall"] for row in rows)
+    rows.append({"stage": "everything", "work": sum(r["work"] for r in rows), "wall": wall})
+    return Table(
+        title="Time",
+        note=f"{processes} processes. Outside of the stages: {wall - waited:.1f} s, "
+        f"{100 * (1 - waited / wall):.1f} % of the time since this command began.",
+        columns=TIME,
+        rows=rows,
+    )
 
 
 def figures(tables: Mapping[str, Table]) -> dict[str, float]:
-    """Every finite number of the tables under a name that MLflow takes."""
+    """Every finite number of the tables of measurements, under a name that MLflow takes."""
     return {
-        f"{'/'.join(str(row[label]) for label in LABELS if label in row)}/{column.key}": float(
+        f"{'/'.join(_label(row[label]) for label in LABELS if label in row)}/{column.key}": float(
             row[column.key]
         )
-        for table in tables.values()
+        for table in map(tables.get, MEASURED)
+        if table
         for row in table.rows
         for column in table.columns
         if column.key in row.keys() - set(LABELS)
@@ -243,11 +296,16 @@ def figures(tables: Mapping[str, Table]) -> dict[str, float]:
     }
 
 
-def _errors(errors: measures.Errors, *, table_trained: bool) -> dict[str, float]:
-    """Distances in a table that nobody trained would say nothing."""
-    nats = _entries("nats", metrics.mean(errors.nats_N))
-    squared = _entries("squared_error", metrics.mean(errors.squared_N))
-    return nats | squared if table_trained else nats
+def _label(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _snr(condition: Condition) -> dict[str, float]:
+    return {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}
+
+
+def _or_none(values_K: np.ndarray, empty_K: np.ndarray) -> list[float | None]:
+    return [None if empty else v for v, empty in zip(values_K.tolist(), empty_K, strict=True)]
 
 
 def _entries(key: str, score: Score) -> dict[str, float]:

@@ -110,10 +110,11 @@ def test_a_piece_of_a_text_has_no_word_that_the_text_has_not(
     assert set(metrics.words(piece, CHAR)) <= set(text.split())
 
 
-def test_the_share_of_known_words_by_hand() -> None:
-    score = metrics.word_share(rows(" one two x ", " two one zz", "          |"), CHAR, {"one"})
-    assert score.value == pytest.approx(2 / 5)  # one two x, two one
-    assert math.isnan(metrics.word_share(rows("abc"), CHAR, {"abc"}).value)
+def test_known_words_by_hand() -> None:
+    texts_NL = rows(" one two x ", " two one zz", "          |")
+    known_N, words_N = metrics.word_counts(texts_NL, CHAR, {"one"})
+    assert known_N.tolist() == [1, 1, 0]
+    assert words_N.tolist() == [3, 2, 0]  # one two x, two one
 
 
 def test_distinct_counts_n_grams_within_rows() -> None:
@@ -125,8 +126,15 @@ def test_distinct_counts_n_grams_within_rows() -> None:
 
 
 def test_entropy_is_of_each_row_by_itself() -> None:
-    score = metrics.entropy(np.array([[7, 7, 7, 7], [0, 1, 2, 3], [5, 5, 6, 6]]))
-    assert score.value == pytest.approx((0 + math.log(4) + math.log(2)) / 3)
+    found_N = metrics.entropies(np.array([[7, 7, 7, 7], [0, 1, 2, 3], [5, 5, 6, 6]]))
+    assert found_N == pytest.approx([0, math.log(4), math.log(2)])
+
+
+def test_repetition_counts_what_a_row_had_before() -> None:
+    tokens_NL = np.array([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 1, 2, 3, 1], [4, 4, 4, 4, 4, 4, 4]])
+    # 4-grams: 4 different of 4; 1231 2312 3123 1231; 4444 four times.
+    assert metrics.repetitions(tokens_NL).tolist() == [0, 1 / 4, 3 / 4]
+    assert np.isnan(metrics.repetitions(tokens_NL[:, :3])).all()
 
 
 def test_bytes_are_those_of_the_text_and_not_of_marks() -> None:

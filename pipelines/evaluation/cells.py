@@ -1,0 +1,117 @@
+"""Which texts an evaluation draws: paths and budgets, and who can walk them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from dsl.paths import AnyPath, Hybrid, SecondOrder, SentenceSDE, TokenSDE
+from dsl.paths.defaults import LEFT_TO_RIGHT, choose
+
+CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathConfig:
+    """A path, and the budgets in denoiser calls to walk it with.
+
+    No budgets: the one that `generate` would take, which is the sum of a hybrid's split and one
+    call a token for any other path. A hybrid may be walked with several `splits` instead, each
+    (continuous calls, endpoint calls), which then stand for the one in its path.
+    """
+
+    path: AnyPath
+    budgets: tuple[int, ...] = ()
+    splits: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.splits and not isinstance(self.path, Hybrid):
+            raise ValueError(f"splits are for hybrid paths, and this is {self.path.kind}")
+        if self.splits and self.budgets:
+            raise ValueError("a split is a budget already: give budgets or splits, not both")
+        for budget in self.budgets:
+            if budget < 1:
+                raise ValueError(f"budgets must be at least one call, got {budget}")
+        self.walks(1)  # refuses another sum than the split's
+
+    def walks(self, length: int) -> tuple[tuple[AnyPath, int], ...]:
+        """Every path with its budget, for texts of ``length`` tokens."""
+        if isinstance(self.path, Hybrid) and self.splits:
+            return tuple((replace(self.path, split=split), sum(split)) for split in self.splits)
+        budgets = self.budgets or (None,)
+        return tuple(choose(self.path, b, length=length, causal=False) for b in budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model on one path at one budget: a row of the table of texts."""
+
+    model: str
+    path: str  # its name in the configuration
+    walk: AnyPath
+    budget: int
+
+    @property
+    def name(self) -> str:
+        """Tells cells apart, in folders and figures."""
+        calls = str(self.budget) if self.split is None else "{}+{}".format(*self.split)
+        return f"{self.model}-{self.path}-{calls}"
+
+    @property
+    def split(self) -> tuple[int, int] | None:
+        """A hybrid's calls on its first path and on its second."""
+        return self.walk.split if isinstance(self.walk, Hybrid) else None
+
+
+def cells(models: Iterable[str], paths: Mapping[str, PathConfig], length: int) -> list[Cell]:
+    """Every model on every path, walkable or not."""
+    return [
+        Cell(model=model, path=name, walk=walk, budget=budget)
+        for model in models
+        for name, entry in paths.items()
+        for walk, budget in entry.walks(length)
+    ]
+
+
+def longest(walked: Iterable[Cell]) -> list[Cell]:
+    """Of each model on each path the cell of most calls: the one to watch step by step."""
+    by_path: dict[tuple[str, str], Cell] = {}
+    for cell in walked:
+        known = by_path.setdefault((cell.model, cell.path), cell)
+        if cell.budget > known.budget:
+            by_path[cell.model, cell.path] = cell
+    return list(by_path.values())
+
+
+def refusal(kind: str, walk: AnyPath, budget: int, length: int) -> str | None:
+    """Why a model of this kind cannot walk a path; None where it can."""
+    return REFUSALS[kind](walk, budget, length)
+
+
+def _stages(walk: AnyPath) -> Iterator[AnyPath]:
+    """The paths that are given any calls."""
+    if not isinstance(walk, Hybrid):
+        yield walk
+        return
+    for stage, calls in zip((walk.first, walk.second), walk.split, strict=True):
+        if calls:
+            yield stage
+
+
+def _of_mdlm(walk: AnyPath, budget: int, length: int) -> str | None:
+    if any(isinstance(stage, CONTINUOUS) for stage in _stages(walk)):
+        return "mdlm was not trained on finite SNR"
+    return None
+
+
+def _of_ar(walk: AnyPath, budget: int, length: int) -> str | None:
+    if walk == LEFT_TO_RIGHT and budget >= length:
+        return None
+    return f"ar takes order left_to_right and {length} calls, nothing else"
+
+
+REFUSALS: Mapping[str, Callable[[AnyPath, int, int], str | None]] = {
+    "dsl": lambda walk, budget, length: None,
+    "mdlm": _of_mdlm,
+    "ar": _of_ar,
+}

@@ -1,0 +1,90 @@
+"""What an evaluation has found out so far: Parquet files in its run directory, one for each job.
+
+A part appears whole or not at all and its name says what is in it, so the parts that are there
+are all the state that an evaluation has: after a kill, the missing ones are made.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import DataError
+from infra.storage import Folder
+
+SUFFIX = ".parquet"
+NOTES = b"evaluation"  # the key of a file's notes in its schema
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts below a folder. A part's place is a group and its number in it: the first row."""
+
+    folder: Folder
+
+    def write(self, group: str, first: int, table: pa.Table, notes: Mapping[str, Any]) -> None:
+        """Keep a table, with what else is to be known of how it was made."""
+        table = table.replace_schema_metadata({NOTES: json.dumps(notes).encode()})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        (self.folder / group).write_bytes(f"{first:08d}{SUFFIX}", buffer.getvalue())
+
+    def present(self, group: str) -> set[int]:
+        """The numbers of the parts of a group that are there."""
+        names = (self.folder / group).names()
+        return {int(name.removesuffix(SUFFIX)) for name in names if name.endswith(SUFFIX)}
+
+    def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All parts of a group as one table, in the order of their numbers."""
+        tables = self._each(group, lambda first: self._table(group, first, columns))
+        return pa.concat_tables(table.replace_schema_metadata() for table in tables)
+
+    def one(self, group: str, first: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A single part."""
+        return self._table(group, first, columns)
+
+    def notes(self, group: str) -> list[dict[str, Any]]:
+        """What is to be known of each part of a group."""
+        tables = self._each(group, lambda first: self._table(group, first, []))
+        return [json.loads(table.schema.metadata[NOTES]) for table in tables]
+
+    def _each(self, group: str, read: Any) -> list[pa.Table]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(read, sorted(self.present(group))))
+
+    def _table(self, group: str, first: int, columns: Sequence[str] | None) -> pa.Table:
+        name = f"{group}/{first:08d}{SUFFIX}"
+        try:
+            return pq.read_table(
+                io.BytesIO(self.folder.read_bytes(name)),
+                columns=None if columns is None else list(columns),
+            )
+        except (pa.ArrowException, KeyError) as error:
+            where, why = self.folder.url_of(name), f"not a part of an evaluation ({error})"
+            raise DataError(where, why, "Remove it; the same command makes it again") from None
+
+
+def matrix(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
+    """A column of equally long lists, ``[N, K]``."""
+    lists = column.combine_chunks()
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), -1).astype(dtype)
+
+
+def lists(rows_NK: np.ndarray) -> pa.Array:
+    """The rows of a matrix as a column of lists."""
+    width = rows_NK.shape[1]
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows_NK.reshape(-1)), width)
+
+
+def chunks(rows: int, size: int) -> Iterable[tuple[int, int]]:
+    """Rows in chunks of (first row, number of rows), the last of which may be smaller."""
+    return ((first, min(size, rows - first)) for first in range(0, rows, size))

@@ -1,0 +1,63 @@
+"""Which cells there are, and which of them a kind of model can walk."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsl import paths
+from pipelines.evaluation.cells import REFUSALS, PathConfig, cells, refusal
+
+SDE, MASKED = paths.SentenceSDE(gamma_max=9.0), paths.Masked()
+HYBRID = paths.Hybrid(SDE, MASKED, split=(2, 3))
+
+
+def test_who_can_walk_where() -> None:
+    refused = {
+        (kind, name)
+        for kind in REFUSALS
+        for name, path in {
+            "sde": SDE,
+            "masked": MASKED,
+            "hybrid": HYBRID,
+            "only_masked": paths.Hybrid(SDE, MASKED, split=(0, 4)),
+            "in_order": paths.Order("left_to_right"),
+        }.items()
+        if refusal(kind, path, 4, 4)
+    }
+    assert refused == {
+        ("mdlm", "sde"),
+        ("mdlm", "hybrid"),
+        ("ar", "sde"),
+        ("ar", "masked"),
+        ("ar", "hybrid"),
+        ("ar", "only_masked"),
+    }
+    assert refusal("ar", paths.Order("left_to_right"), 3, 4)
+
+
+def test_budgets_that_nobody_gave() -> None:
+    assert PathConfig(path=MASKED).walks(11) == ((MASKED, 11),)
+    assert PathConfig(path=HYBRID).walks(11) == ((HYBRID, 5),)
+
+
+def test_a_hybrid_is_walked_with_every_split() -> None:
+    entry = PathConfig(path=HYBRID, splits=((16, 48), (32, 32)))
+    found = cells(["a", "b"], {"hybrid": entry}, 8)
+    assert [cell.budget for cell in found] == [64] * 4
+    assert [cell.split for cell in found[:2]] == [(16, 48), (32, 32)]
+    names = [cell.name for cell in found]
+    assert names == ["a-hybrid-16+48", "a-hybrid-32+32", "b-hybrid-16+48", "b-hybrid-32+32"]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "words"),
+    [
+        (MASKED, {"splits": ((1, 2),)}, "splits are for hybrid paths"),
+        (HYBRID, {"splits": ((1, 2),), "budgets": (3,)}, "not both"),
+        (HYBRID, {"budgets": (4,)}, "2 \\+ 3"),
+        (MASKED, {"budgets": (0,)}, "at least one call"),
+    ],
+)
+def test_what_does_not_fit_is_refused(path: object, given: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PathConfig(path=path, **given)

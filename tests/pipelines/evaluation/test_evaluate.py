@@ -1,0 +1,216 @@
+"""`evaluate` from the command line to the files it leaves, on tiny untrained models."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dsl.vocabulary import Vocabulary
+from infra import config
+from infra.logger import connect
+from pipelines import evaluate
+from pipelines.evaluation import metrics
+from tests.pipelines import tiny
+from tests.pipelines.evaluation.conftest import Run
+from tests.pipelines.evaluation.small import LENGTH, rows_of
+
+HYBRID = """{
+    hybrid: {path: {kind: hybrid, first: {kind: sentence_sde, gamma_max: 9}, second: masked,
+                    split: [2, 3]}},
+}"""
+PATHS = f"""{{
+    masked: {{path: masked, budgets: [2, 4]}},
+    sde: {{path: {{kind: sentence_sde, gamma_max: 9}}, budgets: [4]}},
+    {HYBRID.strip("{}")}
+    in_order: {{path: {{kind: order, order: left_to_right}}}},
+}}"""
+
+
+def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
+    given = {kind: world / kind for kind in ("mdlm", "ar", "flat")}
+    chosen = ", ".join(f"{name}: {address}" for name, address in given.items())
+    argv = [f"models={{{chosen}, dsl: 'models:/tiny@candidate'}}", f"paths={PATHS}"]
+    argv.append(f"root={world / 'runs'}")  # where the run of the registered model is
+    code, made, err = run(*argv)
+    assert code == 0, err
+    folder = world / "runs/judged"
+    tables = json.loads((folder / "report/evaluation.json").read_text())
+
+    # Where the models came from.
+    assert tables["models"]["dsl"]["version"] == "models:/tiny/1"
+    assert tables["models"]["dsl"]["run"] == str(world / "runs/made")
+    assert [tables["models"][name]["kind"] for name in given] == ["mdlm", "ar", "dsl"]
+
+    # A uniform posterior costs log V a token on every view, and the unigram less.
+    views = {(row["model"], row["view"]): row for row in tables["likelihood"]}
+    assert [view for model, view in views if model == "dsl"] == [
+        "endpoint_bound",
+        "path_integral",
+        "hybrid_bound_4",
+        "hybrid_bound_9",
+    ]
+    flat = views["flat", "endpoint_bound"]
+    assert flat["nats_per_token"] == pytest.approx(math.log(28), rel=1e-5)
+    assert flat["perplexity"] == pytest.approx(28, rel=1e-4)
+    assert views["unigram", "exact"]["nats_per_token"] < math.log(28)
+    rows_NL = rows_of(world, 8)
+    text = metrics.text_bytes(rows_NL, Vocabulary.char()).sum()
+    bits = math.log2(28) * rows_NL.size / text
+    assert flat["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+    # Every pair of a model and a path has its row, walked or with a reason.
+    texts = {(row["model"], row.get("path"), row.get("budget")): row for row in tables["samples"]}
+    # (one row for both budgets of a path that a model cannot walk: ar has 4)
+    assert len(texts) == 2 + 5 + 5 + 5 + 4
+    assert texts["real", None, None]["words"] > 0.95
+    assert {key[1] for key, row in texts.items() if "skipped" not in row and key[0] == "mdlm"} == {
+        "masked",
+        "in_order",
+    }
+    assert [key[1:] for key, row in texts.items() if "skipped" not in row and key[0] == "ar"] == [
+        ("in_order", LENGTH)
+    ]
+    assert texts["dsl", "hybrid", 5]["calls"] == 5
+
+    # All texts are there, and the figures are those of the texts.
+    cells = {path.name for path in (folder / "samples").iterdir()}
+    assert len(cells - {"unigram", "real", "references"}) == sum(
+        "calls" in r for r in texts.values()
+    )
+    drawn = pq.read_table(folder / "samples/dsl-masked-4")
+    assert drawn["row"].to_pylist() == list(range(6))
+    tokens_NL = np.array(drawn["tokens"].to_pylist())
+    assert drawn["text"].to_pylist() == [Vocabulary.char().decode(t) for t in tokens_NL.tolist()]
+    row = texts["dsl", "masked", 4]
+    assert row["distinct_2"] == metrics.distinct(tokens_NL, 2)
+    assert row["entropy"] == pytest.approx(metrics.entropies(tokens_NL).mean())
+    assert row["calls"] == pytest.approx(np.mean(drawn["calls"].to_pylist()))
+
+    # The last line, the tables on paper and MLflow agree with the JSON.
+    assert made["metrics"]["flat/endpoint_bound/nats_per_token"] == flat["nats_per_token"]
+    assert made["metrics"]["dsl/SNR 4/squared_error"] == next(
+        row["squared_error"]
+        for row in tables["states"]
+        if (row["model"], row["state"]) == ("dsl", "SNR 4")
+    )
+    paper = (folder / "report/evaluation.md").read_text()
+    for row in tables["likelihood"]:
+        bits, error = row["bits_per_byte"], row["bits_per_byte_stderr"]
+        assert f"| {bits:.4f} ± {error:.4f}" in paper
+        assert f"| {bits:.4f} ± {error:.4f}" in err
+    client = connect(f"sqlite:///{world / 'runs/mlflow.db'}")
+    logged = client.get_run(made["run_id"])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.metrics == pytest.approx(made["metrics"])
+    assert logged.data.tags["model.dsl.version"] == "models:/tiny/1"
+    shown = {file.path for file in client.list_artifacts(made["run_id"], "report")}
+    assert {f"report/{name}.png" for name in ("loss", "words_by_calls", "snr", "schedule")} <= shown
+    assert "report/report.html" in shown
+
+    # The page holds the words of the models and no address.
+    page = (folder / "report/report.html").read_text()
+    assert "http:" not in page
+    assert "https:" not in page
+
+    # The same command again answers at once; with another model behind the name it refuses.
+    assert run(*argv)[1] == made
+    result = json.loads((folder / "result.json").read_text())
+    result["models"]["dsl"]["version"] = "models:/tiny/0"
+    (folder / "result.json").write_text(json.dumps(result))
+    code, _, err = run(*argv)
+    assert code == 2
+    assert "existing=restart" in err
+
+
+def test_an_unreachable_server_does_not_stop_it(run: Run, world: Path, tmp_path: Path) -> None:
+    with tiny.bare():
+        code, made, err = run(
+            f"models={{dsl: {world / 'flat'}}}",
+            "samples={rows: 2}",
+            "tracking.uri=http://127.0.0.1:9",
+        )
+    assert code == 0, err
+    assert made["run_id"] is None
+    # Nothing was walked and no run is known, so there is nothing to draw of either.
+    shown = {file.name for file in (tmp_path / "judged/report").iterdir()}
+    drawn = {"nll.png", "reliability.png", "snr.png"}
+    assert shown == {"evaluation.json", "evaluation.md", "report.html", *drawn}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["models={a: WORLD/dls}"], 3, ["models.a", "no such model", "Did you mean", "/dsl?"]),
+        (["models={a: 'models:/tyny@candidate'}"], 3, ["no model is named tyny", "tiny"]),
+        (["models={a: 'models:/tiny@champion'}"], 3, ["no alias champion"]),
+        (["models={a: WORLD/foreign}"], 3, ["models.a", "257 tokens, the data has 28"]),
+        (["models={}"], 2, ["models must name"]),
+        (["models={real: WORLD/dsl}"], 2, ["real"]),
+        (["models={a/b: WORLD/dsl}"], 2, ["a/b"]),
+        (["models={a: WORLD/dsl}", "likelihood.rows=100000"], 2, ["likelihood.rows", "100000 of"]),
+        (["models={a: WORLD/dsl}", "samples.rows=100000"], 2, ["samples.rows", "100000 of"]),
+        (["models={a: WORLD/dsl}", "samples.rows=1"], 2, ["samples", "at least 2"]),
+        (["models={a: WORLD/dsl}", "split=trian"], 2, ["split", "trian"]),
+        (["models={a: WORLD/dsl}", "data=WORLD/nowhere"], 3, ["no finished shards"]),
+        (["models={a: WORLD/dsl}", "paths.p.path=maskd"], 2, ["maskd", "masked"]),
+        (
+            ["models={a: WORLD/dsl}", f"paths={HYBRID}", "paths.hybrid.budgets=[4]"],
+            2,
+            ["2 + 3", "budget is 4"],
+        ),
+        (
+            ["models={a: WORLD/dsl}", "paths={p: {path: masked, budgets: [0]}}"],
+            2,
+            ["at least one call"],
+        ),
+        (["models={a: WORLD/dsl}", "likelihood.gamma_max=-1"], 2, ["gamma_max"]),
+        (["models={a: WORLD/dsl}", "states.revealed=[1.0]"], 2, ["revealed"]),
+        (["models={a: WORLD/dsl}", "samples.temperature=0"], 2, ["temperature"]),
+        (["models={a: WORLD/dsl}", "samples.nucleus={p: 2}"], 2, ["nucleus"]),
+    ],
+)
+def test_bad_input_is_one_message(
+    run: Run, world: Path, tmp_path: Path, argv: list[str], code: int, words: list[str]
+) -> None:
+    found, _, err = run(*(argument.replace("WORLD", str(world)) for argument in argv))
+    assert found == code, err
+    assert [word for word in words if word not in err] == []
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "judged").exists()
+
+
+def test_an_empty_split_and_another_length_are_refused(
+    run: Run, world: Path, tmp_path: Path
+) -> None:
+    argv = [f"models={{a: {world / 'dsl'}}}"]
+    data = tiny.shards(tmp_path / "bare", validation=0, length=16)
+    code, _, err = run(*argv, f"data={data}")
+    assert code == 2
+    assert "validation" in err
+    code, _, err = run(*argv, f"data={data}", "split=test")
+    assert code == 3
+    assert "trained on rows of 32 tokens, the data has 16" in err
+
+
+def test_a_dry_run_counts_and_touches_nothing(run: Run, world: Path, tmp_path: Path) -> None:
+    code, made, err = run(f"models={{a: {world / 'dsl'}}}", f"paths={PATHS}", "--dry-run")
+    assert code == 0, err
+    assert made["texts_per_model"] == 6 * 5
+    assert made["calls_per_text_on_all_paths"] == 2 + 4 + 4 + 5 + LENGTH
+    assert not (tmp_path / "judged").exists()
+
+
+@pytest.mark.parametrize("preset", [path.stem for path in sorted(tiny.PRESETS.glob("*.yaml"))])
+def test_every_preset_can_be_read(preset: str) -> None:
+    found = config.load(
+        evaluate.EvaluateConfig, verb="evaluate", argv=[preset], presets=tiny.PRESETS
+    )
+    length = {"quickstart": 64, "text8": 256, "owt": 1024}[preset]
+    assert all(entry.walks(length) for entry in found.paths.values())
+    assert found.name == f"{preset}-evaluation"
