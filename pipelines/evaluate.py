@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,11 @@ from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import held_out, jobs, preparation, promotion, stages
 from pipelines.evaluation.bench import MODELS
-from pipelines.evaluation.cells import cells, refusal
 from pipelines.evaluation.found import Found
-from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.pages import report
-from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.settings import REAL, REFERENCES, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.stages import Stage
-from pipelines.evaluation.subjects import Origin, Subject
+from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.tables import Tables, figures, time_table
 from pipelines.report import Report, markdown
 from pipelines.runs import RESULT, say
@@ -68,12 +65,11 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
         return _finished(folder, origins)
     rows = preparation.rows(config)
     subjects = preparation.prepare(config, folder, origins, rows, uri)
-    found = _found(config, folder, subjects, rows)
-    promotion.require(config, found)
+    found = preparation.found(config, folder, subjects, rows)
     handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:
-        spent = _measure(config, subjects, found)
+        spent = _measure(config, found)
         decision = promotion.decide(config, found, origins, uri)
         tables = Tables(found=found, held_out=rows, subjects=subjects)
         spent_table = time_table(spent, wall=time.monotonic() - began, config=config)
@@ -107,31 +103,16 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _found(
-    config: EvaluateConfig, folder: Folder, subjects: Sequence[Subject], rows: HeldOut
-) -> Found:
-    """Where the answers will be found, and of which cells."""
-    kinds = {subject.name: subject.kind for subject in subjects}
-    length = rows.manifest.length
-    walked = [
-        cell
-        for cell in cells(kinds, config.paths, length)
-        if not refusal(kinds[cell.model], cell.walk, cell.budget, length)
-    ]
-    return Found(config, Parts(folder), tuple(walked))
-
-
-def _measure(config: EvaluateConfig, subjects: Sequence[Subject], found: Found) -> list[Stage]:
+def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
     """Everything that takes a model, on the pool: what the stages have cost."""
     parts = found.parts
-    kinds = {subject.name: subject.kind for subject in subjects}
     sources = [UNIGRAM, REAL, REFERENCES, *(cell.name for cell in found.walked)]
 
     def numbers() -> dict[str, list[int]]:
         return {source: sorted(parts.present(f"samples/{source}")) for source in sources}
 
     with pool.connected(config.workers):
-        asked = jobs.of_models(config, kinds, found.walked)
+        asked = jobs.of_models(config, found.kinds, found.walked)
         spent = [stages.run("models", asked, config, parts)]
         spent.append(stages.run("texts", jobs.of_texts(config, numbers()), config, parts))
         counts = {source: found.count(source) for source in sources}

@@ -17,7 +17,7 @@ from pipelines.evaluation.parts import Parts, matrix
 from pipelines.evaluation.settings import REFERENCES, EvaluateConfig
 from pipelines.models import Model
 
-WORDS = "words"  # the group of parts that holds those of the training split
+WORDS = "parts/words"  # the group of parts that holds those of the training split
 MODELS = "models"  # of the run directory: the weights as they were when the evaluation began
 
 

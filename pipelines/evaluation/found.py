@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import ConfigError
-from pipelines.evaluation import mauve
+from pipelines.evaluation import mauve, measures
 from pipelines.evaluation.cells import Cell
 from pipelines.evaluation.judge import Judged
 from pipelines.evaluation.measures import Condition
@@ -31,19 +31,31 @@ class Found:
     config: EvaluateConfig
     parts: Parts
     walked: tuple[Cell, ...]
+    kinds: Mapping[str, str]  # of the models, by name
 
     def nats(self, model: str, view: str) -> np.ndarray:
-        """Nats per token of held-out rows, ``[N]``; the unigram has one view, under any name."""
-        view = "exact" if model == UNIGRAM else view
-        return self._column(f"likelihood/{model}/{view}", "nats")
+        """Nats per token of held-out rows, ``[N]``.
+
+        Where a likelihood is exact there is one view of it, which stands for any bound.
+        """
+        view = "exact" if self.kinds.get(model, "ar") == "ar" else view
+        return self._column(f"parts/likelihood/{model}/{view}", "nats")
+
+    def require_view(self, model: str, view: str) -> None:
+        """ConfigError unless it is one of the model's."""
+        config, kind = self.config, self.kinds[model]
+        known = [view.name for view in measures.views(kind, config.likelihood, config.seed)]
+        if view not in known and kind != "ar":
+            why = f"{view} is no view of the likelihood of {model}"
+            raise ConfigError("gate", why, f"Name one of: {', '.join(known)}")
 
     def errors(self, model: str, condition: Condition) -> Mapping[str, np.ndarray]:
         """``nats`` and ``squared`` error of held-out rows, each ``[N]``."""
-        return self._columns(f"states/{model}/{condition.name.replace(' ', '-')}")
+        return self._columns(f"parts/states/{model}/{condition.name.replace(' ', '-')}")
 
     def calibration(self, model: str) -> Mapping[float, Mapping[str, np.ndarray]]:
         """By SNR: ``count``, ``confidence`` and ``right`` of all predictions, each ``[K]``."""
-        table = self.parts.read(f"calibration/{model}")
+        table = self.parts.read(f"parts/calibration/{model}")
         by_snr = {}
         for gamma in self.config.states.gammas:
             of_gamma = table.filter(pc.equal(table["gamma"], gamma))
@@ -55,7 +67,7 @@ class Found:
 
     def trace(self, cell: Cell) -> Mapping[str, Any]:
         """What each recorder saw of a cell's first texts."""
-        (row,) = self.parts.read(f"traces/{cell.name}").to_pylist()
+        (row,) = self.parts.read(f"parts/traces/{cell.name}").to_pylist()
         return {name: json.loads(seen) for name, seen in row.items()}
 
     # --- texts, by source: a cell's name, or unigram, real or references ------------------------
@@ -78,17 +90,17 @@ class Found:
 
     def read(self, source: str) -> Mapping[str, np.ndarray]:
         """``known`` words, ``words``, ``entropy`` and ``repetition`` of each text, ``[N]``."""
-        return self._columns(f"read/{source}")
+        return self._columns(f"parts/read/{source}")
 
     def verdict(self, source: str) -> Judged:
         """What the judge said of each text."""
-        return Judged(**self._columns(f"judged/{source}"))
+        return Judged(**self._columns(f"parts/judged/{source}"))
 
     def whole(self, source: str) -> list[dict[str, Any]]:
         """What was said of each repeat; empty where there are too few texts for one."""
-        if not self.parts.present(f"whole/{source}"):
+        if not self.parts.present(f"parts/whole/{source}"):
             return []
-        return self.parts.read(f"whole/{source}").to_pylist()
+        return self.parts.read(f"parts/whole/{source}").to_pylist()
 
     # --- as the gate asks -----------------------------------------------------------------------
 
@@ -133,7 +145,7 @@ class Found:
     @lru_cache(maxsize=8)  # noqa: B019 - an evaluation ends with its process
     def _features(self, source: str) -> np.ndarray:
         rows = self.config.samples.rows
-        table = self.parts.read(f"features/{source}", ["features"])
+        table = self.parts.read(f"parts/features/{source}", ["features"])
         return matrix(table["features"][:rows], np.float32)
 
     def _column(self, group: str, name: str) -> np.ndarray:

@@ -129,7 +129,9 @@ class Likelihood:
         return means(nats_N, draws.rows(len(nats_N)))
 
     def require(self, config: EvaluateConfig, found: Found) -> None:
-        """Every evaluation measures it."""
+        """ConfigError where the candidate's likelihood is not viewed so."""
+        assert config.gate is not None
+        found.require_view(config.gate.model, self.view)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class Nats(Rows):
 
     @property
     def group(self) -> str:
-        return f"likelihood/{self.model}/{self.view}"
+        return f"parts/likelihood/{self.model}/{self.view}"
 
     def run(self, bench: Bench) -> pa.Table:
         config, model = bench.config, bench.model(self.model)
@@ -95,7 +95,7 @@ class Errors(Rows):
 
     @property
     def group(self) -> str:
-        return f"states/{self.model}/{self.condition.name.replace(' ', '-')}"
+        return f"parts/states/{self.model}/{self.condition.name.replace(' ', '-')}"
 
     def run(self, bench: Bench) -> pa.Table:
         found = measures.errors(
@@ -114,7 +114,7 @@ class Calibration(Rows):
 
     @property
     def group(self) -> str:
-        return f"calibration/{self.model}"
+        return f"parts/calibration/{self.model}"
 
     def run(self, bench: Bench) -> pa.Table:
         found = calibration(
@@ -177,7 +177,7 @@ class Trace:
 
     @property
     def group(self) -> str:
-        return f"traces/{self.cell.name}"
+        return f"parts/traces/{self.cell.name}"
 
     def run(self, bench: Bench) -> pa.Table:
         recorders = (Schedule(), Sharpening(), Rewrites())
@@ -215,7 +215,7 @@ class Featurize(About):
 
     @property
     def group(self) -> str:
-        return f"features/{self.source}"
+        return f"parts/features/{self.source}"
 
     def run(self, bench: Bench) -> pa.Table:
         features_BF = bench.featurize(*self.texts(bench))
@@ -228,7 +228,7 @@ class Judge(About):
 
     @property
     def group(self) -> str:
-        return f"judged/{self.source}"
+        return f"parts/judged/{self.source}"
 
     def run(self, bench: Bench) -> pa.Table:
         judged = bench.judge(*self.texts(bench))
@@ -241,7 +241,7 @@ class Read(About):
 
     @property
     def group(self) -> str:
-        return f"read/{self.source}"
+        return f"parts/read/{self.source}"
 
     def run(self, bench: Bench) -> pa.Table:
         _, tokens_BL = self.texts(bench)
@@ -265,20 +265,22 @@ class Whole:
 
     @property
     def group(self) -> str:
-        return f"whole/{self.source}"
+        return f"parts/whole/{self.source}"
 
     def run(self, bench: Bench) -> pa.Table:
         tokens_NL = matrix(self._rows(bench, "samples", "tokens"), np.int64)
         found = {f"distinct_{n}": [metrics.distinct(tokens_NL, n)] for n in metrics.NGRAMS}
-        if bench.config.mauve and self.source != REFERENCES:
+        if bench.config.mauve:
             found["mauve"] = [self._mauve(bench, bench.config.mauve)]
         return pa.table(found)
 
-    def _mauve(self, bench: Bench, config: MauveConfig) -> list[float]:
-        """By k-means seed."""
-        own_NF = matrix(self._rows(bench, "features", "features"), np.float32)
-        real = bench.parts.read(f"features/{REFERENCES}")["features"]
+    def _mauve(self, bench: Bench, config: MauveConfig) -> list[float] | None:
+        """By k-means seed; None for the references themselves, under whatever name."""
+        own_NF = matrix(self._rows(bench, "parts/features", "features"), np.float32)
+        real = bench.parts.read(f"parts/features/{REFERENCES}")["features"]
         real_NF = matrix(real[: bench.config.samples.rows], np.float32)
+        if np.array_equal(own_NF, real_NF):
+            return None
         return list(mauve.score(own_NF, real_NF, config).per_seed)
 
     def _rows(self, bench: Bench, stage: str, column: str) -> pa.ChunkedArray:

@@ -4,7 +4,7 @@ into the run directory, where a restart finds it as it was."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -13,10 +13,12 @@ from infra import registry, tracking
 from infra.config import to_yaml
 from infra.errors import ConfigError
 from infra.storage import Folder
-from pipelines.evaluation import held_out, jobs, subjects
+from pipelines.evaluation import held_out, jobs, promotion, subjects
 from pipelines.evaluation.bench import MODELS, WORDS, Bench, stranger
+from pipelines.evaluation.cells import cells, refusal
+from pipelines.evaluation.found import Found
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.parts import chunks
+from pipelines.evaluation.parts import Parts, chunks
 from pipelines.evaluation.settings import CHAMPION, REAL, REFERENCES, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
 
@@ -74,26 +76,43 @@ def prepare(
     # A kill from here on leaves a run to resume, a mistake leaves nothing.
     folder.write_bytes(tracking.CONFIG, to_yaml(config, "evaluate").encode())
     try:
-        return _lay(config, folder, origins, rows, uri)
+        made = _lay(config, folder, origins, rows, uri)
+        promotion.require(config, found(config, folder, made, rows))
     except Exception:
         folder.remove()
         raise
+    content = json.dumps([asdict(subject) for subject in made], indent=1)
+    folder.write_bytes(SUBJECTS, content.encode())
+    return made
+
+
+def found(
+    config: EvaluateConfig, folder: Folder, subjects: Sequence[Subject], rows: HeldOut
+) -> Found:
+    """Where the answers are going to be, and of which cells."""
+    kinds = {subject.name: subject.kind for subject in subjects}
+    length = rows.manifest.length
+    walked = [
+        cell
+        for cell in cells(kinds, config.paths, length)
+        if not refusal(kinds[cell.model], cell.walk, cell.budget, length)
+    ]
+    return Found(config, Parts(folder), tuple(walked), kinds)
 
 
 def _lay(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
 ) -> list[Subject]:
     place, converter = folder / MODELS, config.converter
-    found = []
+    made = []
     for name, origin in origins.items():
-        found.append(subjects.freeze(name, origin, rows, place, converter=converter, uri=uri))
+        made.append(subjects.freeze(name, origin, rows, place, converter=converter, uri=uri))
     for address in {address for reader in config.readers for address in reader.addresses()}:
         origin = {"address": address}
         subjects.freeze(stranger(address), origin, rows, place, converter=converter, uri=uri)
     place.write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
     _lay_texts(config, folder, rows)
-    folder.write_bytes(SUBJECTS, json.dumps([asdict(s) for s in found], indent=1).encode())
-    return found
+    return made
 
 
 def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder: Folder) -> None:
@@ -118,12 +137,14 @@ def _lay_texts(config: EvaluateConfig, folder: Folder, rows: HeldOut) -> None:
     sources = {
         REFERENCES: held_out_NL[:asked],
         REAL: real_NL,
-        UNIGRAM: rows.unigram.draw(count, rows.manifest.length, config.seed),
+        UNIGRAM: rows.unigram.draw(
+            count * config.samples.repeats, rows.manifest.length, config.seed
+        ),
     }
     for source, tokens_NL in sources.items():
         for first, size in chunks(len(tokens_NL), batch):
             table = jobs.texts(tokens_NL[first : first + size], first, bench)
             bench.parts.write(f"samples/{source}", first, table, {})
     nats_N = rows.unigram.nats(held_out_NL[: config.likelihood.rows])
-    bench.parts.write(f"likelihood/{UNIGRAM}/exact", 0, pa.table({"nats": nats_N}), {})
+    bench.parts.write(f"parts/likelihood/{UNIGRAM}/exact", 0, pa.table({"nats": nats_N}), {})
     bench.parts.write(WORDS, 0, pa.table({"word": sorted(rows.words)}), {})

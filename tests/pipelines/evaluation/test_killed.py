@@ -1,0 +1,76 @@
+"""An evaluation that is killed goes on where it was: no text is drawn twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tests.pipelines import tiny
+from tests.pipelines.evaluation.conftest import SETTINGS
+
+SCRIPT = tiny.PRESETS.parent / "evaluate.py"
+PATHS = """{masked: {path: masked, budgets: [4, 8]}, hybrid: {path: {kind: hybrid,
+    first: {kind: sentence_sde, gamma_max: 9}, second: masked, split: [2, 3]}}}"""
+
+
+def command(world: Path, root: Path) -> list[str]:
+    """`evaluate` of 2 models, 4 cells, 20 texts each in parts of 5."""
+    models = ", ".join(f"{name}: {world / name}" for name in ("mdlm", "dsl"))
+    given = [
+        *(f"data={world / 'data/shards'}", f"root={root}", f"models={{{models}}}"),
+        *(f"paths={PATHS}", "samples={rows: 20, traced: 2}"),
+        *("judge={kind: own, model: " + str(world / "ar") + "}",),
+    ]
+    return [sys.executable, str(SCRIPT), *SETTINGS, *given]
+
+
+def parts(root: Path) -> dict[str, int]:
+    """When each part was written."""
+    return {
+        str(path.relative_to(root)): path.stat().st_mtime_ns
+        for path in root.glob("judged/**/*.parquet")
+    }
+
+
+def finish(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_kill_and_go_on(world: Path, tmp_path: Path) -> None:
+    whole = finish(command(world, tmp_path / "whole"))
+
+    line = command(world, tmp_path / "killed")
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    drawn = tmp_path / "killed/judged/samples/dsl-masked-4"
+    while process.poll() is None and not drawn.exists():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
+    before = parts(tmp_path / "killed")
+    assert not (tmp_path / "killed/judged/result.json").exists()
+    assert not (tmp_path / "killed/judged/report").exists()
+
+    made = finish(line)
+    after = parts(tmp_path / "killed")
+    assert after.keys() == parts(tmp_path / "whole").keys()
+    assert 20 < len(before) < len(after)
+    assert {name: after[name] for name in before} == before  # none was made again
+
+    def measured(metrics: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if not name.endswith("/seconds")}
+
+    assert measured(made["metrics"]) == measured(whole["metrics"])
+    for name in after:
+        if "/samples/" in name:
+            texts = [pq.read_table(tmp_path / run / name) for run in ("whole", "killed")]
+            assert texts[0].equals(texts[1])
