@@ -8,13 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pipelines.report.tables import STDERR, Row, Rows, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 T = TypeVar("T", bound=Hashable)
@@ -128,14 +127,15 @@ def curve(axes: Axes, rows: Rows, x: str, y: str, **line: Any) -> None:
     axes.errorbar(numbers(row[x] for row in rows), numbers(row[y] for row in rows), **given, **line)
 
 
-def widen(axis: Axis, values: Iterable[float]) -> None:
+def widen(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
     """Make an axis logarithmic where its values are positive and span more than `SPAN`."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     values = list(values)
     if not values or min(values) <= 0 or max(values) <= SPAN * min(values):
         return
-    axis._set_axes_scale("log")
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(base=2 if max(values) < 2**10 * min(values) else 10))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -23,9 +23,10 @@ from pipelines.report.drawing import (
     styles,
     widen,
 )
-from pipelines.report.tables import Row, Rows, number
+from pipelines.report.tables import Column, Row, Rows, number
 
 Bounds = tuple[float, float]
+ECE = Column("ece", "ECE", ".3f")
 
 # What of a journal is drawn, and how.
 JOURNAL = MappingProxyType(
@@ -89,14 +90,13 @@ def quality(
             axes.axhline(value, color=GREY, ls=dashes, label=anchor)
         axes.set(xlabel="calls")
         axes.grid(alpha=0.3)
-    values = [number(row[key]) for row in rows]
-    for axes in made.axes[:1]:  # the others share its axes
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        widen(axes.xaxis, [number(row["calls"]) for row in rows])
-        if bounds:
-            axes.set_ylim(*bounds)
-        else:
-            widen(axes.yaxis, [*values, *anchors.values()])
+    first = made.axes[0]  # the others share its axes
+    first.xaxis.get_major_locator().set_params(integer=True)
+    widen(first, "x", [number(row["calls"]) for row in rows])
+    if bounds:
+        first.set_ylim(*bounds)
+    else:
+        widen(first, "y", [*(number(row[key]) for row in rows), *anchors.values()])
     made.figure.supylabel(label, fontsize="medium")
     made.legend()
     return made.png()
@@ -150,7 +150,7 @@ def reliability(rows: Rows) -> bytes | None:
             confidence, accuracy, counts = zip(*_bins(row), strict=True)
             line = lines[row["model"]]
             color = line["color"]
-            label = f"{row['model']}: ECE {number(row.get('ece')):.3f}"
+            label = f"{row['model']}: ECE {ECE.cell(row)}"
             axes.plot(confidence, accuracy, color=color, ls=line["ls"], lw=1.2, label=label)
             area = [8 + 80 * count / sum(counts) for count in counts]
             axes.scatter(confidence, accuracy, s=area, color=color, marker=line["marker"])
@@ -187,7 +187,7 @@ def nll(rows: Rows) -> bytes | None:
             label = f"{row['model']} {row['view']}".replace("_", " ")
             color = lines[row["model"]]["color"]
             axes.axhline(row["nats_per_token"], color=color, ls=":", label=label)
-    widen(axes.xaxis, [row["gamma_star"] for row in bounds])
+    widen(axes, "x", [row["gamma_star"] for row in bounds])
     axes.set(xlabel="gamma*", ylabel="nats per token")
     axes.grid(alpha=0.3)
     made.legend()
@@ -206,7 +206,7 @@ def errors_by_snr(rows: Rows) -> bytes | None:
         seen = measured(rows, key)
         for model, part in groups(seen, lambda row: row["model"]).items():
             curve(axes, part, "gamma", key, label=model, **lines[model])
-        widen(axes.xaxis, [row["gamma"] for row in seen])
+        widen(axes, "x", [row["gamma"] for row in seen])
         axes.set(xlabel="SNR", ylabel=label)
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False)

@@ -93,7 +93,7 @@ def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
         axes.set(xlabel="share of the steps", ylabel=label, xlim=(0, 1))
         axes.grid(alpha=0.3)
         if wide:
-            widen(axes.yaxis, [value for row in rows for _, value in _points(of(row))])
+            widen(axes, "y", [value for row in rows for _, value in _points(of(row))])
         else:
             axes.set_ylim(bottom=0)
     made.legend()

@@ -185,6 +185,8 @@ def test_the_legend_covers_nothing_and_names_every_curve_once(
 def test_styles_differ() -> None:
     seen = [tuple(style(index).values()) for index in range(56)]
     assert len(set(seen)) == 56
+    # Colour and dashes alone tell as many apart as there are combinations.
+    assert len({(style(index)["color"], style(index)["ls"]) for index in range(21)}) == 21
 
 
 def test_splits_have_continuous_calls_down_and_endpoint_calls_across(drawn: list[Figure]) -> None:
@@ -195,7 +197,8 @@ def test_splits_have_continuous_calls_down_and_endpoint_calls_across(drawn: list
     assert grid[0, 1] == pytest.approx(0.016 + 0.064)
     assert grid.mask.tolist() == [[False, False], [True, False]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32"]
-    assert {text.get_text() for text in axes.texts} == {"0.0480", "0.0800", "0.0960"}
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {(0, 0): "0.0480", (1, 0): "0.0800", (1, 1): "0.0960"}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("endpoint calls", "continuous calls")
 
 
@@ -209,6 +212,12 @@ def test_reliability_has_a_panel_for_each_snr_and_models_side_by_side(
     curve = points(low, "model 0: ECE 0.125")
     assert len(curve) == 9  # the empty bin is left out
     assert curve[0] == (0.15000000000000002, pytest.approx(0.15**2))
+
+
+def test_an_empty_bin_is_no_dot_whatever_stands_in_it() -> None:
+    (row,) = rows.calibration(models=1, gammas=(1.0,))
+    filled = {"confidence": [0.5] * 10, "accuracy": [0.0] * 10}
+    assert plots.reliability([{**row, **filled, "count": [0] * 10}]) is None
 
 
 def test_nll_has_a_curve_and_a_line_for_each_model(drawn: list[Figure]) -> None:
