@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from dsl.paths import AnyPath, Hybrid, SecondOrder, SentenceSDE, TokenSDE
 from dsl.paths.defaults import LEFT_TO_RIGHT, choose
+from dsl.truncation import Truncated
+from pipelines.generate import Nucleus
 
 CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)
 
@@ -17,12 +19,14 @@ class PathConfig:
 
     No budgets: the one that `generate` would take, which is the sum of a hybrid's split and one
     call a token for any other path. A hybrid may be walked with several `splits` instead, each
-    (continuous calls, endpoint calls), which then stand for the one in its path.
+    (continuous calls, endpoint calls), which then stand for the one in its path. `nucleus` is for
+    this path alone; otherwise that of all samples.
     """
 
     path: AnyPath
     budgets: tuple[int, ...] = ()
     splits: tuple[tuple[int, int], ...] = ()
+    nucleus: Nucleus | None = None
 
     def __post_init__(self) -> None:
         if self.splits and not isinstance(self.path, Hybrid):
@@ -33,6 +37,8 @@ class PathConfig:
             if budget < 1:
                 raise ValueError(f"budgets must be at least one call, got {budget}")
         self.walks(1)  # refuses another sum than the split's
+        if self.nucleus:  # or what lies outside its range
+            Truncated(None, 1.0, self.nucleus.p, self.nucleus.convention)
 
     def walks(self, length: int) -> tuple[tuple[AnyPath, int], ...]:
         """Every path with its budget, for texts of ``length`` tokens."""
@@ -50,6 +56,7 @@ class Cell:
     path: str  # its name in the configuration
     walk: AnyPath
     budget: int
+    nucleus: Nucleus | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +73,7 @@ class Cell:
 def cells(models: Iterable[str], paths: Mapping[str, PathConfig], length: int) -> list[Cell]:
     """Every model on every path, walkable or not."""
     return [
-        Cell(model=model, path=name, walk=walk, budget=budget)
+        Cell(model=model, path=name, walk=walk, budget=budget, nucleus=entry.nucleus)
         for model in models
         for name, entry in paths.items()
         for walk, budget in entry.walks(length)

@@ -140,7 +140,7 @@ def draw(bench: Bench, cell: Cell, first: int, count: int, recorders: Any = ()) 
     config, denoiser = bench.config, bench.denoiser(cell.model)
     length = bench.rows(0, 1).shape[1]
     return sample(
-        config.samples.sharpen(denoiser),
+        config.samples.sharpen(denoiser, cell.nucleus),
         cell.walk,
         State.masked(count, length, denoiser.config.embed_dim),
         budget=cell.budget,

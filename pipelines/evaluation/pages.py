@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from infra import journal
 from pipelines.evaluation import layouts
 from pipelines.evaluation.gate import Decision
-from pipelines.evaluation.layouts import QUALITY, Metric
+from pipelines.evaluation.layouts import ENTROPY, QUALITY, Metric
 from pipelines.evaluation.settings import REAL, UNIGRAM
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.tables import Tables
 from pipelines.report import Column, Plot, Report, Row, Rows, Table, Text, plots, traces
 
 TEXTS = 2  # of each source are shown; all of them are in the run directory
-ENTROPY = Metric("entropy", "Entropy of a text, nats", ".3f")
 DIAGNOSTICS = (
     Column("model", "Model"),
     Column("kind", "Trained as"),
@@ -97,7 +96,7 @@ def _of_texts(rows: Rows) -> Iterator[tuple[str, tuple[str, bytes | None]]]:
         caption = f"{metric.title} of hybrid paths by split"
         by_split = [row for row in rows if "split" in row]
         if len({tuple(row["split"]) for row in by_split}) > 1:
-            png = plots.splits(by_split, metric.key, label=metric.title)
+            png = plots.splits(by_split, metric.key, label=metric.title, show=metric.show)
             yield f"{metric.key}_by_split", (caption, png)
 
 

@@ -87,10 +87,11 @@ class SamplesConfig:
         for name, least in (("rows", 2), ("repeats", 1), ("traced", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        self.sharpen(None)  # refuses what lies outside its range, before a model is loaded
+        self.sharpen(None, None)  # refuses what lies outside its range, before a model is loaded
 
-    def sharpen(self, denoiser: Denoiser | None) -> Truncated:
-        return Truncated(denoiser, self.temperature, self.nucleus.p, self.nucleus.convention)
+    def sharpen(self, denoiser: Denoiser | None, nucleus: Nucleus | None) -> Truncated:
+        nucleus = nucleus or self.nucleus
+        return Truncated(denoiser, self.temperature, nucleus.p, nucleus.convention)
 
 
 @dataclass(frozen=True, kw_only=True)

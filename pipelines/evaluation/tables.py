@@ -57,6 +57,7 @@ SAMPLES = (
     Column("entropy", "Entropy", ".3f"),
     Column("seconds", "Seconds a text", ".4f"),
 )
+OWN = (Column("split", "Split"), Column("nucleus", "Nucleus"))  # of some paths only
 MAUVE = (
     Column("mauve", "MAUVE", ".3f"),
     Column("mauve_spread", "k-means spread", ".3f"),
@@ -184,10 +185,14 @@ class Tables:
             if reason:
                 rows.append(row | {SKIPPED: reason})
                 continue
-            split = {"split": list(cell.split)} if cell.split else {}
-            rows.append(row | split | {"budget": cell.budget} | self._drawn(cell))
+            if cell.split:
+                row["split"] = list(cell.split)
+            if cell.nucleus:
+                row["nucleus"] = cell.nucleus.p
+            rows.append(row | {"budget": cell.budget} | self._drawn(cell))
         each = f"{config.samples.repeats} x " if config.samples.repeats > 1 else ""
-        columns = SAMPLES[:4] + (MAUVE if config.mauve else ()) + (JUDGED if config.judge else ())
+        own = tuple(column for column in OWN if any(column.key in row for row in rows))
+        asked = (MAUVE if config.mauve else ()) + (JUDGED if config.judge else ())
         return Table(
             title="Texts",
             note=f"{each}{config.samples.rows:,} texts each at temperature "
@@ -197,7 +202,7 @@ class Tables:
             f"{metrics.REPEATED}-grams of tokens that a text had before. Entropy: of the tokens of "
             "a text, in nats. Seconds a text: of one process, "
             f"{config.batch} at a time. {self._strangers()}",
-            columns=columns + SAMPLES[4:],
+            columns=SAMPLES[:2] + own + SAMPLES[2:4] + asked + SAMPLES[4:],
             rows=rows,
         )
 
@@ -260,6 +265,7 @@ class Tables:
             return []
         return [
             {"model": cell.model, "path": cell.path, "budget": cell.budget}
+            | ({"split": list(cell.split)} if cell.split else {})
             | {k: v for seen in self.found.trace(cell).values() for k, v in seen.items()}
             for cell in longest(self.found.walked)
         ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsl import paths
-from pipelines.evaluation.cells import REFUSALS, PathConfig, cells, refusal
+from pipelines.evaluation.cells import REFUSALS, PathConfig, cells, longest, refusal
+from pipelines.generate import Nucleus
 
 SDE, MASKED = paths.SentenceSDE(gamma_max=9.0), paths.Masked()
 HYBRID = paths.Hybrid(SDE, MASKED, split=(2, 3))
@@ -49,6 +50,12 @@ def test_a_hybrid_is_walked_with_every_split() -> None:
     assert names == ["a-hybrid-16+48", "a-hybrid-32+32", "b-hybrid-16+48", "b-hybrid-32+32"]
 
 
+def test_the_longest_walk_of_each_path_is_watched() -> None:
+    entries = {"m": PathConfig(path=MASKED, budgets=(4, 16, 8)), "h": PathConfig(path=HYBRID)}
+    found = longest(cells(["a", "b"], entries, 8))
+    assert [cell.name for cell in found] == ["a-m-16", "a-h-2+3", "b-m-16", "b-h-2+3"]
+
+
 @pytest.mark.parametrize(
     ("path", "given", "words"),
     [
@@ -56,6 +63,7 @@ def test_a_hybrid_is_walked_with_every_split() -> None:
         (HYBRID, {"splits": ((1, 2),), "budgets": (3,)}, "not both"),
         (HYBRID, {"budgets": (4,)}, "2 \\+ 3"),
         (MASKED, {"budgets": (0,)}, "at least one call"),
+        (MASKED, {"nucleus": Nucleus(p=2.0)}, "nucleus must lie"),
     ],
 )
 def test_what_does_not_fit_is_refused(path: object, given: dict, words: str) -> None:

@@ -14,7 +14,7 @@ from dsl.vocabulary import Vocabulary
 from infra import config
 from infra.logger import connect
 from pipelines import evaluate
-from pipelines.evaluation import metrics
+from pipelines.evaluation import held_out, metrics
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Run
 from tests.pipelines.evaluation.small import LENGTH, rows_of
@@ -127,6 +127,49 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     assert "existing=restart" in err
 
 
+def test_what_others_say_of_the_texts(run: Run, world: Path, tmp_path: Path) -> None:
+    data = tiny.shards(tmp_path / "more", validation=0.5)
+    own = f"{{kind: own, model: {world / 'flat_ar'}}}"
+    code, _, err = run(
+        f"data={data}",
+        f"models={{flat: {world / 'flat'}}}",
+        "paths={masked: {path: masked, budgets: [1], nucleus: {p: 0.5}}}",
+        "samples={rows: 500, repeats: 2, traced: 0}",
+        "batch=250",
+        f"judge={own}",
+        f"mauve={{featurizer: {{kind: own, model: {world / 'ar'}}}, seeds: 2}}",
+    )
+    assert code == 0, err
+    folder = tmp_path / "judged"
+    tables = json.loads((folder / "report/evaluation.json").read_text())
+    rows = {row["model"]: row for row in tables["samples"]}
+
+    # A judge that finds every token as likely as any other; each token counts, first and last too.
+    for row in rows.values():
+        assert row["perplexity"] == pytest.approx(28, rel=1e-4)
+    judged = pq.read_table(folder / "parts/judged/flat-masked-1")
+    assert judged["tokens_N"].to_pylist() == [LENGTH] * 1000
+
+    # Real text is drawn once, without replacement, and apart from what it is compared with.
+    kept = {
+        name: np.array(pq.read_table(folder / f"samples/{name}")["tokens"].to_pylist())
+        for name in ("references", "real")
+    }
+    assert {name: len(rows_NL) for name, rows_NL in kept.items()} == {
+        "references": 500,
+        "real": 500,
+    }
+    found = held_out.read(data, "validation", 1000, corpus_rows=100, seed=0).rows_NL
+    assert (np.concatenate([kept["references"], kept["real"]]) == found).all()
+    assert rows["real"]["mauve"] > rows["flat"]["mauve"] + 0.2
+    assert rows["flat"]["mauve_stderr"] >= 0  # over the repeats
+    assert "mauve_stderr" not in rows["real"] or math.isnan(
+        rows["real"]["mauve_stderr"] or math.nan
+    )
+    assert rows["flat"]["nucleus"] == 0.5
+    assert "stand-in" in (folder / "report/evaluation.md").read_text()
+
+
 def test_an_unreachable_server_does_not_stop_it(run: Run, world: Path, tmp_path: Path) -> None:
     with tiny.bare():
         code, made, err = run(
@@ -172,6 +215,19 @@ def test_an_unreachable_server_does_not_stop_it(run: Run, world: Path, tmp_path:
         (["models={a: WORLD/dsl}", "states.revealed=[1.0]"], 2, ["revealed"]),
         (["models={a: WORLD/dsl}", "samples.temperature=0"], 2, ["temperature"]),
         (["models={a: WORLD/dsl}", "samples.nucleus={p: 2}"], 2, ["nucleus"]),
+        (["models={a: WORLD/dsl}", "mauve={}"], 2, ["MAUVE", "below 500", "samples.rows is 6"]),
+        (
+            ["models={a: WORLD/dsl}", "judge={kind: hub, model: WORLD/nobody}"],
+            3,
+            ["judge.model", "nobody"],
+        ),
+        (
+            ["models={a: WORLD/dsl}", "judge={kind: own, model: WORLD/dsl}"],
+            3,
+            ["judge.model", "only an ar model can judge"],
+        ),
+        (["models={a: WORLD/dsl}", "published=[owt]"], 2, ["published", "owt_mauve"]),
+        (["models={champion: WORLD/dsl}"], 2, ["champion"]),
     ],
 )
 def test_bad_input_is_one_message(
