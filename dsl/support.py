@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsl.paths.grids import Information
+
 
 def stratified(rows: int, generator: torch.Generator) -> Tensor:
     """``[B]`` float64, each uniform on [0, 1), together one point per interval of length 1/B."""
@@ -98,6 +100,34 @@ class LogNormal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InformationUniform:
+    """The continuous branch without a knob: information is the natural clock (003 eq. 3).
+
+    ``profile`` is the measured ``1/2 E(gamma) dgamma`` of a denoiser; each row as a whole is seen
+    at the SNR below which a uniformly random share of its nats lie, up to ``gamma_max``.
+
+    Raises:
+        ValueError: the profile ends below ``gamma_max``.
+    """
+
+    profile: Information
+    gamma_max: float
+    kind: Literal["information"] = "information"
+
+    def __post_init__(self) -> None:
+        self.profile.gamma(1.0, self.gamma_max)
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
+        """``gamma_BL``; constant along L."""
+        shares = stratified(rows, generator).tolist()
+        gamma = [self.profile.gamma(share, self.gamma_max) for share in shares]
+        return torch.tensor(gamma, device=generator.device)[:, None].expand(rows, length)
+
+
+Continuous = LogNormal | InformationUniform
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixed:
     """Both branches (000 §4.5): each row is a ROAR row with probability ``roar_share``.
 
@@ -107,7 +137,7 @@ class Mixed:
 
     kind: Literal["mixed"] = "mixed"
     roar: Roar = field(default_factory=Roar)
-    continuous: LogNormal = field(default_factory=LogNormal)
+    continuous: Continuous = field(default_factory=LogNormal)
     roar_share: float = 0.25
 
     def __post_init__(self) -> None:
@@ -130,4 +160,4 @@ class Mixed:
         return gamma_BL[torch.randperm(rows, generator=generator, device=device)]
 
 
-Support = Roar | LogNormal | Mixed
+Support = Roar | LogNormal | InformationUniform | Mixed

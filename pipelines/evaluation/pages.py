@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from infra import journal
+from infra.config import to_tree
 from pipelines.evaluation import layouts
 from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.layouts import ENTROPY, QUALITY, Metric
@@ -74,6 +75,7 @@ def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
                 "references": f"the first {config.samples.rows} of the split in the order of seed "
                 f"{config.seed}, kept in samples/references",
             },
+            "information": {name: to_tree(found) for name, found in tables.profiles().items()},
             "models": {s.name: {**s.origin, **s.facts, "kind": s.kind} for s in tables.subjects},
         },
         tables={name: table for name, table in made.items() if table.rows},

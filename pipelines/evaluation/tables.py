@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dsl import likelihood
+from dsl.likelihood import Profile
+from dsl.paths import Information
 from pipelines.evaluation import judge, measures, metrics
 from pipelines.evaluation.cells import Cell, cells, longest, refusal
 from pipelines.evaluation.found import Found
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.measures import AtSNR, Condition
+from pipelines.evaluation.measures import AtSNR, Condition, Revealed
 from pipelines.evaluation.metrics import NGRAMS, Score
 from pipelines.evaluation.settings import REAL, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.stages import Stage
@@ -175,6 +178,22 @@ class Tables:
                 "confidence": _or_none(sure_K / filled_K, empty_K),
                 "accuracy": _or_none(right_K / filled_K, empty_K),
             }
+
+    def profiles(self) -> dict[str, Information]:
+        """By model, how many nats lie below which SNR: a support, a grid or a proposal, to be named
+        in a configuration as it stands (003 eq. 3)."""
+        config = self.found.config.states
+        if 0.0 not in config.revealed or not config.gammas:
+            return {}
+        gammas = sorted(config.gammas)
+        places = (Revealed(share=0.0), *(AtSNR(snr=gamma) for gamma in gammas))
+        made = {}
+        for subject in self.subjects:
+            if subject.kind == "dsl":
+                errors = [self.found.errors(subject.name, at)["squared"] for at in places]
+                profile = Profile((0.0, *gammas), torch.from_numpy(np.stack(errors)))
+                made[subject.name] = profile.information()
+        return made
 
     def samples(self) -> Table:
         """What is to be said of the texts of every cell, and of what stands beside them."""

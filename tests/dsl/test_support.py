@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from dsl.noise import generator
-from dsl.support import LogNormal, Mixed, Roar, Support, stratified
+from dsl.paths import Information
+from dsl.support import InformationUniform, LogNormal, Mixed, Roar, Support, stratified
+
+MEASURED = Information(gammas=(0.0, 1.0, 9.0), nats=(0.0, 3.0, 4.0))
 
 SUPPORTS: list[Support] = [
     Roar(),
     Roar(gamma_min=1.0, c=0.8, gamma_max=100.0),
     LogNormal(mu=1.4, sigma=0.55),
     LogNormal(per="token", gamma_max=40.0),
+    InformationUniform(profile=MEASURED, gamma_max=9.0),
     Mixed(),
 ]
 
@@ -114,6 +118,19 @@ def test_lognormal_clamps_its_upper_tail():
     free = many(LogNormal(mu=3.0, sigma=1.0, per="token"), 10, 8, 32)
     assert gamma.max() == 40
     assert torch.equal(gamma, free.clamp(max=40.0))
+
+
+def test_information_is_uniform_in_nats_and_one_snr_a_row():
+    gamma = many(InformationUniform(profile=MEASURED, gamma_max=5.0), 200, 7, 3)
+    assert (gamma == gamma[..., :1]).all()
+    # 3 nats lie below SNR 1, of the fourth nat half lies between 1 and 5.
+    nats = torch.where(gamma < 1, 3 * gamma, 3 + (gamma - 1) / 8)[..., 0].flatten()
+    assert ks_distance(nats, lambda n: min(max(n / 3.5, 0), 1)) < critical(len(nats))
+
+
+def test_a_profile_that_ends_too_soon_is_refused():
+    with pytest.raises(ValueError, match="beyond the measured profile, which ends at SNR 9"):
+        InformationUniform(profile=MEASURED, gamma_max=10.0)
 
 
 def test_lognormal_without_spread_is_a_constant():
