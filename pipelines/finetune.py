@@ -26,9 +26,7 @@ from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
 from pipelines.launch import RunConfig, launch, plan
-from pipelines.models import BackboneConfig, ConverterConfig
-
-SCRATCH = "scratch"
+from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
 
+SCRATCH = "scratch"  # the address of no model: train from nothing
 CONFIG = "config.json"  # written last: a folder that has it is complete
 PYFUNC = Path(__file__).with_name("model.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")

@@ -2,6 +2,10 @@
 
 python pipelines/pretrain.py quickstart
 python pipelines/pretrain.py owt objective=ar name=owt-ar workers.count=8 workers.gpu=true
+python pipelines/pretrain.py owt init=runs/owt-mdlm name=owt-mdlm-longer train.steps=10000
+
+`init` is any address that finetune's takes: the weights of a model of the same kind, to be trained
+further with a fresh optimizer, as fine-tuning does.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ import torch
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.objective import ARObjective, MDLMObjective
 from dsl.vocabulary import Vocabulary
+from infra import tracking
+from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
-from pipelines import verb
+from pipelines import models, verb
 from pipelines.launch import RunConfig, launch, plan
-from pipelines.models import BackboneConfig
+from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
 
 OBJECTIVES = {
     "mdlm": MDLMObjective,
@@ -33,15 +39,25 @@ class PretrainConfig(RunConfig):
     """`objective` decides the loss, and with it whether attention is causal.
 
     `mdlm_flat` is `mdlm` without the bound's weights: quicker at small batches (see
-    `dsl.objective.MDLMObjective`).
+    `dsl.objective.MDLMObjective`). `backbone` matters to `init: scratch` alone.
     """
 
+    init: str = SCRATCH
     objective: Literal["mdlm", "mdlm_flat", "ar"] = "mdlm"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
 
-def denoiser(config: PretrainConfig, tokens: int) -> Denoiser:
-    """The untrained network, the same for the same seed.
+# Of a checkpoint of the public code, whose table and converter come to nothing here.
+HARD = ConverterConfig(embed_dim=1, mask_prior=1.0, skip=False)
+
+
+def kind(config: PretrainConfig) -> str:
+    """What the weights are trained for."""
+    return "ar" if config.objective == "ar" else "mdlm"
+
+
+def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
+    """The network of `scratch`, the same for the same seed.
 
     Its table and converter take no part in these objectives: the mask is hard, and no token is
     ever at a finite SNR.
@@ -51,23 +67,37 @@ def denoiser(config: PretrainConfig, tokens: int) -> Denoiser:
     return Denoiser(DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0, skip=False))
 
 
+def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
+    """The denoiser that training starts from.
+
+    Raises DataError where `init` speaks another vocabulary, ConfigError where it is of another
+    kind.
+    """
+    if config.init == SCRATCH:
+        return untrained(config, vocabulary.size)
+    uri = tracking.locate(config.tracking, config.root)
+    model = models.load(config.init, converter=HARD, tracking_uri=uri)
+    models.require_same(model, vocabulary, "init")
+    if model.kind != kind(config):
+        why = f"{config.init} was trained as {model.kind}, and this objective makes {kind(config)}"
+        raise ConfigError("init", why, "Give a model of the same kind, or another objective")
+    return model.denoiser
+
+
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
     tokens = read_manifest(config.data).vocabulary.size
     with torch.device("meta"):
-        return plan(config, denoiser(config, tokens))
+        return plan(config, untrained(config, tokens))
 
 
 def execute(config: PretrainConfig) -> dict[str, Any]:
-    def initial(manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
-        return denoiser(config, vocabulary.size)
-
     return launch(
         config,
         verb="pretrain",
-        kind="ar" if config.objective == "ar" else "mdlm",
+        kind=kind(config),
         objective=OBJECTIVES[config.objective],
-        initial=initial,
-        tags={},
+        initial=partial(initial, config),
+        tags={} if config.init == SCRATCH else {"parent_model": config.init},
     )
 
 

@@ -193,6 +193,16 @@ def test_the_order_in_which_lanes_arrive_is_nothing(tmp_path: Path, data: str) -
     assert curve(tmp_path / "ahead") == curve(tmp_path / "back")
 
 
+def test_pretraining_goes_on_from_the_weights_of_another_run(
+    tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", f"init={whole['pretrain']}"]
+    tiny.execute("pretrain", *argv, "name=onward", "train.optimizer.lr=0")
+    before, after = (dsl.load(run / "model") for run in (whole["pretrain"], tmp_path / "onward"))
+    for name, weights in before.backbone.state_dict().items():
+        assert torch.equal(weights, after.backbone.state_dict()[name]), name
+
+
 def test_validation_knows_the_weights_alone(tmp_path: Path, data: str) -> None:
     """At a learning rate of 0 the training loss moves with its noise, validation does not."""
     argv = [f"data={data}", f"root={tmp_path}", "init=scratch", "train.optimizer.lr=0"]
