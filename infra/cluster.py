@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +104,15 @@ def fit(
     use_gpu: bool = False,
     storage: str | None = None,
     max_failures: int = 0,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Run `worker(payload)` on `num_workers` processes of one group and return rank 0's result.
 
     When a process dies or raises, the whole group starts again, up to `max_failures` times; the
     worker resumes from checkpoints of its own. Ray's bookkeeping gets a name and, unless
     `storage` names a folder, a temporary place per call, so it never resumes anything by itself.
-    A worker's Problem is raised as it is; InfraError where the workers died or found no room.
+    `callbacks` are Ray Train's. A worker's Problem is raised as it is; InfraError where the workers
+    died or found no room.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -132,6 +134,7 @@ def fit(
                 max_failures=max_failures, controller_failure_limit=START_ATTEMPTS
             ),
             logging_config=LoggingConfig(log_level="CRITICAL"),
+            callbacks=list(callbacks),
         ),
     )
     try:

@@ -16,7 +16,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,6 +68,15 @@ def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path)
         if match := OVERRIDE.fullmatch(argument):
             layers.append(Layer("command line", _nested(match[1].split("."), _value(argument))))
     return _dataclass(config_type, layers, "")
+
+
+def overridden(config: T, settings: Mapping[str, Any], source: str) -> T:
+    """The configuration with other values at dotted keys, later ones over earlier ones.
+
+    source: who says so, for the ConfigError of a key that does not exist or a value that cannot be.
+    """
+    layers = [Layer(source, _nested(key.split("."), to_tree(v))) for key, v in settings.items()]
+    return _dataclass(type(config), [Layer("base", to_tree(config)), *layers], "")
 
 
 def to_yaml(config: Any, verb: str) -> str:

@@ -21,12 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 Lane = TypeVar("Lane")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,17 @@ def shard(
     # gathered weights where the average and the checkpoints expect shards.
     root_precision = precision(cast_forward_inputs=False)
     fully_shard(root, mesh=mesh, mp_policy=root_precision, reshard_after_forward=True)
+    root.ask = lambda question: question()
+    register_fsdp_forward_method(root, "ask")
+
+
+def ask(root: nn.Module, question: Callable[[], T]) -> T:
+    """`question()` as if it were a forward of the sharded root, with the parameters that takes.
+
+    For what calls the submodules of a root in another way than its own forward does. Every rank
+    must ask the same.
+    """
+    return root.ask(question)
 
 
 def accumulate(

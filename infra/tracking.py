@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -49,6 +50,7 @@ __all__ = [
     "finish",
     "locate",
     "log_artifacts",
+    "opened",
     "page",
     "replay",
     "start",
@@ -131,15 +133,24 @@ def start(
     return record.handle(folder)
 
 
-def finish(handle: RunHandle, status: Status = "FINISHED") -> RunHandle:
-    """Close the run after sending all that the server lacks; one warning if it is away."""
+def finish(
+    handle: RunHandle, status: Status = "FINISHED", tags: Mapping[str, str] = MappingProxyType({})
+) -> RunHandle:
+    """Close the run, with more tags, after sending all that the server lacks; one warning if it
+    is away. A run that is closed already may be closed again."""
     folder = Folder.at(handle.folder)
     record = _Record.load(folder)
-    record.status, record.ended = status, _now()
+    record.status, record.ended, record.tags = status, _now(), record.tags | dict(tags)
     record.save(folder)
     with _forgiving(folder, record.uri):
         return _replay(record, folder)
     return handle
+
+
+def opened(folder: str) -> RunHandle | None:
+    """The handle of the run that a directory has a record of."""
+    place = Folder.at(folder)
+    return _Record.load(place).handle(place) if place.exists(RECORD) else None
 
 
 def log_artifacts(handle: RunHandle, local: str | Path) -> None:

@@ -11,6 +11,7 @@ keeps them; any other gets fresh ones as `converter` says.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,18 +26,23 @@ from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
-from pipelines.launch import RunConfig, launch, plan
+from pipelines.launch import Job, RunConfig, Training, launch, plan
 from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class Recipe(Training):
     """`support` is what SNR the training rows see; `backbone` matters to `init: scratch` alone."""
 
     init: str
     support: Support = field(default_factory=Mixed)
     converter: ConverterConfig = field(default_factory=ConverterConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Recipe, RunConfig):
+    """A recipe, and the run that follows it."""
 
 
 def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
@@ -85,7 +91,13 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     return plan(config, model.denoiser) | {"init": config.init, "init_objective": model.kind}
 
 
-def execute(config: FinetuneConfig) -> dict[str, Any]:
+def execute(
+    config: FinetuneConfig,
+    *,
+    parent: str | None = None,
+    fit: Callable[[Job], None] | None = None,
+) -> dict[str, Any]:
+    """Train; `parent` and `fit` as `launch` takes them."""
     return launch(
         config,
         verb="finetune",
@@ -93,6 +105,8 @@ def execute(config: FinetuneConfig) -> dict[str, Any]:
         objective=partial(DSLObjective, support=config.support),
         initial=partial(initial, config),
         tags={"parent_model": config.init},
+        parent=parent,
+        fit=fit,
     )
 
 

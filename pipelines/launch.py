@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from infra.storage import Folder
 from infra.stream import Plan
 from infra.tracking import RunHandle, TrackingConfig
 from pipelines import models, runs
+from pipelines.bounds import BOUNDS
 from pipelines.runs import RESULT, say
 from pipelines.training import Log, TrainConfig, train
 
@@ -39,17 +40,47 @@ H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
-    """How many processes train, and on what. Restarts go on from the last checkpoint."""
+    """How many processes train, and on what. Restarts go on from the last checkpoint.
+
+    `gpu_share`: of a GPU, for a single process that leaves the rest to others.
+    """
 
     count: int = 1
     gpu: bool = False
+    gpu_share: float = 1.0
     max_failures: int = 3
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_share <= 1:
+            raise ValueError(f"gpu_share must be in (0, 1], got {self.gpu_share}")
+        if self.gpu_share < 1 and self.count > 1:
+            raise ValueError(f"gpu_share is for one process, and count is {self.count}")
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What each process reserves."""
+        return {"CPU": 1.0, **({"GPU": self.gpu_share} if self.gpu else {})}
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class Training:
+    """How weights are trained, and on what."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.stream.num_lanes % self.workers.count:
+            raise ValueError(
+                f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
+                f"workers.count ({self.workers.count}), or workers would hold unequal shares"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Training):
     """What every training run has.
 
     `name` is its directory in `root`. If that exists, `existing` says whether to go on from there
@@ -61,18 +92,12 @@ class RunConfig:
     root: str = "runs"
     existing: Literal["resume", "restart"] = "resume"
     register: str | None = None
-    train: TrainConfig = field(default_factory=TrainConfig)
-    workers: WorkersConfig = field(default_factory=WorkersConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
             raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
-        if self.train.stream.num_lanes % self.workers.count:
-            raise ValueError(
-                f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
-                f"workers.count ({self.workers.count}), or workers would hold unequal shares"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +105,7 @@ class Job:
     """What a worker is sent."""
 
     config: RunConfig
+    kind: str
     manifest: Manifest
     objective: Callable[[Denoiser], Objective]
     handle: RunHandle
@@ -113,11 +139,14 @@ def launch(
     objective: Callable[[Denoiser], Objective],
     initial: Callable[[Manifest, Vocabulary], Denoiser],
     tags: Mapping[str, str],
+    parent: str | None = None,
+    fit: Callable[[Job], None] | None = None,
 ) -> dict[str, Any]:
     """Run `verb` to its end, from wherever an earlier attempt left it; what was made.
 
     kind: what the weights are trained for, written beside them. initial: the starting weights,
-    asked for once in the life of a run. tags: lineage for the MLflow run.
+    asked for once in the life of a run. tags: lineage for the MLflow run. parent: the id of the
+    MLflow run to show it under. fit: what to train with instead of Ray Train on a cluster.
     """
     folder = runs.open_run(config, verb)
     if folder.exists(RESULT):
@@ -130,7 +159,7 @@ def launch(
     # What the workers would stumble over is found here, before any of them is started.
     Plan.of(Folder.at(config.data), manifest, "train", config.train.stream)
     _validation_rows(Folder.at(config.data), manifest, config.train)
-    handle = runs.start(config, verb, manifest, tags)
+    handle = runs.start(config, verb, manifest, tags, parent)
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     try:
         init = folder / "init"
@@ -139,7 +168,10 @@ def launch(
                 init, initial(manifest, vocabulary), vocabulary, kind=kind, length=manifest.length
             )
         if config.train.steps not in committed(folder / "checkpoints"):
-            _fit(Job(config=config, manifest=manifest, objective=objective, handle=handle))
+            job = Job(
+                config=config, kind=kind, manifest=manifest, objective=objective, handle=handle
+            )
+            (fit or _fit)(job)
         result = _conclude(config, folder, vocabulary, kind, manifest.length)
     except BaseException as error:
         tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -152,7 +184,7 @@ def launch(
     return result
 
 
-def _fit(job: Job) -> None:
+def _fit(job: Job, callbacks: Sequence[Any] = ()) -> None:
     workers = job.config.workers
     with cluster.connected(workers.cluster, needed_cpus=workers.count):
         cluster.fit(
@@ -161,7 +193,9 @@ def _fit(job: Job) -> None:
             name=job.config.name,
             num_workers=workers.count,
             use_gpu=workers.gpu,
+            resources_per_worker=workers.resources,
             max_failures=workers.max_failures,
+            callbacks=callbacks,
         )
 
 
@@ -209,6 +243,7 @@ def run_on_this_process(
             config.workers.parallel,
             batches=partial(batches, order),
             validation_NL=_validation_rows(data, job.manifest, config.train),
+            bounds=BOUNDS[job.kind],
             checkpoints=checkpoints,
             open_log=open_log,
             report=report,

@@ -40,10 +40,11 @@ class Settings(Protocol):
     def tracking(self) -> TrackingConfig: ...
 
 
-def open_run(config: Settings, verb: str) -> Folder:
+def open_run(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Folder:
     """The run directory: new, wiped, or the one of an earlier attempt with the same settings.
 
-    Raises ConfigError where the directory holds a run of other settings, or no run at all.
+    free: how the keys of settings begin that may differ from those of before. Raises ConfigError
+    where the directory holds a run of other settings, or no run at all.
     """
     folder = Folder.at(config.root) / config.name
     if not folder.exists(tracking.CONFIG):
@@ -58,7 +59,7 @@ def open_run(config: Settings, verb: str) -> Folder:
     decisive = {
         key
         for key in before.keys() | now.keys()
-        if not key.partition(".")[2].startswith(FREE) and before.get(key) != now.get(key)
+        if not key.partition(".")[2].startswith(free) and before.get(key) != now.get(key)
     }
     if decisive:
         shown = ", ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(decisive)[:5])
@@ -70,7 +71,13 @@ def open_run(config: Settings, verb: str) -> Folder:
     return folder
 
 
-def start(config: Settings, verb: str, manifest: Manifest, tags: Mapping[str, str]) -> RunHandle:
+def start(
+    config: Settings,
+    verb: str,
+    manifest: Manifest,
+    tags: Mapping[str, str],
+    parent: str | None = None,
+) -> RunHandle:
     """Open the MLflow run of a run directory, with all that says where it came from."""
     commit = cluster.commit()
     return tracking.start(
@@ -92,6 +99,7 @@ def start(config: Settings, verb: str, manifest: Manifest, tags: Mapping[str, st
             "digest": manifest.digest,
             "source": Folder.at(config.data).url,
         },
+        parent=parent,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -26,6 +26,7 @@ from infra.checkpoints import Checkpoints, training_tensors
 from infra.errors import ConfigError, InfraError
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
+from pipelines.bounds import Bounds
 from pipelines.runs import clock
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -71,7 +72,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """`steps` global steps of `stream.num_lanes` microbatches; `stream.seed` seeds everything."""
+    """`steps` global steps of `stream.num_lanes` microbatches; `stream.seed` seeds everything.
+
+    A validation looks at `validation_microbatches` of each lane, and takes `bound_samples` terms
+    of each bound on their likelihood (see `pipelines.bounds`).
+    """
 
     steps: int = 1000
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -79,9 +84,12 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = 1
     validate_every: int = 500
-    validation_microbatches: int = 4  # of each lane
+    validation_microbatches: int = 4
+    bound_samples: int = 4
 
     def __post_init__(self) -> None:
+        if self.bound_samples < 2:
+            raise ValueError(f"bound_samples must be at least 2, got {self.bound_samples}")
         for name in ("steps", "log_every", "validate_every", "validation_microbatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -150,11 +158,31 @@ class Learner:
         return _means(losses) | {"grad_norm": norm.item(), "lr": lr}
 
     @torch.no_grad()
-    def validate(self, microbatches: Iterable[tuple[int, np.ndarray]]) -> dict[str, float]:
+    def validate(
+        self, microbatches: Sequence[tuple[int, np.ndarray]], bounds: Bounds
+    ) -> dict[str, float]:
         """Metrics of the averaged weights on numbered microbatches, at noise that never changes."""
         module = self.average.module.eval()
         losses = [self._loss(module, VALIDATION, key, rows) for key, rows in microbatches]
-        return {f"validation/{name}": value for name, value in _means(losses).items()}
+        nats = [self._bounds(module, bounds, key, rows) for key, rows in microbatches]
+        found = _means(losses) | parallel.mean_over_ranks(_mean(nats))
+        return {f"validation/{name}": value for name, value in found.items()}
+
+    def _bounds(
+        self, module: Objective, bounds: Bounds, number: int, rows_RL: np.ndarray
+    ) -> dict[str, float]:
+        """Nats per token of the rows of a microbatch, whose number says which rows they are."""
+        tokens_RL = torch.from_numpy(rows_RL).to(self.device, torch.int64)
+        first_row = number * len(rows_RL)
+
+        def values() -> dict[str, float]:
+            samples = self.config.bound_samples
+            return {
+                name: bound(module.denoiser, tokens_RL, samples, first_row)
+                for name, bound in bounds.items()
+            }
+
+        return parallel.ask(module, values)
 
     def _loss(self, module: Objective, step: int, lane: int, rows_RL: np.ndarray) -> Loss:
         draws = generator(self.config.stream.seed, step, lane, self.device)
@@ -171,6 +199,7 @@ def train(
     *,
     batches: Callable[[tuple[int, ...], int], Iterator[Microbatches]],
     validation_NL: np.ndarray,
+    bounds: Bounds,
     checkpoints: Checkpoints,
     open_log: Callable[[int | None], Log],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
@@ -181,8 +210,9 @@ def train(
         objective: float32, the same weights on every worker; sharded in place.
         batches: `(lanes, steps done) -> microbatches of the steps that follow`.
         validation_NL: held-out rows, the same on every worker; shared out among the lanes.
+        bounds: of their likelihood, by name.
         open_log: called with the step that training resumes from (None: from the start).
-        report: hears of each validation, on every worker at the same steps.
+        report: hears of each validation, on every worker at the same steps; the log has by then.
 
     Raises:
         ConfigError: the loss or its gradient is no longer finite.
@@ -212,11 +242,13 @@ def train(
                         "Lower the learning rate or lengthen the warm-up; train under a new name",
                     )
             last = step == config.steps
-            if last or step % config.validate_every == 0:
-                metrics |= learner.validate(held_out) | _table_metrics(learner)
-                report(metrics | {"step": step})
-            if last or step % config.log_every == 0 or step % config.validate_every == 0:
+            validated = last or step % config.validate_every == 0
+            if validated:
+                metrics |= learner.validate(held_out, bounds) | _table_metrics(learner)
+            if validated or step % config.log_every == 0:
                 log.log(step, metrics | progress.metrics())
+            if validated:
+                report(metrics | {"step": step})
             progress.line(step, metrics)
             if last or step % config.checkpoint.every == 0:
                 log.sync()
@@ -247,8 +279,11 @@ def _held_out(
 def _means(losses: list[Loss]) -> dict[str, float]:
     """Means over this worker's microbatches, then over the workers, which hold equally many."""
     rows = [{"loss": loss.value.detach(), **loss.metrics} for loss in losses]
-    mine = {key: sum(float(row[key]) for row in rows) / len(rows) for key in rows[0]}
-    return parallel.mean_over_ranks(mine)
+    return parallel.mean_over_ranks(_mean(rows))
+
+
+def _mean(rows: Sequence[Mapping[str, float | Tensor]]) -> dict[str, float]:
+    return {key: sum(float(row[key]) for row in rows) / len(rows) for key in rows[0]}
 
 
 def _table_metrics(learner: Learner) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -210,7 +211,7 @@ def test_validation_knows_the_weights_alone(tmp_path: Path, data: str) -> None:
     tiny.execute("finetune", *argv, "name=once", "train.validate_every=6", "train.steps=6")
     often, once = curve(tmp_path / "often"), curve(tmp_path / "once")
     keys = [key for key in once[-1] if key.startswith("validation/")]
-    assert len(keys) == 5
+    assert len(keys) == 7
     for row in often:
         assert {key: row[key] for key in keys} == {key: once[-1][key] for key in keys}
     assert len({row["loss"] for row in often}) == 6
@@ -230,6 +231,25 @@ def test_validation_is_of_the_average_on_the_holdout(data: str, whole: dict[str,
         ]
     loss = sum(losses).item() / 2
     assert curve(run)[-1]["validation/loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_bounds_are_of_the_average_on_the_holdout(data: str, whole: dict[str, Path]) -> None:
+    """Of all rows at once, with one noise; an MDLM is not asked about what it has never seen."""
+    run = whole["finetune"]
+    rows_NL = stream.holdout(Folder.at(data), read_manifest(data), "validation", 8, 0)
+    denoiser, tokens_BL = dsl.load(run / "model"), torch.from_numpy(rows_NL).long()
+    vocabulary = denoiser.config.backbone.tokens
+    expected = {
+        "endpoint_bound": dsl.likelihood.roar(denoiser, tokens_BL, samples=4, seed=0),
+        "hybrid_bound": dsl.likelihood.hybrid_bound(
+            denoiser, tokens_BL, gamma_star=30 * math.log(vocabulary, 35), steps=4, seed=0
+        ),
+    }
+    for name, estimate in expected.items():
+        found = curve(run)[-1][f"validation/{name}"]
+        assert found == pytest.approx(estimate.mean_B.mean().item(), rel=1e-5)
+    asked = {key for key in curve(whole["pretrain"])[-1] if key.endswith("_bound")}
+    assert asked == {"validation/endpoint_bound"}
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "finetune"])

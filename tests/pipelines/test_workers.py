@@ -130,4 +130,7 @@ def test_the_number_of_workers_changes_only_rounding(runs: dict[str, Path]) -> N
     first = {k: v for k, v in two[0].items() if k not in ("grad_norm",)}
     assert first == {k: one[0][k] for k in first}
     assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-5)
+    for name in ("loss", "endpoint_bound", "hybrid_bound"):
+        key = f"validation/{name}"
+        assert two[-1][key] == pytest.approx(one[-1][key], rel=1e-5)
     assert two[0]["loss"] > two[-1]["loss"]
