@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -142,7 +141,6 @@ class Found:
             )
         return fitting[0].name
 
-    @lru_cache(maxsize=8)  # noqa: B019 - an evaluation ends with its process
     def _features(self, source: str) -> np.ndarray:
         rows = self.config.samples.rows
         table = self.parts.read(f"parts/features/{source}", ["features"])

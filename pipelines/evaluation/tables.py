@@ -199,16 +199,14 @@ class Tables:
         """What is to be said of the texts of every cell, and of what stands beside them."""
         config = self.found.config
         rows: list[Row] = [{"model": name, **self._texts(name)} for name in (UNIGRAM, REAL)]
-        for cell, reason in self._cells():
-            row = {"model": cell.model, "path": cell.path}
-            if reason:
-                rows.append(row | {SKIPPED: reason})
-                continue
+        for cell in self.found.walked:
+            row: dict[str, Any] = {"model": cell.model, "path": cell.path}
             if cell.split:
                 row["split"] = list(cell.split)
             if cell.nucleus:
                 row["nucleus"] = cell.nucleus.p
             rows.append(row | {"budget": cell.budget} | self._drawn(cell))
+        rows += self._refused()
         each = f"{config.samples.repeats} x " if config.samples.repeats > 1 else ""
         own = tuple(column for column in OWN if any(column.key in row for row in rows))
         asked = (MAUVE if config.mauve else ()) + (JUDGED if config.judge else ())
@@ -237,18 +235,16 @@ class Tables:
             said.append(f"Generative perplexity by {config.judge.label}.")
         return " ".join(said)
 
-    def _cells(self) -> Iterator[tuple[Cell, str | None]]:
-        """Every cell with the reason why it is not walked; one cell of a path if none is."""
+    def _refused(self) -> Iterator[Row]:
+        """Why paths were not walked, a row for each model and reason."""
         length, config = self.held_out.manifest.length, self.found.config
-        refused: set[tuple[str, str]] = set()
-        kinds = {subject.name: subject.kind for subject in self.subjects}
-        for cell in cells(kinds, config.paths, length):
-            reason = refusal(kinds[cell.model], cell.walk, cell.budget, length)
-            if reason and (cell.model, cell.path) in refused:
-                continue
-            if reason:
-                refused.add((cell.model, cell.path))
-            yield cell, reason
+        reasons: dict[tuple[str, str], dict[str, None]] = {}
+        for cell in cells(self.found.kinds, config.paths, length):
+            kind = self.found.kinds[cell.model]
+            if reason := refusal(kind, cell.walk, cell.budget, length):
+                reasons.setdefault((cell.model, reason), {})[cell.path] = None
+        for (model, reason), paths in reasons.items():
+            yield {"model": model, "path": ", ".join(paths), SKIPPED: reason}
 
     def _drawn(self, cell: Cell) -> dict[str, Any]:
         calls_N = self.found.calls(cell.name)
@@ -291,15 +287,21 @@ class Tables:
 
 
 def time_table(stages: Iterable[Stage], *, wall: float, config: EvaluateConfig) -> Table:
-    """Where the time went since the command began, and what of it was not work of the stages."""
+    """Where the time went since the command began, and how much of it was work.
+
+    Where an earlier attempt has done some of the work, its share of this time is not known.
+    """
     processes = max(config.workers.count, 1)
+    stages = list(stages)
+    work = sum(stage.work for stage in stages)
+    busy = f", busy {100 * work / processes / wall:.1f} % of the time"
+    whole = all(stage.made == stage.jobs for stage in stages)
     rows = [vars(stage) | {"stage": stage.name} for stage in stages]
-    waited = sum(row["wall"] for row in rows)
-    rows.append({"stage": "everything", "work": sum(r["work"] for r in rows), "wall": wall})
+    rows.append({"stage": "everything", "work": work, "wall": wall})
     return Table(
         title="Time",
-        note=f"{processes} processes. Outside of the stages: {wall - waited:.1f} s, "
-        f"{100 * (1 - waited / wall):.1f} % of the time since this command began.",
+        note=f"Processes: {processes}{busy if whole else ''}. Everything: from the beginning of "
+        "this command to its report.",
         columns=TIME,
         rows=rows,
     )
