@@ -92,10 +92,12 @@ def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
                 axes.plot(*zip(*points, strict=True), label=name(row), **line)
         axes.set(xlabel="share of the steps", ylabel=label, xlim=(0, 1))
         axes.grid(alpha=0.3)
+        # Panels below each other share the axis: what is in none of them yet has to fit as well.
+        values = [value for row in rows for _, value in _points(of(row))]
         if wide:
-            widen(axes, "y", [value for row in rows for _, value in _points(of(row))])
+            widen(axes, "y", values)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(values, default=1.0) or 1.0)
     made.legend()
     return made.png()
 

@@ -274,3 +274,18 @@ def test_panels_do_not_overlap(drawn: list[Figure]) -> None:
     plots.reliability(rows.calibration(gammas=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)))
     boxes = [axes.get_tightbbox() for axes in panels(drawn[0])]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_no_curve_leaves_its_panel(drawn: list[Figure]) -> None:
+    """Panels below each other share an axis, and the first need not hold the largest value."""
+    few = [
+        {"model": model, "path": str(path), "budget": 4, "max_prob": [high / 2, high]}
+        for model, high in (("low", 0.5), ("high", 0.9))
+        for path in range(9)
+    ]
+    assert traces.sharpening(few)
+    (figure,) = drawn
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            low, high = axes.get_ylim()
+            assert all(low <= y <= high for y in line.get_ydata())
