@@ -171,7 +171,7 @@ def launch(
             job = Job(
                 config=config, kind=kind, manifest=manifest, objective=objective, handle=handle
             )
-            (fit or _fit)(job)
+            (fit or fit_on_cluster)(job)
         result = _conclude(config, folder, vocabulary, kind, manifest.length)
     except BaseException as error:
         tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -184,7 +184,7 @@ def launch(
     return result
 
 
-def _fit(job: Job, callbacks: Sequence[Any] = ()) -> None:
+def fit_on_cluster(job: Job, callbacks: Sequence[Any] = ()) -> None:
     workers = job.config.workers
     with cluster.connected(workers.cluster, needed_cpus=workers.count):
         cluster.fit(

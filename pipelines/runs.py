@@ -4,7 +4,10 @@ run has in common."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, Protocol
 
 import yaml
@@ -111,3 +114,17 @@ def say(line: str) -> None:
 def clock(seconds: float) -> str:
     """Minutes and seconds, for progress."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+@contextmanager
+def on_disk(folder: Folder) -> Iterator[Path]:
+    """A folder on this machine: itself, or for as long as it is used a copy of the same name."""
+    if folder.is_local:
+        yield Path(folder.path)
+        return
+    with tempfile.TemporaryDirectory() as staging:
+        place = Path(staging) / folder.path.rpartition("/")[2]
+        place.mkdir()
+        for file in folder.names():
+            (place / file).write_bytes(folder.read_bytes(file))
+        yield place

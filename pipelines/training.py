@@ -165,7 +165,10 @@ class Learner:
         module = self.average.module.eval()
         losses = [self._loss(module, VALIDATION, key, rows) for key, rows in microbatches]
         nats = [self._bounds(module, bounds, key, rows) for key, rows in microbatches]
-        found = _means(losses) | parallel.mean_over_ranks(_mean(nats))
+        found = _means(losses)
+        if bounds:
+            on_average = parallel.mean_over_ranks(_mean(nats))
+            found |= on_average | {"bound": sum(on_average.values()) / len(bounds)}
         return {f"validation/{name}": value for name, value in found.items()}
 
     def _bounds(
@@ -248,6 +251,7 @@ def train(
             if validated or step % config.log_every == 0:
                 log.log(step, metrics | progress.metrics())
             if validated:
+                log.sync()
                 report(metrics | {"step": step})
             progress.line(step, metrics)
             if last or step % config.checkpoint.every == 0:

@@ -211,7 +211,7 @@ def test_validation_knows_the_weights_alone(tmp_path: Path, data: str) -> None:
     tiny.execute("finetune", *argv, "name=once", "train.validate_every=6", "train.steps=6")
     often, once = curve(tmp_path / "often"), curve(tmp_path / "once")
     keys = [key for key in once[-1] if key.startswith("validation/")]
-    assert len(keys) == 7
+    assert len(keys) == 8
     for row in often:
         assert {key: row[key] for key in keys} == {key: once[-1][key] for key in keys}
     assert len({row["loss"] for row in often}) == 6
@@ -248,6 +248,9 @@ def test_the_bounds_are_of_the_average_on_the_holdout(data: str, whole: dict[str
     for name, estimate in expected.items():
         found = curve(run)[-1][f"validation/{name}"]
         assert found == pytest.approx(estimate.mean_B.mean().item(), rel=1e-5)
+        expected[name] = found
+    mean = sum(expected.values()) / 2
+    assert curve(run)[-1]["validation/bound"] == pytest.approx(mean, rel=1e-12)
     asked = {key for key in curve(whole["pretrain"])[-1] if key.endswith("_bound")}
     assert asked == {"validation/endpoint_bound"}
 

@@ -127,7 +127,7 @@ def bare(batches: Any = stream.read) -> Iterator[None]:
     """This process in the place of Ray's workers, and no patience with the MLflow server."""
     fit = partial(launch.run_on_this_process, batches=batches)
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-    with mock.patch.object(launch, "_fit", fit), mock.patch.dict(os.environ, patience):
+    with mock.patch.object(launch, "fit_on_cluster", fit), mock.patch.dict(os.environ, patience):
         yield
 
 

@@ -1,0 +1,174 @@
+"""The report of a sweep: its trials, what mattered, and what the second level found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipelines.evaluation.layouts import QUALITY
+from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, plots
+from pipelines.report.drawing import curve, panels, styles, widen
+from pipelines.sweeping.importance import at, effects, importance
+from pipelines.sweeping.settings import SweepConfig
+from pipelines.sweeping.space import Choice, label
+from pipelines.sweeping.trials import Trial
+
+TRIAL = Column("trial", "Trial")
+MEASURED = (
+    Column("bound", "Bound", ".4f"),
+    Column("endpoint", "at the endpoints", ".4f"),
+    Column("hybrid", "along finite SNR", ".4f"),
+)
+ENDED = (Column("step", "Step", ","), Column("state", "State"), Column("why", "Why"))
+IMPORTANCE = (
+    Column("knob", "Knob"),
+    Column("early", "Importance at the first rung", ".2f"),
+    Column("late", "Importance at the end", ".2f"),
+)
+EFFECTS = (
+    Column("knob", "Knob"),
+    Column("value", "Value"),
+    Column("trials", "Trials"),
+    Column("bound", "Mean bound", ".4f"),
+    Column("best", "Best", ".4f"),
+)
+WALKS = (
+    Column("model", "Trial"),
+    Column("path", "Path"),
+    Column("split", "Split"),
+    Column("budget", "Budget"),
+    Column("calls", "Calls", ".4g"),
+)
+ENTROPY = Column("entropy", "Entropy of a text, nats", ".3f")
+MEANING = (
+    "Nats per token of the same validation rows with the same noise: the mean of two upper bounds "
+    "on -log P, one at masked and revealed tokens, one along finite SNR."
+)
+
+
+def report(config: SweepConfig, trials: Sequence[Trial], best: Trial, walks: Rows) -> Report:
+    """Everything that a sweep has to say; `walks` are the rows of the second level's texts."""
+    first = config.asha.grace if config.asha else config.finetune.train.steps
+    early, late = at(trials, first), at(trials, config.finetune.train.steps)
+    tables = {
+        "trials": _trials(config, trials),
+        "importance": _importance(config, early, late),
+        "effects": _effects(config, early, first),
+        "walks": _walks(walks),
+    }
+    drawn = [
+        ("bounds", "Bound by step of every trial", _bounds(trials)),
+        ("knobs", f"Bound by knob at step {first}", _knobs(config, early)),
+        *_quality(walks),
+    ]
+    return Report(
+        name="sweep",
+        title=f"Sweep {config.name}",
+        subtitle=f"{len(trials)} trials of {config.finetune.train.steps:,} steps at most from "
+        f"{config.finetune.init}; best: {best.name} at {best.bound:.4f} nats per token",
+        facts={"best": {"trial": best.name, "bound": best.bound, "settings": dict(best.settings)}},
+        tables={name: table for name, table in tables.items() if table.rows},
+        plots=[Plot(name, caption, png) for name, caption, png in drawn if png],
+        texts=[],
+    )
+
+
+def _trials(config: SweepConfig, trials: Sequence[Trial]) -> Table:
+    def row(trial: Trial) -> dict[str, Any]:
+        measured = trial.reports[-1]._asdict() if trial.reports else {"step": 0}
+        settings = {key: _short(trial.settings[key]) for key in config.space}
+        return {"trial": trial.name, **settings, **measured, "state": trial.state, "why": trial.why}
+
+    knobs = tuple(Column(key, key.rpartition(".")[2], ".4g") for key in config.space)
+    return Table(
+        title="Trials",
+        note=f"{MEANING} Those that were stopped were measured when they were.",
+        columns=(TRIAL, *knobs, *MEASURED, *ENDED),
+        rows=sorted(map(row, trials), key=lambda r: (-r["step"], r.get("bound", math.inf))),
+    )
+
+
+def _short(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else label(value)
+
+
+def _importance(config: SweepConfig, early: Sequence[Trial], late: Sequence[Trial]) -> Table:
+    found = importance(config.space, early), importance(config.space, late)
+    return Table(
+        title="Importance of the knobs",
+        note="Functional ANOVA: the share of the variance of the bound among trials that a knob "
+        f"explains, of {len(early)} trials at the first rung and {len(late)} at the end.",
+        columns=IMPORTANCE,
+        rows=[
+            {"knob": key, "early": found[0].get(key), "late": found[1].get(key)}
+            for key in config.space
+            if any(found)
+        ],
+    )
+
+
+def _effects(config: SweepConfig, early: Sequence[Trial], step: int) -> Table:
+    return Table(
+        title="Effect of the knobs",
+        note=f"Over all trials with such a value at step {step}, whatever their other settings; "
+        "± is one standard error.",
+        columns=EFFECTS,
+        rows=effects(config.space, early),
+    )
+
+
+def _walks(rows: Rows) -> Table:
+    measured = [m for m in QUALITY if any(m.key in row for row in rows)]
+    columns = tuple(Column(m.key, m.title, m.show) for m in measured)
+    return Table(
+        title="The second level: paths of the trials that were kept",
+        note="No training: splits, SNR at the hand-over, eta and nucleus. The evaluation of its "
+        "own in the folder `second` has the details.",
+        columns=(*WALKS, *columns, ENTROPY),
+        rows=[row for row in rows if "path" in row],
+    )
+
+
+def _bounds(trials: Sequence[Trial]) -> bytes | None:
+    shown = [trial for trial in trials if trial.reports]
+    if not shown:
+        return None
+    made = panels([""], width=6.5, height=4.0, beside=1.4)
+    (axes,) = made.axes
+    lines = styles(trial.name for trial in shown)
+    for trial in shown:
+        rows = [report._asdict() for report in trial.reports]
+        curve(axes, rows, "step", "bound", label=trial.name, **lines[trial.name])
+    axes.set(xlabel="step", ylabel="bound, nats per token")
+    axes.grid(alpha=0.3)
+    made.legend()
+    return made.png()
+
+
+def _knobs(config: SweepConfig, trials: Sequence[Trial]) -> bytes | None:
+    """A dot for each trial in a panel for each knob."""
+    if not trials:
+        return None
+    made = panels(list(config.space), width=3.0, share=False)
+    for axes, (key, knob) in zip(made.axes, config.space.items(), strict=True):
+        values = [trial.settings[key] for trial in trials]
+        if isinstance(knob, Choice):
+            axes.set_xticks(range(len(knob.values)), [text[:18] for text in knob.labels])
+            values = [knob.labels.index(label(value)) for value in values]
+        axes.plot(values, [trial.bound for trial in trials], "o", ms=4, alpha=0.7)
+        if not isinstance(knob, Choice):
+            widen(axes, "x", values)
+        axes.set(ylabel="bound, nats per token")
+        axes.grid(alpha=0.3)
+    return made.png()
+
+
+def _quality(walks: Rows) -> Iterator[tuple[str, str, bytes | None]]:
+    """Every figure of merit against calls, and of hybrid paths by split."""
+    rows: list[Row] = [row for row in walks if "path" in row and SKIPPED not in row]
+    for metric in QUALITY:
+        png = plots.quality(rows, metric.key, label=metric.title, bounds=metric.bounds)
+        yield f"{metric.key}_by_calls", f"{metric.title} against calls", png
+        png = plots.splits(rows, metric.key, label=metric.title)
+        yield f"{metric.key}_by_split", f"{metric.title} of hybrid paths by split", png

@@ -1,0 +1,121 @@
+"""The second level: what needs no training, of the trials that are worth it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from infra import tracking
+from infra.config import to_tree, to_yaml
+from infra.errors import ConfigError
+from infra.shards import read_manifest
+from infra.tracking import RunHandle
+from pipelines import evaluate
+from pipelines.evaluation.cells import Cell, cells
+from pipelines.evaluation.layouts import QUALITY
+from pipelines.report import SKIPPED, Row
+from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SweepConfig
+from pipelines.sweeping.trials import Trial
+
+PARENT = "mlflow.parentRunId"
+
+
+class Walk(NamedTuple):
+    """A path that a trial's model walked, and what was found."""
+
+    cell: Cell
+    row: Row
+
+
+class Second(NamedTuple):
+    """`rows` are the evaluation's, of what stands beside the models too."""
+
+    rows: Sequence[Row]
+    walks: Sequence[Walk]
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that finished, best first. ConfigError where none did."""
+    found = sorted((t for t in trials if t.state == "finished"), key=lambda t: t.bound)
+    if not found:
+        why = "; ".join(f"{trial.name} {trial.state}: {trial.why}" for trial in trials)
+        raise ConfigError("space", f"no trial finished ({why})", "Mend the settings they share")
+    return found
+
+
+def run(config: SweepConfig, trials: Sequence[Trial], sweep: RunHandle) -> Second:
+    """Evaluate the best trials on every path; nothing where no second level is asked for.
+
+    Shows the evaluation under the sweep, and each walk under its trial.
+    """
+    if config.second is None:
+        return Second((), ())
+    models = {t.name: _url(config, t) for t in ranked(trials)[: config.second.keep]}
+    settings = config.evaluation(models)
+    made = evaluate.execute(settings)
+    folder = config.folder / SECOND
+    handle = tracking.opened(folder.url)
+    if handle and sweep.run_id:
+        tracking.finish(handle, tags={PARENT: sweep.run_id})
+    rows = json.loads((folder / "report").read_bytes("evaluation.json"))["samples"]
+    length = read_manifest(config.data).length
+    walks = [
+        Walk(cell, row)
+        for cell in cells(models, settings.paths, length)
+        for row in rows
+        if _is(cell, row)
+    ]
+    for walk in walks:
+        _show(config, walk, made["report"])
+    return Second(rows, walks)
+
+
+def best(walks: Sequence[Walk], model: str) -> Walk | None:
+    """Where a model writes best, by the first that was measured of MAUVE and words in corpus.
+
+    Not by perplexity, which falls with entropy.
+    """
+    for metric in (m for m in QUALITY if m.key != "perplexity"):
+        own = [walk for walk in walks if walk.cell.model == model and metric.key in walk.row]
+        if own:
+            return max(own, key=lambda walk: float(walk.row[metric.key]))
+    return None
+
+
+def _url(config: SweepConfig, trial: Trial) -> str:
+    return (config.folder / TRIALS / trial.name).url
+
+
+def _is(cell: Cell, row: Row) -> bool:
+    split = list(cell.split) if cell.split else None
+    there = (row["model"], row.get("path"), row.get("budget"), row.get("split"))
+    return SKIPPED not in row and there == (cell.model, cell.path, cell.budget, split)
+
+
+def _show(config: SweepConfig, walk: Walk, report: str) -> None:
+    """A walk as an MLflow run under its trial's: its settings, and what was found."""
+    trial = tracking.opened((config.folder / TRIALS / walk.cell.model).url)
+    settings = to_tree(walk.cell)
+    handle = tracking.start(
+        config.shown,
+        root=(config.folder / CELLS).url,
+        name=walk.cell.name,
+        params=settings,
+        tags={"verb": "sweep", "report": report},
+        config_yaml=to_yaml(settings, "walk"),
+        parent=trial.run_id if trial else None,
+    )
+    journal = tracking.Journal(handle.folder)
+    journal.append(0, _figures(walk.row))
+    journal.close()
+    tracking.finish(handle)
+
+
+def _figures(row: Row) -> Mapping[str, Any]:
+    labels = ("budget", "split", "nucleus")
+    return {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, int | float) and key not in labels
+    }

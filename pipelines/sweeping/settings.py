@@ -1,0 +1,164 @@
+"""The configuration of `sweep`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from infra import tracking
+from infra.config import overridden
+from infra.errors import ConfigError
+from infra.pool import PoolConfig
+from infra.storage import Folder
+from infra.tracking import TrackingConfig
+from pipelines.evaluation.cells import PathConfig
+from pipelines.evaluation.judge import AnyJudge
+from pipelines.evaluation.mauve import MauveConfig
+from pipelines.evaluation.settings import (
+    EvaluateConfig,
+    LikelihoodConfig,
+    SamplesConfig,
+    StatesConfig,
+)
+from pipelines.finetune import FinetuneConfig, Recipe
+from pipelines.sweeping.search import Random, Search
+from pipelines.sweeping.space import Knob, Settings
+
+TRIALS, SECOND, CELLS = "trials", "second", "cells"
+# What decides how trials are measured, or for how long, or where, is the same for all of them.
+COMMON = ("train.stream.", "train.steps", "train.validat", "train.bound_samples", "workers.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asha:
+    """Asynchronous successive halving (arXiv 1810.05934).
+
+    At `grace` steps and each time `reduction` times as many, a trial goes on if its bound is among
+    the best 1 / `reduction` of those that came so far.
+    """
+
+    grace: int
+    reduction: int = 3
+
+    def __post_init__(self) -> None:
+        if self.grace < 1 or self.reduction < 2:
+            raise ValueError(
+                f"grace must be at least 1 and reduction 2, got {self.grace} and {self.reduction}"
+            )
+
+    def rungs(self, steps: int) -> list[int]:
+        """The steps below `steps` at which trials are stopped."""
+        found, rung = [], self.grace
+        while rung < steps:
+            found.append(rung)
+            rung *= self.reduction
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondConfig:
+    """What needs no training: paths, splits, SNR at the hand-over, eta, nucleus.
+
+    The `keep` best of the finished trials walk all `paths`. Everything else is as `evaluate`
+    takes it.
+    """
+
+    paths: dict[str, PathConfig]
+    keep: int = 3
+    split: Literal["validation", "test"] = "validation"
+    seed: int = 0
+    batch: int = 64
+    corpus_rows: int = 20_000
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    states: StatesConfig = field(default_factory=StatesConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    mauve: MauveConfig | None = None
+    judge: AnyJudge | None = None
+    workers: PoolConfig = field(default_factory=PoolConfig)
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Every trial is `finetune` with some of its settings replaced, as `space` has them.
+
+    `space` goes by dotted keys of `finetune`. `concurrent`: trials at a time; by default as many
+    as the cluster has room for. `register` names the winner in the registry.
+    """
+
+    name: str
+    data: str
+    finetune: Recipe
+    space: dict[str, Knob]
+    search: Search = field(default_factory=Random)
+    asha: Asha | None = None
+    second: SecondConfig | None = None
+    root: str = "runs"
+    existing: Literal["resume", "restart"] = "resume"
+    register: str | None = None
+    seed: int = 0
+    concurrent: int | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
+        if not self.space:
+            raise ValueError("space must hold at least one knob")
+        if self.concurrent is not None and self.concurrent < 1:
+            raise ValueError(f"concurrent must be at least 1, got {self.concurrent}")
+        if self.asha and self.asha.grace > self.finetune.train.steps:
+            raise ValueError(f"asha.grace is beyond the {self.finetune.train.steps} steps")
+        for key in self.space:
+            if key.startswith(COMMON):
+                why = "trials that differ in it could not be compared"
+                raise ConfigError(f"space.{key}", why, f"Set finetune.{key} for all of them")
+            if inner := [other for other in self.space if other.startswith(f"{key}.")]:
+                raise ConfigError(f"space.{inner[0]}", f"a knob inside of {key}", "Keep one")
+        self.search.require(self.space)
+        for key, knob in self.space.items():
+            for value in knob.probes:
+                self.recipe({key: value})
+        for settings in self.search.planned(self.space, self.seed):
+            self.recipe(settings)
+
+    @property
+    def folder(self) -> Folder:
+        return Folder.at(self.root) / self.name
+
+    @property
+    def shown(self) -> TrackingConfig:
+        """Where all runs of the sweep are shown, whatever folder they are in."""
+        uri = tracking.locate(self.tracking, self.root)
+        return TrackingConfig(uri=uri, experiment=self.tracking.experiment)
+
+    def recipe(self, settings: Settings) -> Recipe:
+        """What a trial follows; ConfigError where a setting is none or cannot be."""
+        return overridden(self.finetune, settings, "space")
+
+    def trial(self, name: str, settings: Settings) -> FinetuneConfig:
+        return FinetuneConfig(
+            name=name,
+            data=self.data,
+            root=(self.folder / TRIALS).url,
+            tracking=self.shown,
+            **vars(self.recipe(settings)),
+        )
+
+    def evaluation(self, models: Mapping[str, str]) -> EvaluateConfig:
+        """The second level, of models by name."""
+        assert self.second is not None
+        given: dict[str, Any] = {k: v for k, v in vars(self.second).items() if k != "keep"}
+        return EvaluateConfig(
+            name=SECOND,
+            data=self.data,
+            root=self.folder.url,
+            models=dict(models),
+            tracking=self.shown,
+            **given,
+        )

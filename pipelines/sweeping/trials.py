@@ -1,0 +1,94 @@
+"""The trials of a sweep, on disk: a run directory each, and beside it a record of its settings.
+
+These files are all that a sweep knows of itself. Ray Tune's own state forgets the rungs of its
+scheduler and does not outlive its cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from infra import journal
+from infra.storage import Folder
+from pipelines.runs import RESULT
+
+BOUND = "validation/bound"
+PARTS = ("validation/endpoint_bound", "validation/hybrid_bound")
+# failed: by its own settings, for good. lost: its processes died; the same command tries again.
+State = Literal["running", "finished", "stopped", "failed", "lost"]
+
+
+class Report(NamedTuple):
+    """A validation: nats per token, upper bounds all three (see `pipelines.bounds`)."""
+
+    step: int
+    bound: float
+    endpoint: float
+    hybrid: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is known of a trial; `why` it has ended, unless it has finished."""
+
+    name: str
+    settings: Mapping[str, Any]
+    state: State
+    why: str
+    reports: tuple[Report, ...]
+
+    @property
+    def step(self) -> int:
+        """Of the last validation."""
+        return self.reports[-1].step if self.reports else 0
+
+    @property
+    def bound(self) -> float:
+        """At the last validation; only for a trial that had one."""
+        return self.reports[-1].bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """The trials in a folder. A name is given once, in order of numbers."""
+
+    folder: Folder
+
+    def all(self) -> list[Trial]:
+        """In order of their numbers."""
+        files = [name for name in self.folder.names() if name.endswith(".json")]
+        names = (file.removesuffix(".json") for file in files)
+        return [self.read(name) for name in sorted(names, key=lambda name: (len(name), name))]
+
+    def read(self, name: str) -> Trial:
+        record = json.loads(self.folder.read_bytes(f"{name}.json"))
+        run = self.folder / name
+        state = "finished" if run.exists(RESULT) else record["state"]
+        return Trial(
+            name=name,
+            settings=record["settings"],
+            state=state,
+            why=record["why"],
+            reports=tuple(
+                Report(int(row["step"]), row[BOUND], *(row[part] for part in PARTS))
+                for row in journal.read(run)
+                if BOUND in row
+            ),
+        )
+
+    def add(self, number: int, settings: Mapping[str, Any]) -> str:
+        """Record a trial before it begins; its name."""
+        name = f"trial-{number:03d}"
+        self._write(name, settings, "running", "")
+        return name
+
+    def end(self, name: str, state: State, why: str) -> None:
+        """Record how a trial ended; one that is resumed is running again, for no reason."""
+        self._write(name, self.read(name).settings, state, why)
+
+    def _write(self, name: str, settings: Mapping[str, Any], state: State, why: str) -> None:
+        record = {"settings": dict(settings), "state": state, "why": why}
+        self.folder.write_bytes(f"{name}.json", json.dumps(record, indent=1).encode())

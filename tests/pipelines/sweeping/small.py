@@ -1,0 +1,63 @@
+"""A sweep of trials so small that four of them and a kill fit into a minute.
+
+    python -m tests.pipelines.sweeping.small root=… data=…
+
+runs it as its own command line would.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from infra import config
+from pipelines import sweep
+from pipelines.sweeping.settings import SweepConfig
+from pipelines.sweeping.trials import BOUND, PARTS, Report, State, Trial
+from tests.pipelines import tiny
+
+COMMON = [*tiny.SIZE, *(s for s in tiny.TRAIN if s.startswith(("train.", "workers.")))]
+SETTINGS = [
+    "name=tried",
+    "finetune.init=scratch",
+    "finetune.converter={embed_dim: 8, mask_prior: 0.5}",
+    *(f"finetune.{setting}" for setting in COMMON),
+    "search.kind=grid",
+    "space={converter.beta: {kind: choice, values: [0.3, 1.0, 3.0]}}",
+]
+
+
+def load(*argv: str) -> SweepConfig:
+    """The configuration, small where `argv` does not say otherwise."""
+    given = ["data=shards", *SETTINGS, *argv]
+    return config.load(SweepConfig, verb="sweep", argv=given, presets=tiny.PRESETS)
+
+
+def trial(
+    number: int, settings: dict[str, object], state: State = "finished", *bounds: float
+) -> Trial:
+    """One that reported a bound every 10 steps."""
+    reports = [Report(10 * n, b, b + 0.1, b - 0.1) for n, b in enumerate(bounds, 1)]
+    return Trial(
+        name=f"trial-{number:03d}",
+        settings=settings,
+        state=state,
+        why="" if state == "finished" else "because",
+        reports=tuple(reports),
+    )
+
+
+def write(run: Path, *bounds: float) -> None:
+    """A journal with a bound every 10 steps."""
+    from infra.journal import Journal
+
+    run.mkdir(parents=True, exist_ok=True)
+    journal = Journal(str(run))
+    for number, bound in enumerate(bounds, 1):
+        journal.append(10 * number, {BOUND: bound, PARTS[0]: bound + 0.1, PARTS[1]: bound - 0.1})
+    journal.close()
+
+
+if __name__ == "__main__":
+    sys.argv = ["sweep", *SETTINGS, *sys.argv[1:]]
+    sys.exit(sweep.main())
