@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,43 +14,23 @@ import torch
 from dsl.state import State
 from pipelines import models
 from pipelines.evaluation import hub
-from pipelines.models import ConverterConfig, Model
+from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.models import ConverterConfig
 
 WHERE = "mauve.featurizer.model"
 
-# From the address of one of our own models to the model, which speaks the data's vocabulary.
-OpenModel = Callable[[str], Model]
 # From texts, and their rows of ids [N, L] in the data's vocabulary, to features [N, F] float32.
 Featurize = Callable[[Sequence[str], np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubFeaturizer:
+class HubFeaturizer(HubReader):
     """The last hidden state at a text's last token, as in MAUVE's paper (arXiv 2102.01454, §4).
 
-    `model` is a name on the Hugging Face hub or a local folder. Text is cut at `max_tokens` of
-    the model's own tokenizer, to which `<|endoftext|>` means what the tokenizer says. A text
-    without any token is read as the one token that begins texts; mauve-text would drop it.
-    `batch` texts of like length share a call; features are the same up to rounding.
+    Text is cut at `max_tokens` of the model's own tokenizer, to which `<|endoftext|>` means what
+    the tokenizer says. A text without any token is read as the one token that begins texts;
+    mauve-text would drop it. Features do not depend on the batch, up to rounding.
     """
-
-    model: str = "gpt2-large"
-    max_tokens: int = 1024
-    batch: int = 8
-    kind: Literal["hub"] = "hub"
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def label(self) -> str:
-        return f"{self.model}, {self.max_tokens} tokens"
-
-    def addresses(self) -> tuple[str, ...]:
-        """The models of our own that it opens."""
-        return ()
 
     def check(self, uri: str) -> None:
         """Have the model on this machine, or say what to do; see `hub.check`."""
@@ -78,29 +57,11 @@ class HubFeaturizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnFeaturizer:
+class OwnFeaturizer(OwnReader):
     """The offline stand-in: the mean over positions of the hidden states of a model of our own.
 
-    `model` is an address as `pipelines.models.load` takes it, normally of an AR model; any kind
-    reads the text with every token revealed. Figures compare with each other, not with the
-    published ones.
+    Normally of an AR model; any kind reads the text with every token revealed.
     """
-
-    model: str
-    batch: int = 64
-    kind: Literal["own"] = "own"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
-
-    @property
-    def label(self) -> str:
-        return f"stand-in: mean state of {self.model}, not comparable with gpt2-large"
-
-    def addresses(self) -> tuple[str, ...]:
-        """The models of our own that it opens."""
-        return (self.model,)
 
     def check(self, uri: str) -> None:
         """DataError or dsl.WeightsError where there is no such model; `uri` of the registry."""

@@ -25,7 +25,7 @@ from pipelines.evaluation.settings import REFERENCES, UNIGRAM, EvaluateConfig
 
 @dataclass(frozen=True)
 class Found:
-    """Reads parts. `Scores` of `pipelines.evaluation.gate`: its methods of that name."""
+    """Reads parts. It is the `Scores` and the `Measures` of `pipelines.evaluation.gate`."""
 
     config: EvaluateConfig
     parts: Parts
@@ -47,6 +47,17 @@ class Found:
         if view not in known and kind != "ar":
             why = f"{view} is no view of the likelihood of {model}"
             raise ConfigError("gate", why, f"Name one of: {', '.join(known)}")
+
+    def require_texts(self, model: str, path: str, budget: int) -> None:
+        self.source(model, path, budget)
+
+    def require_mauve(self) -> None:
+        if self.config.mauve is None:
+            raise ConfigError("gate", "asks for MAUVE, which is not measured", "Give mauve, too")
+
+    def require_judge(self) -> None:
+        if self.config.judge is None:
+            raise ConfigError("gate", "asks for a judge, and there is none", "Give judge, too")
 
     def errors(self, model: str, condition: Condition) -> Mapping[str, np.ndarray]:
         """``nats`` and ``squared`` error of held-out rows, each ``[N]``."""

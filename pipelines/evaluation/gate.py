@@ -18,15 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-
-from infra.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.found import Found
-    from pipelines.evaluation.settings import EvaluateConfig
 
 
 class Scores(Protocol):
@@ -58,6 +52,22 @@ class Scores(Protocol):
 
     def mauve(self, p_NF: np.ndarray, q_NF: np.ndarray, seed: int) -> float:
         """MAUVE with one seed of k-means."""
+
+
+class Measures(Protocol):
+    """What is going to be measured. Each raises ConfigError for what is not."""
+
+    def require_view(self, model: str, view: str) -> None:
+        """A view of the model's likelihood."""
+
+    def require_texts(self, model: str, path: str, budget: int) -> None:
+        """Texts of the model on a path."""
+
+    def require_mauve(self) -> None:
+        """MAUVE of all texts."""
+
+    def require_judge(self) -> None:
+        """Somebody's perplexity of all texts."""
 
 
 class Resamples:
@@ -128,10 +138,9 @@ class Likelihood:
         nats_N = scores.nats(model, self.view)
         return means(nats_N, draws.rows(len(nats_N)))
 
-    def require(self, config: EvaluateConfig, found: Found) -> None:
+    def require(self, measures: Measures, candidate: str) -> None:
         """ConfigError where the candidate's likelihood is not viewed so."""
-        assert config.gate is not None
-        found.require_view(config.gate.model, self.view)
+        measures.require_view(candidate, self.view)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +156,9 @@ class _OfTexts:
     def label(self) -> str:
         return f"{type(self).kind} of {self.path} {self.budget}"
 
-    def require(self, config: EvaluateConfig, found: Found) -> None:
+    def require(self, measures: Measures, candidate: str) -> None:
         """ConfigError where the evaluation draws no such texts of the candidate."""
-        assert config.gate is not None
-        found.source(config.gate.model, self.path, self.budget)
+        measures.require_texts(candidate, self.path, self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +192,9 @@ class Mauve(_OfTexts):
         )
         return np.array([scores.mauve(texts_NF[n], references_MF[m], seed) for n, m, seed in pairs])
 
-    def require(self, config: EvaluateConfig, found: Found) -> None:
-        super().require(config, found)
-        if config.mauve is None:
-            raise ConfigError("gate", "asks for MAUVE, which is not measured", "Give mauve, too")
+    def require(self, measures: Measures, candidate: str) -> None:
+        super().require(measures, candidate)
+        measures.require_mauve()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +212,9 @@ class GenerativePerplexity(_OfTexts):
         nats_N, tokens_N = scores.judged(model, self.path, self.budget)
         return np.exp(ratios(nats_N, tokens_N, draws.rows(len(nats_N))))
 
-    def require(self, config: EvaluateConfig, found: Found) -> None:
-        super().require(config, found)
-        if config.judge is None:
-            raise ConfigError("gate", "asks for a judge, and there is none", "Give judge, too")
+    def require(self, measures: Measures, candidate: str) -> None:
+        super().require(measures, candidate)
+        measures.require_judge()
 
 
 @dataclass(frozen=True, kw_only=True)

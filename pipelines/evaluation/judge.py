@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from dsl.vocabulary import END_OF_TEXT
 from infra.errors import DataError
 from pipelines import models
 from pipelines.evaluation import hub, metrics
-from pipelines.evaluation.features import OpenModel
 from pipelines.evaluation.metrics import Score
+from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
 from pipelines.models import ConverterConfig, Model
 
 WHERE = "judge.model"
@@ -55,34 +55,17 @@ def bits_per_byte(judged: Judged) -> Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubJudge:
+class HubJudge(HubReader):
     """A causal language model of the Hugging Face hub, or of a local folder.
 
     Every token of a text counts but those that end texts, which are context only: `<|endoftext|>`
     is read as the judge's own end token. The first token is predicted from the judge's start
     token alone. Longer texts are read in windows of `max_tokens` that begin `max_tokens // 2`
     apart: a token is predicted once, by the first window that reaches it, so from everything
-    before it or from more than half a window. `batch` windows of like length share a call;
-    figures are the same up to rounding.
+    before it or from more than half a window. Figures do not depend on the batch, up to rounding.
     """
 
-    model: str = "gpt2-large"
-    max_tokens: int = 1024
     batch: int = 4
-    kind: Literal["hub"] = "hub"
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 2), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-    @property
-    def label(self) -> str:
-        return f"{self.model}, {self.max_tokens} tokens"
-
-    def addresses(self) -> tuple[str, ...]:
-        """The models of our own that it opens."""
-        return ()
 
     def check(self, uri: str) -> None:
         """Have the model on this machine, or say what to do; see `hub.check`."""
@@ -120,28 +103,11 @@ class HubJudge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnJudge:
+class OwnJudge(OwnReader):
     """The offline stand-in: an autoregressive model of our own.
 
-    `model` is an address as `pipelines.models.load` takes it. It reads the very ids that were
-    drawn, and every one of them counts, ends of documents too.
+    It reads the very ids that were drawn, and every one of them counts, ends of documents too.
     """
-
-    model: str
-    batch: int = 64
-    kind: Literal["own"] = "own"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
-
-    @property
-    def label(self) -> str:
-        return f"stand-in: {self.model}, not comparable with gpt2-large"
-
-    def addresses(self) -> tuple[str, ...]:
-        """The models of our own that it opens."""
-        return (self.model,)
 
     def check(self, uri: str) -> None:
         """DataError where the model is not autoregressive or, as may be dsl.WeightsError, where

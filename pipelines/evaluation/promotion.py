@@ -75,4 +75,4 @@ def require(config: EvaluateConfig, found: Found) -> None:
     if not config.gate:
         return
     for metric in (config.gate.metric, *config.gate.guards):
-        metric.require(config, found)
+        metric.require(found, config.gate.model)

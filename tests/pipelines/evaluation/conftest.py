@@ -25,6 +25,7 @@ SETTINGS = [
     "states={revealed: [0, 0.5], gammas: [1, 4]}", "samples={rows: 6, traced: 3}",
 ]  # fmt: skip
 Run = Callable[..., tuple[int, dict[str, Any], str]]
+Refused = Callable[[list[str], int, list[str]], None]
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +90,17 @@ def run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
 
     return run
+
+
+@pytest.fixture
+def refused(run: Run, world: Path, tmp_path: Path) -> Refused:
+    """Asserts that settings end in one message with these words, and leave nothing behind."""
+
+    def refused(argv: list[str], code: int, words: list[str]) -> None:
+        found, _, err = run(*(argument.replace("WORLD", str(world)) for argument in argv))
+        assert found == code, err
+        assert [word for word in words if word not in err] == []
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "judged").exists()
+
+    return refused

@@ -16,7 +16,7 @@ from infra.logger import connect
 from pipelines import evaluate
 from pipelines.evaluation import held_out, metrics
 from tests.pipelines import tiny
-from tests.pipelines.evaluation.conftest import Run
+from tests.pipelines.evaluation.conftest import Refused, Run
 from tests.pipelines.evaluation.small import LENGTH, rows_of
 
 HYBRID = """{
@@ -232,13 +232,9 @@ def test_an_unreachable_server_does_not_stop_it(run: Run, world: Path, tmp_path:
     ],
 )
 def test_bad_input_is_one_message(
-    run: Run, world: Path, tmp_path: Path, argv: list[str], code: int, words: list[str]
+    refused: Refused, argv: list[str], code: int, words: list[str]
 ) -> None:
-    found, _, err = run(*(argument.replace("WORLD", str(world)) for argument in argv))
-    assert found == code, err
-    assert [word for word in words if word not in err] == []
-    assert len(err.strip().splitlines()) == 1
-    assert not (tmp_path / "judged").exists()
+    refused(argv, code, words)
 
 
 def test_an_empty_split_and_another_length_are_refused(

@@ -309,5 +309,5 @@ def test_a_featurizer_is_configured_by_kind(given: list[str], expected: AnyFeatu
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"batch": 0}])
 def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="must be at least"):
         HubFeaturizer(**wrong)
