@@ -61,9 +61,12 @@ class Random:
         return len(self.planned(space, 0))
 
     def planned(self, space: Space, seed: int) -> list[Settings]:
-        draws = itertools.islice(_draws(space, seed), ATTEMPTS * self.trials)
-        different = {label(settings): settings for settings in draws}
-        return list(different.values())[: self.trials]
+        different: dict[str, Settings] = {}
+        for settings in itertools.islice(_draws(space, seed), ATTEMPTS * self.trials):
+            different.setdefault(label(settings), settings)
+            if len(different) == self.trials:
+                break
+        return list(different.values())
 
     def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
         return _next(self.planned(space, seed), trials)

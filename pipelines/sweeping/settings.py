@@ -120,10 +120,10 @@ class SweepConfig:
                 raise ConfigError(f"space.{key}", why, f"Set finetune.{key} for all of them")
             if inner := [other for other in self.space if other.startswith(f"{key}.")]:
                 raise ConfigError(f"space.{inner[0]}", f"a knob inside of {key}", "Keep one")
-        self.search.require(self.space)
         for key, knob in self.space.items():
             for value in knob.probes:
                 self.recipe({key: value})
+        self.search.require(self.space)
         for settings in self.search.planned(self.space, self.seed):
             self.recipe(settings)
 

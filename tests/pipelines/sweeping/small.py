@@ -17,19 +17,19 @@ from pipelines.sweeping.trials import BOUND, PARTS, Report, State, Trial
 from tests.pipelines import tiny
 
 COMMON = [*tiny.SIZE, *(s for s in tiny.TRAIN if s.startswith(("train.", "workers.")))]
+SPACE = "{converter.beta: {kind: choice, values: [0.3, 1.0, 3.0]}}"
 SETTINGS = [
     "name=tried",
     "finetune.init=scratch",
     "finetune.converter={embed_dim: 8, mask_prior: 0.5}",
     *(f"finetune.{setting}" for setting in COMMON),
     "search.kind=grid",
-    "space={converter.beta: {kind: choice, values: [0.3, 1.0, 3.0]}}",
 ]
 
 
-def load(*argv: str) -> SweepConfig:
+def load(*argv: str, space: str = SPACE) -> SweepConfig:
     """The configuration, small where `argv` does not say otherwise."""
-    given = ["data=shards", *SETTINGS, *argv]
+    given = ["data=shards", *SETTINGS, f"space={space}", *argv]
     return config.load(SweepConfig, verb="sweep", argv=given, presets=tiny.PRESETS)
 
 

@@ -1,0 +1,139 @@
+"""What a sweep says of its trials."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import yaml
+
+from dsl.paths import Hybrid, Masked, SentenceSDE
+from infra.errors import ConfigError
+from pipelines.evaluation.cells import Cell
+from pipelines.sweeping import pages, recommendation, second
+from pipelines.sweeping.importance import at, effects, importance
+from pipelines.sweeping.second import Walk
+from pipelines.sweeping.space import Choice, Knob, LogUniform
+from pipelines.sweeping.trials import Trial
+from tests.pipelines.sweeping import small
+
+SPACE: dict[str, Knob] = {
+    "converter.beta": LogUniform(low=0.1, high=10.0),
+    "converter.skip": Choice(values=(True, False)),
+    "support": Choice(values=({"kind": "roar"}, {"kind": "lognormal"})),
+}
+
+
+def trials(count: int = 60) -> list[Trial]:
+    """The bound is that of the support, and a little of the skip; beta is nothing."""
+    rng = random.Random(0)
+    found = []
+    for number in range(count):
+        settings = {key: knob.probes[rng.random() < 0.5] for key, knob in SPACE.items()}
+        settings["converter.beta"] = 10 ** rng.uniform(-1, 1)
+        bound = 2 + (settings["support"] == {"kind": "roar"}) + 0.2 * settings["converter.skip"]
+        found.append(small.trial(number, settings, "finished", bound + 1, bound))
+    return found
+
+
+def test_importance_finds_what_matters() -> None:
+    found = importance(SPACE, at(trials(), 20))
+    assert list(found) == list(SPACE)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["support"] > 0.8
+    assert found["converter.skip"] > 2 * found["converter.beta"]
+
+
+def test_importance_says_nothing_of_too_few_or_of_equals() -> None:
+    assert importance(SPACE, trials(3)) == {}
+    same = [small.trial(n, t.settings, "finished", 2.0) for n, t in enumerate(trials(9))]
+    assert importance(SPACE, same) == {}
+
+
+def test_trials_are_compared_at_one_step() -> None:
+    """The stopped one as it was, the finished one as it had been, and not who never got there."""
+    known = [
+        small.trial(0, {}, "finished", 3.0, 2.0),
+        small.trial(1, {}, "stopped", 3.5),
+        small.trial(2, {}, "failed"),
+    ]
+    assert [(t.name, t.bound) for t in at(known, 10)] == [("trial-000", 3.0), ("trial-001", 3.5)]
+    assert [(t.name, t.bound) for t in at(known, 11)] == [("trial-000", 2.0)]
+
+
+def test_effects_are_means_over_everything_else() -> None:
+    rows = {(row["knob"], row["value"]): row for row in effects(SPACE, at(trials(), 20))}
+    roar = rows["support", '{"kind": "roar"}']
+    other = rows["support", '{"kind": "lognormal"}']
+    assert roar["bound"] - other["bound"] == pytest.approx(1, abs=0.1)
+    assert roar["trials"] + other["trials"] == 60
+    assert roar["best"] == 3.0
+    thirds = [row for (knob, _), row in rows.items() if knob == "converter.beta"]
+    assert [row["trials"] for row in thirds] == [20, 20, 20]
+
+
+WALK = Hybrid(SentenceSDE(gamma_max=9.0), Masked(), split=(2, 3))
+
+
+def walk(model: str, budget: int, **row: float) -> Walk:
+    cell = Cell(model=model, path="masked", walk=Masked(), budget=budget)
+    return Walk(cell, {"model": model, "path": "masked", "budget": budget, **row})
+
+
+def test_the_best_walk_is_by_what_does_not_fall_with_entropy() -> None:
+    walks = [
+        walk("a", 4, words=0.5, perplexity=3.0),
+        walk("a", 8, words=0.6, perplexity=9.0),
+        walk("b", 8, words=0.9, perplexity=1.0),
+    ]
+    found = second.best(walks, "a")
+    assert found is not None
+    assert found.cell.budget == 8
+    assert second.best([walk("a", 4, perplexity=3.0)], "a") is None
+
+
+def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() -> None:
+    known = [
+        small.trial(0, {}, "finished", 2.0),
+        small.trial(1, {}, "stopped", 1.0),
+        small.trial(2, {}, "finished", 1.5),
+    ]
+    assert [t.name for t in second.ranked(known)] == ["trial-002", "trial-000"]
+    with pytest.raises(ConfigError, match=r"trial-000 failed: because; trial-001 stopped: because"):
+        second.ranked([small.trial(0, {}, "failed"), small.trial(1, {}, "stopped", 1.0)])
+
+
+def test_the_report_and_the_preset_of_what_was_found() -> None:
+    config = small.load(
+        "asha={grace: 10}",
+        "second={paths: {hybrid: {splits: [[2, 3]], path: "
+        "{kind: hybrid, split: [2, 3], first: {kind: sentence_sde, gamma_max: 9}, "
+        "second: masked}}}}",
+    )
+    settings = [{"converter.beta": beta} for beta in (0.3, 1.0, 3.0)]
+    known = [
+        small.trial(0, settings[0], "finished", 3.0, 2.0),
+        small.trial(1, settings[1], "stopped", 3.5),
+        small.trial(2, settings[2], "failed"),
+    ]
+    row = {"model": "trial-000", "path": "hybrid", "budget": 5, "split": [2, 3], "calls": 5.0}
+    cell = Cell(model="trial-000", path="hybrid", walk=WALK, budget=5)
+    rows = [{"model": "real", "words": 1.0}, row | {"words": 0.5, "entropy": 2.0}]
+    made = pages.report(config, known, known[0], rows)
+    table = made.tables["trials"]
+    assert [line["trial"] for line in table.rows] == ["trial-000", "trial-001", "trial-002"]
+    assert [line["state"] for line in table.rows] == ["finished", "stopped", "failed"]
+    assert {plot.name for plot in made.plots} == {
+        "bounds",
+        "knobs",
+        "words_by_calls",
+        "words_by_split",
+    }
+    assert "importance" not in made.tables
+    assert made.tables["walks"].rows == [rows[1]]
+    assert "because" in made.html()
+
+    preset = yaml.safe_load(recommendation.preset(config, known[0], Walk(cell, rows[1])))
+    assert preset["finetune"]["converter"]["beta"] == 0.3
+    assert preset["finetune"]["name"] == "tried-best"
+    assert preset["generate"]["path"]["split"] == [2, 3]

@@ -1,0 +1,145 @@
+"""What the driver does between Tune and the run directories, without a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from infra.errors import ConfigError, InfraError
+from infra.storage import Folder
+from pipelines import finetune
+from pipelines.launch import WorkersConfig
+from pipelines.sweeping import tuning
+from pipelines.sweeping.estimate import expected_steps
+from pipelines.sweeping.settings import Asha
+from pipelines.sweeping.trials import BOUND, Trials
+from tests.pipelines.sweeping import small
+
+CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+def of_tune(name: str) -> Any:
+    return SimpleNamespace(trial_id="an id of Tune's", config={"trial": name})
+
+
+def judge(halving: tuning.Halving, name: str, step: int, bound: float) -> str:
+    trial = of_tune(name)
+    halving.on_trial_add(None, trial)
+    return halving.on_trial_result(None, trial, {"step": step, BOUND: bound})
+
+
+def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
+    asha = Asha(grace=10, reduction=2)
+    known = [
+        small.trial(0, {}, "finished", 2.0, 1.8, 1.7, 1.6),
+        small.trial(1, {}, "stopped", 3.0),
+        small.trial(2, {}, "running", 2.5, 2.4),
+    ]
+    halving = tuning.Halving(asha, 40, known)
+    assert judge(halving, "trial-003", 10, 2.6) == STOP  # the median is 2.5
+    assert judge(halving, "trial-004", 10, 1.9) == CONTINUE
+    # It was let through both rungs, and is not asked again, whoever has come since.
+    assert judge(halving, "trial-002", 30, 9.0) == CONTINUE
+    # It has trained to the end: there is nothing left to save.
+    assert judge(halving, "trial-004", 40, 9.0) == CONTINUE
+
+
+def test_without_that_memory_the_first_to_come_back_would_go_on() -> None:
+    assert judge(tuning.Halving(Asha(grace=10), 40, []), "trial-003", 10, 99.0) == CONTINUE
+
+
+def test_rungs_and_what_they_save() -> None:
+    config = small.load("finetune.train.steps=90", "asha={grace: 10, reduction: 3}")
+    assert config.asha is not None
+    assert config.asha.rungs(90) == [10, 30]
+    assert expected_steps(config) == pytest.approx(10 + 20 / 3 + 60 / 9)
+    assert expected_steps(replace(config, asha=None)) == 90
+
+
+def test_interrupted_trials_come_first_and_ended_ones_never(tmp_path: Path) -> None:
+    config = small.load(f"root={tmp_path}")
+    trials = Trials(folder=config.folder / "trials")
+    names = [trials.add(n, {"converter.beta": beta}) for n, beta in enumerate((0.3, 1.0))]
+    trials.end(names[0], "failed", "because")
+    trials.end(names[1], "lost", "its node went away")
+    proposals = tuning.Proposals(config, trials)
+    assert proposals.suggest("x") == {"trial": "trial-001"}
+    assert trials.read("trial-001").state == "running"
+    assert proposals.suggest("y") == {"trial": "trial-002"}
+    assert trials.read("trial-002").settings == {"converter.beta": 3.0}
+    assert proposals.suggest("z") == Searcher.FINISHED
+
+
+def test_a_trial_is_read_from_its_directory(tmp_path: Path) -> None:
+    trials = Trials(folder=Folder.at(str(tmp_path)))
+    for number in (0, 2, 10, 1000):
+        trials.add(number, {"a": {"kind": "roar"}})
+    small.write(tmp_path / "trial-002", 3.0, 2.0)
+    (tmp_path / "trial-010").mkdir()
+    (tmp_path / "trial-010" / "result.json").write_text("{}")
+    found = {trial.name: trial for trial in trials.all()}
+    assert list(found) == ["trial-000", "trial-002", "trial-010", "trial-1000"]
+    assert [found["trial-002"].step, found["trial-002"].bound] == [20, 2.0]
+    assert found["trial-010"].state == "finished"
+    trials.end("trial-000", "stopped", "because")
+    assert trials.read("trial-000").why == "because"
+    assert trials.read("trial-000").settings == {"a": {"kind": "roar"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (ConfigError("train.optimizer.lr", "the loss is nan"), "failed"),
+        (RuntimeError("a bug"), "failed"),
+        (InfraError("the store", "is away"), None),
+        (OSError(28, "No space left on device", "disk"), None),
+    ],
+)
+def test_what_settings_are_to_blame_for_is_not_tried_again(
+    error: Exception, state: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small.load(f"root={tmp_path}")
+    trials = Trials(folder=config.folder / "trials")
+    name = trials.add(0, {"converter.beta": 0.3})
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(finetune, "execute", fail)
+    if state:
+        tuning._trial({"trial": name}, config, None)
+        assert str(error) in trials.read(name).why
+    else:
+        with pytest.raises(type(error)):
+            tuning._trial({"trial": name}, config, None)
+    assert trials.read(name).state == (state or "running")
+
+
+ROOM = {
+    "one CPU each": (WorkersConfig(), {"CPU": 4}, 4),
+    "a quarter of a GPU": (WorkersConfig(gpu=True, gpu_share=0.25), {"CPU": 16, "GPU": 2}, 8),
+    "fewer CPUs than GPUs": (WorkersConfig(gpu=True), {"CPU": 3, "GPU": 8}, 3),
+    "four workers and their data": (WorkersConfig(count=4, gpu=True), {"CPU": 32, "GPU": 8}, 2),
+}
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_as_many_at_a_time_as_there_is_room_for(name: str) -> None:
+    workers, there, expected = ROOM[name]
+    config = small.load("finetune.train.stream.num_lanes=4")
+    config = replace(config, finetune=replace(config.finetune, workers=workers))
+    assert tuning.concurrent(config, there) == expected
+    assert tuning.concurrent(replace(config, concurrent=1), there) == 1
+    with pytest.raises(InfraError, match="a trial takes"):
+        tuning.concurrent(config, {"CPU": 0.5})
+
+
+def test_a_share_of_a_gpu_is_for_one_process() -> None:
+    with pytest.raises(ConfigError, match="gpu_share is for one process"):
+        small.load("finetune.workers={count: 2, gpu: true, gpu_share: 0.5}")
