@@ -49,15 +49,14 @@ def run(config: SweepConfig, parent: str | None) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     trials, workers = Trials(folder=config.folder / TRIALS), config.finetune.workers
-    # A trial of one process reads its own rows; Ray's tasks read those of several.
-    needed = workers.count if workers.count > 1 else processors(workers) - DATA_CPUS
+    needed = int(takes(workers)["CPU"]) - DATA_CPUS  # which are added
     place = tempfile.mkdtemp(prefix="ray-tune-")
     try:
         with cluster.connected(workers.cluster, needed_cpus=needed):
             room = concurrent(config, ray.cluster_resources())
             trainable = tune.with_parameters(_trial, config=config, parent=parent)
             tune.Tuner(
-                tune.with_resources(trainable, resources(workers)),
+                tune.with_resources(trainable, reserved(workers)),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,  # as many as are proposed
                     search_alg=Proposals(config, trials),
@@ -77,26 +76,26 @@ def run(config: SweepConfig, parent: str | None) -> None:
         _close(trials)
 
 
-def processors(workers: WorkersConfig) -> int:
-    """CPUs of a trial that is one process."""
-    return workers.parallel.threads or 1
-
-
-def resources(workers: WorkersConfig) -> dict[str, float]:
-    """What Tune reserves for a trial; the workers of a larger one reserve for themselves."""
+def reserved(workers: WorkersConfig) -> dict[str, float]:
+    """What Tune reserves for a trial's own process, which is the one that trains if there is but
+    one; several workers reserve for themselves."""
     if workers.count > 1:
-        return {"CPU": 0.0}
-    return {**workers.resources, "CPU": float(processors(workers))}
+        return {"CPU": 1.0}
+    return {**workers.resources, "CPU": float(workers.parallel.threads or 1)}
+
+
+def takes(workers: WorkersConfig) -> dict[str, float]:
+    """All that a trial takes. One process reads its own rows; Ray's tasks read those of several."""
+    own = reserved(workers)
+    if workers.count == 1:
+        return own
+    whole = {key: workers.count * value for key, value in workers.resources.items()}
+    return {**whole, "CPU": whole["CPU"] + own["CPU"] + DATA_CPUS}
 
 
 def concurrent(config: SweepConfig, there: Mapping[str, float]) -> int:
     """How many trials run at a time, of what resources there are."""
-    workers = config.finetune.workers
-    whole = {key: workers.count * value for key, value in workers.resources.items()}
-    if workers.count > 1:
-        whole["CPU"] += DATA_CPUS
-    else:
-        whole = resources(workers)
+    whole = takes(config.finetune.workers)
     room = min(int(there.get(key, 0) / value) for key, value in whole.items())
     if not room:
         needs = ", ".join(f"{value:g} {key}" for key, value in whole.items())
