@@ -12,31 +12,27 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-from ray.tune.search import Searcher
 
-from infra import cluster, stream, tracking
+from infra import cluster, stream
 from infra.cluster import DATA_CPUS
 from infra.command import explain
 from infra.errors import InfraError
 from pipelines import finetune, launch
 from pipelines.launch import Job, WorkersConfig
-from pipelines.runs import DATA_ERRORS, clock, say
-from pipelines.sweeping.settings import TRIALS, Asha, SweepConfig
-from pipelines.sweeping.trials import BOUND, Trial, Trials
+from pipelines.runs import DATA_ERRORS
+from pipelines.sweeping.driver import Proposals, Watch, close, scheduler
+from pipelines.sweeping.settings import TRIALS, SweepConfig
+from pipelines.sweeping.trials import Trials
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journals have it all
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one ignores `verbose`
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would swallow a Ctrl-C
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "TUNE_WARN_THRESHOLD_S": "60",
 }
 
@@ -60,7 +56,7 @@ def run(config: SweepConfig, parent: str | None) -> None:
                 tune_config=tune.TuneConfig(
                     num_samples=-1,  # as many as are proposed
                     search_alg=Proposals(config, trials),
-                    scheduler=_scheduler(config, trials),
+                    scheduler=scheduler(config, trials),
                     max_concurrent_trials=room,
                 ),
                 run_config=tune.RunConfig(
@@ -73,7 +69,7 @@ def run(config: SweepConfig, parent: str | None) -> None:
             ).fit()
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        _close(trials)
+        close(trials)
 
 
 def reserved(workers: WorkersConfig) -> dict[str, float]:
@@ -131,156 +127,3 @@ def _fit(workers: WorkersConfig) -> Callable[[Job], None]:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     return partial(launch.fit_on_cluster, callbacks=[TuneReportCallback()])
-
-
-# --- in the driver ---------------------------------------------------------------------------
-
-
-class Proposals(Searcher):
-    """Trials that were interrupted first, then what the search proposes."""
-
-    def __init__(self, config: SweepConfig, trials: Trials) -> None:
-        super().__init__(metric=BOUND, mode="min")
-        self.config, self.trials = config, trials
-        self.left = [t.name for t in trials.all() if t.state in ("running", "lost")]
-
-    def suggest(self, trial_id: str) -> dict[str, str] | str:
-        if self.left:
-            name = self.left.pop(0)
-            self.trials.end(name, "running", "")
-            return {"trial": name}
-        config, known = self.config, self.trials.all()
-        settings = config.search.propose(config.space, config.seed, known)
-        if settings is None:
-            return Searcher.FINISHED
-        return {"trial": self.trials.add(len(known), settings)}
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """The trial's directory has it."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing is kept."""
-
-
-class _Named(NamedTuple):
-    """A trial under the name of its run directory, which outlives Tune's own."""
-
-    trial_id: str
-
-    @classmethod
-    def of(cls, trial: Any) -> _Named:
-        return cls(trial.config["trial"])
-
-
-class Halving(ASHAScheduler):
-    """Ray's ASHA with the memory of a sweep: what earlier trials reported counts, and what has
-    been let through a rung is not judged there again."""
-
-    def __init__(self, asha: Asha, steps: int, known: list[Trial]) -> None:
-        super().__init__(
-            time_attr="step",
-            metric=BOUND,
-            mode="min",
-            max_t=steps,
-            grace_period=asha.grace,
-            reduction_factor=asha.reduction,
-            stop_last_trials=False,
-        )
-        self.steps = steps
-        for trial in known:
-            named = _Named(trial.name)
-            super().on_trial_add(None, named)
-            for report in trial.reports:
-                super().on_trial_result(None, named, {"step": report.step, BOUND: report.bound})
-
-    def on_trial_add(self, controller: Any, trial: Any) -> None:
-        super().on_trial_add(controller, _Named.of(trial))
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["step"] >= self.steps:
-            return self.CONTINUE  # only the model is left to be written
-        return super().on_trial_result(controller, _Named.of(trial), result)
-
-    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """All that it said has been heard."""
-
-    def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        """A trial that is gone has said what it has said."""
-
-
-def _scheduler(config: SweepConfig, trials: Trials) -> FIFOScheduler:
-    if config.asha is None:
-        return FIFOScheduler()
-    return Halving(config.asha, config.finetune.train.steps, trials.all())
-
-
-class Watch(tune.Callback):
-    """Says how trials fare, and records how they ended."""
-
-    def __init__(self, config: SweepConfig, trials: Trials) -> None:
-        self.config, self.trials = config, trials
-        self.count = config.search.count(config.space)
-        self.began, self.first = time.monotonic(), self._steps()
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if BOUND in result:
-            name, total = trial.config["trial"], self.config.finetune.train.steps
-            say(f"{name}  step {result['step']}/{total}  bound {result[BOUND]:.4f}{self._rest()}")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = trial.config["trial"]
-        found = self.trials.read(name)
-        if found.state == "running":
-            self._stopped(found)
-            found = self.trials.read(name)
-        bound = f", bound {found.bound:.4f}" if found.reports else ""
-        say(f"{name}  {found.state} at step {found.step}{bound}  {found.why}".rstrip())
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = trial.config["trial"]
-        error = trial.get_error() or RuntimeError("its process died")
-        self.trials.end(name, "lost", explain(error, DATA_ERRORS)[0].splitlines()[0])
-        say(f"{name}  lost  {self.trials.read(name).why}")
-
-    def _stopped(self, trial: Trial) -> None:
-        """Tune has halted it in its report, and ends its process next."""
-        assert self.config.asha is not None
-        rung = self.config.asha.rungs(trial.step + 1)[-1]
-        why = f"not among the best 1/{self.config.asha.reduction} at step {rung}"
-        self.trials.end(trial.name, "stopped", why)
-        if handle := tracking.opened((self.trials.folder / trial.name).url):
-            tracking.finish(handle, "KILLED", {"stopped_at": str(trial.step), "stopped_why": why})
-
-    def _steps(self) -> int:
-        return sum(trial.step for trial in self.trials.all())
-
-    def _rest(self) -> str:
-        """How many trials have ended and how, and how long all steps of the rest would take."""
-        known = self.trials.all()
-        states = [trial.state for trial in known]
-        ended = "".join(
-            f"  {states.count(state)} {state}"
-            for state in ("finished", "stopped", "failed", "lost")
-            if state in states
-        )
-        steps = self.config.finetune.train.steps
-        left = steps * (self.count - len(known))
-        left += sum(steps - trial.step for trial in known if trial.state == "running")
-        done = max(sum(trial.step for trial in known) - self.first, 1)
-        eta = left * (time.monotonic() - self.began) / done
-        return f"  of {self.count}:{ended or '  none ended'}  ETA at most {clock(eta)}"
-
-
-def _close(trials: Trials) -> None:
-    """End the MLflow runs of trials that were interrupted with the sweep."""
-    for trial in trials.all():
-        handle = tracking.opened((trials.folder / trial.name).url)
-        if handle and trial.state in ("running", "lost"):
-            tracking.finish(handle, "KILLED")

@@ -15,7 +15,7 @@ from infra.errors import ConfigError, InfraError
 from infra.storage import Folder
 from pipelines import finetune
 from pipelines.launch import WorkersConfig
-from pipelines.sweeping import tuning
+from pipelines.sweeping import driver, tuning
 from pipelines.sweeping.estimate import expected_steps
 from pipelines.sweeping.settings import Asha
 from pipelines.sweeping.trials import BOUND, Trials
@@ -28,7 +28,7 @@ def of_tune(name: str) -> Any:
     return SimpleNamespace(trial_id="an id of Tune's", config={"trial": name})
 
 
-def judge(halving: tuning.Halving, name: str, step: int, bound: float) -> str:
+def judge(halving: driver.Halving, name: str, step: int, bound: float) -> str:
     trial = of_tune(name)
     halving.on_trial_add(None, trial)
     return halving.on_trial_result(None, trial, {"step": step, BOUND: bound})
@@ -41,7 +41,7 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
         small.trial(1, {}, "stopped", 3.0),
         small.trial(2, {}, "running", 2.5, 2.4),
     ]
-    halving = tuning.Halving(asha, 40, known)
+    halving = driver.Halving(asha, 40, known)
     assert judge(halving, "trial-003", 10, 2.6) == STOP  # the median is 2.5
     assert judge(halving, "trial-004", 10, 1.9) == CONTINUE
     # It was let through both rungs, and is not asked again, whoever has come since.
@@ -51,7 +51,7 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
 
 
 def test_without_that_memory_the_first_to_come_back_would_go_on() -> None:
-    assert judge(tuning.Halving(Asha(grace=10), 40, []), "trial-003", 10, 99.0) == CONTINUE
+    assert judge(driver.Halving(Asha(grace=10), 40, []), "trial-003", 10, 99.0) == CONTINUE
 
 
 def test_rungs_and_what_they_save() -> None:
@@ -68,7 +68,7 @@ def test_interrupted_trials_come_first_and_ended_ones_never(tmp_path: Path) -> N
     names = [trials.add(n, {"converter.beta": beta}) for n, beta in enumerate((0.3, 1.0))]
     trials.end(names[0], "failed", "because")
     trials.end(names[1], "lost", "its node went away")
-    proposals = tuning.Proposals(config, trials)
+    proposals = driver.Proposals(config, trials)
     assert proposals.suggest("x") == {"trial": "trial-001"}
     assert trials.read("trial-001").state == "running"
     assert proposals.suggest("y") == {"trial": "trial-002"}
