@@ -108,15 +108,12 @@ def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
     parts = found.parts
     sources = [UNIGRAM, REAL, REFERENCES, *(cell.name for cell in found.walked)]
 
-    def numbers() -> dict[str, list[int]]:
-        return {source: sorted(parts.present(f"samples/{source}")) for source in sources}
-
     with pool.connected(config.workers):
         asked = jobs.of_models(config, found.kinds, found.walked)
         spent = [stages.run("models", asked, config, parts)]
-        spent.append(stages.run("texts", jobs.of_texts(config, numbers()), config, parts))
-        counts = {source: found.count(source) for source in sources}
-        spent.append(stages.run("corpora", jobs.of_corpora(config, counts), config, parts))
+        rows = {source: found.count(source) for source in sources}
+        spent.append(stages.run("texts", jobs.of_texts(config, rows), config, parts))
+        spent.append(stages.run("corpora", jobs.of_corpora(config, rows), config, parts))
     return spent
 
 

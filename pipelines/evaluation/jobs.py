@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +27,8 @@ from pipelines.evaluation.mauve import MauveConfig
 from pipelines.evaluation.measures import Condition
 from pipelines.evaluation.parts import chunks, lists, matrix
 from pipelines.evaluation.settings import REFERENCES, EvaluateConfig
+
+TEXTS = 1024  # that are read in one job: reading is quick, and a job has a price of its own
 
 
 class Job(Protocol):
@@ -199,13 +201,15 @@ def texts(tokens_BL: np.ndarray, first: int, bench: Bench) -> pa.Table:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Some texts: those of one part of a source, which is a cell or held-out text."""
+    """Some texts of a source, which is a cell or held-out text."""
 
     source: str
     first: int
+    count: int
 
     def texts(self, bench: Bench) -> tuple[list[str], np.ndarray]:
-        table = bench.parts.one(f"samples/{self.source}", self.first, ["text", "tokens"])
+        table = bench.parts.read(f"samples/{self.source}", ["text", "tokens"])
+        table = table.slice(self.first, self.count)
         return table["text"].to_pylist(), matrix(table["tokens"], np.int64)
 
 
@@ -306,9 +310,13 @@ def of_models(
     return jobs
 
 
-def of_texts(config: EvaluateConfig, sources: Mapping[str, Collection[int]]) -> list[Job]:
-    """What is said of each text by itself; `sources` with the numbers of their parts."""
-    about = [{"source": source, "first": n} for source in sources for n in sources[source]]
+def of_texts(config: EvaluateConfig, rows: Mapping[str, int]) -> list[Job]:
+    """What is said of each text by itself; `rows` are how many there are of each source."""
+    about: list[dict[str, Any]] = [
+        {"source": source, "first": first, "count": count}
+        for source, total in rows.items()
+        for first, count in chunks(total, TEXTS)
+    ]
     jobs: list[Job] = [Read(**part) for part in about]
     jobs += [Featurize(**part) for part in about if config.mauve]
     jobs += [Judge(**part) for part in about if config.judge]
