@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from infra import pool, tracking
@@ -80,7 +77,7 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
         log = tracking.Logger(tracking.Journal(folder), handle)
         log.log(0, metrics)
         log.close()
-        with _on_disk(folder / "report") as place:
+        with runs.on_disk(folder / "report") as place:
             tracking.log_artifacts(handle, place)
         handle = tracking.finish(handle)
     except BaseException as error:
@@ -133,20 +130,6 @@ def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:
         for key, value in origin.items()
         if value
     }
-
-
-@contextmanager
-def _on_disk(folder: Folder) -> Iterator[Path]:
-    """A folder of the run directory: itself, or a copy where it is in a bucket."""
-    if folder.is_local:
-        yield Path(folder.path)
-        return
-    with tempfile.TemporaryDirectory() as staging:
-        place = Path(staging) / folder.path.rpartition("/")[2]
-        place.mkdir()
-        for file in folder.names():
-            (place / file).write_bytes(folder.read_bytes(file))
-        yield place
 
 
 def _show(report: Report) -> None:

@@ -32,6 +32,7 @@ from infra.stream import Plan
 from infra.tracking import RunHandle, TrackingConfig
 from pipelines import models, runs
 from pipelines.bounds import BOUNDS
+from pipelines.gauges import Gauges
 from pipelines.runs import RESULT, say
 from pipelines.training import Log, TrainConfig, train
 
@@ -205,10 +206,12 @@ def worker(payload: dict[str, Any]) -> None:
 
     # Ray announces every report on the console, in a logger that its own setting does not reach.
     logging.getLogger().setLevel(logging.WARNING)
+    job = payload["job"]
     run_on_this_process(
-        payload["job"],
+        job,
         batches=stream.ray_batches,
         report=lambda metrics: ray.train.report(metrics),
+        show=None if world()[0] else Gauges(job.config.name).log,
     )
 
 
@@ -217,8 +220,12 @@ def run_on_this_process(
     *,
     batches: Callable[[Plan, tuple[int, ...], int], Iterator[Mapping[int, np.ndarray]]],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    show: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> None:
-    """Train as one of the workers, or as the only one: bare Python is a world of one."""
+    """Train as one of the workers, or as the only one: bare Python is a world of one.
+
+    report: hears of validation, on every rank; show: of all that is logged, on the first.
+    """
     config = job.config
     folder, data = Folder.at(config.root) / config.name, Folder.at(config.data)
     order = Plan.of(data, job.manifest, "train", config.train.stream)
@@ -234,7 +241,7 @@ def run_on_this_process(
         if world()[0]:
             return _Silent()
         logs.append(tracking.Logger(tracking.Journal(folder, resume=resumed), job.handle))
-        return logs[0]
+        return _Shown(logs[0], show) if show else logs[0]
 
     try:
         train(
@@ -251,6 +258,21 @@ def run_on_this_process(
     finally:
         for log in logs:
             log.close()
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A log that is shown as it is written."""
+
+    logger: tracking.Logger
+    show: Callable[[int, Mapping[str, float]], None]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.logger.log(step, metrics)
+        self.show(step, metrics)
+
+    def sync(self) -> None:
+        self.logger.sync()
 
 
 class _Silent:

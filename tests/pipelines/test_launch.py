@@ -7,9 +7,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.noise import generator
 from dsl.objective import DSLObjective
-from infra import checkpoints, stream
+from infra import checkpoints, journal, stream
 from infra.checkpoints import committed, consolidate
 from infra.errors import ConfigError
 from infra.shards import read_manifest
@@ -202,6 +203,21 @@ def test_pretraining_goes_on_from_the_weights_of_another_run(
     before, after = (dsl.load(run / "model") for run in (whole["pretrain"], tmp_path / "onward"))
     for name, weights in before.backbone.state_dict().items():
         assert torch.equal(weights, after.backbone.state_dict()[name]), name
+
+
+def test_what_is_logged_is_shown(tmp_path: Path, data: str) -> None:
+    shown: list[dict[str, float]] = []
+
+    def show(step: int, metrics: Mapping[str, float]) -> None:
+        shown.append({"step": step, **metrics})
+
+    fit = partial(launch.run_on_this_process, batches=stream.read, show=show)
+    with tiny.bare(), mock.patch.object(launch, "fit_on_cluster", fit):
+        argv = [f"data={data}", f"root={tmp_path}", "name=shown", "train.log_every=4"]
+        pretrain.execute(tiny.load("pretrain", *argv))
+    logged = journal.read(str(tmp_path / "shown"))
+    assert [row["step"] for row in shown] == [4, 6, 8, 12]
+    assert shown == [{k: v for k, v in row.items() if k != "time"} for row in logged]
 
 
 def test_validation_knows_the_weights_alone(tmp_path: Path, data: str) -> None:
