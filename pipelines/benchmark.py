@@ -1,0 +1,166 @@
+"""Time what users pay for, each figure as a ratio that one run on one machine has measured.
+
+    python pipelines/benchmark.py only=[sampler,train]
+    python pipelines/benchmark.py quickstart
+    python pipelines/benchmark.py owt only=[ingest] ingest.source='s3://bucket/owt/*.parquet'
+
+Ours goes against the limit of the machine (the bare network, a matrix product, the Parquet
+library) and against a reference procedure that does per step what public samplers and losses do,
+turn by turn, so that a machine that slows down slows both. `paper` is computed and not measured.
+Memory is the peak of a fresh process. A bar is judged at the sizes it was set at, which are the
+defaults; at others the figure is only shown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from infra import cluster, parallel, tracking
+from infra.config import digest, to_tree, to_yaml
+from infra.storage import Folder
+from pipelines import runs, verb
+from pipelines.benchmarks import machine, timing
+from pipelines.benchmarks.settings import BenchmarkConfig
+from pipelines.report import Report, Table, markdown
+from pipelines.runs import RESULT, say
+
+
+def plan(config: BenchmarkConfig) -> dict[str, Any]:
+    """What would be timed, for `--dry-run`; the time that its products alone take here."""
+    _pin(config)
+    product = machine.Matmul(parallel.device())
+    seconds_R = timing.interleaved({"product": product}, 3, parallel.device())["product"]
+    rate = product.flops / float(seconds_R.min())
+    rounds = config.rounds + 1  # one warms up
+    work = {name: rounds * _module(name).cost(config) for name in config.only}
+    return {
+        "run": (Folder.at(config.root) / config.name).url,
+        "machine": machine.line(machine.facts()),
+        "rounds": config.rounds,
+        **{f"{name}_flops": round(flops) for name, flops in work.items()},
+        "gflops_per_s_of_this_machine": round(rate / 1e9),
+        "minutes_at_least": round(sum(work.values()) / rate / 60, 2),
+    }
+
+
+def execute(config: BenchmarkConfig) -> dict[str, Any]:
+    folder = runs.open_run(config, "benchmark")
+    if folder.exists(RESULT):
+        say(f"{folder.url} is finished; existing=restart would measure anew")
+        before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
+        return before
+    _pin(config)
+    handle = _start(config)
+    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
+    try:
+        tables = dict(_measured(config))
+        report = _report(config, tables)
+        for name, content in report.files().items():
+            (folder / "report").write_bytes(name, content)
+        found = metrics(tables)
+        log = tracking.Logger(tracking.Journal(folder), handle)
+        log.log(0, found)
+        log.close()
+        with runs.on_disk(folder / "report") as place:
+            tracking.log_artifacts(handle, place)
+        handle = tracking.finish(handle)
+    except BaseException as error:
+        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    result = {
+        "run": folder.url,
+        "run_id": handle.run_id,
+        "tables": folder.url_of("report/benchmark.json"),
+        "report": folder.url_of("report/report.html"),
+        "bars": _bars(tables),
+        "metrics": found,
+    }
+    folder.write_bytes(RESULT, json.dumps(result).encode())
+    return result
+
+
+def _measured(config: BenchmarkConfig) -> Iterator[tuple[str, Table]]:
+    """The tables one by one, each shown as soon as it is there."""
+    for name in config.only:
+        began = time.monotonic()
+        table = _module(name).run(config)
+        say(f"\n{table.title}. {table.note}\n{markdown(table)}")
+        say(f"{name}: {runs.clock(time.monotonic() - began)} min")
+        yield name, table
+
+
+def _module(name: str) -> Any:
+    """The room of a benchmark; imported late, for the networks are timed without Ray."""
+    return importlib.import_module(f"pipelines.benchmarks.{name}")
+
+
+def _pin(config: BenchmarkConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def _start(config: BenchmarkConfig) -> tracking.RunHandle:
+    commit = cluster.commit()
+    return tracking.start(
+        config.tracking,
+        root=config.root,
+        name=config.name,
+        params=to_tree(config),
+        tags={
+            "verb": "benchmark",
+            "commit": commit.sha if commit else "unknown",
+            "dirty": str(bool(commit and commit.dirty)).lower(),
+            "config_hash": digest(config),
+            **{f"machine.{key}": str(value) for key, value in machine.facts().items()},
+        },
+        config_yaml=to_yaml(config, "benchmark"),
+    )
+
+
+def _report(config: BenchmarkConfig, tables: Mapping[str, Table]) -> Report:
+    facts = machine.facts()
+    return Report(
+        name="benchmark",
+        title=f"Benchmark {config.name}",
+        subtitle=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC. {machine.line(facts)}",
+        facts={"machine": facts, "config": to_tree(config)},
+        tables=tables,
+        plots=(),
+        texts=(),
+    )
+
+
+def metrics(tables: Mapping[str, Table]) -> dict[str, float]:
+    """The ratios of all tables, by benchmark and key."""
+    return {
+        f"{name}/{row['key']}": float(row["ratio"])
+        for name, table in tables.items()
+        for row in table.rows
+        if "ratio" in row
+    }
+
+
+def _bars(tables: Mapping[str, Table]) -> dict[str, str]:
+    """The verdict on every bar."""
+    return {
+        f"{name}/{row['key']}": row["verdict"]
+        for name, table in tables.items()
+        for row in table.rows
+        if "verdict" in row
+    }
+
+
+def main() -> int:
+    return verb.run("benchmark", BenchmarkConfig, plan=plan, execute=execute, doc=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
