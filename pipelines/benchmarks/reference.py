@@ -48,7 +48,7 @@ def outcomes(denoiser: Denoises, state: State, reveal: float, remask: float, p: 
     probs_BLV = denoiser(state).log_probs().exp()  # one-hot where revealed
     if p < 1:
         probs_BLV = nucleus(probs_BLV, p)
-    token_BL1 = torch.where(state.revealed_BL, 1 - remask, reveal).to(probs_BLV)[..., None]
+    token_BL1 = probs_BLV.new_tensor([reveal, 1 - remask])[state.revealed_BL.long(), None]
     return torch.cat([token_BL1 * probs_BLV, 1 - token_BL1], dim=-1)
 
 

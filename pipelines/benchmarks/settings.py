@@ -72,6 +72,11 @@ class SamplerConfig(Counts):
     budget: int = 1024
     nucleus: float = 0.9
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nucleus > 1:
+            raise ValueError(f"nucleus must lie in (0, 1], got {self.nucleus}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(Counts):
