@@ -60,9 +60,11 @@ def execute(config: BenchmarkConfig) -> dict[str, Any]:
     _pin(config)
     handle = _start(config)
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
+    host = machine.facts()
+    say(machine.line(host))
     try:
         tables = dict(_measured(config))
-        report = _report(config, tables)
+        report = _report(config, tables, host)
         for name, content in report.files().items():
             (folder / "report").write_bytes(name, content)
         found = metrics(tables)
@@ -125,8 +127,9 @@ def _start(config: BenchmarkConfig) -> tracking.RunHandle:
     )
 
 
-def _report(config: BenchmarkConfig, tables: Mapping[str, Table]) -> Report:
-    facts = machine.facts()
+def _report(config: BenchmarkConfig, tables: Mapping[str, Table], host: dict[str, Any]) -> Report:
+    # What else ran is the first thing to ask of a figure that surprises.
+    facts = host | {"load_average_afterwards": machine.facts()["load_average"]}
     return Report(
         name="benchmark",
         title=f"Benchmark {config.name}",

@@ -35,7 +35,7 @@ def line(facts: dict[str, Any]) -> str:
     """The same, for the note of a table."""
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, device "
-        f"{facts['device']}, torch {facts['torch']}, load average {facts['load_average']}."
+        f"{facts['device']}, torch {facts['torch']}, load average {facts['load_average']} before."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,10 @@ def _rows(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def _process(argv: list[str], number: int) -> None:
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    # The code beside this file, installed or not.
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *argv]
+    done = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True)
     if done.returncode:
         why = f"ended with {done.returncode} ({done.stderr.strip()[-200:]})"
         raise InfraError(" ".join(argv), why, "Run it by itself")

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from infra.errors import InfraError
+
 GIB = 2**30
 STATUS = Path("/proc/self/status")
 
@@ -59,7 +61,11 @@ def peak_gib(procedure: Callable[..., object], *arguments: Any) -> float:
     try:
         return receiver.recv() / GIB
     except EOFError:
-        raise MemoryError(f"{procedure.__name__} did not live to tell its memory") from None
+        process.join()
+        why = f"ended with {process.exitcode} while its memory was measured"
+        raise InfraError(
+            procedure.__module__, why, "Free some memory or take smaller sizes"
+        ) from None
     finally:
         process.join()
 
