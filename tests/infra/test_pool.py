@@ -198,8 +198,13 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
         threading.Thread(target=interrupt, daemon=True).start()
         list(results)
 
-    with pytest.raises(KeyboardInterrupt):
-        consume(pool.run([0, 1, 1], make, TWO))
+    # A shell that runs its tests in the background has them ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            consume(pool.run([0, 1, 1], make, TWO))
+    finally:
+        signal.signal(signal.SIGINT, before)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     until(lambda: not any(map(alive, pids)))
 
