@@ -152,6 +152,8 @@ def curve(run: Path | str) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
+    # A shell that runs its tests in the background has them, and this process, ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     at = int(sys.argv.pop(2)) if sys.argv[1] == "--interrupt-at" else 0
     verb, *argv = sys.argv[2 if at else 1 :]
     sys.argv = [verb, *SETTINGS[verb], *argv]
