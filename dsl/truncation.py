@@ -87,8 +87,11 @@ class Truncated:
         The set is that of a stable sort of the whole row, at a tenth of its price: of equally
         likely tokens at the cut, those of lower ids stay.
         """
-        most = min(most, log_probs_NV.shape[1])
-        top_NK = log_probs_NV.topk(most).values
+        tokens = log_probs_NV.shape[1]
+        if most < tokens:
+            top_NK = log_probs_NV.topk(most).values
+        else:
+            most, top_NK = tokens, log_probs_NV.sort(descending=True).values
         # Fifty thousand float32 terms would blur where the sum crosses p.
         probs_NK = top_NK.double().exp()
         inside_NK = CONVENTIONS[self.convention](probs_NK.cumsum(-1), probs_NK, self.nucleus)
@@ -103,8 +106,8 @@ class Truncated:
             late_NV = tied_NV[crowded_N].cumsum(-1) > room_N1[crowded_N]
             stays_NV[crowded_N] &= ~(tied_NV[crowded_N] & late_NV)
         beyond_N = size_N1.squeeze(1) == most  # the nucleus may go on
-        if most < log_probs_NV.shape[1] and beyond_N.any():
-            stays_NV[beyond_N] = self._stays(log_probs_NV[beyond_N], log_probs_NV.shape[1])
+        if most < tokens and beyond_N.any():
+            stays_NV[beyond_N] = self._stays(log_probs_NV[beyond_N], 8 * most)
         return stays_NV
 
 
