@@ -323,7 +323,7 @@ def test_an_autoregressive_model_is_no_start(
     tiny.execute("pretrain", *root, "name=ar", "objective=ar", "train.steps=2")
     code, said = main("finetune", *root, "name=run", f"init={tmp_path / 'ar'}")
     assert (code, "is autoregressive. Give a masked model" in said) == (2, True), said
-    code, said = main("pretrain", *root, "name=run", f"init={tmp_path / 'ar'}")
+    code, said = main("pretrain", *root, "name=other", f"init={tmp_path / 'ar'}")
     assert (code, "was trained as ar, and this objective makes mdlm" in said) == (2, True), said
 
 
