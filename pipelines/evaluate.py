@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from infra import pool, tracking
@@ -107,10 +108,13 @@ def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
 
     with pool.connected(config.workers):
         asked = jobs.of_models(config, found.kinds, found.walked)
-        spent = [stages.run("models", asked, config, parts)]
+        spent = [stages.run("models", asked, config, parts, config.workers)]
         rows = {source: found.count(source) for source in sources}
-        spent.append(stages.run("texts", jobs.of_texts(config, rows), config, parts))
-        spent.append(stages.run("corpora", jobs.of_corpora(config, rows), config, parts))
+        # A few texts are read sooner than a process has started.
+        few = sum(rows.values()) <= jobs.TEXTS
+        workers = replace(config.workers, count=0) if few else config.workers
+        spent.append(stages.run("texts", jobs.of_texts(config, rows), config, parts, workers))
+        spent.append(stages.run("corpora", jobs.of_corpora(config, rows), config, parts, workers))
     return spent
 
 

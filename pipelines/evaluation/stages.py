@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from infra import pool
+from infra.pool import PoolConfig
 from pipelines.evaluation import jobs
 from pipelines.evaluation.jobs import Job
 from pipelines.evaluation.parts import Parts
@@ -29,7 +30,9 @@ class Stage:
     wall: float
 
 
-def run(name: str, todo: Sequence[Job], config: EvaluateConfig, parts: Parts) -> Stage:
+def run(
+    name: str, todo: Sequence[Job], config: EvaluateConfig, parts: Parts, workers: PoolConfig
+) -> Stage:
     """Do what is not done yet of a stage."""
     present = {group: parts.present(group) for group in {job.group for job in todo}}
     missing = [job for job in todo if job.first not in present[job.group]]
@@ -37,7 +40,7 @@ def run(name: str, todo: Sequence[Job], config: EvaluateConfig, parts: Parts) ->
     if len(missing) < len(todo):
         say(f"{name}: {len(todo) - len(missing)} of {len(todo)} parts are there already")
     done = rows = 0
-    for result in pool.run(missing, partial(jobs.worker, config), config.workers):
+    for result in pool.run(missing, partial(jobs.worker, config), workers):
         done, rows = done + 1, rows + result.rows
         now = time.monotonic()
         if now - shown >= EVERY_S or done == len(missing):
