@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from infra import cluster, parallel, tracking
-from infra.config import digest, to_tree, to_yaml
+from infra import parallel, tracking
+from infra.config import to_tree
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.benchmarks import machine, timing
@@ -58,25 +58,15 @@ def execute(config: BenchmarkConfig) -> dict[str, Any]:
         before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
         return before
     _pin(config)
-    handle = _start(config)
-    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     host = machine.facts()
+    tags = {f"machine.{key}": str(value) for key, value in host.items()}
+    handle = runs.start(config, "benchmark", None, tags)
+    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     say(machine.line(host))
-    try:
+    with runs.ending(handle):
         tables = dict(_measured(config))
-        report = _report(config, tables, host)
-        for name, content in report.files().items():
-            (folder / "report").write_bytes(name, content)
         found = metrics(tables)
-        log = tracking.Logger(tracking.Journal(folder), handle)
-        log.log(0, found)
-        log.close()
-        with runs.on_disk(folder / "report") as place:
-            tracking.log_artifacts(handle, place)
-        handle = tracking.finish(handle)
-    except BaseException as error:
-        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+        handle = runs.publish(folder, handle, _report(config, tables, host).files(), found)
     result = {
         "run": folder.url,
         "run_id": handle.run_id,
@@ -107,24 +97,6 @@ def _module(name: str) -> Any:
 def _pin(config: BenchmarkConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-
-
-def _start(config: BenchmarkConfig) -> tracking.RunHandle:
-    commit = cluster.commit()
-    return tracking.start(
-        config.tracking,
-        root=config.root,
-        name=config.name,
-        params=to_tree(config),
-        tags={
-            "verb": "benchmark",
-            "commit": commit.sha if commit else "unknown",
-            "dirty": str(bool(commit and commit.dirty)).lower(),
-            "config_hash": digest(config),
-            **{f"machine.{key}": str(value) for key, value in machine.facts().items()},
-        },
-        config_yaml=to_yaml(config, "benchmark"),
-    )
 
 
 def _report(config: BenchmarkConfig, tables: Mapping[str, Table], host: dict[str, Any]) -> Report:

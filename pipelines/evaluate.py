@@ -66,24 +66,14 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
     found = preparation.found(config, folder, subjects, rows)
     handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-    try:
+    with runs.ending(handle):
         spent = _measure(config, found)
         decision = promotion.decide(config, found, origins, uri)
         tables = Tables(found=found, held_out=rows, subjects=subjects)
         spent_table = time_table(spent, wall=time.monotonic() - began, config=config)
         made = report(tables, decision, spent_table)
-        for name, content in made.files().items():
-            (folder / "report").write_bytes(name, content)
         metrics = figures(made.tables)
-        log = tracking.Logger(tracking.Journal(folder), handle)
-        log.log(0, metrics)
-        log.close()
-        with runs.on_disk(folder / "report") as place:
-            tracking.log_artifacts(handle, place)
-        handle = tracking.finish(handle)
-    except BaseException as error:
-        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+        handle = runs.publish(folder, handle, made.files(), metrics)
     _show(made)
     result = {
         "run": folder.url,

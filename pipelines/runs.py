@@ -29,7 +29,7 @@ DATA_ERRORS = (WeightsError, VocabularyError)
 
 
 class Settings(Protocol):
-    """What the configuration of a verb that makes a run holds."""
+    """What the configuration of a verb that makes a run holds; `data` where it is given any."""
 
     @property
     def name(self) -> str: ...
@@ -77,12 +77,19 @@ def open_run(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Folde
 def start(
     config: Settings,
     verb: str,
-    manifest: Manifest,
+    manifest: Manifest | None,
     tags: Mapping[str, str],
     parent: str | None = None,
 ) -> RunHandle:
-    """Open the MLflow run of a run directory, with all that says where it came from."""
+    """Open the MLflow run of a run directory, with all that says where it came from.
+
+    manifest: of the data, None where a verb takes none.
+    """
     commit = cluster.commit()
+    dataset = None
+    if manifest is not None:
+        source = Folder.at(config.data).url
+        dataset = {"name": manifest.source, "digest": manifest.digest, "source": source}
     return tracking.start(
         config.tracking,
         root=config.root,
@@ -97,13 +104,33 @@ def start(
             **tags,
         },
         config_yaml=to_yaml(config, verb),
-        dataset={
-            "name": manifest.source,
-            "digest": manifest.digest,
-            "source": Folder.at(config.data).url,
-        },
+        dataset=dataset,
         parent=parent,
     )
+
+
+@contextmanager
+def ending(handle: RunHandle) -> Iterator[None]:
+    """Show in MLflow how a run ends that does not come to its end."""
+    try:
+        yield
+    except BaseException as error:
+        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+
+
+def publish(
+    folder: Folder, handle: RunHandle, files: Mapping[str, bytes], metrics: Mapping[str, float]
+) -> RunHandle:
+    """Keep a report in the run directory, show it and its figures in MLflow, and finish the run."""
+    for name, content in files.items():
+        (folder / "report").write_bytes(name, content)
+    log = tracking.Logger(tracking.Journal(folder), handle)
+    log.log(0, metrics)
+    log.close()
+    with on_disk(folder / "report") as place:
+        tracking.log_artifacts(handle, place)
+    return tracking.finish(handle)
 
 
 def say(line: str) -> None:
