@@ -26,8 +26,9 @@ from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
-from pipelines.launch import Job, RunConfig, Training, launch, plan
+from pipelines.launch import Job, RunConfig, launch, plan
 from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
+from pipelines.workers import Training
 
 
 @dataclass(frozen=True, kw_only=True)

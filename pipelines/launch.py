@@ -8,7 +8,6 @@ of it may be cut off: the same command picks up what is there.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,63 +20,21 @@ import numpy as np
 from dsl.denoiser import Denoiser
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
-from infra import cluster, journal, stream, tracking
+from infra import journal, stream, tracking
 from infra.checkpoints import Checkpoints, committed, consolidate
-from infra.cluster import ClusterConfig
 from infra.errors import DataError
-from infra.parallel import ParallelConfig, world
+from infra.parallel import world
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
 from infra.tracking import RunHandle, TrackingConfig
-from pipelines import models, runs
+from pipelines import models, runs, workers
 from pipelines.bounds import BOUNDS
-from pipelines.gauges import Gauges
 from pipelines.runs import RESULT, say
 from pipelines.training import Log, TrainConfig, train
+from pipelines.workers import Training
 
 H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkersConfig:
-    """How many processes train, and on what. Restarts go on from the last checkpoint.
-
-    `gpu_share`: of a GPU, for a single process that leaves the rest to others.
-    """
-
-    count: int = 1
-    gpu: bool = False
-    gpu_share: float = 1.0
-    max_failures: int = 3
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gpu_share <= 1:
-            raise ValueError(f"gpu_share must be in (0, 1], got {self.gpu_share}")
-        if self.gpu_share < 1 and self.count > 1:
-            raise ValueError(f"gpu_share is for one process, and count is {self.count}")
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What each process reserves."""
-        return {"CPU": 1.0, **({"GPU": self.gpu_share} if self.gpu else {})}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How weights are trained, and on what."""
-
-    train: TrainConfig = field(default_factory=TrainConfig)
-    workers: WorkersConfig = field(default_factory=WorkersConfig)
-
-    def __post_init__(self) -> None:
-        if self.train.stream.num_lanes % self.workers.count:
-            raise ValueError(
-                f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
-                f"workers.count ({self.workers.count}), or workers would hold unequal shares"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,33 +143,9 @@ def launch(
 
 
 def fit_on_cluster(job: Job, callbacks: Sequence[Any] = ()) -> None:
-    workers = job.config.workers
-    with cluster.connected(workers.cluster, needed_cpus=workers.count):
-        cluster.fit(
-            worker,
-            {"job": job},
-            name=job.config.name,
-            num_workers=workers.count,
-            use_gpu=workers.gpu,
-            resources_per_worker=workers.resources,
-            max_failures=workers.max_failures,
-            callbacks=callbacks,
-        )
-
-
-def worker(payload: dict[str, Any]) -> None:
-    """One of the training processes, inside Ray Train."""
-    import ray.train
-
-    # Ray announces every report on the console, in a logger that its own setting does not reach.
-    logging.getLogger().setLevel(logging.WARNING)
-    job = payload["job"]
-    run_on_this_process(
-        job,
-        batches=stream.ray_batches,
-        report=lambda metrics: ray.train.report(metrics),
-        show=None if world()[0] else Gauges(job.config.name).log,
-    )
+    """Train on the cluster; callbacks: of Ray Train."""
+    on_a_worker = partial(run_on_this_process, job)
+    workers.fit(job.config.workers, on_a_worker, name=job.config.name, callbacks=callbacks)
 
 
 def run_on_this_process(

@@ -23,11 +23,12 @@ from infra.cluster import DATA_CPUS
 from infra.command import explain
 from infra.errors import InfraError
 from pipelines import finetune, launch
-from pipelines.launch import Job, WorkersConfig
+from pipelines.launch import Job
 from pipelines.runs import DATA_ERRORS
 from pipelines.sweeping.driver import Proposals, Watch, close, scheduler
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trials
+from pipelines.workers import WorkersConfig
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journals have it all

@@ -14,11 +14,11 @@ from ray.tune.search import Searcher
 from infra.errors import ConfigError, InfraError
 from infra.storage import Folder
 from pipelines import finetune
-from pipelines.launch import WorkersConfig
 from pipelines.sweeping import driver, tuning
 from pipelines.sweeping.estimate import expected_steps
 from pipelines.sweeping.settings import Asha
 from pipelines.sweeping.trials import BOUND, Trials
+from pipelines.workers import WorkersConfig
 from tests.pipelines.sweeping import small
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
