@@ -23,6 +23,7 @@ FLAGS = {
     "--traceback": "show where an error came from",
 }
 INTERRUPTED = 130
+LONGEST = 2_000  # characters of a message
 # What the operating system says when the fault is the machine's and not the code's.
 MACHINE = {
     errno.ENOSPC: "free some space, then run the same command again to resume",
@@ -75,7 +76,7 @@ def run(
         if "--traceback" in flags:
             traceback.print_exc()
         message, code = explain(error, data_errors)
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{_legible(message)}\n")
         return code
 
 
@@ -94,6 +95,13 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
             return str(InfraError(where, why, MACHINE[cause.errno])), InfraError.exit_code
     bug = found[0]
     return f"{type(bug).__name__}: {bug} (a bug; --traceback shows where)", 1
+
+
+def _legible(message: str) -> str:
+    """A message may quote what somebody wrote into a file, however much that is and however odd."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    return message.encode(errors="backslashreplace").decode()
 
 
 def _check(flags: set[str]) -> None:

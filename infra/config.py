@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -22,12 +23,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
+from infra import documents
 from infra.errors import ConfigError, nearest
 
 T = TypeVar("T")
 Tree = dict[str, Any]
 
 VERBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "generate", "benchmark")
+MOST_BYTES = 1 << 20  # of a preset
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 REQUIRED = dataclasses.MISSING
 
@@ -145,9 +148,10 @@ def describe(config_type: Any) -> Iterator[Field]:
 def _section(preset: str, verb: str, presets: Path) -> Tree:
     """What the preset says about `verb`."""
     try:
-        content = yaml.safe_load(_read(preset, presets))
-    except yaml.YAMLError as error:
-        raise ConfigError(preset, f"not YAML: {' '.join(str(error).split())}") from None
+        content = documents.from_yaml(_read(preset, presets))
+    except ValueError as error:
+        raise ConfigError(preset, f"not YAML: {error}") from None
+    _require_plain(content, preset)
     if not isinstance(content, dict):
         raise ConfigError(preset, "not a mapping of verbs", f"Put the settings under `{verb}:`")
     for name in content:
@@ -165,12 +169,15 @@ def _read(preset: str, presets: Path) -> str:
         names = sorted(path.stem for path in presets.glob("*.yaml"))
         if preset not in names:
             raise ConfigError(preset, "no such preset", _hint(preset, names))
-        return (presets / f"{preset}.yaml").read_text(encoding="utf-8")
+        preset = str(presets / f"{preset}.yaml")
     try:
         with fsspec.open(preset, "rt", encoding="utf-8") as file:
-            return file.read()
+            text = file.read(MOST_BYTES)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(preset, f"cannot be read: {error}") from error
+    if len(text) == MOST_BYTES:
+        raise ConfigError(preset, "far longer than any preset", "Give a file of settings")
+    return text
 
 
 def _value(argument: str) -> Any:
@@ -178,12 +185,41 @@ def _value(argument: str) -> Any:
     text = argument.partition("=")[2]
     flow = text[:1] in ("[", "{", "'", '"')
     try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError:
+        parsed = documents.from_yaml(text)
+    except ValueError as error:
         if flow:
-            raise ConfigError(argument, "not YAML", "Quote text that starts like a list") from None
-        return text
-    return parsed if flow or parsed is None or isinstance(parsed, bool | int | float) else text
+            fix = "Quote text that starts like a list"
+            raise ConfigError(argument, f"not YAML: {error}", fix) from None
+        parsed = text
+    if not (flow or parsed is None or isinstance(parsed, bool | int | float)):
+        parsed = text
+    _require_plain(parsed, argument)
+    return parsed
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """ConfigError for what a preset can say and no setting can be, or no file can hold."""
+    if isinstance(value, dict | list):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        for item in items:
+            _require_plain(item, where)
+        return
+    why = ""
+    if isinstance(value, str):
+        if re.search("[\0\ud800-\udfff]", value):
+            why = "text with a NUL or half of a surrogate pair"
+    elif isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 63:
+            why = "a whole number of more than 64 bits"
+    elif isinstance(value, float):
+        if math.isnan(value):
+            why = "a NaN"
+    elif value is not None:
+        why = f"a {type(value).__name__}"
+    if why:
+        raise ConfigError(
+            where, f"{why} is no setting", "Write text, a number, a list or a mapping"
+        )
 
 
 def _nested(keys: Sequence[str], value: Any) -> Any:
@@ -230,7 +266,7 @@ def _kind(kinds: dict[str, Any], layers: list[Layer], path: str) -> Any:
             layer = Layer(layer.source, {"kind": layer.value})
         (mapping,) = _mappings([layer], path)
         named = mapping.value.get("kind", kind)
-        if named not in kinds:
+        if not isinstance(named, str) or named not in kinds:
             why = "missing" if named is None else f"no kind {named!r}"
             raise ConfigError(_where(layer, f"{path}.kind"), why, _hint(str(named), kinds))
         kept = [*kept, mapping] if named == kind else [mapping]

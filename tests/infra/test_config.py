@@ -227,11 +227,11 @@ paths: Any = st.recursive(
 configs = st.builds(
     Config,
     source=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])),
-    steps=st.integers(),
+    steps=st.integers(-(1 << 63), (1 << 63) - 1),
     optimizer=st.builds(Optimizer, lr=st.floats(allow_nan=False)),
     path=paths,
     judge=st.none() | paths,
-    widths=st.lists(st.integers(), max_size=3).map(tuple),
+    widths=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=3).map(tuple),
     stages=st.lists(st.builds(Remask), max_size=2).map(tuple),
     resources=st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False), max_size=2),
     samplers=st.dictionaries(st.sampled_from("abc"), paths, max_size=2),

@@ -1,0 +1,95 @@
+"""JSON and YAML that came from outside, read so that they mean one thing or are refused.
+
+The libraries' own readers let the last of two equal keys win, follow aliases that multiply to
+gigabytes, and overflow the stack where brackets nest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from infra.errors import DataError
+
+if TYPE_CHECKING:
+    from infra.storage import Folder
+
+MOST_NODES = 100_000  # of a YAML document, with every alias written out
+
+
+def from_json(content: bytes | str) -> Any:
+    """A JSON value; ValueError for anything else, and for a key that is there twice."""
+    try:
+        return json.loads(content, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+
+
+def from_yaml(text: bytes | str) -> Any:
+    """A YAML document of plain values; ValueError for anything else, and for a key twice."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except (yaml.YAMLError, TypeError, LookupError, AttributeError) as error:
+        # The last three are of values that are not what their tag says.
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def parse(content: bytes, form: Any, where: str, fix: str) -> Any:
+    """JSON as a `form` (a dataclass, a mapping …) of exactly its keys and types.
+
+    Raises DataError about `where`, which names the first fault.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        from_json(content)
+        return TypeAdapter(form).validate_json(content, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        why = f"{path}: {first['msg']}" if path else first["msg"]
+        raise DataError(where, why, fix) from None
+    except ValueError as error:
+        raise DataError(where, f"not JSON ({error})", fix) from None
+
+
+def load(folder: Folder, name: str, form: Any, fix: str) -> Any:
+    """The JSON file `name` of a folder, as `parse` reads it."""
+    return parse(folder.read_bytes(name), form, folder.url_of(name), fix)
+
+
+class _Loader(yaml.SafeLoader):
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and self._size(node, {}) > MOST_NODES:
+            raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")
+        return node
+
+    def _size(self, node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+        """How many nodes it would be without aliases; what holds itself is infinitely many."""
+        if node in known:
+            return known[node]
+        known[node] = MOST_NODES + 1  # as long as it is not known
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            _once((name, None) for name in names)
+            children = (child for pair in node.value for child in pair)
+        known[node] = 1 + sum(self._size(child, known) for child in children)
+        return known[node]
+
+
+def _once(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{str(key)[:80]!r} is there twice")
+        found[key] = value
+    return found
