@@ -24,6 +24,7 @@ from pipelines import runs, verb
 from pipelines.report import Report, markdown
 from pipelines.runs import RESULT, say
 from pipelines.sweeping import pages, recommendation, second
+from pipelines.sweeping.arms import Arm, ranked
 from pipelines.sweeping.estimate import plan
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trial, Trials
@@ -43,7 +44,8 @@ def execute(config: SweepConfig) -> dict[str, Any]:
     say(f"sweep {folder.url}; metrics: {tracking.page(handle)}")
     try:
         trials, made = _levels(config, folder, handle)
-        result = _result(config, trials)
+        best = ranked(trials)[0]
+        result = _result(config, trials, best)
         log = tracking.Logger(tracking.Journal(folder), handle)
         log.log(0, result["metrics"])
         log.close()
@@ -53,7 +55,7 @@ def execute(config: SweepConfig) -> dict[str, Any]:
         raise
     handle = tracking.finish(handle)
     result |= {"run_id": handle.run_id}
-    result |= recommendation.register(config, second.ranked(trials)[0], handle)
+    result |= recommendation.register(config, best.trial, handle)
     for table in made.tables.values():
         say(f"\n{table.title}. {table.note}\n{markdown(table)}")
     say(f"\nreport: {result['report']}\npreset: {result['preset']}")
@@ -69,22 +71,22 @@ def _levels(
 
     tuning.run(config, handle.run_id)
     trials = Trials(folder=folder / TRIALS).all()
-    best = second.ranked(trials)[0]
-    found = second.run(config, trials, handle)
-    walk = second.best(found.walks, best.name)
-    folder.write_bytes(PRESET, recommendation.preset(config, best, walk).encode())
-    return trials, pages.report(config, trials, best, found.rows)
+    arms = ranked(trials)
+    found = second.run(config, arms, handle)
+    walk = second.best(found.walks, arms[0].trial.name)
+    folder.write_bytes(PRESET, recommendation.preset(config, arms[0], walk).encode())
+    return trials, pages.report(config, trials, arms, found.rows)
 
 
-def _result(config: SweepConfig, trials: Sequence[Trial]) -> dict[str, Any]:
-    folder, best = config.folder, second.ranked(trials)[0]
+def _result(config: SweepConfig, trials: Sequence[Trial], best: Arm) -> dict[str, Any]:
+    folder = config.folder
     states = [trial.state for trial in trials]
     counts = {f"trials/{state}": states.count(state) for state in dict.fromkeys(states)}
     return {
         "run": folder.url,
-        "best": best.name,
-        "settings": dict(best.settings),
-        "model": (folder / TRIALS / best.name / "model").url,
+        "best": best.trial.name,
+        "settings": best.settings,
+        "model": (folder / TRIALS / best.trial.name / "model").url,
         "preset": folder.url_of(PRESET),
         "report": folder.url_of("report/report.html"),
         "failed": {t.name: t.why for t in trials if t.state in ("failed", "lost")},

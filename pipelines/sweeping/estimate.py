@@ -9,6 +9,7 @@ from infra import journal
 from infra.shards import read_manifest
 from infra.storage import Folder
 from pipelines import finetune
+from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trials
 
@@ -28,6 +29,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "run": config.folder.url,
         "trials": count,
         "search": config.search.kind,
+        **_repeats(config),
         "workers_per_trial": workers.count,
         **{f"{key.lower()}_per_worker": value for key, value in workers.resources.items()},
         "steps_per_trial_at_most": steps,
@@ -41,6 +43,12 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "checkpoint_bytes": one["checkpoint_bytes"],
         "second_level_walks_per_trial": sum(len(path.walks(length)) for path in paths),
     }
+
+
+def _repeats(config: SweepConfig) -> dict[str, int]:
+    if not isinstance(config.search, OneAtATime):
+        return {}
+    return {"arms": len(config.search.named(config.space)), "repeats": config.search.repeats}
 
 
 def expected_steps(config: SweepConfig) -> float:

@@ -9,10 +9,16 @@ from typing import Any
 from pipelines.evaluation.layouts import QUALITY
 from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, plots
 from pipelines.report.drawing import curve, panels, styles, widen
+from pipelines.sweeping import against
+from pipelines.sweeping.against import short
+from pipelines.sweeping.arms import Arm, difference
 from pipelines.sweeping.importance import at, effects, importance
+from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.space import Choice, label
-from pipelines.sweeping.trials import Trial
+from pipelines.sweeping.trials import SEED, Trial
+
+Drawn = tuple[str, str, bytes | None]  # name, caption, PNG
 
 TRIAL = Column("trial", "Trial")
 MEASURED = (
@@ -47,50 +53,73 @@ MEANING = (
 )
 
 
-def report(config: SweepConfig, trials: Sequence[Trial], best: Trial, walks: Rows) -> Report:
-    """Everything that a sweep has to say; `walks` are the rows of the second level's texts."""
-    first = config.asha.grace if config.asha else config.finetune.train.steps
-    early, late = at(trials, first), at(trials, config.finetune.train.steps)
-    tables = {
-        "trials": _trials(config, trials),
-        "importance": _importance(config, early, late),
-        "effects": _effects(config, early, first),
-        "walks": _walks(walks),
-    }
-    drawn = [
-        ("bounds", "Bound by step of every trial", _bounds(trials)),
-        ("knobs", f"Bound by knob at step {first}", _knobs(config, early)),
-        *_quality(walks),
-    ]
+def report(
+    config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm], walks: Rows
+) -> Report:
+    """Everything that a sweep has to say: of its trials, of its arms as they rank, and of the
+    rows of the second level's texts."""
+    best = arms[0]
+    tables, drawn = _of_knobs(config, trials, arms)
+    tables |= {"trials": _trials(config, trials), "walks": _walks(walks)}
+    drawn += [("bounds", "Bound by step of every trial", _bounds(trials)), *_quality(walks)]
     return Report(
         name="sweep",
         title=f"Sweep {config.name}",
         subtitle=f"{len(trials)} trials of {config.finetune.train.steps:,} steps at most from "
-        f"{config.finetune.init}; best: {best.name} at {best.bound:.4f} nats per token",
-        facts={"best": {"trial": best.name, "bound": best.bound, "settings": dict(best.settings)}},
+        f"{config.finetune.init}; best: {best.trial.name} at {best.bound:.4f} nats per token"
+        f"{_next(arms)}",
+        facts={
+            "best": {"trial": best.trial.name, "bound": best.bound, "settings": best.settings},
+            "ranking": [
+                {"trials": [trial.name for trial in arm.trials], "bound": arm.bound} for arm in arms
+            ],
+        },
         tables={name: table for name, table in tables.items() if table.rows},
         plots=[Plot(name, caption, png) for name, caption, png in drawn if png],
         texts=[],
     )
 
 
+def _next(arms: Sequence[Arm]) -> str:
+    """How far the best of the others is."""
+    if len(arms) == 1 or not (found := difference(arms[1], arms[0])).pairs:
+        return ""
+    sure = "" if math.isnan(found.low) else f" ({found.low:+.4f} to {found.high:+.4f} by chance)"
+    return f"; next: {arms[1].trial.name}, {found.mean:+.4f}{sure}"
+
+
+def _of_knobs(
+    config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm]
+) -> tuple[dict[str, Table], list[Drawn]]:
+    """What can be said of the knobs, which depends on how settings were chosen."""
+    if isinstance(config.search, OneAtATime):
+        compared = against.compare(config, config.search, arms)
+        drawn = ("against", "Arms against the base", against.plot(compared))
+        return against.tables(config, compared), [drawn]
+    first = config.asha.grace if config.asha else config.finetune.train.steps
+    early, late = at(trials, first), at(trials, config.finetune.train.steps)
+    tables = {
+        "importance": _importance(config, early, late),
+        "effects": _effects(config, early, first),
+    }
+    return tables, [("knobs", f"Bound by knob at step {first}", _knobs(config, early))]
+
+
 def _trials(config: SweepConfig, trials: Sequence[Trial]) -> Table:
     def row(trial: Trial) -> dict[str, Any]:
         measured = trial.reports[-1]._asdict() if trial.reports else {"step": 0}
-        settings = {key: _short(trial.settings[key]) for key in config.space}
+        settings = {key: short(value) for key, value in trial.settings.items()}
         return {"trial": trial.name, **settings, **measured, "state": trial.state, "why": trial.why}
 
-    knobs = tuple(Column(key, key.rpartition(".")[2], ".4g") for key in config.space)
+    keys = [*config.space, *([SEED] if any(SEED in trial.settings for trial in trials) else [])]
+    knobs = tuple(Column(key, key.rpartition(".")[2], ".4g") for key in keys)
     return Table(
         title="Trials",
-        note=f"{MEANING} Those that were stopped were measured when they were.",
+        note=f"{MEANING} Those that were stopped were measured when they were. What is "
+        "not given is as in finetune.",
         columns=(TRIAL, *knobs, *MEASURED, *ENDED),
         rows=sorted(map(row, trials), key=lambda r: (-r["step"], r.get("bound", math.inf))),
     )
-
-
-def _short(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) else label(value)
 
 
 def _importance(config: SweepConfig, early: Sequence[Trial], late: Sequence[Trial]) -> Table:
@@ -164,7 +193,7 @@ def _knobs(config: SweepConfig, trials: Sequence[Trial]) -> bytes | None:
     return made.png()
 
 
-def _quality(walks: Rows) -> Iterator[tuple[str, str, bytes | None]]:
+def _quality(walks: Rows) -> Iterator[Drawn]:
     """Every figure of merit against calls, and of hybrid paths by split."""
     rows: list[Row] = [row for row in walks if "path" in row and SKIPPED not in row]
     for metric in QUALITY:

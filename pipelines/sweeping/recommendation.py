@@ -10,16 +10,18 @@ from infra import tracking
 from infra.config import to_tree
 from infra.tracking import RunHandle
 from pipelines import models
+from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.second import Walk
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trial
 
 
-def preset(config: SweepConfig, best: Trial, walk: Walk | None) -> str:
-    """`finetune` as the best trial did, under a name of its own; `generate` along the walk."""
+def preset(config: SweepConfig, best: Arm, walk: Walk | None) -> str:
+    """`finetune` as the trial did that stands for the best arm, under a name of its own;
+    `generate` along the walk."""
     name = f"{config.name}-best"
     sections: dict[str, Any] = {
-        "finetune": to_tree(config.trial(name, best.settings))
+        "finetune": to_tree(config.trial(name, best.trial.settings))
         | {
             "root": config.root,
             "register": config.register,
@@ -37,7 +39,8 @@ def preset(config: SweepConfig, best: Trial, walk: Walk | None) -> str:
             "root": config.root,
             "tracking": to_tree(config.tracking),
         }
-    head = f"# {best.name} of the sweep {config.name}: {best.bound:.4f} nats per token\n"
+    of = f" (mean of {len(best.trials)} repeats)" if len(best.trials) > 1 else ""
+    head = f"# {best.trial.name} of the sweep {config.name}: {best.bound:.4f} nats per token{of}\n"
     return head + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 

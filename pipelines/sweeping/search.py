@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipelines.sweeping.space import Choice, Settings, Space, label
-from pipelines.sweeping.trials import Trial
+from pipelines.sweeping.trials import SEED, Trial
 
 if TYPE_CHECKING:
     import optuna
 
+BASE = "base"
 ATTEMPTS = 100  # at settings that no trial has had
 
 
@@ -99,7 +100,60 @@ class Optuna:
         return None
 
 
-Search = Grid | Random | Optuna
+@dataclass(frozen=True, kw_only=True)
+class OneAtATime:
+    """`finetune` as it stands, the base, against itself with one knob at a time at another value.
+
+    `arms` are further settings by name, of several knobs at once. Each arm is trained `repeats`
+    times with other seeds, and the same ones as the base, so that differences are paired: data,
+    noise and held-out rows are equal within a repeat.
+    """
+
+    repeats: int = 3
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kind: Literal["one_at_a_time"] = "one_at_a_time"
+
+    def require(self, space: Space) -> None:
+        if self.repeats < 2:
+            why = "differences need a spread, which takes two"
+            raise ValueError(f"search.repeats must be at least 2, got {self.repeats}: {why}")
+        for key, knob in space.items():
+            if not isinstance(knob, Choice):
+                raise ValueError(
+                    f"search one_at_a_time is of choices, and space.{key} is {knob.kind}"
+                )
+        if BASE in self.arms:
+            raise ValueError(f"search.arms.{BASE}: that is finetune as it stands, and there anyway")
+        for name, settings in self.arms.items():
+            for key in settings:
+                if key not in space:
+                    raise ValueError(f"search.arms.{name}.{key} is no knob of the space")
+
+    def named(self, space: Space) -> dict[str, Settings]:
+        """What each arm replaces of the base, which is the first of them."""
+        single = {
+            f"{key}={label(value)}": {key: value}
+            for key, knob in space.items()
+            for value in knob.probes
+        }
+        return {BASE: {}, **single, **self.arms}
+
+    def count(self, space: Space) -> int:
+        return self.repeats * len(self.named(space))
+
+    def planned(self, space: Space, seed: int) -> list[Settings]:
+        """Repeat by repeat, so that whatever changes with time changes for all arms alike."""
+        return [
+            {**settings, SEED: seed + repeat}
+            for repeat in range(self.repeats)
+            for settings in self.named(space).values()
+        ]
+
+    def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
+        return _next(self.planned(space, seed), trials)
+
+
+Search = Grid | Random | Optuna | OneAtATime
 
 
 def study(space: Space, trials: Sequence[Trial], sampler: object = None) -> optuna.Study:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from infra import tracking
 from infra.config import to_tree, to_yaml
-from infra.errors import ConfigError
 from infra.shards import read_manifest
 from infra.tracking import RunHandle
 from pipelines import evaluate
 from pipelines.evaluation.cells import Cell, cells
 from pipelines.evaluation.layouts import QUALITY
 from pipelines.report import SKIPPED, Row
+from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trial
 
@@ -35,23 +35,15 @@ class Second(NamedTuple):
     walks: Sequence[Walk]
 
 
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that finished, best first. ConfigError where none did."""
-    found = sorted((t for t in trials if t.state == "finished"), key=lambda t: t.bound)
-    if not found:
-        why = "; ".join(f"{trial.name} {trial.state}: {trial.why}" for trial in trials)
-        raise ConfigError("space", f"no trial finished ({why})", "Mend the settings they share")
-    return found
-
-
-def run(config: SweepConfig, trials: Sequence[Trial], sweep: RunHandle) -> Second:
-    """Evaluate the best trials on every path; nothing where no second level is asked for.
+def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
+    """Evaluate the best arms on every path; nothing where no second level is asked for.
 
     Shows the evaluation under the sweep, and each walk under its trial.
     """
     if config.second is None:
         return Second((), ())
-    models = {t.name: _url(config, t) for t in ranked(trials)[: config.second.keep]}
+    kept = [arm.trial for arm in ranked[: config.second.keep]]
+    models = {trial.name: _url(config, trial) for trial in kept}
     settings = config.evaluation(models)
     made = evaluate.execute(settings)
     folder = config.folder / SECOND

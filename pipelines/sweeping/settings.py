@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal
 
 from infra import tracking
-from infra.config import overridden
+from infra.config import overridden, to_tree
 from infra.errors import ConfigError
 from infra.pool import PoolConfig
 from infra.storage import Folder
@@ -23,8 +25,8 @@ from pipelines.evaluation.settings import (
     StatesConfig,
 )
 from pipelines.finetune import FinetuneConfig, Recipe
-from pipelines.sweeping.search import Random, Search
-from pipelines.sweeping.space import Knob, Settings
+from pipelines.sweeping.search import OneAtATime, Random, Search
+from pipelines.sweeping.space import Knob, Settings, label
 
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
 # What decides how trials are measured, or for how long, or where, is the same for all of them.
@@ -121,11 +123,12 @@ class SweepConfig:
             if inner := [other for other in self.space if other.startswith(f"{key}.")]:
                 raise ConfigError(f"space.{inner[0]}", f"a knob inside of {key}", "Keep one")
         for key, knob in self.space.items():
-            for value in knob.probes:
-                self.recipe({key: value})
+            self._require_different([{key: value} for value in knob.probes])
         self.search.require(self.space)
-        for settings in self.search.planned(self.space, self.seed):
-            self.recipe(settings)
+        if self.asha and isinstance(self.search, OneAtATime):
+            why = "arms that are stopped early cannot be set against the base"
+            raise ConfigError("asha", why, "Leave it out, or set it to null")
+        self._require_different(self.search.planned(self.space, self.seed))
 
     @property
     def folder(self) -> Folder:
@@ -140,6 +143,23 @@ class SweepConfig:
     def recipe(self, settings: Settings) -> Recipe:
         """What a trial follows; ConfigError where a setting is none or cannot be."""
         return overridden(self.finetune, settings, "space")
+
+    def own(self, key: str) -> Any:
+        """The value of a knob in `finetune` as it stands."""
+        return reduce(getitem, key.split("."), to_tree(self.finetune))
+
+    def _require_different(self, trials: Sequence[Settings]) -> None:
+        """ConfigError where a setting cannot be, or where two lead to one and the same recipe."""
+        had: dict[str, Settings] = {}
+        for settings in trials:
+            other = had.setdefault(label(to_tree(self.recipe(settings))), settings)
+            if other is not settings:
+                raise ConfigError(
+                    "space",
+                    f"{label(settings)} makes the same recipe as {label(other)}",
+                    "A section only replaces what it names of the one in finetune: name all of it, "
+                    "or leave out what finetune has already",
+                )
 
     def trial(self, name: str, settings: Settings) -> FinetuneConfig:
         return FinetuneConfig(

@@ -17,6 +17,8 @@ from pipelines.runs import RESULT
 
 BOUND = "validation/bound"
 PARTS = ("validation/endpoint_bound", "validation/hybrid_bound")
+# Set by the search and by no knob: trials that differ in it alone are repeats of one arm.
+SEED = "train.stream.seed"
 # failed: by its own settings, for good. lost: its processes died; the same command tries again.
 State = Literal["running", "finished", "stopped", "failed", "lost"]
 
@@ -39,6 +41,11 @@ class Trial:
     state: State
     why: str
     reports: tuple[Report, ...]
+
+    @property
+    def arm(self) -> dict[str, Any]:
+        """The settings without the seed."""
+        return {key: value for key, value in self.settings.items() if key != SEED}
 
     @property
     def step(self) -> int:

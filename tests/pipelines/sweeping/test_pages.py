@@ -11,6 +11,7 @@ from dsl.paths import Hybrid, Masked, SentenceSDE
 from infra.errors import ConfigError
 from pipelines.evaluation.cells import Cell
 from pipelines.sweeping import pages, recommendation, second
+from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.importance import at, effects, importance
 from pipelines.sweeping.second import Walk
 from pipelines.sweeping.space import Choice, Knob, LogUniform
@@ -94,13 +95,13 @@ def test_the_best_walk_is_by_what_does_not_fall_with_entropy() -> None:
 
 def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() -> None:
     known = [
-        small.trial(0, {}, "finished", 2.0),
-        small.trial(1, {}, "stopped", 1.0),
-        small.trial(2, {}, "finished", 1.5),
+        small.trial(0, {"a": 0}, "finished", 2.0),
+        small.trial(1, {"a": 1}, "stopped", 1.0),
+        small.trial(2, {"a": 2}, "finished", 1.5),
     ]
-    assert [t.name for t in second.ranked(known)] == ["trial-002", "trial-000"]
+    assert [arm.trial.name for arm in ranked(known)] == ["trial-002", "trial-000"]
     with pytest.raises(ConfigError, match=r"trial-000 failed: because; trial-001 stopped: because"):
-        second.ranked([small.trial(0, {}, "failed"), small.trial(1, {}, "stopped", 1.0)])
+        ranked([small.trial(0, {}, "failed"), small.trial(1, {}, "stopped", 1.0)])
 
 
 def test_the_report_and_the_preset_of_what_was_found() -> None:
@@ -119,7 +120,7 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     row = {"model": "trial-000", "path": "hybrid", "budget": 5, "split": [2, 3], "calls": 5.0}
     cell = Cell(model="trial-000", path="hybrid", walk=WALK, budget=5)
     rows = [{"model": "real", "words": 1.0}, row | {"words": 0.5, "entropy": 2.0}]
-    made = pages.report(config, known, known[0], rows)
+    made = pages.report(config, known, ranked(known), rows)
     table = made.tables["trials"]
     assert [line["trial"] for line in table.rows] == ["trial-000", "trial-001", "trial-002"]
     assert [line["state"] for line in table.rows] == ["finished", "stopped", "failed"]
@@ -133,7 +134,7 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     assert made.tables["walks"].rows == [rows[1]]
     assert "because" in made.html()
 
-    preset = yaml.safe_load(recommendation.preset(config, known[0], Walk(cell, rows[1])))
+    preset = yaml.safe_load(recommendation.preset(config, ranked(known)[0], Walk(cell, rows[1])))
     assert preset["finetune"]["converter"]["beta"] == 0.3
     assert preset["finetune"]["name"] == "tried-best"
     assert preset["generate"]["path"]["split"] == [2, 3]

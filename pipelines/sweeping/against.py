@@ -1,0 +1,143 @@
+"""What a search of one knob at a time has to say: each arm against the base, and each knob's
+recommendation, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.report import SKIPPED, STDERR, Column, Row, Rows, Table
+from pipelines.report.drawing import COLOURS, GREY, measured, panels
+from pipelines.sweeping.arms import LEVEL, NONE_SEEN, Arm, difference
+from pipelines.sweeping.search import BASE, OneAtATime
+from pipelines.sweeping.settings import SweepConfig
+from pipelines.sweeping.space import label
+
+INTERVAL = (
+    Column("difference", "Difference", "+.4f"),
+    Column("low", "From", "+.4f"),
+    Column("high", "To", "+.4f"),
+)
+AGAINST = (
+    Column("knob", "Knob"),
+    Column("value", "Value"),
+    Column("repeats", "Repeats"),
+    *INTERVAL,
+    Column("verdict", "Verdict"),
+)
+RECOMMENDED = (
+    Column("knob", "Knob"),
+    Column("base", "Base"),
+    Column("recommended", "Recommended"),
+    Column("says", "Which"),
+    Column("value", "Nearest other value"),
+    *INTERVAL,
+)
+SEVERAL = "several at once"
+CONFIRMS, DIFFERS = "confirms the base", "differs from the base"
+OPEN = "keeps the base: some other value is no worse"
+WORDS, NAME = 60, 30  # characters of a value in a table, in a plot
+
+
+def short(value: Any) -> Any:
+    """A value as a cell shows it."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return value
+    text = label(value)
+    return text if len(text) <= WORDS else text[: WORDS - 1] + "…"
+
+
+def compare(config: SweepConfig, search: OneAtATime, arms: Sequence[Arm]) -> list[Row]:
+    """A row for every arm but the base, the most promising first."""
+    finished = {label(arm.settings): arm for arm in arms}
+    base = finished.get(label({}))
+    rows = []
+    for name, settings in search.named(config.space).items():
+        if name == BASE:
+            continue
+        arm = finished.get(label(settings))
+        ((knob, value),) = [(name, SEVERAL)] if name in search.arms else settings.items()
+        row = {"knob": knob, "value": short(value)}
+        rows.append(row | (_figures(arm, base) if arm and base else _none(arm)))
+    return sorted(rows, key=lambda row: row.get("difference", math.inf))
+
+
+def _figures(arm: Arm, base: Arm) -> dict[str, Any]:
+    found = difference(arm, base)
+    return {
+        "repeats": found.pairs,
+        "difference": found.mean,
+        "difference" + STDERR: found.stderr,
+        "low": found.low,
+        "high": found.high,
+        "verdict": found.verdict,
+    }
+
+
+def _none(arm: Arm | None) -> dict[str, str]:
+    return {SKIPPED: "the base did not finish" if arm else "no repeat finished"}
+
+
+def recommend(config: SweepConfig, compared: Rows) -> list[Row]:
+    """What each knob should be: its best value that is better than the base's, or else the
+    base's, which is confirmed where every other value is worse."""
+    rows = []
+    for key in config.space:
+        own = [row for row in compared if row["knob"] == key and SKIPPED not in row]
+        if not own:
+            continue
+        better = [row for row in own if row["verdict"] == "better"]
+        worse = all(row["verdict"] == "worse" for row in own)
+        nearest, base = (better or own)[0], short(config.own(key))
+        rows.append(
+            {
+                **nearest,
+                "base": base,
+                "recommended": nearest["value"] if better else base,
+                "says": DIFFERS if better else CONFIRMS if worse else OPEN,
+            }
+        )
+    return rows
+
+
+def tables(config: SweepConfig, compared: Rows) -> dict[str, Table]:
+    return {
+        "against": Table(
+            title="Against the base",
+            note="The bound of each arm less that of the base, nats per token: less than nothing "
+            "is better. Mean over repeats of the same seed, ± one standard error, and the "
+            f"{LEVEL:.0%} interval of Student's t; each arm by itself, so that of twenty "
+            "differences that are none about one is seen all the same.",
+            columns=AGAINST,
+            rows=compared,
+        ),
+        "recommendation": Table(
+            title="Recommendation",
+            note="By knob, everything else as in the base. Figures are of the value that came "
+            "nearest to being better, or was.",
+            columns=RECOMMENDED,
+            rows=recommend(config, compared),
+        ),
+    }
+
+
+def plot(compared: Rows) -> bytes | None:
+    """Differences and their intervals, one below the other."""
+    shown = measured(compared, "difference", "low", "high")
+    if not shown:
+        return None
+    made = panels([""], width=7.0, height=1.0 + 0.32 * len(shown))
+    (axes,) = made.axes
+    for place, row in enumerate(shown):
+        middle = row["difference"]
+        reach = [[middle - row["low"]], [row["high"] - middle]]
+        color = GREY if row["verdict"] == NONE_SEEN else COLOURS[0]
+        axes.errorbar(middle, place, xerr=reach, fmt="o", ms=4, capsize=3, color=color)
+    axes.axvline(0, color=GREY, ls=":")
+    names = [f"{row['knob'].rpartition('.')[2]}: {str(row['value'])[:NAME]}" for row in shown]
+    axes.set_yticks(range(len(shown)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"bound less that of the base, nats per token, {LEVEL:.0%} intervals")
+    axes.grid(alpha=0.3, axis="x")
+    return made.png()

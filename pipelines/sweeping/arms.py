@@ -1,0 +1,96 @@
+"""Arms: trials that differ in nothing but their seed, ranked, and set against the base of a sweep.
+
+Bounds are nats per token, smaller is better.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from infra.errors import ConfigError
+from pipelines.sweeping.space import label
+from pipelines.sweeping.trials import SEED, Trial
+
+LEVEL = 0.95  # of all intervals
+NONE_SEEN = "no difference seen"
+
+
+class Arm(NamedTuple):
+    """The finished repeats of the same settings, in order of their numbers; at least one."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.trials[0].arm
+
+    @property
+    def trial(self) -> Trial:
+        """The one that stands for all: the first, which was not chosen for its bound, so that
+        whatever else is measured of it may be expected of the others."""
+        return self.trials[0]
+
+    @property
+    def bound(self) -> float:
+        """The mean over repeats."""
+        return statistics.fmean(trial.bound for trial in self.trials)
+
+
+class Difference(NamedTuple):
+    """A mean of paired differences, its standard error, and the `LEVEL` interval of Student's t;
+    NaN where there are fewer than two pairs."""
+
+    pairs: int
+    mean: float
+    stderr: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Of a bound."""
+        if math.isnan(self.low):
+            return "too few repeats"
+        if self.low <= 0 <= self.high:
+            return NONE_SEEN
+        return "worse" if self.mean > 0 else "better"
+
+
+def ranked(trials: Sequence[Trial]) -> list[Arm]:
+    """The arms that finished, best mean first; those with fewer finished repeats after all with
+    more, since they lack the ones that went wrong. ConfigError where none finished."""
+    by_settings: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.state == "finished":
+            by_settings.setdefault(label(trial.arm), []).append(trial)
+    if not by_settings:
+        why = "; ".join(f"{trial.name} {trial.state}: {trial.why}" for trial in trials)
+        raise ConfigError("space", f"no trial finished ({why})", "Mend the settings they share")
+    found = [Arm(tuple(repeats)) for repeats in by_settings.values()]
+    return sorted(found, key=lambda arm: (-len(arm.trials), arm.bound))
+
+
+def difference(one: Arm, other: Arm) -> Difference:
+    """The bound of `one` less that of `other`, over the seeds that both have."""
+    bounds = {trial.settings.get(SEED): trial.bound for trial in other.trials}
+    pairs = [
+        trial.bound - bounds[trial.settings.get(SEED)]
+        for trial in one.trials
+        if trial.settings.get(SEED) in bounds
+    ]
+    return paired(pairs)
+
+
+def paired(differences: Sequence[float]) -> Difference:
+    from scipy.stats import t
+
+    count = len(differences)
+    mean = statistics.fmean(differences) if count else math.nan
+    if count < 2:
+        return Difference(count, mean, math.nan, math.nan, math.nan)
+    stderr = statistics.stdev(differences) / math.sqrt(count)
+    reach = float(t.ppf((1 + LEVEL) / 2, count - 1)) * stderr
+    return Difference(count, mean, stderr, mean - reach, mean + reach)
