@@ -288,9 +288,9 @@ def _read_commit(folder: Folder, step: int) -> Commit:
 
 
 def _must_be_whole(folder: Folder, commit: Commit) -> None:
-    there = set(folder.names())
+    there = folder.sizes()
     for name, size in commit.files.items():
-        found = folder.size(name) if name in there else None
+        found = there.get(name)
         if found != size:
             why = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise DataError(folder.url_of(name), f"damaged checkpoint: the file {why}", dcp.WAY_OUT)

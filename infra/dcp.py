@@ -13,7 +13,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+READ_AT_ONCE = 64  # ranges of a file asked for together: a bucket is all latency
 WAY_OUT = "Remove the folder of this step to go back to the checkpoint before it"
 
 
@@ -237,63 +238,103 @@ class _Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            chunk = self._chunk(item.storage_index)
-            by_file[chunk.file].append((chunk, item))
-        for name, wanted in by_file.items():
-            with self.folder.open(name) as file:
-                shard = _ShardFile(self.folder.url_of(name), file)
-                for chunk, item in wanted:
-                    key = item.storage_index.fqn
-                    part = shard.read(_key(key, chunk), self.entries[key].dtype, chunk.shape)
-                    for dim, start in enumerate(item.storage_offsets):
-                        part = part.narrow(dim, start, item.lengths[dim])
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(part)
-                    planner.commit_tensor(item, target)
+            by_file[self._chunk(item.storage_index).file].append(item)
+        for name, items in by_file.items():
+            shard = _ShardFile(self.folder, name)
+            for at in range(0, len(items), READ_AT_ONCE):
+                self._read(shard, items[at : at + READ_AT_ONCE], planner)
         return _done(None)
+
+    def _read(self, shard: _ShardFile, items: list[ReadItem], planner: LoadPlanner) -> None:
+        """Fill some tensors' parts with what of one file's boxes belongs to them."""
+        boxes = [
+            Box(
+                key=item.storage_index.fqn,
+                dtype=self.entries[item.storage_index.fqn].dtype,
+                chunk=self._chunk(item.storage_index),
+                start=item.storage_offsets[0] if item.storage_offsets else 0,
+                rows=item.lengths[0] if item.lengths else 1,
+            )
+            for item in items
+        ]
+        for item, part in zip(items, shard.read(boxes), strict=True):
+            for dim, start in enumerate(item.storage_offsets[1:], 1):
+                part = part.narrow(dim, start, item.lengths[dim])
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(part)
+            planner.commit_tensor(item, target)
 
     def _chunk(self, index: MetadataIndex) -> Chunk:
         chunks = self.entries[index.fqn].chunks
         return next(c for c in chunks if index.offset is None or c.offset == tuple(index.offset))
 
 
-class _ShardFile:
-    """The tensors of one open safetensors file, each read by its byte range."""
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """What to read of a chunk: rows [start, start + rows) of its first dimension."""
 
-    def __init__(self, where: str, file: IO[bytes]) -> None:
-        self.where, self.file = where, file
+    key: str
+    dtype: str
+    chunk: Chunk
+    start: int
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.chunk.shape[1:]) if self.chunk.shape else ()
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.chunk.shape[1:]) * DTYPES[self.dtype].itemsize
+
+
+class _ShardFile:
+    """A safetensors file of which only the asked for byte ranges are read."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.folder, self.name = folder, name
+        size = folder.size(name)
+        (prefix,) = folder.read_ranges(name, [(0, 8)])
+        self.start = 8 + int.from_bytes(prefix, "little")
         try:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0, 2)
-            if length > file.tell() - 8:
+            if self.start > size:
                 raise ValueError("header longer than the file")
-            file.seek(8)
-            self.header = json.loads(file.read(length))
-            self.start = 8 + length
+            self.header = json.loads(folder.read_ranges(name, [(8, self.start)])[0])
         except ValueError:  # JSON's and Unicode's errors among them
             raise self._damaged("it is not a safetensors file") from None
 
-    def read(self, key: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        size = math.prod(shape) * DTYPES[dtype].itemsize
+    def read(self, boxes: list[Box]) -> list[Tensor]:
+        ranges = [self._range(box) for box in boxes]
+        contents = self.folder.read_ranges(self.name, ranges)
+        return [self._tensor(box, content) for box, content in zip(boxes, contents, strict=True)]
+
+    def _range(self, box: Box) -> tuple[int, int]:
+        chunk, size = box.chunk, math.prod(box.chunk.shape) * DTYPES[box.dtype].itemsize
         try:
-            held = self.header[key]
+            held = self.header[_key(box.key, chunk)]
             begin, end = map(int, held["data_offsets"])
             form = (held["dtype"], tuple(held["shape"]), end - begin)
-            fits = begin >= 0 and form == (dtype, shape, size)
+            fits = begin >= 0 and form == (box.dtype, chunk.shape, size)
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise self._damaged(f"it does not hold {key} as the checkpoint's index says")
-        self.file.seek(self.start + begin)
-        content = bytearray(self.file.read(size))
-        if len(content) != size:
-            raise self._damaged(f"it ends inside {key}")
-        return torch.frombuffer(content, dtype=DTYPES[dtype]).view(shape)
+            name = _key(box.key, chunk)
+            raise self._damaged(f"it does not hold {name} as the checkpoint's index says")
+        begin += self.start + box.start * box.row_bytes
+        return begin, begin + box.rows * box.row_bytes
+
+    def _tensor(self, box: Box, content: bytes) -> Tensor:
+        if len(content) != box.rows * box.row_bytes:
+            raise self._damaged(f"it ends inside {_key(box.key, box.chunk)}")
+        if not content:
+            return torch.empty(box.shape, dtype=DTYPES[box.dtype])
+        return torch.frombuffer(bytearray(content), dtype=DTYPES[box.dtype]).view(box.shape)
 
     def _damaged(self, why: str) -> DataError:
-        return DataError(self.where, f"damaged checkpoint: {why}", WAY_OUT)
+        where = self.folder.url_of(self.name)
+        return DataError(where, f"damaged checkpoint: {why}", WAY_OUT)
 
 
 def _key(key: str, chunk: Chunk) -> str:

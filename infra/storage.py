@@ -11,14 +11,13 @@ import errno
 import glob
 import os
 import re
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -28,11 +27,24 @@ from infra.errors import ConfigError, DataError, InfraError, Problem, nearest
 if TYPE_CHECKING:
     import pyarrow.fs
 
-ATTEMPTS = 3  # botocore has its own retries inside each
-FIRST_WAIT_S = 0.2  # doubles with each attempt
+# Every request to an object store is made anew by the client that makes it, after waits that double
+# up to 20 s: some 15 s in all, so that a short outage is survived and a wrong address soon told.
+ATTEMPTS = 6
+READS = 2  # of a body that breaks off, which the client's own attempts do not cover
+CONNECT_S, ANSWER_S = 5, 15  # how long an attempt waits for a connection, and for the next byte
 PARTIAL = ".partial"  # ends the name of a file that is still being written
 
 T = TypeVar("T")
+
+# For whatever opens an S3 URL through fsspec in this process, `Folder` or not.
+fsspec.config.conf.setdefault("s3", {}).setdefault(
+    "config_kwargs",
+    {
+        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        "connect_timeout": CONNECT_S,
+        "read_timeout": ANSWER_S,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Folder:
                 "Give it through the environment, a profile or a role instead",
             )
         try:
-            return cls(*url_to_fs(url))
+            folder = cls(*url_to_fs(url))
         except ValueError:  # fsspec's answer to a protocol it does not know
             protocol = url.partition("://")[0]
             known = nearest(protocol, fsspec.available_protocols())
@@ -68,6 +80,9 @@ class Folder:
             raise ConfigError(
                 scrub(url), f"its filesystem is not installed ({error})", "Install that package"
             ) from None
+        if folder.is_s3:
+            folder.filesystem.retries = READS
+        return folder
 
     @classmethod
     def holding(cls, url: str) -> tuple[Folder, str]:
@@ -86,8 +101,11 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        protocol = self.filesystem.protocol
-        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        return self._speaks("file")
+
+    @property
+    def is_s3(self) -> bool:
+        return self._speaks("s3")
 
     def url_of(self, name: str) -> str:
         return (self / name).url
@@ -101,19 +119,36 @@ class Folder:
 
     def names(self) -> list[str]:
         """Sorted names of what lies directly in the folder; empty where there is no folder."""
+        return sorted(self.sizes())
 
-        def listed(path: str) -> list[str]:
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that lies directly in the folder, by name; folders in it have 0."""
+
+        def listed(path: str) -> list[dict[str, Any]]:
             with suppress(FileNotFoundError):
-                return self.filesystem.ls(path, detail=False)
+                return self.filesystem.ls(path, detail=True)
             return []
 
         own = self.path.strip("/")  # some stores list the folder in itself
-        paths = (path.strip("/") for path in self._ask("", listed))
-        names = {path.rpartition("/")[2] for path in paths if path != own}
-        return sorted(name for name in names if not name.endswith(PARTIAL))
+        found = {info["name"].strip("/"): info for info in self._ask("", listed)}
+        return {
+            path.rpartition("/")[2]: info["size"] or 0 if info["type"] == "file" else 0
+            for path, info in found.items()
+            if path != own and not path.endswith(PARTIAL)
+        }
 
     def read_bytes(self, name: str) -> bytes:
         return self._ask(name, self.filesystem.cat_file)
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes [start, stop) of a file, for each range; less than asked beyond its end."""
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+
+        def read(path: str) -> list[bytes]:
+            paths = [path] * len(ranges)
+            return self.filesystem.cat_ranges(paths, starts, stops, on_error="raise")
+
+        return self._ask(name, read)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all: readers see the old one or the new one."""
@@ -157,10 +192,9 @@ class Folder:
         """The same filesystem for pyarrow: its own readers for disks and S3, fsspec's elsewhere."""
         from pyarrow import fs
 
-        protocol = self.filesystem.protocol
         if self.is_local:
             return fs.LocalFileSystem()
-        if "s3" not in ((protocol,) if isinstance(protocol, str) else protocol):
+        if not self.is_s3:
             return fs.PyFileSystem(fs.FSSpecHandler(self.filesystem))
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -171,27 +205,27 @@ class Folder:
     def _path(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}" if name else self.path
 
+    def _speaks(self, protocol: str) -> bool:
+        known = self.filesystem.protocol
+        return protocol in ((known,) if isinstance(known, str) else known)
+
     def _ask(self, name: str, ask: Callable[[str], T]) -> T:
-        path = self._path(name)
         with explained(self.url_of(name) if name else self.url):
-            for attempt in range(1 if self.is_local else ATTEMPTS):
-                if attempt:
-                    time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-                try:
-                    self.filesystem.invalidate_cache()  # another process may have written
-                    return ask(path)
-                except Exception as error:
-                    if not _transient(error):
-                        raise
-                    last = error
-            raise last
+            self.filesystem.invalidate_cache()  # another process may have written
+            return ask(self._path(name))
 
 
 @lru_cache(maxsize=8)
 def _arrow_s3(endpoint: str | None, region: str | None) -> pyarrow.fs.S3FileSystem:
-    from pyarrow.fs import S3FileSystem
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
-    return S3FileSystem(endpoint_override=endpoint, region=region)
+    return S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        connect_timeout=CONNECT_S,
+        request_timeout=ANSWER_S,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+    )
 
 
 @contextmanager
@@ -225,8 +259,9 @@ def _committing(filesystem: fsspec.AbstractFileSystem, path: str) -> Iterator[IO
         file.close()
         file.commit()
     except BaseException:
-        file.discard()
         file.closed = True  # or the garbage collector would flush what is left
+        with suppress(Exception):  # an upload that cannot be given up is not completed either
+            file.discard()
         raise
 
 
@@ -236,15 +271,9 @@ class _Cause(NamedTuple):
     problem: type[Problem]
     why: str
     fix: str
+    words: tuple[str, ...] = ()  # of pyarrow, which has one exception for all that S3 says
 
 
-_UNREACHABLE = _Cause(
-    {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "gaierror"},
-    {errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH},
-    InfraError,
-    "the store does not answer",
-    "Check the network, the bucket's region and AWS_ENDPOINT_URL",
-)
 _CAUSES = (
     _Cause(
         {"FileNotFoundError"},
@@ -266,6 +295,7 @@ _CAUSES = (
         InfraError,
         "access denied",
         "Check the owner and mode of the folder, or what the bucket's policy grants",
+        ("AWS Error ACCESS_DENIED",),
     ),
     _Cause(
         {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
@@ -282,17 +312,25 @@ _CAUSES = (
         "the disk is full",
         "Free some space or use another disk; what was complete before still stands",
     ),
-    _UNREACHABLE,
+    _Cause(
+        {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "gaierror"}
+        | {"ClientPayloadError", "IncompleteRead"},
+        {errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH},
+        InfraError,
+        "the store does not answer",
+        "Check the network, the bucket's region and AWS_ENDPOINT_URL",
+        ("AWS Error NETWORK_CONNECTION", "AWS Error SLOW_DOWN", "(HTTP status 5"),
+    ),
 )
 
 
 def _fits(error: BaseException, cause: _Cause) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & cause.kinds) or getattr(error, "errno", None) in cause.errnos
-
-
-def _transient(error: BaseException) -> bool:
-    return _fits(error, _UNREACHABLE)
+    return (
+        bool(kinds & cause.kinds)
+        or getattr(error, "errno", None) in cause.errnos
+        or any(word in str(error) for word in cause.words)
+    )
 
 
 @contextmanager

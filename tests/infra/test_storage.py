@@ -33,7 +33,9 @@ def test_a_folder_keeps_files(folder: Folder) -> None:
     assert folder.size("a") == 5
     assert folder.exists("sub/sub")
     assert folder.names() == ["a", "sub", "subway"]
+    assert folder.sizes() == {"a": 5, "sub": 0, "subway": 0}
     assert (folder / "sub").names() == ["sub"]
+    assert folder.read_ranges("a", [(1, 3), (0, 1), (2, 2), (4, 9)]) == [b"hr", b"t", b"", b"e"]
     folder.remove("sub")
     folder.remove("sub")
     assert folder.names() == ["a", "subway"]
@@ -119,6 +121,8 @@ class NoCredentialsError(Exception):
         (ConnectionResetError("gone"), InfraError, "does not answer"),
         (TimeoutError("slow"), InfraError, "does not answer"),
         (NoCredentialsError(), InfraError, "no usable credentials"),
+        (OSError("AWS Error UNKNOWN (HTTP status 503)"), InfraError, "does not answer"),
+        (OSError("AWS Error ACCESS_DENIED during GetObject"), InfraError, "access denied"),
         (OSError(errno.EIO, "odd"), InfraError, "odd"),
     ],
 )
@@ -141,34 +145,6 @@ def test_no_credential_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(told)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
-
-
-def test_only_trouble_on_the_way_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0)
-    folder = Folder.at("memory://retries")
-    calls: list[str] = []
-
-    def flaky(*errors: Exception) -> bytes:
-        pending = iter(errors)
-
-        def cat(path: str) -> bytes:
-            calls.append(path)
-            for error in pending:
-                raise error
-            return b"content"
-
-        monkeypatch.setattr(folder.filesystem, "cat_file", cat)
-        return folder.read_bytes("a")
-
-    busy = OSError(errno.EBUSY, "slow down")
-    assert flaky(*[busy] * (storage.ATTEMPTS - 1)) == b"content"
-    assert len(calls) == storage.ATTEMPTS
-    with pytest.raises(InfraError, match="does not answer"):
-        flaky(*[busy] * storage.ATTEMPTS)
-    calls.clear()
-    with pytest.raises(DataError):
-        flaky(FileNotFoundError())
-    assert len(calls) == 1
 
 
 def test_a_folder_travels(tmp_path: Path) -> None:
