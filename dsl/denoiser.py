@@ -4,6 +4,7 @@ Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W bac
 H hidden width (W, or W + D with the skip), N asked positions (flat), R rows.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         if self.embed_dim < 1:
             raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
-        if self.beta is not None and self.beta <= 0:
+        if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta {self.beta} must be positive, or None for 1/sqrt(embed_dim)")
         mask_bias(self.backbone.tokens, self.mask_prior)  # raises outside (0, 1]
 

@@ -31,9 +31,14 @@ def read_ema(path: Path) -> dict[str, Tensor]:
         names = [
             name for name in state if name.startswith("backbone.") and not name.endswith("inv_freq")
         ]
-        averages = checkpoint["ema"]["shadow_params"]
+        averages = list(checkpoint["ema"]["shadow_params"])
         misplaced = [n for n, a in zip(names, averages, strict=True) if a.shape != state[n].shape]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        buffers = {name: state[name] for name in state if name.endswith("inv_freq")}
+        found = dict(zip(names, averages, strict=True)) | buffers
+        # A view of one number may claim to be any size.
+        if sum(tensor.numel() for tensor in found.values()) > path.stat().st_size:
+            raise ValueError("tensors are larger than the file")
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(
             f"{path}: no `ema.shadow_params` with one entry per `backbone.` parameter ({error}). "
             "It must be a checkpoint of an MDLM training run with EMA; to use raw weights, export "
@@ -44,8 +49,7 @@ def read_ema(path: Path) -> dict[str, Tensor]:
             f"{path}: the EMA is not in the order of the parameters, first at {misplaced[0]}. "
             "Export the EMA weights by name to a folder of model.safetensors and config.json."
         )
-    buffers = {name: state[name] for name in state if name.endswith("inv_freq")}
-    return dict(zip(names, averages, strict=True)) | buffers
+    return found
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -72,7 +72,7 @@ def read_backbone(
     inv_freq = weights.pop(INV_FREQ, None)
     config = read_sizes(weights, inv_freq, declared, where=where)
     for name in HEAD:
-        if len(weights.get(name, ())) == config.tokens + 1:
+        if name in weights and weights[name].shape[:1] == (config.tokens + 1,):
             weights[name] = weights[name][:-1].clone()
     with torch.device("meta"):
         backbone = DiT(config)
@@ -91,8 +91,9 @@ def read_sizes(
     try:
         slots, width = weights[EMBEDDING].shape
         inner, _ = weights["blocks.0.mlp.0.weight"].shape
+        ratio = inner // width
         cond_dim, _ = weights["sigma_map.mlp.2.weight"].shape
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(
             f"{where}: not an MDLM DiT: {error} is missing or not a matrix among "
             f"{some(weights)}. Give a checkpoint of the public MDLM, ReMDM or Duo."
@@ -102,8 +103,8 @@ def read_sizes(
         "cond_dim": cond_dim,
         "n_blocks": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
     }
-    if inv_freq is not None and len(inv_freq):
-        found["n_heads"] = width // (2 * len(inv_freq))
+    if inv_freq is not None and inv_freq.numel():
+        found["n_heads"] = width // (2 * inv_freq.numel())
     differing = [
         f"{key} is {size} in the weights and {declared[key]} in {CONFIG}"
         for key, size in found.items()
@@ -112,8 +113,10 @@ def read_sizes(
     heads = found.get("n_heads", declared.get("n_heads", 0))
     if not heads:
         differing.append(f"neither {INV_FREQ} nor n_heads in {CONFIG} says how many heads it has")
+    if type(heads) is not int:
+        differing.append(f"n_heads in {CONFIG} is {heads!r}")
     if inv_freq is not None and not torch.allclose(
-        inv_freq, rotary_frequencies(2 * len(inv_freq), inv_freq.device)
+        inv_freq, rotary_frequencies(2 * inv_freq.numel(), inv_freq.device)
     ):
         differing.append(f"{INV_FREQ} is not that of base 10000")
     if differing:
@@ -128,7 +131,7 @@ def read_sizes(
             blocks=found["n_blocks"],
             heads=heads,
             cond_dim=cond_dim,
-            mlp_ratio=inner // width,
+            mlp_ratio=ratio,
         )
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{where}: not an MDLM DiT: {error}.") from error

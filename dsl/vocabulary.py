@@ -40,7 +40,7 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self.size = tokenizer.get_vocab_size()
         named = tokenizer.get_vocab()
-        if max(named.values(), default=-1) != self.size - 1:
+        if sorted(named.values()) != list(range(self.size)):
             raise VocabularyError(
                 f"the tokenizer's {self.size} ids are not 0 … {self.size - 1}: "
                 "give one whose ids have no gaps"
@@ -113,7 +113,10 @@ class Vocabulary:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([END_OF_TEXT])
-        return cls(tokenizer)
+        try:
+            return cls(tokenizer)
+        except VocabularyError as error:
+            raise VocabularyError(f"{folder}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
@@ -195,10 +198,17 @@ class Vocabulary:
         read = READERS.get((content["decoder"] or {}).get("type"))
         if read is None:
             return None
-        special = {token["id"] for token in content["added_tokens"] if token["special"]}
+        # Added tokens stand for their own text, special ones for none.
+        added = {
+            token["id"]: b"" if token["special"] else token["content"].encode()
+            for token in content["added_tokens"]
+        }
         named = self._tokenizer.get_vocab()
         tokens = sorted(named, key=lambda token: named[token])
-        return [b"" if i in special else read(token) for i, token in enumerate(tokens)]
+        try:
+            return [added[i] if i in added else read(token) for i, token in enumerate(tokens)]
+        except KeyError:  # a token that its own decoder cannot spell
+            return None
 
     def _stray(self, texts: Sequence[str]) -> str | None:
         """Where the first character lies that cannot be encoded."""

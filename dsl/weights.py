@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from dsl.vocabulary import TOKENIZER, Vocabulary
 FORMAT = "dsl/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+T = TypeVar("T")
 
 
 def save(
@@ -67,11 +71,12 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
     """
     folder = Path(folder)
     config = read_config(folder)
+    tensors = read_safetensors(folder / WEIGHTS)
     try:
         fields = dict(config["denoiser"])
-        denoiser_config = DenoiserConfig(
-            **{**fields, "backbone": DiTConfig(**fields.get("backbone", {}))}
-        )
+        fields["backbone"] = typed(DiTConfig, fields.get("backbone"))
+        denoiser_config = typed(DenoiserConfig, fields)
+        _require_room(denoiser_config, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
@@ -79,8 +84,32 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
         ) from error
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         denoiser = Denoiser(denoiser_config)
-    fit(denoiser, read_safetensors(folder / WEIGHTS), where=folder / WEIGHTS)
+    fit(denoiser, tensors, where=folder / WEIGHTS)
     return denoiser.eval()
+
+
+def typed(kind: type[T], given: Any) -> T:
+    """A configuration from what JSON held.
+
+    Raises:
+        TypeError, ValueError: not a mapping, unknown or missing keys, a value of another type.
+    """
+    values, hints = dict(given), get_type_hints(kind)
+    for name in values.keys() & hints.keys():
+        allowed = get_args(hints[name]) or (hints[name],)
+        allowed += (int,) if float in allowed else ()
+        if type(values[name]) not in allowed:
+            raise TypeError(f"{name} is a {type(values[name]).__name__}")
+    return kind(**values)
+
+
+def _require_room(config: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for a network that is larger than the file: it could fill the memory."""
+    backbone = config.backbone
+    sizes = (config.embed_dim, backbone.tokens, backbone.width, backbone.cond_dim)
+    most = sum(tensor.numel() for tensor in tensors.values())
+    if max(*sizes, backbone.width * backbone.mlp_ratio) > most or backbone.blocks > len(tensors):
+        raise ValueError(f"it is larger than the {most:,} numbers of {WEIGHTS}")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,6 +125,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: format {config.get('format')!r} is not {FORMAT!r}. A folder of a public MDLM "
             "checkpoint is read by `dsl.from_mdlm`."
         )
+    if not isinstance(config.setdefault("metadata", {}), dict):
+        raise WeightsError(f"{path}: its metadata is not an object. Copy it again.")
     return config
 
 
@@ -108,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: no such file. A model folder holds {WEIGHTS} and {CONFIG}; without "
             f"{CONFIG} it was not written to the end, so save or copy it again."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not a readable JSON file ({error}). Copy it again.") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: holds {type(value).__name__}, not an object. Copy it again.")
@@ -149,8 +180,12 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> Non
             for name in shared
             if tensors[name].shape != expected[name].shape
         ],
-        "not finite": [name for name in shared if not tensors[name].isfinite().all()],
+        "not floating point": [n for n in shared if tensors[n].dtype not in PRECISIONS],
     }
+    numbers = [name for name in shared if tensors[name].dtype in PRECISIONS]
+    misfits["not finite"] = [name for name in numbers if not tensors[name].isfinite().all()]
+    most = Counter(tensors[name].dtype for name in numbers).most_common(1)
+    misfits["of another precision"] = [n for n in numbers if tensors[n].dtype != most[0][0]]
     found = [f"{kind}: {some(names)}" for kind, names in misfits.items() if names]
     if found:
         raise WeightsError(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from infra import config
 from infra.errors import ConfigError, InfraError, Problem, causes, nearest
+from infra.termination import Terminated, noticed
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ FLAGS = {
     "--dry-run": "print the plan and touch nothing",
     "--traceback": "show where an error came from",
 }
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # as shells count the signals that end a process
 LONGEST = 2_000  # characters of a message
 # What the operating system says when the fault is the machine's and not the code's.
 MACHINE = {
@@ -50,7 +51,7 @@ def run(
     `plan` says what would be done, `execute` does it; the last line of stdout is what either
     returned, as one JSON object. Exceptions of the types `data_errors` count as bad data.
     Exit codes: 0 done, 2 configuration, 3 data or weights, 4 infrastructure, 130 interrupted,
-    1 a bug.
+    143 terminated, 1 a bug.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {argument for argument in arguments if argument.startswith("-")}
@@ -68,7 +69,8 @@ def run(
             result = plan(settings)
             sys.stdout.write(_table(result))
         else:
-            result = execute(settings)
+            with noticed():
+                result = execute(settings)
         sys.stdout.write(json.dumps(_json(result), default=str) + "\n")
         sys.stdout.flush()
         return 0
@@ -88,6 +90,8 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
             return str(cause), cause.exit_code
         if isinstance(cause, data_errors):
             return str(cause), 3
+        if isinstance(cause, Terminated):
+            return "ended by SIGTERM; run the same command again to resume", TERMINATED
         if isinstance(cause, KeyboardInterrupt):
             return "interrupted; run the same command again to resume", INTERRUPTED
         if isinstance(cause, OSError) and cause.errno in MACHINE:

@@ -3,7 +3,6 @@ of the public MDLM code. Whatever the address, the answer is a denoiser with its
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
+from infra.documents import from_json
 from infra.errors import DataError
 from infra.registry import ModelVersion
 from infra.shards import Manifest
@@ -22,6 +22,7 @@ from infra.storage import Folder
 from infra.tracking import RunHandle
 
 SCRATCH = "scratch"  # the address of no model: train from nothing
+KINDS = ("mdlm", "ar", "dsl")
 CONFIG = "config.json"  # written last: a folder that has it is complete
 PYFUNC = Path(__file__).with_name("model.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
@@ -107,11 +108,21 @@ def load_folder(folder: Folder, address: str = "") -> Model:
     """The model in a folder that `save` wrote, or `dsl.save`, which says less about it."""
     with _local(folder) as local:
         metadata = weights.read_config(local)["metadata"]
+        kind, length = metadata.get("objective", "dsl"), metadata.get("length")
+        if kind not in KINDS or (length is not None and (type(length) is not int or length < 1)):
+            why = f"objective {kind!r} and length {length!r} are none of a model"
+            raise DataError(folder.url_of(CONFIG), why, "Copy the file again")
+        denoiser = weights.load(local)
+        vocabulary = Vocabulary.load(local) if (local / TOKENIZER).exists() else None
+        tokens = denoiser.config.backbone.tokens
+        if vocabulary and vocabulary.size != tokens:
+            why = f"has {vocabulary.size} tokens, the weights beside it have {tokens}"
+            raise DataError(folder.url_of(TOKENIZER), why, "Copy the model again")
         return Model(
-            denoiser=weights.load(local),
-            vocabulary=Vocabulary.load(local) if (local / TOKENIZER).exists() else None,
-            kind=metadata.get("objective", "dsl"),
-            length=metadata.get("length"),
+            denoiser=denoiser,
+            vocabulary=vocabulary,
+            kind=kind,
+            length=length,
             address=address or folder.url,
         )
 
@@ -140,7 +151,7 @@ def is_ours(folder: Folder) -> bool:
     if not folder.exists(CONFIG):
         return False
     try:
-        return str(json.loads(folder.read_bytes(CONFIG)).get("format", "")).startswith("dsl")
+        return str(from_json(folder.read_bytes(CONFIG)).get("format", "")).startswith("dsl")
     except (ValueError, AttributeError):
         return False
 
