@@ -92,6 +92,11 @@ class Held:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
+    @property
+    def run(self) -> Folder:
+        """The run directory."""
+        return self.lease.run
+
     def end(self) -> None:
         """Tell all who work under this lease that the run is to come to an end; returns at once,
         so that a signal handler may call it."""

@@ -52,7 +52,11 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def execute(config: BenchmarkConfig) -> dict[str, Any]:
-    folder = runs.open_run(config, "benchmark")
+    with runs.opened(config, "benchmark") as held:
+        return _execute(config, held.run)
+
+
+def _execute(config: BenchmarkConfig, folder: Folder) -> dict[str, Any]:
     if folder.exists(RESULT):
         say(f"{folder.url} is finished; existing=restart would measure anew")
         before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from infra import pool, tracking
+from infra.lease import Held
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import held_out, jobs, preparation, promotion, stages
@@ -55,20 +56,26 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    began = time.monotonic()
-    folder = runs.open_run(config, "evaluate")
+    with runs.opened(config, "evaluate") as held:
+        return _execute(config, held)
+
+
+def _execute(config: EvaluateConfig, held: Held) -> dict[str, Any]:
+    began, folder = time.monotonic(), held.run
     uri = tracking.locate(config.tracking, config.root)
-    origins = preparation.origins(config, uri)
+    origins = preparation.origins(config, folder, uri)
     if folder.exists(RESULT):
         return _finished(folder, origins)
     rows = preparation.rows(config)
-    subjects = preparation.prepare(config, folder, origins, rows, uri)
-    found = preparation.found(config, folder, subjects, rows)
-    handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
+    with runs.beginning(folder, config, "evaluate"):
+        subjects = preparation.prepare(config, folder, origins, rows, uri)
+        found = preparation.found(config, folder, subjects, rows)
+        handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     with runs.ending(handle):
         spent = _measure(config, found)
-        decision = promotion.decide(config, found, origins, uri)
+        held.lease.confirm()
+        decision = promotion.decide(config, folder, found, origins, uri)
         tables = Tables(found=found, held_out=rows, subjects=subjects)
         spent_table = time_table(spent, wall=time.monotonic() - began, config=config)
         made = report(tables, decision, spent_table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +24,12 @@ from dsl.vocabulary import Vocabulary
 from infra import journal, stream, tracking
 from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.errors import DataError
+from infra.lease import Lease
 from infra.parallel import world
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
+from infra.termination import Terminated, noticed
 from infra.tracking import RunHandle, TrackingConfig
 from pipelines import models, runs, workers
 from pipelines.bounds import BOUNDS
@@ -67,6 +70,8 @@ class Job:
     manifest: Manifest
     objective: Callable[[Denoiser], Objective]
     handle: RunHandle
+    lease: Lease
+    began: float  # seconds since the epoch
 
 
 def plan(config: RunConfig, denoiser: Denoiser) -> dict[str, Any]:
@@ -106,40 +111,49 @@ def launch(
     asked for once in the life of a run. tags: lineage for the MLflow run. parent: the id of the
     MLflow run to show it under. fit: what to train with instead of Ray Train on a cluster.
     """
-    folder = runs.open_run(config, verb)
-    if folder.exists(RESULT):
-        before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
-        if before["register"] == config.register:
-            say(f"{folder.url} is finished; existing=restart would make it anew")
-            return before
-    manifest = read_manifest(config.data)
-    vocabulary = models.vocabulary_of(manifest, Folder.at(config.data))
-    # What the workers would stumble over is found here, before any of them is started.
-    Plan.of(Folder.at(config.data), manifest, "train", config.train.stream)
-    _validation_rows(Folder.at(config.data), manifest, config.train)
-    handle = runs.start(config, verb, manifest, tags, parent)
-    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-    try:
-        init = folder / "init"
-        if not models.exists(init):
-            models.save(
-                init, initial(manifest, vocabulary), vocabulary, kind=kind, length=manifest.length
-            )
-        if config.train.steps not in committed(folder / "checkpoints"):
-            job = Job(
-                config=config, kind=kind, manifest=manifest, objective=objective, handle=handle
-            )
-            (fit or fit_on_cluster)(job)
-        result = _conclude(config, folder, vocabulary, kind, manifest.length)
-    except BaseException as error:
-        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    handle = tracking.finish(handle)
-    result |= {"run_id": handle.run_id, "register": config.register}
-    result |= _register(config, folder / "model", kind, handle)
-    if handle.run_id or not config.register:  # else the same command is to try again
-        folder.write_bytes(RESULT, json.dumps(result).encode())
-    return result
+    with runs.opened(config, verb) as held:
+        folder = held.run
+        if folder.exists(RESULT):
+            before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
+            if before["register"] == config.register:
+                say(f"{folder.url} is finished; existing=restart would make it anew")
+                return before
+        manifest = read_manifest(config.data)
+        vocabulary = models.vocabulary_of(manifest, Folder.at(config.data))
+        # What the workers would stumble over is found here, before any of them is started.
+        Plan.of(Folder.at(config.data), manifest, "train", config.train.stream)
+        _validation_rows(Folder.at(config.data), manifest, config.train)
+        with runs.beginning(folder, config, verb):
+            init, length = folder / "init", manifest.length
+            if not models.exists(init):
+                models.save(
+                    init, initial(manifest, vocabulary), vocabulary, kind=kind, length=length
+                )
+            handle = runs.start(config, verb, manifest, tags, parent)
+        say(f"run {folder.url}; metrics: {tracking.page(handle)}")
+        with runs.ending(handle):
+            if config.train.steps not in committed(folder / "checkpoints"):
+                job = Job(
+                    config=config,
+                    kind=kind,
+                    manifest=manifest,
+                    objective=objective,
+                    handle=handle,
+                    lease=held.lease,
+                    began=time.time(),
+                )
+                with noticed(held.end):
+                    (fit or fit_on_cluster)(job)
+                if config.train.steps not in committed(folder / "checkpoints"):
+                    raise Terminated  # by a notice that the workers have heeded
+            held.lease.confirm()
+            result = _conclude(config, folder, vocabulary, kind, length)
+        handle = tracking.finish(handle)
+        result |= {"run_id": handle.run_id, "register": config.register}
+        result |= _register(config, folder / "model", kind, handle)
+        if handle.run_id or not config.register:  # else the same command is to try again
+            folder.write_bytes(RESULT, json.dumps(result).encode())
+        return result
 
 
 def fit_on_cluster(job: Job, callbacks: Sequence[Any] = ()) -> None:

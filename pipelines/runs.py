@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,7 +15,8 @@ import yaml
 from dsl.errors import VocabularyError, WeightsError
 from infra import cluster, tracking
 from infra.config import digest, flatten, to_tree, to_yaml
-from infra.errors import ConfigError
+from infra.errors import ConfigError, Problem
+from infra.lease import Held, held
 from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle, TrackingConfig
@@ -43,20 +44,29 @@ class Settings(Protocol):
     def tracking(self) -> TrackingConfig: ...
 
 
-def open_run(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Folder:
-    """The run directory: new, wiped, or the one of an earlier attempt with the same settings.
+@contextmanager
+def opened(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Iterator[Held]:
+    """The run directory, `.run` of what is yielded: new, wiped, or the one of an earlier attempt
+    with the same settings; this process's alone for the duration.
 
     free: how the keys of settings begin that may differ from those of before. Raises ConfigError
-    where the directory holds a run of other settings, or no run at all.
+    where the directory holds a run of other settings, or no run at all, and InfraError where
+    another process is at work there.
     """
     folder = Folder.at(config.root) / config.name
+    with held(folder) as holder:
+        _open(folder, config, verb, free)
+        yield holder
+
+
+def _open(folder: Folder, config: Settings, verb: str, free: tuple[str, ...]) -> None:
     if not folder.exists(tracking.CONFIG):
         if folder.names():
             raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
-        return folder
+        return
     if config.existing == "restart":
         folder.remove()
-        return folder
+        return
     before = flatten(yaml.safe_load(folder.read_bytes(tracking.CONFIG)))
     now = flatten({verb: to_tree(config)})
     decisive = {
@@ -71,7 +81,21 @@ def open_run(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Folde
             f"{folder.url} is a run with other settings ({shown})",
             "Choose another name, or existing=restart to wipe it",
         )
-    return folder
+
+
+@contextmanager
+def beginning(folder: Folder, config: Settings, verb: str) -> Iterator[None]:
+    """Around what a run does up to `start`: a kill leaves a run to resume, a mistake nothing."""
+    if folder.exists(tracking.RECORD):
+        yield
+        return
+    folder.write_bytes(tracking.CONFIG, to_yaml(config, verb).encode())
+    try:
+        yield
+    except Exception:
+        with suppress(Problem):
+            folder.remove()
+        raise
 
 
 def start(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra import tracking
+from infra.lease import Held
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
@@ -35,24 +36,28 @@ FREE = ("existing", "register", "concurrent", "tracking.", "finetune.workers.clu
 
 
 def execute(config: SweepConfig) -> dict[str, Any]:
-    folder = runs.open_run(config, "sweep", FREE)
+    with runs.opened(config, "sweep", FREE) as held:
+        return _execute(config, held)
+
+
+def _execute(config: SweepConfig, held: Held) -> dict[str, Any]:
+    folder = held.run
     if folder.exists(RESULT):
         say(f"{folder.url} is finished; existing=restart would make it anew")
         return dict(json.loads(folder.read_bytes(RESULT)))
     manifest = read_manifest(config.data)
-    handle = runs.start(config, "sweep", manifest, {"parent_model": config.finetune.init})
+    with runs.beginning(folder, config, "sweep"):
+        handle = runs.start(config, "sweep", manifest, {"parent_model": config.finetune.init})
     say(f"sweep {folder.url}; metrics: {tracking.page(handle)}")
-    try:
+    with runs.ending(handle):
         trials, made = _levels(config, folder, handle)
+        held.lease.confirm()
         best = ranked(trials)[0]
         result = _result(config, trials, best)
         log = tracking.Logger(tracking.Journal(folder), handle)
         log.log(0, result["metrics"])
         log.close()
         _keep(made, folder / "report", handle)
-    except BaseException as error:
-        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
     handle = tracking.finish(handle)
     result |= {"run_id": handle.run_id}
     result |= recommendation.register(config, best.trial, handle)

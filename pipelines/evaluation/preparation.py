@@ -9,8 +9,7 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from infra import registry, tracking
-from infra.config import to_yaml
+from infra import registry
 from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines.evaluation import held_out, jobs, promotion, subjects
@@ -25,9 +24,10 @@ from pipelines.evaluation.subjects import Origin, Subject
 SUBJECTS = "subjects.json"  # written last: what a restart needs is there
 
 
-def origins(config: EvaluateConfig, uri: str) -> dict[str, Origin]:
+def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origin]:
     """Where every model comes from; with a gate, the present champion stands among them.
 
+    Where this very evaluation has made its candidate the champion, the others are whom it beat.
     Raises ConfigError for a candidate that is not in the registry, DataError for what is missing.
     """
     found = {
@@ -40,7 +40,11 @@ def origins(config: EvaluateConfig, uri: str) -> dict[str, Origin]:
             why = f"{candidate['address']} is not in the registry, so no alias can point at it"
             raise ConfigError(f"models.{config.gate.model}", why, "Name a models:/name@candidate")
         champion = registry.get_alias(candidate["name"], CHAMPION, uri)
-        if champion and champion.uri != candidate["version"]:
+        is_champion = champion and champion.uri == candidate["version"]
+        if is_champion and promotion.decided(folder):
+            earlier = {subject.name: subject.origin for subject in _before(folder)}
+            return {**earlier, config.gate.model: candidate}
+        if champion and not is_champion:
             found[CHAMPION] = subjects.origin(CHAMPION, champion.uri, uri=uri, root=config.root)
     return found
 
@@ -68,22 +72,21 @@ def prepare(
     Raises ConfigError where that attempt found other versions of the models.
     """
     if folder.exists(SUBJECTS):
-        before = [Subject(**entry) for entry in json.loads(folder.read_bytes(SUBJECTS))]
+        before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
         return before
     for reader in config.readers:
         reader.check(uri)
-    # A kill from here on leaves a run to resume, a mistake leaves nothing.
-    folder.write_bytes(tracking.CONFIG, to_yaml(config, "evaluate").encode())
-    try:
-        made = _lay(config, folder, origins, rows, uri)
-        promotion.require(config, found(config, folder, made, rows))
-    except Exception:
-        folder.remove()
-        raise
+    made = _lay(config, folder, origins, rows, uri)
+    promotion.require(config, found(config, folder, made, rows))
     content = json.dumps([asdict(subject) for subject in made], indent=1)
     folder.write_bytes(SUBJECTS, content.encode())
     return made
+
+
+def _before(folder: Folder) -> list[Subject]:
+    """The models as an earlier attempt has laid them into the run directory."""
+    return [Subject(**entry) for entry in json.loads(folder.read_bytes(SUBJECTS))]
 
 
 def found(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from infra import registry
+from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines.evaluation import gate
 from pipelines.evaluation.found import Found
-from pipelines.evaluation.gate import Decision
+from pipelines.evaluation.gate import Decision, Interval
 from pipelines.evaluation.settings import CHAMPION, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.runs import say
+
+DECISION = "decision.json"
 
 
 def other(config: EvaluateConfig, origins: Mapping[str, Origin]) -> str:
@@ -21,24 +26,45 @@ def other(config: EvaluateConfig, origins: Mapping[str, Origin]) -> str:
     return CHAMPION if CHAMPION in origins else UNIGRAM
 
 
+def decided(folder: Folder) -> bool:
+    """Whether an attempt at this evaluation has come to a decision, and may have acted on it."""
+    return folder.exists(DECISION)
+
+
 def decide(
-    config: EvaluateConfig, found: Found, origins: Mapping[str, Origin], uri: str
+    config: EvaluateConfig,
+    folder: Folder,
+    found: Found,
+    origins: Mapping[str, Origin],
+    uri: str,
 ) -> Decision | None:
-    """Whether the candidate is to be champion; None where nobody asked, or where it is already."""
+    """Whether the candidate is to be champion; None where nobody asked, or where it is already.
+
+    Written down before the alias moves, for afterwards there is nobody to compare it with.
+    """
     if not config.gate:
         return None
+    if decided(folder):
+        return _decision(json.loads(folder.read_bytes(DECISION)))
     candidate = origins[config.gate.model]
     holder = registry.get_alias(candidate["name"], CHAMPION, uri)
     if holder and holder.uri == candidate["version"]:
         say(f"{candidate['version']} is the champion already")
         return None
-    return gate.compare(
+    made = gate.compare(
         found,
         config.gate,
         candidate=config.gate.model,
         other=other(config, origins),
         seed=config.seed,
     )
+    folder.write_bytes(DECISION, json.dumps(asdict(made), indent=1).encode())
+    return made
+
+
+def _decision(written: dict[str, Any]) -> Decision:
+    guards = tuple(Interval(**guard) for guard in written["guards"])
+    return Decision(**{**written, "metric": Interval(**written["metric"]), "guards": guards})
 
 
 def conclude(
@@ -61,8 +87,9 @@ def conclude(
     candidate = origins[config.gate.model]
     compared = origins[CHAMPION]["version"] if CHAMPION in origins else None
     holder = registry.get_alias(candidate["name"], CHAMPION, handle.uri)
-    moved = decision.accepted and (holder.uri if holder else None) == compared
-    if moved:
+    now = holder.uri if holder else None
+    moved = decision.accepted and now in (compared, candidate["version"])
+    if moved and now != candidate["version"]:
         registry.set_alias(candidate["version"], CHAMPION, handle.uri)
     say(f"\n{decision.why}")
     if decision.accepted and not moved:
