@@ -7,7 +7,7 @@ ready  := .venv/.installed
 DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export DSL_TEST_DATA
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test test-faults lint format clean
 setup: $(ready)
 
 # torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
@@ -29,6 +29,10 @@ quickstart: $(ready)
 
 test: $(ready)
 	$(BIN)/python -m pytest
+
+# Real processes that are killed, starved and lied to: half an hour on 2 cores.
+test-faults: $(ready)
+	$(BIN)/python -m pytest tests/faults
 
 lint: $(ready)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infra.errors import InfraError, Problem, causes
+from infra.errors import ConfigError, DataError, InfraError, Problem, causes
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -99,20 +99,26 @@ def fit(
     payload: dict[str, Any],
     *,
     name: str,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     resources_per_worker: dict[str, float] | None = None,
     use_gpu: bool = False,
     storage: str | None = None,
     max_failures: int = 0,
+    resize_s: float = 60.0,
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """Run `worker(payload)` on `num_workers` processes of one group and return rank 0's result.
 
     When a process dies or raises, the whole group starts again, up to `max_failures` times; the
-    worker resumes from checkpoints of its own. Ray's bookkeeping gets a name and, unless
-    `storage` names a folder, a temporary place per call, so it never resumes anything by itself.
-    `callbacks` are Ray Train's. A worker's Problem is raised as it is; InfraError where the workers
-    died or found no room.
+    worker resumes from checkpoints of its own. A ConfigError or a DataError ends it at once: a
+    second attempt would meet the same. Ray's bookkeeping gets a name and, unless `storage` names a
+    folder, a temporary place per call, so it never resumes anything by itself.
+
+    num_workers: or (least, most): a group that starts again with as many as there is room for when
+    a node is lost, and, looking every `resize_s` seconds, when there is room for more.
+    callbacks: Ray Train's.
+
+    A worker's Problem is raised as it is; InfraError where the workers died or found no room.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -125,7 +131,10 @@ def fit(
         worker,
         train_loop_config=payload,
         scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources_per_worker
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources_per_worker,
+            elastic_resize_monitor_interval_s=resize_s,
         ),
         run_config=RunConfig(
             name=f"{name}-{secrets.token_hex(4)}",
@@ -134,7 +143,7 @@ def fit(
                 max_failures=max_failures, controller_failure_limit=START_ATTEMPTS
             ),
             logging_config=LoggingConfig(log_level="CRITICAL"),
-            callbacks=list(callbacks),
+            callbacks=[_last_words(), *callbacks],
         ),
     )
     try:
@@ -153,6 +162,20 @@ def fit(
     finally:
         if not storage:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _last_words() -> Any:
+    """A callback of Ray Train that raises, in its controller, what no restart can mend."""
+    from ray.train import UserCallback
+
+    class LastWords(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            for error in worker_exceptions.values():
+                for cause in causes(error):
+                    if isinstance(cause, ConfigError | DataError):
+                        raise cause
+
+    return LastWords()
 
 
 @contextmanager

@@ -18,10 +18,13 @@ from pipelines.training import TrainConfig
 class WorkersConfig:
     """How many processes train, and on what. Restarts go on from the last checkpoint.
 
+    `count` is a number, or [least, most]: as many as the cluster has room for, fewer when a node
+    is lost and more when one joins, of which `resize_s` is how often it is asked.
     `gpu_share`: of a GPU, for a single process that leaves the rest to others.
     """
 
-    count: int = 1
+    count: int | tuple[int, int] = 1
+    resize_s: float = 300.0
     gpu: bool = False
     gpu_share: float = 1.0
     max_failures: int = 3
@@ -29,10 +32,24 @@ class WorkersConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        if not self.counts or self.counts[0] < 1:
+            raise ValueError(f"count must be at least 1, or [least, most], got {self.count}")
+        if not self.resize_s > 0:
+            raise ValueError(f"resize_s must be positive, got {self.resize_s}")
         if not 0 < self.gpu_share <= 1:
             raise ValueError(f"gpu_share must be in (0, 1], got {self.gpu_share}")
-        if self.gpu_share < 1 and self.count > 1:
+        if self.gpu_share < 1 and self.most > 1:
             raise ValueError(f"gpu_share is for one process, and count is {self.count}")
+
+    @property
+    def counts(self) -> range:
+        """Each number of processes that may come to train."""
+        least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        return range(least, most + 1)
+
+    @property
+    def most(self) -> int:
+        return self.counts[-1]
 
     @property
     def resources(self) -> dict[str, float]:
@@ -48,11 +65,12 @@ class Training:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
-        if self.train.stream.num_lanes % self.workers.count:
-            raise ValueError(
-                f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
-                f"workers.count ({self.workers.count}), or workers would hold unequal shares"
-            )
+        for count in self.workers.counts:
+            if self.train.stream.num_lanes % count:
+                raise ValueError(
+                    f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
+                    f"workers.count ({count}), or workers would hold unequal shares"
+                )
 
 
 def fit(
@@ -66,7 +84,7 @@ def fit(
 
     name: of the run; callbacks: of Ray Train.
     """
-    with cluster.connected(config.cluster, needed_cpus=config.count):
+    with cluster.connected(config.cluster, needed_cpus=config.most):
         cluster.fit(
             worker,
             {"train": train, "name": name},
@@ -75,6 +93,7 @@ def fit(
             use_gpu=config.gpu,
             resources_per_worker=config.resources,
             max_failures=config.max_failures,
+            resize_s=config.resize_s,
             callbacks=callbacks,
         )
 

@@ -76,7 +76,7 @@ def run(config: SweepConfig, parent: str | None) -> None:
 def reserved(workers: WorkersConfig) -> dict[str, float]:
     """What Tune reserves for a trial's own process, which is the one that trains if there is but
     one; several workers reserve for themselves."""
-    if workers.count > 1:
+    if workers.most > 1:
         return {"CPU": 1.0}
     return {**workers.resources, "CPU": float(workers.parallel.threads or 1)}
 
@@ -84,9 +84,9 @@ def reserved(workers: WorkersConfig) -> dict[str, float]:
 def takes(workers: WorkersConfig) -> dict[str, float]:
     """All that a trial takes. One process reads its own rows; Ray's tasks read those of several."""
     own = reserved(workers)
-    if workers.count == 1:
+    if workers.most == 1:
         return own
-    whole = {key: workers.count * value for key, value in workers.resources.items()}
+    whole = {key: workers.most * value for key, value in workers.resources.items()}
     return {**whole, "CPU": whole["CPU"] + own["CPU"] + DATA_CPUS}
 
 
@@ -123,7 +123,7 @@ def _trial(chosen: Mapping[str, str], config: SweepConfig, parent: str | None) -
 
 def _fit(workers: WorkersConfig) -> Callable[[Job], None]:
     """One process trains in the trial's own, which saves the start of another."""
-    if workers.count == 1:
+    if workers.most == 1:
         return partial(launch.run_on_this_process, batches=stream.read, report=tune.report)
     from ray.tune.integration.ray_train import TuneReportCallback
 

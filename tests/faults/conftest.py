@@ -1,0 +1,61 @@
+"""What every fault of this folder costs, as a table at the end of the session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.faults import processes
+from tests.pipelines import tiny
+
+
+class Row(NamedTuple):
+    fault: str
+    injected: str
+    lost: str
+    recovered_s: float
+    test: str
+
+
+ROWS = pytest.StashKey[list[Row]]()
+Report = Callable[..., None]
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """`report(fault, injected=, lost=, recovered_s=)`: a row of the table."""
+
+    def add(fault: str, *, injected: str, lost: str, recovered_s: float) -> None:
+        row = Row(fault, injected, lost, recovered_s, request.path.name)
+        request.config.stash.setdefault(ROWS, []).append(row)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = terminalreporter.config.stash.get(ROWS, [])
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.line("| fault | how injected | what was lost | seconds to recover | test |")
+    terminalreporter.line("|---|---|---|---|---|")
+    for row in rows:
+        cells = (row.fault, row.injected, row.lost, f"{row.recovered_s:.1f}", row.test)
+        terminalreporter.line(f"| {' | '.join(cells)} |")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny.shards(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The run that nothing happens to."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    with processes.finetune(data, root) as run:
+        assert run.wait() == 0, run.said
+    return run.folder
