@@ -25,6 +25,9 @@ from wsgiref.types import StartResponse, WSGIApplication
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from infra import storage
+from infra.storage import Folder
+
 BUCKET = "bucket"
 KEY_ID, SECRET = "AKIASENTINELKEYID", "sentinel-of-a-secret-access-key"
 
@@ -95,7 +98,7 @@ class FaultyStore:
         self._patch.start()
         for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
             os.environ.pop(name, None)
-        _forget_clients()
+        self.forget_clients()
         self.filesystem.mkdir(BUCKET)
         return self
 
@@ -103,7 +106,19 @@ class FaultyStore:
         self._server.shutdown()
         self._server.server_close()
         self._patch.stop()
-        _forget_clients()
+        self.forget_clients()
+
+    def unfinished(self, folder: Folder) -> list[str]:
+        """Keys of the uploads that were begun there and neither completed nor given up."""
+        keys = [upload["Key"] for upload in self.filesystem.list_multipart_uploads(BUCKET)]
+        return [key for key in keys if f"{BUCKET}/{key}".startswith(folder.path)]
+
+    def forget_clients(self) -> None:
+        """A client keeps the endpoint, the credentials and the patience it was made with."""
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
+        storage._arrow_s3.cache_clear()
 
     @property
     def filesystem(self) -> Any:
@@ -204,13 +219,3 @@ def _key(environ: dict[str, Any]) -> str:
 class _Quiet(WSGIRequestHandler):
     def log(self, *_: object) -> None:
         """Nothing: the requests are counted."""
-
-
-def _forget_clients() -> None:
-    """A client keeps the endpoint and the credentials that it was made with."""
-    import s3fs
-
-    from infra.storage import _arrow_s3
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    _arrow_s3.cache_clear()
