@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra import documents
 from infra.errors import ConfigError, DataError, nearest
 from infra.storage import Folder, explained, scrub
 
@@ -33,6 +34,7 @@ SPLITS = ("train", "validation", "test")
 ROWS_PER_GROUP = 1_024
 ROWS_PER_FILE = 65_536  # also what a writer buffers per split: 128 MiB at L=1024 and uint16
 GROUPS_PER_SPLIT = 64  # at least, where there are as many rows: enough to shuffle and to share out
+LONGEST_ROW = 1 << 20
 FOOTER_READERS = 16  # threads; a footer in a bucket is all latency
 
 
@@ -45,8 +47,8 @@ class Vocabulary:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError("a vocabulary has at least one entry")
+        if not 1 <= self.size <= 1 << 32:
+            raise ValueError("a vocabulary has at least one entry, and ids of 32 bits at most")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,11 @@ class Manifest:
         if self.dtype not in ("", dtype):
             raise ValueError(f"dtype {self.dtype} where V={self.vocabulary.size} needs {dtype}")
         object.__setattr__(self, "dtype", dtype)
-        if self.length < 1:
-            raise ValueError("a row has at least one position")
+        if not 1 <= self.length <= LONGEST_ROW:
+            raise ValueError(f"a row has at least one position, and {LONGEST_ROW:,} at most")
+        names = [file.name for files in self.splits.values() for file in files]
+        if len(set(names)) < len(names):
+            raise ValueError("a file is there twice")
         if unknown := set(self.splits) - set(SPLITS):
             raise ValueError(f"unknown split {min(unknown)!r}; there are {', '.join(SPLITS)}")
 
@@ -288,7 +293,10 @@ def check_files(folder: Folder, manifest: Manifest, split: str) -> list[list[int
             wanted = _column_type(manifest)
             if column.name != "tokens" or column.type != wanted:
                 raise _corrupt(where, f"column {column.name}: {column.type}, not tokens: {wanted}")
-            return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+            groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+            for index, group in enumerate(groups):
+                _require_small(group, manifest, f"{where} row group {index}")
+            return [group.num_rows for group in groups]
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         return list(pool.map(check, manifest.files(split)))
@@ -310,6 +318,7 @@ def read_group(folder: Folder, manifest: Manifest, name: str, index: int) -> np.
     """One row group as [N, L] ids in the dtype at rest; DataError if an id is V or more."""
     where = f"{folder.url_of(name)} row group {index}"
     with _opened(folder, name, where) as parquet:
+        _require_small(parquet.metadata.row_group(index), manifest, where)
         column = parquet.read_row_group(index, columns=["tokens"], use_threads=False)["tokens"]
         lists = column.combine_chunks()
         if lists.null_count or lists.values.null_count:
@@ -362,6 +371,14 @@ def _opened(folder: Folder, name: str, where: str = "") -> Iterator[pq.ParquetFi
             raise _corrupt(where, f"not readable as parquet ({reason})") from None
 
 
+def _require_small(group: pq.RowGroupMetaData, manifest: Manifest, where: str) -> None:
+    """DataError for a row group that would be larger in memory than any that is written here."""
+    ids = group.num_rows * manifest.length
+    most = 2 * 4 * ids + (1 << 16)  # 32 bits an id in parquet, whatever it is at rest
+    if group.num_rows > ROWS_PER_GROUP or group.total_byte_size > most:
+        raise _corrupt(where, f"{group.num_rows:,} rows of {group.total_byte_size:,} bytes")
+
+
 def _column_type(manifest: Manifest) -> pa.DataType:
     import pyarrow as pa
 
@@ -389,22 +406,15 @@ def _check_ids(rows_NL: np.ndarray, size: int, where: Callable[[int], str]) -> N
 
 
 def _parse(content: bytes, where: str) -> Manifest:
-    from pydantic import TypeAdapter, ValidationError
-
     fix = "Run `prepare` again into a fresh folder"
     try:
-        facts = json.loads(content)
-        version = facts["format"]
+        version = documents.from_json(content)["format"]
     except (ValueError, TypeError, KeyError):
         raise DataError(where, "not a manifest of shards", fix) from None
     if version != FORMAT:
         raise DataError(where, f"format version {version!r}; this code reads {FORMAT}", fix)
-    try:
-        return TypeAdapter(Manifest).validate_json(content, strict=True, extra="forbid")
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(map(str, first["loc"])) or "manifest"
-        raise DataError(where, f"{path}: {first['msg']}", fix) from None
+    manifest: Manifest = documents.parse(content, Manifest, where, fix)
+    return manifest
 
 
 def _corrupt(where: str, why: str) -> DataError:

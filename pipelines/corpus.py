@@ -12,21 +12,29 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import fsspec
 
 from infra.errors import DataError
 from infra.storage import Folder, explained, scrub
 
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 EMBEDDED = "cpython"
 PIECE = 1 << 12
-COMPRESSED = (".gz", ".xz", ".zst")
+LONGEST = 1 << 28  # characters of a document that is one line
+# How many times its compressed size a text may have, beyond FLOOR: archives made to fill the
+# memory or the disk have thousands, prose has five.
+EXPANSION, FLOOR = 250, 1 << 26
+COMPRESSED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 # A single space between two words: cut in front of it and the words' tokens stay as they are.
 SEAM = re.compile(r"(?<=\S)(?= \S)")
 DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
@@ -52,12 +60,15 @@ def pieces(source: str, field: str) -> Iterator[Piece]:
     """
     if source == EMBEDDED:
         for document in embedded():
-            yield from _cut(iter([document]))
+            yield from _cut(_chunks(document))
         return
     for url in expand(source):
         with _explained(url):
-            read = READERS.get(_suffix(url), _read_text)
-            yield from read(url, field)
+            most, found = _most(url), 0
+            for piece in READERS.get(_suffix(url), _read_text)(url, field):
+                found += len(piece.text)
+                _require_text(found, most, url)
+                yield piece
 
 
 def embedded() -> Iterator[str]:
@@ -103,10 +114,23 @@ def _suffix(url: str) -> str:
     return name[name.rfind(".") :] if "." in name else ""
 
 
+def _most(url: str) -> float:
+    """Characters that a file can hold if it is text that somebody wrote."""
+    folder, name = Folder.holding(url)
+    return max(EXPANSION * (folder.size(name) or math.inf), FLOOR)
+
+
+def _require_text(characters: int, most: float, url: str) -> None:
+    if characters > most:
+        why = f"unpacks to more than {EXPANSION} times its size, as no text does"
+        raise DataError(url, why, "Unpack it and look at what it is")
+
+
 @contextmanager
 def _open(url: str) -> Iterator[TextIO]:
-    if not url.endswith(".zst"):
-        with fsspec.open(url, "rt", encoding="utf-8", newline="", compression="infer") as file:
+    compression = next((name for end, name in COMPRESSED.items() if url.endswith(end)), None)
+    if compression != "zstd":
+        with fsspec.open(url, "rt", encoding="utf-8", newline="", compression=compression) as file:
             yield file
         return
     import pyarrow as pa
@@ -130,14 +154,16 @@ def _checked(file: TextIO, url: str) -> str:
 
 def _read_jsonl(url: str, field: str) -> Iterator[Piece]:
     with _open(url) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
+            if len(line) == LONGEST:
+                raise DataError(f"{url} line {number}", f"longer than {LONGEST:,} characters")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{url} line {number}", f"not JSON ({error})") from None
-            yield from _cut(iter([_field(row, field, f"{url} line {number}")]))
+            yield from _cut(_chunks(_field(row, field, f"{url} line {number}")))
 
 
 def _read_parquet(url: str, field: str) -> Iterator[Piece]:
@@ -146,17 +172,21 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
 
     with fsspec.open(url, "rb") as file:
         try:
-            table = pq.ParquetFile(file, page_checksum_verification=True)
-            if field not in table.schema_arrow.names:
-                columns = ", ".join(table.schema_arrow.names)
+            there = pq.ParquetFile(file).schema_arrow.names
+            if field not in there:
+                columns = ", ".join(there)
                 raise DataError(url, f"no column {field!r}; it has {columns}", "Set text_field=…")
+            # A text that is repeated is held once: a tiny file may repeat a large one for ever.
+            table = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=[field])
+            _require_text(_claimed(table.metadata, field), _most(url), url)
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    yield from _cut(iter([_field({field: text}, field, f"{url} row {row}")]))
+                for text in batch.column(0):
+                    document = {field: text.as_py()}
+                    yield from _cut(_chunks(_field(document, field, f"{url} row {row}")))
                     row += 1
-        except pa.ArrowInvalid as error:
-            why = f"not a whole Parquet file ({error})"
+        except pa.ArrowException as error:
+            why = f"not a whole Parquet file ({str(error).splitlines()[0]})"
             raise DataError(url, why, "Copy it again") from None
 
 
@@ -175,6 +205,17 @@ def _field(row: Any, field: str, where: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in set(text)):
         raise DataError(where, "holds half of a surrogate pair: not Unicode", "Drop the document")
     return text
+
+
+def _claimed(footer: pq.FileMetaData, field: str) -> int:
+    """Bytes of a Parquet column once unpacked, by its footer."""
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    columns = [group.column(at) for group in groups for at in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+
+
+def _chunks(text: str) -> Iterator[str]:
+    return (text[at : at + PIECE] for at in range(0, len(text), PIECE))
 
 
 def _cut(chunks: Iterator[str]) -> Iterator[Piece]:

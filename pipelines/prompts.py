@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 
 from dsl import conditioning
 from dsl.conditioning import Given, Mode
 from dsl.vocabulary import Vocabulary
+from infra.documents import from_json
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
 from pipelines.models import Model
@@ -79,7 +79,7 @@ def with_vocabulary(model: Model, tokenizer: str | None) -> Model:
 
 def _text(line: str, where: str) -> str:
     try:
-        text = json.loads(line)["text"]
+        text = from_json(line)["text"]
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
