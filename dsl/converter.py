@@ -5,6 +5,7 @@ W backbone width, N positions that need a softmax.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,18 @@ from dsl.state import State
 # The largest float below one. Its logit, 36.7, gives the mask slot probability 1 exactly in
 # float32, yet stays finite: strong evidence can still be heard, and nothing is ever NaN.
 HARD_MASK = 1 - 2**-53
+
+
+class Reading(NamedTuple):
+    """What a converter takes tokens for, ``[N]`` each.
+
+    ``entropy_N``: of the weights of its slots, in nats, in [0, log U]; ``mask_N``: the weight of
+    [MASK], in [0, 1]: evidence that is not heard; ``token_N``: the weight of the token itself.
+    """
+
+    entropy_N: Tensor
+    mask_N: Tensor
+    token_N: Tensor
 
 
 class Converter(nn.Module):
@@ -38,7 +51,7 @@ class Converter(nn.Module):
     def __init__(self, tokens: int, dim: int, *, beta: float | None, mask_prior: float) -> None:
         super().__init__()
         # One-element vectors, because FSDP cannot shard a scalar.
-        self.beta = nn.Parameter(torch.full((1,), dim**-0.5 if beta is None else beta))
+        self.beta = nn.Parameter(torch.full((1,), float(dim**-0.5 if beta is None else beta)))
         self.bias_U = nn.Parameter(torch.zeros(tokens + 1))
         with torch.no_grad():
             self.bias_U[-1] = mask_bias(tokens, mask_prior)
@@ -67,6 +80,17 @@ class Converter(nn.Module):
         evidence_NW = mixed_NW[1:].to(inputs_BLW.dtype)
         return inputs_BLW.index_put(at, evidence_NW)
 
+    @torch.no_grad()
+    def read(self, z_ND: Tensor, tokens_N: Tensor, table_VD: Tensor) -> Reading:
+        """What evidence ``z_ND`` of the tokens ``tokens_N`` is taken for, a chunk at a time."""
+        size = max(1, CHUNK_ELEMENTS // len(self.bias_U))
+        chunks = zip(torch.split(z_ND, size), torch.split(tokens_N, size), strict=True)
+        read = [
+            _reading(weights(z_ND, self.beta, self.bias_U, table_VD), tokens_N)
+            for z_ND, tokens_N in chunks
+        ]
+        return Reading(*torch.cat(read, dim=1))
+
     def _mix(self, z_ND: Tensor, table_VD: Tensor, values_UW: Tensor) -> Tensor:
         arguments = (z_ND, self.beta, self.bias_U, table_VD, values_UW)
         if not torch.is_grad_enabled():
@@ -81,11 +105,16 @@ def mixture(
     z_ND: Tensor, beta: Tensor, bias_U: Tensor, table_VD: Tensor, values_UW: Tensor
 ) -> Tensor:
     """Mixtures ``[N, W]``: scores and softmax in the table's precision, values in their own."""
+    return weights(z_ND, beta, bias_U, table_VD).to(values_UW.dtype) @ values_UW
+
+
+def weights(z_ND: Tensor, beta: Tensor, bias_U: Tensor, table_VD: Tensor) -> Tensor:
+    """``softmax_u(beta <z, x_u> + b_u)``, ``[N, U]``, in the table's precision."""
     # Scores reach hundreds; bf16 would round them by whole nats.
     with torch.autocast(z_ND.device.type, enabled=False):
         scores_NV = F.linear(beta.to(table_VD) * z_ND.to(table_VD), table_VD)
-        weights_NU = (F.pad(scores_NV, (0, 1)) + bias_U.to(table_VD)).softmax(-1)
-    return weights_NU.to(values_UW.dtype) @ values_UW
+        weights_NU: Tensor = (F.pad(scores_NV, (0, 1)) + bias_U.to(table_VD)).softmax(-1)
+    return weights_NU
 
 
 def mask_bias(tokens: int, mask_prior: float) -> float:
@@ -101,3 +130,9 @@ def mask_bias(tokens: int, mask_prior: float) -> float:
         raise ValueError(f"mask_prior {mask_prior} must lie in (0, 1]; 1 is a hard mask")
     prior = min(mask_prior, HARD_MASK)
     return math.log(tokens) + math.log(prior) - math.log1p(-prior)
+
+
+def _reading(weights_NU: Tensor, tokens_N: Tensor) -> Tensor:
+    entropy_N = -torch.xlogy(weights_NU, weights_NU).sum(1)
+    token_N = weights_NU.gather(1, tokens_N[:, None]).squeeze(1)
+    return torch.stack([entropy_N, weights_NU[:, -1], token_N])

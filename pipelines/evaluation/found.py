@@ -61,7 +61,12 @@ class Found:
 
     def errors(self, model: str, condition: Condition) -> Mapping[str, np.ndarray]:
         """``nats`` and ``squared`` error of held-out rows, each ``[N]``."""
-        return self._columns(f"parts/states/{model}/{condition.name.replace(' ', '-')}")
+        return self._columns(f"parts/states/{model}/{measures.slug(condition)}")
+
+    def reading(self, model: str, condition: Condition) -> Mapping[str, np.ndarray]:
+        """``entropy`` of the converter's weights, and those of ``mask`` and the true ``token``,
+        each ``[N]``."""
+        return self._columns(f"parts/converter/{model}/{measures.slug(condition)}")
 
     def calibration(self, model: str) -> Mapping[float, Mapping[str, np.ndarray]]:
         """By SNR: ``count``, ``confidence`` and ``right`` of all predictions, each ``[K]``."""

@@ -24,7 +24,7 @@ from pipelines.evaluation import mauve, measures, metrics
 from pipelines.evaluation.bench import Bench
 from pipelines.evaluation.cells import Cell, longest
 from pipelines.evaluation.mauve import MauveConfig
-from pipelines.evaluation.measures import Condition
+from pipelines.evaluation.measures import AtSNR, Condition
 from pipelines.evaluation.parts import chunks, lists, matrix
 from pipelines.evaluation.settings import REFERENCES, EvaluateConfig
 
@@ -97,7 +97,7 @@ class Errors(Rows):
 
     @property
     def group(self) -> str:
-        return f"parts/states/{self.model}/{self.condition.name.replace(' ', '-')}"
+        return f"parts/states/{self.model}/{measures.slug(self.condition)}"
 
     def run(self, bench: Bench) -> pa.Table:
         found = measures.errors(
@@ -132,6 +132,33 @@ class Calibration(Rows):
             "right": [bins.right_K.tolist() for bins in found.values()],
         }
         return pa.table({"gamma": list(found), **bins})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Rows):
+    """What the converter makes of held-out rows at an SNR."""
+
+    condition: AtSNR
+
+    @property
+    def group(self) -> str:
+        return f"parts/converter/{self.model}/{measures.slug(self.condition)}"
+
+    def run(self, bench: Bench) -> pa.Table:
+        found = measures.reading(
+            bench.denoiser(self.model),
+            bench.rows(self.first, self.count),
+            self.condition,
+            seed=bench.config.seed,
+            first_row=self.first,
+        )
+        return pa.table(
+            {
+                "entropy": found.entropy_N.numpy(),
+                "mask": found.mask_N.numpy(),
+                "token": found.token_N.numpy(),
+            }
+        )
 
 
 # --- texts -------------------------------------------------------------------------------------
@@ -342,6 +369,8 @@ def _asked(config: EvaluateConfig, model: str, kind: str) -> list[Job]:
         jobs += [Nats(view=view.name, **rows) for view in views]
         conditions = measures.conditions(kind, config.states)
         jobs += [Errors(condition=condition, **rows) for condition in conditions]
+        readings = measures.readings(kind, config.states)
+        jobs += [Convert(condition=condition, **rows) for condition in readings]
         if kind == "dsl" and config.states.gammas:
             jobs.append(Calibration(**rows))
     return jobs

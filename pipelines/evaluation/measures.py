@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsl import likelihood
+from dsl.converter import Reading
 from dsl.denoiser import Denoiser
 from dsl.evidence import evidence
 from dsl.likelihood import Estimate, PathName
@@ -128,6 +129,11 @@ class AtSNR:
 Condition = Revealed | AtSNR
 
 
+def slug(condition: Condition) -> str:
+    """The name of a condition as that of a folder."""
+    return condition.name.replace(" ", "-")
+
+
 def conditions(kind: str, config: StatesConfig) -> tuple[Condition, ...]:
     """The states that a model of a kind was trained on."""
     revealed = tuple(Revealed(share=share) for share in config.revealed)
@@ -171,3 +177,24 @@ def _errors_of(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Te
     errors_BL2 = table_VD.new_zeros(*tokens_BL.shape, 2)
     errors_BL2[hidden_BL] = summarise(posterior, both, at_A, tokens_BL.flatten()[at_A])
     return (errors_BL2.sum(1) / hidden_BL.sum(1, keepdim=True)).T
+
+
+# --- what the backbone is given -----------------------------------------------------------------
+
+
+def readings(kind: str, config: StatesConfig) -> tuple[AtSNR, ...]:
+    """Where to look at the converter of a model of a kind, nothing known included."""
+    return tuple(AtSNR(snr=gamma) for gamma in (0.0, *config.gammas)) if kind == "dsl" else ()
+
+
+@torch.no_grad()
+def reading(
+    denoiser: Denoiser, tokens_BL: Tensor, condition: AtSNR, *, seed: int, first_row: int = 0
+) -> Reading:
+    """What the converter takes the tokens for at an SNR, means over each row: ``[B]`` each."""
+    table_VD = denoiser.table_VD
+    tokens_BL = tokens_BL.to(table_VD.device)
+    draws = Draws(seed, first_row, 0)
+    state = evidence(table_VD, tokens_BL, condition.gamma(*tokens_BL.shape, draws), draws)
+    read = denoiser.converter.read(state.z_BLD.flatten(0, 1), tokens_BL.flatten(), table_VD)
+    return Reading(*(value.view(tokens_BL.shape).double().mean(1).cpu() for value in read))

@@ -39,6 +39,7 @@ def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
     config, manifest = tables.found.config, tables.held_out.manifest
     likelihood, states = tables.likelihood(), tables.states()
     calibration, samples = tables.calibration(), tables.samples()
+    converter = tables.converter()
     made = {
         "samples": samples,
         **layouts.lay_out(samples.rows, likelihood.rows, config.published),
@@ -46,6 +47,7 @@ def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
         "likelihood": likelihood,
         "states": states,
         "calibration": calibration,
+        "converter": converter,
         "diagnostics": _diagnostics(tables.subjects),
         "time": time,
     }
@@ -58,9 +60,14 @@ def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
         **dict(_of_texts(samples.rows)),
         "reliability": ("Reliability by SNR", plots.reliability(calibration.rows)),
         "nll": ("Likelihood against the SNR of the bound", plots.nll(_bounds(likelihood.rows))),
-        "snr": ("Error over SNR", plots.errors_by_snr(states.rows)),
+        "snr": ("Error over SNR", plots.by_snr(states.rows, plots.ERRORS)),
+        "converter": (
+            "What the converter gives to the backbone",
+            plots.by_snr(converter.rows, plots.CONVERTER),
+        ),
         **dict(_of_traces(tables.traces())),
         "loss": ("Loss of the runs that made the models", plots.losses(journals)),
+        "course": ("Converter and table in training", plots.courses(journals)),
     }
     return Report(
         name="evaluation",

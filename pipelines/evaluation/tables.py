@@ -24,7 +24,7 @@ from pipelines.evaluation.stages import Stage
 from pipelines.evaluation.subjects import Subject
 from pipelines.report import SKIPPED, STDERR, Column, Row, Table
 
-MEASURED = ("likelihood", "states", "calibration", "samples")
+MEASURED = ("likelihood", "states", "calibration", "converter", "samples")
 # What tells the rows of a table apart, in the names of their figures.
 LABELS = ("model", "view", "state", "path", "split", "budget")
 
@@ -48,6 +48,13 @@ CALIBRATION = (
     Column("ece", "ECE", ".4f"),
     Column("accuracy_of_all", "Accuracy", ".4f"),
     Column("confidence_of_all", "Confidence", ".4f"),
+)
+CONVERTER = (
+    Column("model", "Model"),
+    Column("state", "State"),
+    Column("converter_entropy", "Entropy, nats", ".3f"),
+    Column("mask_weight", "Weight of [MASK]", ".4f"),
+    Column("token_weight", "Weight of the token", ".4f"),
 )
 SAMPLES = (
     Column("model", "Model"),
@@ -177,6 +184,28 @@ class Tables:
                 "count": count_K.tolist(),
                 "confidence": _or_none(sure_K / filled_K, empty_K),
                 "accuracy": _or_none(right_K / filled_K, empty_K),
+            }
+
+    def converter(self) -> Table:
+        """How much of the evidence reaches the backbone."""
+        return Table(
+            title="What the converter gives to the backbone",
+            note="Of the mixture of input embeddings at each token: the entropy of its weights, "
+            "the weight of [MASK], which hides evidence, and that of the token which is there.",
+            columns=CONVERTER,
+            rows=[row for subject in self.subjects for row in self._converter(subject)],
+        )
+
+    def _converter(self, subject: Subject) -> Iterator[Row]:
+        for condition in measures.readings(subject.kind, self.found.config.states):
+            read = self.found.reading(subject.name, condition)
+            yield {
+                "model": subject.name,
+                "state": condition.name,
+                **_snr(condition),
+                **_entries("converter_entropy", metrics.mean(read["entropy"])),
+                **_entries("mask_weight", metrics.mean(read["mask"])),
+                **_entries("token_weight", metrics.mean(read["token"])),
             }
 
     def profiles(self) -> dict[str, Information]:

@@ -35,6 +35,25 @@ JOURNAL = MappingProxyType(
         "validation/loss": {"color": COLOURS[1], "marker": "o", "ms": 4},
     }
 )
+# What is drawn against SNR, and its label.
+ERRORS = MappingProxyType(
+    {"nats": "cross-entropy, nats per token", "squared_error": "E(SNR) = |x - x̂|²"}
+)
+CONVERTER = MappingProxyType(
+    {
+        "converter_entropy": "entropy of the mixture, nats",
+        "mask_weight": "weight of [MASK]",
+        "token_weight": "weight of the token",
+    }
+)
+# What of a journal says how converter and table fared.
+COURSE = MappingProxyType(
+    {
+        "converter/beta": "beta",
+        "table/mean_cosine": "mean cosine of the table",
+        "table/effective_rank": "effective rank of the table",
+    }
+)
 
 
 def losses(journals: Mapping[str, Rows]) -> bytes | None:
@@ -53,6 +72,40 @@ def losses(journals: Mapping[str, Rows]) -> bytes | None:
                 curve(axes, rows, "step", key, label=key, **line)
         axes.set(xlabel="step", ylabel="nats per token")
         axes.legend(fontsize="small")
+    return made.png()
+
+
+def courses(journals: Mapping[str, Rows]) -> bytes | None:
+    """The converter's scale and the spread of the table by step: a curve for each run."""
+    return _curves(journals, "step", "step", COURSE)
+
+
+def by_snr(rows: Rows, ways: Mapping[str, str]) -> bytes | None:
+    """What stands under the keys of `ways`, against positive SNR: a curve for each model."""
+    rows = [row for row in measured(rows, "gamma") if row["gamma"] > 0]
+    return _curves(groups(rows, lambda row: row["model"]), "gamma", "SNR", ways)
+
+
+def _curves(
+    by_name: Mapping[str, Rows], key: str, title: str, ways: Mapping[str, str]
+) -> bytes | None:
+    """A panel for each of `ways` (key and label) against `key`: a curve for each name."""
+    seen = {
+        way: {name: found for name, rows in by_name.items() if (found := measured(rows, key, way))}
+        for way in ways
+    }
+    if not any(seen.values()):
+        return None
+    lines = styles(by_name)
+    made = panels([""] * len(ways), width=4.2, height=3.4, beside=1.0, share=False)
+    for axes, (way, label) in zip(made.axes, ways.items(), strict=True):
+        for name, rows in seen[way].items():
+            curve(axes, rows, key, way, label=name, **lines[name])
+        widen(axes, "x", [row[key] for rows in seen[way].values() for row in rows])
+        axes.set(xlabel=title, ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", useOffset=False)
+    made.legend()
     return made.png()
 
 
@@ -190,26 +243,6 @@ def nll(rows: Rows) -> bytes | None:
     widen(axes, "x", [row["gamma_star"] for row in bounds])
     axes.set(xlabel="gamma*", ylabel="nats per token")
     axes.grid(alpha=0.3)
-    made.legend()
-    return made.png()
-
-
-def errors_by_snr(rows: Rows) -> bytes | None:
-    """Cross-entropy and squared error against SNR."""
-    ways = {"nats": "cross-entropy, nats per token", "squared_error": "E(SNR) = |x - x̂|²"}
-    rows = measured(rows, "gamma")
-    if not any(measured(rows, key) for key in ways):
-        return None
-    lines = styles(row["model"] for row in rows)
-    made = panels(["", ""], width=4.2, height=3.4, beside=1.0, share=False)
-    for axes, (key, label) in zip(made.axes, ways.items(), strict=True):
-        seen = measured(rows, key)
-        for model, part in groups(seen, lambda row: row["model"]).items():
-            curve(axes, part, "gamma", key, label=model, **lines[model])
-        widen(axes, "x", [row["gamma"] for row in seen])
-        axes.set(xlabel="SNR", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.ticklabel_format(axis="y", useOffset=False)
     made.legend()
     return made.png()
 

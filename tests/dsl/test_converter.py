@@ -210,3 +210,42 @@ def test_positions_times_vocabulary_never_exists(monkeypatch):
     assert largest.elements <= 4 * (tokens + 1)
     # What waits for the backward pass: nothing that grows with positions times vocabulary.
     assert sum(kept.values()) < rows * length * tokens / 2
+
+
+@pytest.mark.parametrize("mask_prior", [0.3, 0.99, 1.0])
+def test_a_reading_without_evidence_is_of_the_mask_prior(mask_prior: float) -> None:
+    made = Converter(TOKENS, DIM, beta=2.0, mask_prior=mask_prior)
+    read = made.read(torch.zeros(3, DIM), torch.tensor([0, 1, 4]), TokenTable(TOKENS, DIM)())
+    rest = 1 - mask_prior
+    entropy = -mask_prior * math.log(mask_prior)
+    entropy -= rest * math.log(rest / TOKENS) if rest else 0.0
+    assert read.entropy_N.tolist() == pytest.approx([entropy] * 3, abs=1e-6)
+    assert read.mask_N.tolist() == pytest.approx([mask_prior] * 3)
+    assert read.token_N.tolist() == pytest.approx([rest / TOKENS] * 3, abs=1e-7)
+
+
+def test_a_reading_of_all_evidence_is_the_token() -> None:
+    table_VD = TokenTable(TOKENS, DIM)().detach()
+    made = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.99)
+    tokens_N = torch.arange(TOKENS)
+    read = made.read(1e6 * table_VD, tokens_N, table_VD)
+    assert read.entropy_N.abs().max() < 1e-4
+    assert read.token_N.tolist() == pytest.approx([1.0] * TOKENS)
+    assert read.mask_N.max() == 0
+
+
+def test_a_reading_is_of_the_weights_that_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the mixture of one-hot values, a position a chunk."""
+    torch.manual_seed(0)
+    table_VD, z_ND = TokenTable(TOKENS, DIM)().detach(), 3 * torch.randn(7, DIM)
+    made = Converter(TOKENS, DIM, beta=1.5, mask_prior=0.5)
+    tokens_N = torch.randint(TOKENS, (7,))
+    with torch.no_grad():
+        arguments = (made.beta, made.bias_U, table_VD, torch.eye(TOKENS + 1))
+        weights_NU = dsl.converter.mixture(z_ND, *arguments)
+    monkeypatch.setattr(dsl.converter, "CHUNK_ELEMENTS", 1)
+    read = made.read(z_ND, tokens_N, table_VD)
+    entropy_N = torch.distributions.Categorical(probs=weights_NU).entropy()
+    torch.testing.assert_close(read.entropy_N, entropy_N)
+    torch.testing.assert_close(read.mask_N, weights_NU[:, -1])
+    torch.testing.assert_close(read.token_N, weights_NU[range(7), tokens_N])

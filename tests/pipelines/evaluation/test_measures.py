@@ -90,6 +90,23 @@ def test_a_share_of_the_tokens_is_revealed(tokens_NL: Tensor) -> None:
     assert part.nats_B.numpy() == pytest.approx(whole.nats_B[2:].numpy(), rel=1e-5)
 
 
+def test_the_converter_is_read_where_the_error_is_measured(tokens_NL: Tensor) -> None:
+    """From the mask prior to the token, and whatever the batches."""
+    denoiser = network(28)
+    of = {
+        snr: measures.reading(denoiser, tokens_NL, AtSNR(snr=snr), seed=0)
+        for snr in (0.0, 4.0, 1e6)
+    }
+    bias_U = denoiser.converter.bias_U.detach()
+    prior = torch.distributions.Categorical(logits=bias_U).entropy().item()
+    assert of[0.0].entropy_N.numpy() == pytest.approx(np.full(7, prior), rel=1e-5)
+    assert of[1e6].entropy_N.max() < 1e-3
+    assert of[1e6].token_N.min() > 0.999
+    assert prior > of[4.0].entropy_N.mean() > of[1e6].entropy_N.mean()
+    part = measures.reading(denoiser, tokens_NL[2:], AtSNR(snr=4.0), seed=0, first_row=2)
+    assert part.entropy_N.numpy() == pytest.approx(of[4.0].entropy_N[2:].numpy(), rel=1e-5)
+
+
 def test_the_corpus_is_whole_and_in_order(world: Path) -> None:
     url = str(world / "data/shards")
     manifest = read_manifest(url)

@@ -87,6 +87,23 @@ def states(models: int = 2) -> list[Row]:
     ]
 
 
+def converter(models: int = 2) -> list[Row]:
+    return [
+        {"model": f"model {m}", "gamma": gamma, "converter_entropy": 3 / (1 + gamma)}
+        | {"mask_weight": 1 / (1 + gamma), "token_weight": gamma / (1 + gamma)}
+        for m in range(models)
+        for gamma in (0.0, 0.5, 4.0, 100.0)
+    ]
+
+
+def course() -> list[Row]:
+    return [
+        {"step": step, "converter/beta": 1.0 + step, "table/mean_cosine": 0.1 / step}
+        | {"table/effective_rank": 8.0 - 1 / step}
+        for step in (10, 20, 30)
+    ]
+
+
 def journal(steps: int = 9) -> list[Row]:
     rows: list[Row] = [{"step": step, "loss": 2.0 / step} for step in range(1, steps)]
     return [*rows, {"step": steps}, {"step": steps - 1, "validation/loss": 1.0}]

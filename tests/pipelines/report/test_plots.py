@@ -31,7 +31,9 @@ PLOTS: dict[str, tuple[Draw, list[Row]]] = {
     "splits": (lambda rows: plots.splits(rows, "mauve", label="MAUVE", show=".3f"), rows.texts()),
     "reliability": (plots.reliability, rows.calibration()),
     "nll": (plots.nll, rows.likelihood()),
-    "errors_by_snr": (plots.errors_by_snr, rows.states()),
+    "errors_by_snr": (lambda rows: plots.by_snr(rows, plots.ERRORS), rows.states()),
+    "converter": (lambda rows: plots.by_snr(rows, plots.CONVERTER), rows.converter()),
+    "courses": (lambda rows: plots.courses({"a": rows, "b": rows}), rows.course()),
     "schedule": (traces.schedule, rows.traces()),
     "remasking": (traces.remasking, rows.traces()),
     "sharpening": (traces.sharpening, rows.traces()),
@@ -261,6 +263,15 @@ def test_of_very_many_traces_the_longest_of_each_path_are_drawn(drawn: list[Figu
     traces.schedule(rows.traces(models=9, budgets=(2, 4, 6)))
     titles = [axes.get_title() for axes in panels(drawn[0])]
     assert titles == [f"model {m} remask 6" for m in range(9)]
+
+
+def test_the_converter_has_a_panel_for_each_of_its_figures(drawn: list[Figure]) -> None:
+    """At positive SNR: there is no place for the other on a logarithmic axis."""
+    plots.by_snr(rows.converter(), plots.CONVERTER)
+    entropy, mask, token = panels(drawn[0])
+    assert points(entropy, "model 1") == [(0.5, 2.0), (4.0, 0.6), (100.0, 3 / 101)]
+    assert entropy.get_xscale() == "log"
+    assert set(lines(mask)) == set(lines(token)) == {"model 0", "model 1"}
 
 
 def test_losses_of_many_runs_wrap(drawn: list[Figure]) -> None:
