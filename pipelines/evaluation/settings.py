@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,21 +96,16 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """`models` and `paths` go by names of your choice; every model walks every path it can.
+class Questions:
+    """What is asked of models, whichever they are; `paths` go by names of your choice.
 
-    `data` are the shards of `prepare`. At most `corpus_rows` rows of its training split say which
-    words there are and how frequent tokens are. `batch` rows at a time share a denoiser call, and
-    are what a kill can lose. `mauve`, `judge` and `gate` are left out where they are not given.
+    At most `corpus_rows` rows of the training split say which words there are and how frequent
+    tokens are. `batch` rows at a time share a denoiser call, and are what a kill can lose. `mauve`
+    and `judge` are left out where they are not given.
     """
 
-    name: str
-    data: str
-    models: dict[str, str]
     paths: dict[str, PathConfig] = field(default_factory=dict)
     split: Literal["validation", "test"] = "test"
-    root: str = "runs"
-    existing: Literal["resume", "restart"] = "resume"
     seed: int = 0
     batch: int = 64
     corpus_rows: int = 20_000
@@ -118,28 +114,44 @@ class EvaluateConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     mauve: MauveConfig | None = None
     judge: AnyJudge | None = None
-    gate: GateConfig | None = None
-    published: tuple[Published, ...] = ()
-    converter: ConverterConfig = field(default_factory=ConverterConfig)
     workers: PoolConfig = field(default_factory=PoolConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name in (self.name, *self.models, *self.paths):
-            if not NAME.fullmatch(name):
-                raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")
+        require_names(self.paths)
         for name in ("batch", "corpus_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.models:
-            raise ValueError("models must name at least one model")
-        if taken := self.models.keys() & {UNIGRAM, REAL, REFERENCES, CHAMPION}:
-            raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
         if self.mauve and self.samples.rows < LEAST:
             raise ValueError(
                 f"MAUVE says nothing below {LEAST} texts, and samples.rows is {self.samples.rows}; "
                 "raise it or leave mauve out"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Questions):
+    """`models` go by names of your choice; every model walks every path it can.
+
+    `data` are the shards of `prepare`. `gate` is left out where it is not given.
+    """
+
+    name: str
+    data: str
+    models: dict[str, str]
+    root: str = "runs"
+    existing: Literal["resume", "restart"] = "resume"
+    gate: GateConfig | None = None
+    published: tuple[Published, ...] = ()
+    converter: ConverterConfig = field(default_factory=ConverterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_names([self.name, *self.models])
+        if not self.models:
+            raise ValueError("models must name at least one model")
+        if taken := self.models.keys() & {UNIGRAM, REAL, REFERENCES, CHAMPION}:
+            raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
         if self.gate and self.gate.model not in self.models:
             raise ValueError(f"gate.model is {self.gate.model}, which is none of the models")
 
@@ -148,3 +160,9 @@ class EvaluateConfig:
         """The models that read the texts of the others."""
         featurizer = (self.mauve.featurizer,) if self.mauve else ()
         return featurizer + ((self.judge,) if self.judge else ())
+
+
+def require_names(names: Iterable[str]) -> None:
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")

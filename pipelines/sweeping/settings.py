@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import getitem
 from typing import Any, Literal
@@ -12,18 +12,10 @@ from typing import Any, Literal
 from infra import tracking
 from infra.config import overridden, to_tree
 from infra.errors import ConfigError
-from infra.pool import PoolConfig
 from infra.storage import Folder
 from infra.tracking import TrackingConfig
 from pipelines.evaluation.cells import PathConfig
-from pipelines.evaluation.judge import AnyJudge
-from pipelines.evaluation.mauve import MauveConfig
-from pipelines.evaluation.settings import (
-    EvaluateConfig,
-    LikelihoodConfig,
-    SamplesConfig,
-    StatesConfig,
-)
+from pipelines.evaluation.settings import EvaluateConfig, Questions
 from pipelines.finetune import FinetuneConfig, Recipe
 from pipelines.sweeping.search import OneAtATime, Random, Search
 from pipelines.sweeping.space import Knob, Settings, label
@@ -60,7 +52,7 @@ class Asha:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondConfig:
+class SecondConfig(Questions):
     """What needs no training: paths, splits, SNR at the hand-over, eta, nucleus.
 
     The `keep` best of the finished trials walk all `paths`. Everything else is as `evaluate`
@@ -70,17 +62,9 @@ class SecondConfig:
     paths: dict[str, PathConfig]
     keep: int = 3
     split: Literal["validation", "test"] = "validation"
-    seed: int = 0
-    batch: int = 64
-    corpus_rows: int = 20_000
-    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
-    states: StatesConfig = field(default_factory=StatesConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    mauve: MauveConfig | None = None
-    judge: AnyJudge | None = None
-    workers: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
 
@@ -173,12 +157,12 @@ class SweepConfig:
     def evaluation(self, models: Mapping[str, str]) -> EvaluateConfig:
         """The second level, of models by name."""
         assert self.second is not None
-        given: dict[str, Any] = {k: v for k, v in vars(self.second).items() if k != "keep"}
+        asked: dict[str, Any] = {f.name: getattr(self.second, f.name) for f in fields(Questions)}
         return EvaluateConfig(
             name=SECOND,
             data=self.data,
             root=self.folder.url,
             models=dict(models),
             tracking=self.shown,
-            **given,
+            **asked,
         )
