@@ -7,6 +7,7 @@ that was killed goes on whatever has become of its cluster.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import secrets
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import ray
 from ray import tune
@@ -47,7 +49,9 @@ def run(config: SweepConfig, parent: str | None) -> None:
         os.environ.setdefault(name, value)
     trials, workers = Trials(folder=config.folder / TRIALS), config.finetune.workers
     needed = int(takes(workers)["CPU"]) - DATA_CPUS  # which are added
-    place = tempfile.mkdtemp(prefix="ray-tune-")
+    place = workplace(config)
+    shutil.rmtree(place, ignore_errors=True)  # what a driver left that was killed
+    place.mkdir(mode=0o700)
     try:
         with cluster.connected(workers.cluster, needed_cpus=needed):
             room = concurrent(config, ray.cluster_resources())
@@ -62,7 +66,7 @@ def run(config: SweepConfig, parent: str | None) -> None:
                 ),
                 run_config=tune.RunConfig(
                     name=f"{config.name}-{secrets.token_hex(4)}",
-                    storage_path=place,
+                    storage_path=str(place),
                     verbose=0,
                     callbacks=[Watch(config, trials)],
                     failure_config=tune.FailureConfig(max_failures=workers.max_failures),
@@ -71,6 +75,12 @@ def run(config: SweepConfig, parent: str | None) -> None:
     finally:
         shutil.rmtree(place, ignore_errors=True)
         close(trials)
+
+
+def workplace(config: SweepConfig) -> Path:
+    """Where Tune keeps what nobody will ask it for: the same place for the same sweep."""
+    name = hashlib.sha256(config.folder.url.encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"ray-tune-{name}"
 
 
 def reserved(workers: WorkersConfig) -> dict[str, float]:

@@ -25,6 +25,7 @@ from infra.config import load
 from infra.tracking import TrackingConfig, connect
 from pipelines import finetune
 from pipelines.finetune import FinetuneConfig
+from pipelines.sweeping import tuning
 from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.trials import Trials
 from tests.pipelines import tiny
@@ -92,13 +93,16 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swep
     checkpoints = committed(str(third / "checkpoints"))
     before = files(trials / "trial-000")
 
+    config = small.load(*argv, space=SPACE)
+    assert tuning.workplace(config).exists()
     process = begin()
     out, err = process.communicate()
     assert process.returncode == 0, err
+    assert not tuning.workplace(config).exists()
     while left := alive(ray_files):
         time.sleep(0.1)
     made = json.loads(out.splitlines()[-1])
-    yield Swept(small.load(*argv, space=SPACE), before, checkpoints, made, left)
+    yield Swept(config, before, checkpoints, made, left)
     shutil.rmtree(ray_files, ignore_errors=True)
 
 
