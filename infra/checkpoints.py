@@ -93,6 +93,13 @@ class Checkpoints:
         """The last committed step."""
         return max(self.steps(), default=None)
 
+    @property
+    def last(self) -> int | None:
+        """The last step that this process knows to be committed, without asking the store."""
+        if self._writing and not self._writing[1].is_alive() and self._failure is None:
+            return self._writing[0]
+        return self._last
+
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Begin the checkpoint of `step`, after the one in flight has ended.
 

@@ -30,6 +30,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+# By what is in the name that the driver gives.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
 Lane = TypeVar("Lane")
 T = TypeVar("T")
 
@@ -40,6 +43,13 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int | None = None  # of the CPU, per worker; None leaves torch's choice
+    # The longest that a step, a validation or the wait for a checkpoint may take: a worker that
+    # hangs would otherwise hang the others for ever.
+    stall_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if not self.stall_s > 0:
+            raise ValueError(f"stall_s must be positive, got {self.stall_s}")
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of matrix products on `device`; master weights are float32 regardless."""
@@ -59,6 +69,14 @@ def device() -> torch.device:
         "nccl" in dist.get_backend_config() if dist.is_initialized() else torch.cuda.is_available()
     )
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def peak_flops() -> float | None:
+    """The data sheet's dense bf16 FLOP/s of this GPU; None for a CPU or a GPU that is not known."""
+    if device().type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device())
+    return next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
 
 
 @contextmanager
@@ -179,3 +197,12 @@ def mean_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
         dist.all_reduce(packed)
         packed /= dist.get_world_size()
     return dict(zip(keys, packed.tolist(), strict=True))
+
+
+def highest(value: int) -> int:
+    """The highest of the ranks' values, on every rank."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, device=device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)

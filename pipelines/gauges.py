@@ -26,7 +26,11 @@ GAUGES = (
     Gauge("dsl_mfu_percent", "speed/mfu_percent", "share of the GPUs' peak FLOPs that is used"),
     Gauge("dsl_data_wait_percent", "speed/data_wait_percent", "share of time spent on waiting"),
     Gauge("dsl_goodput_percent", "speed/goodput_percent", "share of time whose steps were kept"),
-    Gauge("dsl_checkpoint_age_seconds", "checkpoint/age_s", "since the last committed checkpoint"),
+    Gauge(
+        "dsl_checkpoint_age_seconds",
+        "speed/checkpoint_age_s",
+        "since the last committed checkpoint",
+    ),
 )
 
 

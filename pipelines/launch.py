@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -21,10 +22,11 @@ import numpy as np
 from dsl.denoiser import Denoiser
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
-from infra import journal, stream, tracking
+from infra import journal, ranklog, stream, tracking
 from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.errors import DataError
 from infra.lease import Lease
+from infra.notices import Notices, node_is_going
 from infra.parallel import world
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
@@ -187,10 +189,12 @@ def run_on_this_process(
     def open_log(resumed: int | None) -> Log:
         if world()[0]:
             return _Silent()
+        job.lease.confirm()
         logs.append(tracking.Logger(tracking.Journal(folder, resume=resumed), job.handle))
-        return _Shown(logs[0], show) if show else logs[0]
+        return _Kept(logs[0], job.lease, show)
 
-    try:
+    notices = Notices(job.lease.ending, node_is_going)
+    with ranklog.kept(folder), notices.listening(), _closing(logs):
         train(
             job.objective(models.load_folder(folder / "init").denoiser),
             config.train,
@@ -201,24 +205,35 @@ def run_on_this_process(
             checkpoints=checkpoints,
             open_log=open_log,
             report=report,
+            notices=notices,
+            began=job.began,
         )
+
+
+@contextmanager
+def _closing(logs: Sequence[tracking.Logger]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for log in logs:
             log.close()
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """A log that is shown as it is written."""
+class _Kept:
+    """A log that is kept as long as the run is this one's, and shown as it is written."""
 
     logger: tracking.Logger
-    show: Callable[[int, Mapping[str, float]], None]
+    lease: Lease
+    show: Callable[[int, Mapping[str, float]], None] | None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.logger.log(step, metrics)
-        self.show(step, metrics)
+        if self.show:
+            self.show(step, metrics)
 
     def sync(self) -> None:
+        self.lease.confirm()  # before what comes next is committed
         self.logger.sync()
 
 

@@ -8,11 +8,10 @@ many workers share the lanes, and a run that was killed goes on as if it had not
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,15 +20,15 @@ from torch import Tensor
 from dsl.geometry import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
-from infra import parallel
+from infra import parallel, stall
 from infra.checkpoints import Checkpoints, training_tensors
 from infra.errors import ConfigError, InfraError
+from infra.notices import Notice, Notices
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
 from pipelines.bounds import Bounds
-from pipelines.runs import clock
+from pipelines.progress import Progress
 
-SECONDS_BETWEEN_LINES = 5.0
 # Steps are counted from 1; the noise of validation is keyed where no training step can be.
 VALIDATION = 0
 
@@ -206,6 +205,8 @@ def train(
     checkpoints: Checkpoints,
     open_log: Callable[[int | None], Log],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    notices: Notices | None = None,
+    began: float | None = None,
 ) -> None:
     """Train from the last committed checkpoint, or from the start, to `config.steps`.
 
@@ -216,54 +217,95 @@ def train(
         bounds: of their likelihood, by name.
         open_log: called with the step that training resumes from (None: from the start).
         report: hears of each validation, on every worker at the same steps; the log has by then.
+        notices: what makes for a checkpoint ahead of its time, or for an end after it.
+        began: when the run was first started, seconds since the epoch; None: now.
 
     Raises:
         ConfigError: the loss or its gradient is no longer finite.
-        InfraError: several checkpoints in a row could not be written.
+        InfraError: several checkpoints in a row could not be written, or a worker hangs.
     """
     with parallel.join(sharding) as mesh:
         learner = Learner(objective, config, mesh, sharding)
         done = checkpoints.latest()
-        if done is not None:
-            checkpoints.load(done, learner.tensors())
+        kept = {} if done is None else checkpoints.load(done, learner.tensors())
         log = open_log(done)
         lanes = config.stream.lanes(*parallel.world())
         held_out = _held_out(validation_NL, config, lanes)
-        progress = Progress(config, done or 0, validation_NL.shape[1])
+        progress = _progress(learner, sharding, done or 0, validation_NL.shape[1], kept, began)
+        notices, heeded = notices or Notices(), Notice.NONE
 
         stream = batches(lanes, done or 0)
-        for step in range((done or 0) + 1, config.steps + 1):
-            with progress.waiting():
-                microbatches = next(stream)
-            metrics = learner.step(step, microbatches)
-            for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-                if not math.isfinite(metrics[name]):
-                    checkpoints.wait()
-                    raise ConfigError(
-                        "train.optimizer.lr",
-                        f"the {what} of step {step} is {metrics[name]}; {_last_good(checkpoints)}",
-                        "Lower the learning rate or lengthen the warm-up; train under a new name",
-                    )
-            last = step == config.steps
-            validated = last or step % config.validate_every == 0
-            if validated:
-                metrics |= learner.validate(held_out, bounds) | _table_metrics(learner)
-            if validated or step % config.log_every == 0:
-                log.log(step, metrics | progress.metrics())
-            if validated:
-                log.sync()
-                report(metrics | {"step": step})
-            progress.line(step, metrics)
-            if last or step % config.checkpoint.every == 0:
-                log.sync()
-                checkpoints.save(step, learner.tensors(), meta={})
-        checkpoints.wait()
-        if checkpoints.latest() != config.steps:
+        with stall.watched(sharding.stall_s, done or 0) as watch:
+            while progress.step < config.steps and heeded is not Notice.END:
+                step = progress.step + 1
+                watch.doing(f"waiting for the data of step {step}")
+                with progress.waiting():
+                    microbatches = next(stream)
+                watch.doing(f"in step {step}")
+                with progress.stepping():
+                    metrics = learner.step(step, microbatches)
+                _must_be_finite(step, metrics, checkpoints)
+                watch.finished(step)
+                # The same on all workers, so that they save, or end, after the same step.
+                notice = Notice(parallel.highest(notices.latest))
+                last = step == config.steps
+                validated = last or step % config.validate_every == 0
+                if validated:
+                    watch.doing(f"in the validation after step {step}")
+                    metrics |= learner.validate(held_out, bounds) | _table_metrics(learner)
+                if validated or step % config.log_every == 0:
+                    log.log(step, metrics | progress.metrics(checkpoints.last))
+                if validated:
+                    log.sync()
+                    report(metrics | {"step": step})
+                progress.line(metrics)
+                if last or step % config.checkpoint.every == 0 or notice > heeded:
+                    watch.doing(f"in the checkpoint of step {step}")
+                    log.sync()
+                    checkpoints.save(step, learner.tensors(), meta=progress.saving())
+                    heeded = notice
+            watch.doing("in the last checkpoint")
+            checkpoints.wait()
+        if checkpoints.latest() != progress.step:
             raise InfraError(
                 checkpoints.folder.url,
                 f"the last checkpoint could not be written; {_last_good(checkpoints)}",
                 "Mend the store, then run the same command again: it resumes",
             )
+
+
+def _must_be_finite(step: int, metrics: Mapping[str, float], checkpoints: Checkpoints) -> None:
+    for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+        if not math.isfinite(metrics[name]):
+            checkpoints.wait()
+            raise ConfigError(
+                "train.optimizer.lr",
+                f"the {what} of step {step} is {metrics[name]}; {_last_good(checkpoints)}",
+                "Lower the learning rate or lengthen the warm-up; train under a new name",
+            )
+
+
+def _progress(
+    learner: Learner,
+    sharding: ParallelConfig,
+    done: int,
+    length: int,
+    kept: Mapping[str, Any],
+    began: float | None,
+) -> Progress:
+    stream = learner.config.stream
+    tokens = stream.num_lanes * stream.rows_per_microbatch * length
+    # What data sheets give is the rate of bf16.
+    peak = parallel.peak_flops() if sharding.dtype(learner.device) is torch.bfloat16 else None
+    return Progress(
+        learner.config.steps,
+        done,
+        tokens=tokens,
+        flops=tokens * learner.objective.denoiser.backbone.flops_per_token(length),
+        peak=peak and peak * parallel.world()[1],
+        before=kept,
+        began=time.time() if began is None else began,
+    )
 
 
 def _last_good(checkpoints: Checkpoints) -> str:
@@ -300,57 +342,3 @@ def _table_metrics(learner: Learner) -> dict[str, float]:
     beta = parallel.full(denoiser.converter.beta).item()
     report = {f"table/{name}": value for name, value in geometry_report(table_VD).items()}
     return report | {"converter/beta": beta}
-
-
-class Progress:
-    """Where the time goes: tokens per second, the share spent waiting for data, what is left."""
-
-    def __init__(self, config: TrainConfig, done: int, length: int) -> None:
-        stream = config.stream
-        self.tokens = stream.num_lanes * stream.rows_per_microbatch * length
-        self.steps, self.step = config.steps, done
-        self.since, self.from_step, self.waited = time.perf_counter(), done, 0.0
-        self.start, self.first = self.since, done
-
-    def waiting(self) -> _Stopwatch:
-        return _Stopwatch(self)
-
-    def metrics(self) -> dict[str, float]:
-        """Since the start or the last line."""
-        elapsed = max(time.perf_counter() - self.since, 1e-9)
-        steps = self.step - self.from_step
-        return {
-            "speed/tokens_per_s": steps * self.tokens / elapsed,
-            "speed/data_wait_percent": 100 * self.waited / elapsed,
-        }
-
-    def line(self, step: int, metrics: Mapping[str, float]) -> None:
-        now = time.perf_counter()
-        if parallel.world()[0] or (now - self.since < SECONDS_BETWEEN_LINES and step < self.steps):
-            return
-        speed = self.metrics()
-        eta = (self.steps - step) * (now - self.start) / max(step - self.first, 1)
-        shown = [
-            f"step {step}/{self.steps}",
-            f"loss {metrics['loss']:.4f}",
-            *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
-            f"{speed['speed/tokens_per_s']:,.0f} tokens/s",
-            f"data wait {speed['speed/data_wait_percent']:.1f} %",
-            f"ETA {clock(eta)}",
-        ]
-        print("  ".join(shown), file=sys.stderr, flush=True)
-        self.since, self.from_step, self.waited = now, step, 0.0
-
-
-class _Stopwatch:
-    """Adds the time inside it to a progress's wait, and counts the step that it waited for."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.waited += time.perf_counter() - self.began
-        self.progress.step += 1

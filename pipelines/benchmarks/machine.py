@@ -12,8 +12,6 @@ import torch
 from infra import parallel
 
 CPUINFO = Path("/proc/cpuinfo")
-# Dense bf16 FLOP/s by the name that the driver gives.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 MATMUL = 2048
 
 
@@ -37,15 +35,6 @@ def line(facts: dict[str, Any]) -> str:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, device "
         f"{facts['device']}, torch {facts['torch']}, load average {facts['load_average']} before."
     )
-
-
-def peak_flops() -> float | None:
-    """The data sheet's bf16 FLOP/s of this GPU; None for a CPU or a GPU that is not known."""
-    device = parallel.device()
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for model, flops in PEAK.items() if model in name), None)
 
 
 class Matmul:

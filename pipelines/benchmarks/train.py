@@ -12,7 +12,7 @@ import numpy as np
 
 from infra import parallel
 from infra.parallel import ParallelConfig
-from pipelines.benchmarks import flops, machine, steps, timing
+from pipelines.benchmarks import flops, steps, timing
 from pipelines.benchmarks.machine import Matmul
 from pipelines.benchmarks.results import Bar, ratio, table, unmeasured
 from pipelines.benchmarks.settings import BenchmarkConfig, ModelConfig, StepConfig
@@ -80,7 +80,7 @@ def _of_sharding(config: BenchmarkConfig, timed: Timed, work: float) -> Iterator
     what, bar = "FSDP2 on one worker", Bar("≥", 0.98, _here(config))
     yield ratio("sharded", what, "bare loop", sharded_R, bare_R, unit="k tokens/s", bar=bar)
     yield unmeasured("data_wait", "data wait ≤ 1 %", "every run logs speed/data_wait_percent")
-    peak = machine.peak_flops()
+    peak = parallel.peak_flops()
     if peak is None:
         yield unmeasured("mfu", "MFU ≥ 40 %, compiled", "no GPU whose peak is known")
         return

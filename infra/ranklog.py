@@ -1,0 +1,91 @@
+"""What each worker logs, kept with the run: `logs/rank_00000.log` in its directory.
+
+A restart appends. An object store cannot, so there the file grows in a temporary place and is
+uploaded whole, every now and then and at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from infra import parallel
+from infra.errors import DataError, Problem
+from infra.storage import Folder
+
+UPLOAD_EVERY_S = 60.0
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@contextmanager
+def kept(run: Folder) -> Iterator[None]:
+    """Keep what this process logs and warns of, when it began and how it ended."""
+    rank, size = parallel.world()
+    with _file(run / "logs", f"rank_{rank:05d}.log") as path:
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter(FORMAT))
+        own = logging.Logger("run", logging.INFO)  # heard by this file alone
+        own.addHandler(handler)
+        logging.getLogger().addHandler(handler)
+        logging.captureWarnings(True)
+        own.info("rank %d of %d begins: %s", rank, size, _here())
+        try:
+            yield
+        except BaseException:
+            own.exception("ended by an error")
+            raise
+        else:
+            own.info("ended")
+        finally:
+            logging.captureWarnings(False)
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def _file(folder: Folder, name: str) -> Iterator[Path]:
+    """A local file that is, or becomes, the one of this name in the folder."""
+    if folder.is_local:
+        Path(folder.path).mkdir(parents=True, exist_ok=True)
+        yield Path(folder.path) / name
+        return
+    with tempfile.TemporaryDirectory() as place:
+        path, closed = Path(place) / name, threading.Event()
+        with suppress(DataError):
+            path.write_bytes(folder.read_bytes(name))
+
+        def upload() -> None:
+            while not closed.wait(UPLOAD_EVERY_S):
+                with suppress(Problem):  # a store may be away for a while
+                    folder.write_bytes(name, path.read_bytes())
+
+        thread = threading.Thread(target=upload, name="ranklog", daemon=True)
+        thread.start()
+        try:
+            yield path
+        finally:
+            closed.set()
+            thread.join()
+            with suppress(Problem):
+                folder.write_bytes(name, path.read_bytes())
+
+
+def _here() -> str:
+    """Where a process runs, and on what."""
+    device = parallel.device()
+    shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return (
+        f"process {os.getpid()} on {socket.gethostname()}, {platform.platform()}, {shown}, "
+        f"{torch.get_num_threads()} threads, python {sys.version.split()[0]}, "
+        f"torch {torch.__version__}"
+    )

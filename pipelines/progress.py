@@ -1,0 +1,126 @@
+"""Where the time of a training run goes, for its metrics and for the person who watches it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from infra import parallel
+from pipelines.runs import clock
+
+SECONDS_BETWEEN_LINES = 5.0
+RECENT = 100  # steps of which percentiles are taken
+
+
+class Progress:
+    """Times the steps of one attempt at a run, from the one after `done` to `steps`.
+
+    tokens: of a step, all workers together. flops: of a step; and `peak`, of all workers' devices
+    a second, where that is known. before: what `kept` said when the checkpoint of `done` was made.
+    began: when the run was first started, where no checkpoint says so; seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        done: int,
+        *,
+        tokens: int,
+        flops: float,
+        peak: float | None,
+        before: Mapping[str, Any],
+        began: float,
+    ) -> None:
+        self.steps, self.step, self.tokens = steps, done, tokens
+        self.flops, self.peak = flops, peak
+        self.began = before.get("began", began)
+        self.useful = before.get("useful_s", 0.0)
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.start, self.first = time.perf_counter(), done
+        self.since, self.from_step, self.waited = self.start, done, 0.0
+        self.saved_at = {done: self.start}
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a step's data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around a step."""
+        began = time.perf_counter()
+        yield
+        self.recent.append(time.perf_counter() - began)
+        self.useful += self.recent[-1]
+        self.step += 1
+
+    def saving(self) -> dict[str, float]:
+        """The checkpoint of this step begins: what it must hold, for the next attempt to know."""
+        self.saved_at[self.step] = time.perf_counter()
+        return {"began": self.began, "useful_s": self.useful}
+
+    def metrics(self, committed: int | None) -> dict[str, float]:
+        """Rates since the last line; what else is of now. committed: the last checkpoint's step.
+
+        Goodput is the share of the time since the run was first started that went into steps that
+        were not lost, by the clock of this machine. A peak of memory is this process's so far.
+        """
+        now = time.perf_counter()
+        elapsed = max(now - self.since, 1e-9)
+        rate = (self.step - self.from_step) / elapsed
+        p50, p90, p99 = np.percentile(self.recent, (50, 90, 99)) if self.recent else (0, 0, 0)
+        found = {
+            "tokens_per_s": rate * self.tokens,
+            "data_wait_percent": 100 * self.waited / elapsed,
+            "step_s_p50": float(p50),
+            "step_s_p90": float(p90),
+            "step_s_p99": float(p99),
+            "goodput_percent": min(100 * self.useful / max(time.time() - self.began, 1e-9), 100.0),
+            "checkpoint_age_s": now - self.saved_at.get(committed or self.first, self.start),
+            "peak_memory_gib": peak_memory() / 2**30,
+            "eta_s": self.eta(now),
+        }
+        if self.peak:
+            found["mfu_percent"] = 100 * rate * self.flops / self.peak
+        return {f"speed/{name}": value for name, value in found.items()}
+
+    def eta(self, now: float) -> float:
+        """Seconds that the remaining steps will take, at this attempt's pace."""
+        return (self.steps - self.step) * (now - self.start) / max(self.step - self.first, 1)
+
+    def line(self, metrics: Mapping[str, float]) -> None:
+        """A line for a person, every few seconds; from the first worker."""
+        now = time.perf_counter()
+        recent = now - self.since < SECONDS_BETWEEN_LINES and self.step < self.steps
+        if parallel.world()[0] or recent:
+            return
+        speed = self.metrics(None)
+        shown = [
+            f"step {self.step}/{self.steps}",
+            f"loss {metrics['loss']:.4f}",
+            *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
+            f"{speed['speed/tokens_per_s']:,.0f} tokens/s",
+            f"data wait {speed['speed/data_wait_percent']:.1f} %",
+            *(f"MFU {v:.1f} %" for k, v in speed.items() if k == "speed/mfu_percent"),
+            f"ETA {clock(speed['speed/eta_s'])}",
+        ]
+        print("  ".join(shown), file=sys.stderr, flush=True)
+        self.since, self.from_step, self.waited = now, self.step, 0.0
+
+
+def peak_memory() -> float:
+    """Bytes: of the GPU, where this process computes on one, else of the process."""
+    if parallel.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
