@@ -32,7 +32,7 @@ test: $(ready)
 
 # Real processes that are killed, starved and lied to: half an hour on 2 cores.
 test-faults: $(ready)
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults --timeout 1800
 
 lint: $(ready)
 	$(BIN)/ruff check .

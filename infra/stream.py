@@ -19,10 +19,10 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count, islice
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,8 @@ READERS = 2  # tasks at a time for one worker
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
@@ -45,12 +47,15 @@ class StreamConfig:
 
     `num_lanes` microbatches of `rows_per_microbatch` rows are a global step, however many workers
     share them out; `window_groups` row groups are shuffled together, and held in memory per lane.
+    A row group that turns out to be `corrupt` stops the run; "skip" fills its place with other rows
+    of its window, counts them, and leaves everything else where it was.
     """
 
     seed: int = 0
     num_lanes: int = 1
     rows_per_microbatch: int = 8
     window_groups: int = 4
+    corrupt: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
@@ -108,6 +113,7 @@ class Plan:
     file_G: np.ndarray
     group_G: np.ndarray  # index within its file
     rows_G: np.ndarray
+    skipped: dict[tuple[int, int], int] = field(default_factory=dict)  # (epoch, window) -> rows
 
     @classmethod
     def of(cls, folder: Folder, manifest: Manifest, split: str, config: StreamConfig) -> Plan:
@@ -146,6 +152,18 @@ class Plan:
         """The identity of the order: equal digests give equal microbatches at every step."""
         identity = [ORDER_VERSION, self.manifest.digest, self.split, asdict(self.config)]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def read(self, window: Window) -> np.ndarray:
+        """The rows of a window in their order, [N, L], the corrupt ones as the config says.
+
+        DataError naming file and row if one is bad, or no other is left to stand in for it.
+        """
+        if self.config.corrupt == "stop":
+            return read_window(self.folder, self.manifest, window)
+        rows_NL, skipped = _read_around(self.folder, self.manifest, window)
+        if skipped:
+            self.skipped[window.epoch, window.index] = skipped
+        return rows_NL
 
     def seek(self, lane: int, step: int) -> Position:
         """Where the microbatch of a step begins, by arithmetic on one epoch."""
@@ -202,11 +220,42 @@ class Plan:
 
 def read_window(folder: Folder, manifest: Manifest, window: Window) -> np.ndarray:
     """The rows of a window in their order, [N, L]; DataError naming file and row if one is bad."""
-    rows_NL = np.concatenate(
-        [read_group(folder, manifest, name, group)[a:b] for name, group, a, b in window.slices]
-    )
+    return _in_order(window, [_rows(folder, manifest, piece) for piece in window.slices])
+
+
+def _rows(folder: Folder, manifest: Manifest, piece: Slice) -> np.ndarray:
+    return read_group(folder, manifest, piece.name, piece.group)[piece.start : piece.stop]
+
+
+def _in_order(window: Window, pieces: Sequence[np.ndarray]) -> np.ndarray:
+    rows_NL = np.concatenate(pieces)
     order_N = _permutation(len(rows_NL), window.seed, window.epoch, 1 + window.index)
     return rows_NL[order_N[window.skip :]]
+
+
+def _read_around(folder: Folder, manifest: Manifest, window: Window) -> tuple[np.ndarray, int]:
+    """What `read_window` gives, with the window's sound rows, in turn, in the place of those that
+    cannot be read, and how many those are; DataError where none is sound."""
+    sound: dict[Slice, np.ndarray] = {}
+    problem = None
+    for piece in window.slices:
+        try:
+            sound[piece] = _rows(folder, manifest, piece)
+        except DataError as error:
+            problem = error
+            log.warning("%d rows skipped: %s", piece.stop - piece.start, error)
+    if problem is None:
+        return _in_order(window, list(sound.values())), 0
+    if not sound:
+        raise problem
+    spare_NL = np.concatenate(list(sound.values()))
+    missing = {
+        piece: np.resize(spare_NL, (piece.stop - piece.start, manifest.length))
+        for piece in window.slices
+        if piece not in sound
+    }
+    pieces = [{**sound, **missing}[piece] for piece in window.slices]
+    return _in_order(window, pieces), sum(map(len, missing.values()))
 
 
 def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict[int, np.ndarray]]:
@@ -214,10 +263,7 @@ def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict
     return _microbatches(
         plan,
         lanes,
-        (
-            (lane, read_window(plan.folder, plan.manifest, window))
-            for lane, window in plan.windows(lanes, start_step)
-        ),
+        ((lane, plan.read(window)) for lane, window in plan.windows(lanes, start_step)),
     )
 
 
@@ -320,17 +366,15 @@ def _through_ray(plan: Plan, horizon: list[tuple[int, Window]]) -> Iterator[tupl
         rows_NL = block["tokens"].combine_chunks().flatten().to_numpy()
         rows_NL = rows_NL.reshape(-1, manifest.length)
         for nth in np.unique(nth_N):
-            yield from _again(folder, manifest, horizon[due:nth])
+            yield from _again(plan, horizon[due:nth])
             yield horizon[nth][0], rows_NL[nth_N == nth]
             due = nth + 1
-    yield from _again(folder, manifest, horizon[due:])
+    yield from _again(plan, horizon[due:])
 
 
-def _again(
-    folder: Folder, manifest: Manifest, missed: Sequence[tuple[int, Window]]
-) -> Iterator[tuple[int, np.ndarray]]:
+def _again(plan: Plan, missed: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, np.ndarray]]:
     for lane, window in missed:
-        yield lane, read_window(folder, manifest, window)
+        yield lane, plan.read(window)
 
 
 def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:

@@ -1,14 +1,18 @@
-"""What every fault of this folder costs, as a table at the end of the session."""
+"""A cluster to break, and what every fault of this folder costs, as a table at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.faults import processes
+from tests.faults.nodes import Nodes
 from tests.pipelines import tiny
 
 
@@ -53,9 +57,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+def nodes() -> Iterator[Nodes]:
+    """A head that trains nothing, and two nodes with room for one worker each."""
+    # Workers unpickle functions of this repository by name, so they must find it.
+    os.environ["PYTHONPATH"] = str(ROOT)
+    found = Nodes()
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finetune(nodes: Nodes, data: Path) -> processes.Begin:
+    """`finetune(root, *argv)`: the verb in a process of its own, two workers on two nodes."""
+    return partial(processes.finetune, nodes.address, data)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, finetune: processes.Begin) -> Path:
     """The run that nothing happens to."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    with processes.finetune(data, root) as run:
+    with finetune(tmp_path_factory.mktemp("undisturbed")) as run:
         assert run.wait() == 0, run.said
     return run.folder

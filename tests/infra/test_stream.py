@@ -287,6 +287,39 @@ def test_a_corrupt_file_mid_epoch(folder: Folder, manifest: Manifest, tmp_path: 
         take(read(spoilt, range(4)), 30)
 
 
+def test_a_corrupt_file_that_is_skipped(folder: Folder, manifest: Manifest, tmp_path: Path) -> None:
+    """Its rows, and no others, are replaced, by sound rows of the same window; the rest stays."""
+    config = replace(CONFIG, window_groups=6)
+    spoilt = replace(
+        corrupted(folder, manifest, tmp_path), config=replace(config, corrupt="skip"), skipped={}
+    )
+    steps = 40  # two epochs and more
+    healthy = take(read(Plan.of(folder, manifest, "train", config), range(4)), steps)
+    corrupt = range(2 * 64, 3 * 64)  # the rows of the file
+    replaced = 0
+    for ours, theirs in zip(take(read(spoilt, range(4)), steps), healthy, strict=True):
+        for lane in range(4):
+            bad_R = np.isin(theirs[lane][:, 0], corrupt)
+            np.testing.assert_array_equal(ours[lane][~bad_R], theirs[lane][~bad_R])
+            assert not np.isin(ours[lane][:, 0], corrupt).any()
+            replaced += bad_R.sum()
+    assert 0 < replaced <= sum(spoilt.skipped.values()) <= replaced + len(corrupt)
+    assert sum(n for (epoch, _), n in spoilt.skipped.items() if epoch == 0) == len(corrupt)
+    again = take(read(spoilt, range(4), 17), 5)
+    assert same(again, take(read(spoilt, range(4)), 22)[17:])
+
+
+def test_a_window_with_nothing_sound_in_it(
+    folder: Folder, manifest: Manifest, tmp_path: Path
+) -> None:
+    spoilt = corrupted(folder, manifest, tmp_path)
+    spoilt = replace(spoilt, config=replace(CONFIG, corrupt="skip"), skipped={})
+    for file in manifest.files("train"):
+        spoilt.folder.write_bytes(file.name, b"PAR1 torn")
+    with pytest.raises(DataError, match="not readable"):
+        take(read(spoilt, range(4)), 1)
+
+
 def test_planning_checks_the_files(folder: Folder, manifest: Manifest, tmp_path: Path) -> None:
     spoilt = corrupted(folder, manifest, tmp_path)
     with pytest.raises(DataError, match=r"part-00002\.parquet: 9 bytes where"):
@@ -337,3 +370,10 @@ def test_ray_raises_the_error_itself(folder: Folder, manifest: Manifest, tmp_pat
     assert type(caught.value) is DataError
     assert len(seen) < 30
     assert same(seen, take(good, len(seen)))
+
+    config = replace(CONFIG, window_groups=6, corrupt="skip")
+    skipping = replace(spoilt, config=config, skipped={})
+    around = ray_batches(skipping, range(4))
+    assert same(take(around, 25), take(read(skipping, range(4)), 25))
+    assert sum(skipping.skipped.values()) > 0
+    around.close()

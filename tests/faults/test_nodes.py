@@ -1,0 +1,60 @@
+"""Nodes that are lost, and come back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tests.faults import processes
+from tests.faults.conftest import Report
+from tests.faults.nodes import Nodes, workers
+from tests.faults.processes import EVERY, Begin
+
+
+def test_a_node_with_another_to_take_its_place(
+    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
+) -> None:
+    with finetune(tmp_path) as run:
+        run.until(lambda: run.step >= EVERY + 5)
+        nodes.add()
+        when, step, kept = time.time(), run.step, max(run.checkpoints)
+        nodes.lose(workers()[-1])
+        report(
+            "a node dies, another has room", injected="SIGKILL of all its processes",
+            lost=f"{step - kept} steps, redone", recovered_s=run.recovered(step, when),
+        )  # fmt: skip
+        assert run.wait() == 0, run.said
+    processes.assert_equal(run.folder, undisturbed)
+
+
+def test_a_node_that_comes_back(
+    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
+) -> None:
+    """Two workers, one, two again: the same data and noise all along, so the same weights."""
+    settings = [
+        "workers.count=[1, 2]", "workers.resize_s=10", "train.checkpoint.every=5",
+        "train.validate_every=1",  # which takes its time, so that there is some for nodes to go
+    ]  # fmt: skip
+    with finetune(tmp_path, *settings) as run:
+        run.until(lambda: run.step >= EVERY)
+        assert len(workers()) == 2
+        when, step, kept = time.time(), run.step, max(run.checkpoints)
+        nodes.lose(workers()[-1])
+        alone_s = run.recovered(step + 1, when)
+        assert len(workers()) == 1
+        nodes.add()
+        back, before = time.time(), set(workers())
+        run.until(lambda: len(workers()) == 2 and not before & set(workers()))
+        step = run.step
+        together_s = run.recovered(step + 1, time.time()) + time.time() - back
+        assert run.wait() == 0, run.said
+    report(
+        "a node dies, none has room: [1, 2] workers go on as one",
+        injected="SIGKILL of all its processes",
+        lost=f"{step - kept} steps, redone", recovered_s=alone_s,
+    )  # fmt: skip
+    report(
+        "the node comes back: one worker becomes two", injected="a node joins",
+        lost="the steps since the last checkpoint, redone", recovered_s=together_s,
+    )  # fmt: skip
+    processes.assert_close(run.folder, undisturbed)
