@@ -9,6 +9,7 @@ thread that nobody answers) is ended with its process.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -67,20 +68,24 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        beats = 0
-        while not self._closed.wait(BEAT_S):
-            beats += 1
-            word = Word(beats, self._finished, self._doing)
-            with suppress(RuntimeError):  # the store is gone, with the process that keeps it
-                self._store.set(_key(self._rank), json.dumps(word))
+        self._tell(0)
+        for beat in itertools.count(1):
+            if self._closed.wait(BEAT_S):
+                return
+            self._tell(beat)
             if time.monotonic() - self._since > self._timeout_s:
                 self.report = self._ask()
                 log.critical("%s", self.report)
                 break
-        if self.report and not self._closed.wait(4 * MARGIN_S):
+        if not self._closed.wait(4 * MARGIN_S):
             for handler in logging.getLogger().handlers:
                 handler.flush()
             os._exit(InfraError.exit_code)
+
+    def _tell(self, beat: int) -> None:
+        word = Word(beat, self._finished, self._doing)
+        with suppress(RuntimeError):  # the store is gone, with the process that keeps it
+            self._store.set(_key(self._rank), json.dumps(word))
 
     def _ask(self) -> str:
         """Which rank last finished which step, and what it is at."""
@@ -89,7 +94,7 @@ class Watch:
         after = [self._hear(rank) for rank in range(self._size)]
         said: dict[str, list[int]] = {}
         for rank, words in enumerate(zip(before, after, strict=True)):
-            said.setdefault(_tell(*words), []).append(rank)
+            said.setdefault(_state(*words), []).append(rank)
         ranks = [
             f"{'ranks' if len(who) > 1 else 'rank'} {', '.join(map(str, who))} {what}"
             for what, who in said.items()
@@ -100,7 +105,8 @@ class Watch:
         if rank == self._rank:
             return Word(-1, self._finished, self._doing)
         try:
-            return Word(*json.loads(self._store.get(_key(rank))))
+            there = self._store.check([_key(rank)])
+            return Word(*json.loads(self._store.get(_key(rank)))) if there else None
         except RuntimeError:
             return None
 
@@ -116,6 +122,7 @@ def watched(timeout_s: float, finished: int) -> Iterator[Watch]:
     try:
         yield watch
     except Exception as error:
+        watch.close()  # where the error is that of a timeout, the rank is just now asking around
         if watch.report is None:
             raise
         fix = "Look at that process and its machine; the same command resumes"
@@ -124,7 +131,7 @@ def watched(timeout_s: float, finished: int) -> Iterator[Watch]:
         watch.close()
 
 
-def _tell(before: Word | None, after: Word | None) -> str:
+def _state(before: Word | None, after: Word | None) -> str:
     if after is None:
         return "does not answer"
     silent = before is not None and before.beats == after.beats >= 0

@@ -3,7 +3,8 @@
     python -m tests.pipelines.tiny pretrain name=tiny data=… root=…
 
 runs a verb as its own command line would, but in one process, without Ray and without MLflow.
-`--interrupt-at N` sends it a Ctrl-C in step N.
+`--interrupt-at N` sends it a Ctrl-C in step N, `--terminate-at N` a SIGTERM, whose notice is heard
+before the next step is made.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +24,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from infra import config, journal, stream
+from infra import config, journal, notices, stream
 from infra.storage import Folder
 from infra.stream import Plan
 from pipelines import finetune, launch, prepare, pretrain
@@ -143,6 +145,21 @@ def interrupted_at(step: int) -> Any:
     return read
 
 
+def terminated_at(step: int) -> Any:
+    """`stream.read`, but the process gets a SIGTERM when it asks for the rows of a step, and time
+    to hear of it when it asks for those of the next."""
+
+    def read(plan: Plan, lanes: tuple[int, ...], done: int) -> Iterator[Mapping[int, np.ndarray]]:
+        for number, batch in enumerate(stream.read(plan, lanes, done), done + 1):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if number == step + 1:
+                time.sleep(5 * notices.ASK_S)
+            yield batch
+
+    return read
+
+
 def curve(run: Path | str) -> list[dict[str, float]]:
     """The journal, without what measures time."""
     return [
@@ -154,8 +171,13 @@ def curve(run: Path | str) -> list[dict[str, float]]:
 if __name__ == "__main__":
     # A shell that runs its tests in the background has them, and this process, ignore interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    at = int(sys.argv.pop(2)) if sys.argv[1] == "--interrupt-at" else 0
-    verb, *argv = sys.argv[2 if at else 1 :]
+    batches = stream.read
+    if signalled := {"--interrupt-at": interrupted_at, "--terminate-at": terminated_at}.get(
+        sys.argv[1]
+    ):
+        batches = signalled(int(sys.argv[2]))
+        del sys.argv[1:3]
+    verb, *argv = sys.argv[1:]
     sys.argv = [verb, *SETTINGS[verb], *argv]
-    with bare(interrupted_at(at)):
+    with bare(batches):
         sys.exit(VERBS[verb].main())

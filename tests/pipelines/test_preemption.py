@@ -1,0 +1,120 @@
+"""SIGTERM with notice: one last checkpoint, a clean end, and nothing repeated afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from infra import journal, parallel, ranklog
+from infra.checkpoints import committed, consolidate
+from infra.errors import InfraError
+from infra.notices import Notice, Notices
+from infra.storage import Folder
+from infra.termination import Terminated, noticed
+from tests.infra.workers import in_workers
+from tests.pipelines import tiny
+
+NOTICED_IN = 5
+
+
+def arguments(data: Path, root: Path) -> list[str]:
+    # Far apart, so that only the notice makes a checkpoint; steps enough to be caught among them.
+    return [f"data={data}", f"root={root}", "name=run", "train.checkpoint.every=1000"]
+
+
+@pytest.fixture(scope="module")
+def terminated(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run that got SIGTERM in a step, and went on until it had heard of it."""
+    root = tmp_path_factory.mktemp("terminated")
+    command = [sys.executable, "-m", "tests.pipelines.tiny", "--terminate-at", str(NOTICED_IN)]
+    process = subprocess.run(
+        [*command, "pretrain", *arguments(data, root)], capture_output=True, text=True, timeout=500
+    )
+    assert process.returncode == 143, process.stderr
+    assert process.stdout == ""
+    assert "ended by SIGTERM; run the same command again to resume" in process.stderr
+    return root / "run"
+
+
+def test_a_notice_makes_one_last_checkpoint(terminated: Path) -> None:
+    (step,) = committed(str(terminated / "checkpoints"))
+    assert NOTICED_IN <= step < 12
+    assert [row["step"] for row in tiny.curve(terminated)] == list(range(1, step + 1))
+    assert json.loads((terminated / "run.json").read_text())["status"] == "KILLED"
+    assert not (terminated / "result.json").exists()
+    assert sorted(os.listdir(terminated.parent)) == ["run"]  # the next one may come in
+    kept = (terminated / "logs" / "rank_00000.log").read_text()
+    assert "rank 0 of 1 begins: process" in kept
+
+
+def test_the_same_command_goes_on_with_the_next_step(
+    terminated: Path, data: Path, finished: Path
+) -> None:
+    (step,) = committed(str(terminated / "checkpoints"))
+    before = journal.read(str(terminated))
+    tiny.execute("pretrain", *arguments(data, terminated.parent))
+    after = journal.read(str(terminated))
+    assert after[:step] == before  # to the millisecond: no step was made again
+    assert tiny.curve(terminated) == tiny.curve(finished)
+    whole = consolidate(str(finished / "checkpoints"), 12, "")
+    resumed = consolidate(str(terminated / "checkpoints"), 12, "")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    goodput = [row["speed/goodput_percent"] for row in after]
+    assert all(0 < percent <= 100 for percent in goodput)
+    kept = (terminated / "logs" / "rank_00000.log").read_text()
+    assert kept.count("begins: process") == 2
+
+
+def agreed(mine: list[int]) -> int:
+    return parallel.highest(mine[dist.get_rank()])
+
+
+def test_the_ranks_agree_on_what_the_highest_has_heard() -> None:
+    assert in_workers(2, agreed, [Notice.NONE, Notice.END]) == [Notice.END, Notice.END]
+
+
+def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> None:
+    answers = {"ending": False, "going": True}
+    notices = Notices(lambda: answers["ending"], lambda: answers["going"])
+    seen = []
+    with notices.listening():
+        while notices.latest is Notice.NONE:
+            pass
+        seen.append(notices.latest)
+        answers["ending"] = True
+        while notices.latest is not Notice.END:
+            pass
+    assert seen == [Notice.SAVE]
+
+
+def test_the_first_sigterm_is_a_notice_the_second_an_end() -> None:
+    heard: list[int] = []
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated), noticed(lambda: heard.append(1)):
+        twice()
+    assert heard == [1]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_log_is_kept_in_any_store_and_appended_to() -> None:
+    run = Folder.at("memory://kept/run")
+    for why in ("one", "two"):
+        with pytest.raises(InfraError), ranklog.kept(run):
+            raise InfraError(why, "breaks")
+    kept = (run / "logs").read_bytes("rank_00000.log").decode()
+    assert kept.count("rank 0 of 1 begins") == 2
+    assert kept.index("InfraError: one: breaks") < kept.index("InfraError: two: breaks")
+    assert "Traceback" in kept
+    run.remove()
