@@ -101,6 +101,21 @@ def hybrid_splits(texts: Rows, published: PublishedTable | None = None) -> Table
     )
 
 
+def ece(calibration: Rows) -> Table:
+    """A line for each model, a column for each SNR (004 figure 4)."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in calibration:
+        line = lines.setdefault(row["model"], {"model": row["model"]})
+        line[row["state"]] = row["ece"]
+    states = dict.fromkeys(row["state"] for row in calibration)
+    return Table(
+        title="Expected calibration error by SNR",
+        note="Of the likeliest token at every position, under teacher forcing.",
+        columns=(MODEL, *(Column(state, state, ".4f") for state in states)),
+        rows=list(lines.values()),
+    )
+
+
 def bits(likelihood: Rows, published: PublishedTable | None = None) -> Table | None:
     """Bits per character and perplexity (003 table 1); what is no bound and not exact is left
     out."""

@@ -47,6 +47,7 @@ def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
         "likelihood": likelihood,
         "states": states,
         "calibration": calibration,
+        "ece": layouts.ece(calibration.rows),
         "converter": converter,
         "diagnostics": _diagnostics(tables.subjects),
         "time": time,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from types import MappingProxyType
 
 from pipelines.report.drawing import (
@@ -120,23 +122,26 @@ def quality(
     """A figure of merit against calls, with standard errors: a curve for each model and path, and
     for a hybrid path (rows with a `split`) one for each number of continuous calls.
 
-    A panel for each model where one for all would be crowded. `anchors` are lines across. Without
-    `bounds` an axis of values that span much is logarithmic.
+    Where one panel would be crowded there is one for each model, or for each path if those are
+    fewer: many models are compared path by path. `anchors` are lines across. Without `bounds` an
+    axis of values that span much is logarithmic.
     """
     rows = measured(rows, "calls", key)
     if not rows:
         return None
-    curves = groups(rows, lambda row: f"{row['model']} {_way(row)}")
-    parted = len(curves) > CURVES
-    of_model = groups(rows, lambda row: row["model"]) if parted else {"": rows}
-    name = _way if parted else lambda row: f"{row['model']} {_way(row)}"
+    keys = ("model", "path")
+    parts: Mapping[str, Rows] = {"": rows}
+    if len(groups(rows, partial(_name, keys=keys))) > CURVES:
+        by = {key: groups(rows, itemgetter(key)) for key in keys}
+        parting = min(keys, key=lambda key: len(by[key]))
+        parts, keys = by[parting], tuple(key for key in keys if key != parting)
+    name = partial(_name, keys=keys)
     lines = styles(map(name, rows))
     lengths = map(len, [*lines, *anchors])
-    made = panels(
-        list(of_model), width=3.4 if parted else 5.5, columns=3, beside=0.5 + 0.075 * max(lengths)
-    )
+    width = 3.4 if len(parts) > 1 else 5.5
+    made = panels(list(parts), width=width, columns=3, beside=0.5 + 0.075 * max(lengths))
     anchors = {key: value for key, value in anchors.items() if math.isfinite(number(value))}
-    for axes, part in zip(made.axes, of_model.values(), strict=True):
+    for axes, part in zip(made.axes, parts.values(), strict=True):
         for curve_name, of_curve in groups(part, name).items():
             curve(axes, of_curve, "calls", key, label=curve_name, **lines[curve_name])
         for (anchor, value), dashes in zip(anchors.items(), itertools.cycle((":", "-.", "--"))):
@@ -247,6 +252,8 @@ def nll(rows: Rows) -> bytes | None:
     return made.png()
 
 
-def _way(row: Row) -> str:
-    """A path; a hybrid one with its continuous calls, since walks of one sum may differ."""
-    return f"{row['path']} {row['split'][0]} + …" if row.get("split") else str(row["path"])
+def _name(row: Row, keys: Sequence[str]) -> str:
+    """A curve by what tells it apart; a hybrid's by its continuous calls, too, since walks of one
+    sum may differ."""
+    names = [row[key] for key in keys]
+    return " ".join([*names, *([f"{row['split'][0]} + …"] if row.get("split") else [])])

@@ -132,3 +132,18 @@ def test_no_published_value_is_a_number_that_could_be_counted_in() -> None:
         for row in table.rows:
             values = {key: value for key, value in row.items() if key != "split"}
             assert all(isinstance(leaf, str) for leaf in leaves(values))
+
+
+def test_calibration_has_a_line_for_each_model_and_a_column_for_each_snr() -> None:
+    rows = [
+        {"model": model, "state": f"SNR {snr}", "ece": 0.01 * snr + bias}
+        for model, bias in (("atomic", 0.1), ("smoothed", 0.0))
+        for snr in (1, 100)
+    ]
+    table = layouts.ece(rows)
+    assert table.cells() == [
+        ["Model", "SNR 1", "SNR 100"],
+        ["atomic", "0.1100", "1.1000"],
+        ["smoothed", "0.0100", "1.0000"],
+    ]
+    assert layouts.ece([]).rows == []

@@ -169,6 +169,14 @@ def test_few_curves_share_a_panel_and_many_are_parted_by_model(drawn: list[Figur
     assert len({(line.get_color(), line.get_marker()) for line in looks}) == 1
 
 
+def test_more_models_than_paths_are_compared_path_by_path(drawn: list[Figure]) -> None:
+    plots.quality(rows.texts(models=6, paths=1), "mauve", label="MAUVE")
+    path, hybrid = panels(drawn[0])
+    assert (path.get_title(), hybrid.get_title()) == ("path 0", "hybrid")
+    assert set(lines(path)) == {f"model {m}" for m in range(6)}
+    assert len(lines(hybrid)) == 12
+
+
 @pytest.mark.parametrize(("models", "paths"), [(1, 5), (3, 24)])
 def test_the_legend_covers_nothing_and_names_every_curve_once(
     drawn: list[Figure], models: int, paths: int
