@@ -57,7 +57,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with (world / "runs/made/metrics.jsonl").open("w") as journal:
         journal.writelines(
-            json.dumps({"step": s, "time": 1.0, "loss": 3 / s, "validation/loss": 3 / s}) + "\n"
+            json.dumps(
+                {"step": s, "time": 1.0, "loss": 3 / s, "validation/loss": 3 / s}
+                | {"converter/beta": 1 / s}
+            )
+            + "\n"
             for s in (1, 2, 3)
         )
     handle = tracking.finish(handle)

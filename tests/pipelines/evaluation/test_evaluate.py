@@ -63,6 +63,15 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     bits = math.log2(28) * rows_NL.size / text
     assert flat["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
+    # DSL models stand side by side at every SNR, from none on.
+    converter = {(row["model"], row["state"]): row for row in tables["converter"]}
+    assert list(converter) == [
+        (model, state) for model in ("flat", "dsl") for state in ("SNR 0", "SNR 1", "SNR 4")
+    ]
+    nothing = converter["flat", "SNR 0"]
+    assert nothing["token_weight"] == pytest.approx((1 - nothing["mask_weight"]) / 28, rel=1e-4)
+    assert 0 < nothing["converter_entropy"] < math.log(29)
+
     # Every pair of a model and a path has its row, walked or with a reason.
     texts = {(row["model"], row.get("path"), row.get("budget")): row for row in tables["samples"]}
     # (one row for all the paths of one reason)
@@ -110,7 +119,8 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     assert logged.data.metrics == pytest.approx(made["metrics"])
     assert logged.data.tags["model.dsl.version"] == "models:/tiny/1"
     shown = {file.path for file in client.list_artifacts(made["run_id"], "report")}
-    assert {f"report/{name}.png" for name in ("loss", "words_by_calls", "snr", "schedule")} <= shown
+    drawn_plots = ("loss", "course", "words_by_calls", "snr", "converter", "schedule")
+    assert {f"report/{name}.png" for name in drawn_plots} <= shown
     assert "report/report.html" in shown
 
     # The page holds the words of the models and no address.
