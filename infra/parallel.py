@@ -190,12 +190,17 @@ def full(tensor: Tensor) -> Tensor:
 
 def mean_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """The mean over ranks of each scalar, in float64; every rank passes the same keys."""
+    size = world()[1]
+    return {key: value / size for key, value in sum_over_ranks(values).items()}
+
+
+def sum_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """The sum over ranks of each scalar, in float64; every rank passes the same keys."""
     keys = sorted(values)
     packed = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)
-    if dist.is_initialized():
+    if dist.is_initialized() and keys:
         packed = packed.to(device())
         dist.all_reduce(packed)
-        packed /= dist.get_world_size()
     return dict(zip(keys, packed.tolist(), strict=True))
 
 

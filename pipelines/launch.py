@@ -205,9 +205,17 @@ def run_on_this_process(
             checkpoints=checkpoints,
             open_log=open_log,
             report=report,
+            counts=partial(_counts, order),
             notices=notices,
             began=job.began,
         )
+
+
+def _counts(order: Plan) -> dict[str, float]:
+    """What this worker has met on its way, where a run is to go on all the same."""
+    if order.config.corrupt == "stop":
+        return {}
+    return {"data/skipped_rows": sum(order.skipped.values())}
 
 
 @contextmanager

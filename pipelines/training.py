@@ -205,6 +205,7 @@ def train(
     checkpoints: Checkpoints,
     open_log: Callable[[int | None], Log],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    counts: Callable[[], Mapping[str, float]] = dict,
     notices: Notices | None = None,
     began: float | None = None,
 ) -> None:
@@ -217,6 +218,7 @@ def train(
         bounds: of their likelihood, by name.
         open_log: called with the step that training resumes from (None: from the start).
         report: hears of each validation, on every worker at the same steps; the log has by then.
+        counts: what this worker has counted; the sums over all workers are logged.
         notices: what makes for a checkpoint ahead of its time, or for an end after it.
         began: when the run was first started, seconds since the epoch; None: now.
 
@@ -254,7 +256,8 @@ def train(
                     watch.doing(f"in the validation after step {step}")
                     metrics |= learner.validate(held_out, bounds) | _table_metrics(learner)
                 if validated or step % config.log_every == 0:
-                    log.log(step, metrics | progress.metrics(checkpoints.last))
+                    counted = parallel.sum_over_ranks(counts())
+                    log.log(step, metrics | counted | progress.metrics(checkpoints.last))
                 if validated:
                     log.sync()
                     report(metrics | {"step": step})

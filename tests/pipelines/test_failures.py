@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,3 +200,22 @@ def test_a_disk_that_is_full_while_preparing(
     assert (code, "the disk is full. Free some space" in said) == (4, True), said
     assert not (tmp_path / MANIFEST).exists()
     assert main("prepare", *argv).code == 0
+
+
+def test_a_corrupt_shard_that_is_skipped(
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
+) -> None:
+    """With a sound one to fill in, the run goes on and counts the rows; else it stops, and says
+    which file and where."""
+    copy = shutil.copytree(data, tmp_path / "shards")
+    (shard,) = (copy / "train").glob("part-*")
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 255  # in the first row group; sizes and footer stay
+    shard.write_bytes(content)
+    argv = [f"data={copy}", f"root={tmp_path}", "train.steps=150", "train.checkpoint.every=50"]
+    code, said = main("pretrain", *argv, "name=stop")
+    assert (code, f"{shard.name} row group 0: not readable" in said) == (3, True), said
+    assert main("pretrain", *argv, "name=skip", "train.stream.corrupt=skip").code == 0
+    skipped = [row["data/skipped_rows"] for row in curve(tmp_path / "skip")]
+    assert skipped[-1] > 0
+    assert skipped == sorted(skipped)
