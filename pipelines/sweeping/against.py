@@ -15,9 +15,9 @@ from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.space import label
 
 INTERVAL = (
-    Column("difference", "Difference", "+.4f"),
-    Column("low", "From", "+.4f"),
-    Column("high", "To", "+.4f"),
+    Column("difference", "Difference", ".4f"),
+    Column("low", "From", ".4f"),
+    Column("high", "To", ".4f"),
 )
 AGAINST = (
     Column("knob", "Knob"),
@@ -30,13 +30,13 @@ RECOMMENDED = (
     Column("knob", "Knob"),
     Column("base", "Base"),
     Column("recommended", "Recommended"),
-    Column("says", "Which"),
+    Column("says", "Verdict"),
     Column("value", "Nearest other value"),
     *INTERVAL,
 )
 SEVERAL = "several at once"
 CONFIRMS, DIFFERS = "confirms the base", "differs from the base"
-OPEN = "keeps the base: some other value is no worse"
+OPEN = "keeps the base: no difference seen"
 WORDS, NAME = 60, 30  # characters of a value in a table, in a plot
 
 

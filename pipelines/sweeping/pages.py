@@ -11,7 +11,7 @@ from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, pl
 from pipelines.report.drawing import curve, panels, styles, widen
 from pipelines.sweeping import against
 from pipelines.sweeping.against import short
-from pipelines.sweeping.arms import Arm, difference
+from pipelines.sweeping.arms import LEVEL, Arm, difference
 from pipelines.sweeping.importance import at, effects, importance
 from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import SweepConfig
@@ -48,8 +48,8 @@ WALKS = (
 )
 ENTROPY = Column("entropy", "Entropy of a text, nats", ".3f")
 MEANING = (
-    "Nats per token of the same validation rows with the same noise: the mean of two upper bounds "
-    "on -log P, one at masked and revealed tokens, one along finite SNR."
+    "Nats per token of validation rows, the same ones for the same seed, with the same noise: the "
+    "mean of two upper bounds on -log P, one at masked and revealed tokens, one along finite SNR."
 )
 
 
@@ -84,7 +84,8 @@ def _next(arms: Sequence[Arm]) -> str:
     """How far the best of the others is."""
     if len(arms) == 1 or not (found := difference(arms[1], arms[0])).pairs:
         return ""
-    sure = "" if math.isnan(found.low) else f" ({found.low:+.4f} to {found.high:+.4f} by chance)"
+    interval = f" ({LEVEL:.0%} interval {found.low:+.4f} to {found.high:+.4f})"
+    sure = "" if math.isnan(found.low) else interval
     return f"; next: {arms[1].trial.name}, {found.mean:+.4f}{sure}"
 
 
