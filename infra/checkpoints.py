@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from infra import dcp
 from infra.errors import DataError, InfraError, Problem
-from infra.storage import Folder
+from infra.storage import Folder, scrub
 
 COMMIT = "commit.json"
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write
@@ -70,15 +70,19 @@ class Checkpoints:
         milestone_every: int | None = None,
         max_failures: int = 3,
         asynchronous: bool = True,
+        permit: Callable[[], None] = lambda: None,
     ) -> None:
         """keep: how many of the latest stay, besides the multiples of `milestone_every` steps.
 
         max_failures: that many failed checkpoints in a row end the run with an InfraError; fewer
         are warnings. asynchronous: write while training goes on, one checkpoint at a time.
+        permit: raises where a checkpoint may not be committed after all, as by a process that
+        stood still while another has taken its place.
         """
         self.folder = Folder.at(folder)
         self.keep, self.milestone_every = keep, milestone_every
         self.max_failures, self.asynchronous = max_failures, asynchronous
+        self.permit = permit
         self._writing: tuple[int, threading.Thread] | None = None
         self._failure: str | None = None  # of the write in flight; set by its thread
         self._failures = 0
@@ -164,6 +168,7 @@ class Checkpoints:
         folder = _at(self.folder, step)
         commit = Commit(step=step, meta=meta, files=staged.sizes, tensors=staged.entries)
         _must_be_whole(folder, commit)
+        self.permit()
         folder.write_bytes(COMMIT, json.dumps(asdict(commit)).encode())
         try:
             self._clean(step, commit)
@@ -342,7 +347,7 @@ def _attempt(action: Callable[[], None]) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, Problem) else scrub(f"{type(error).__name__}: {error}")
 
 
 def _first(failures: list[str | None]) -> str | None:

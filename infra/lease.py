@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -62,7 +63,7 @@ class Lease:
         A store that does not answer says nothing, and what it refuses is not written anyway.
         """
         try:
-            names = self.folder.names()
+            names = _names(self.folder)
             latest = _read(self.folder, names[-1]) if names else {}
         except InfraError:
             return
@@ -147,14 +148,14 @@ def held(run: Folder) -> Iterator[Held]:
 def _take(run: Folder) -> Held:
     folder, job = _folder(run), cluster.job_id()
     while True:
-        names = folder.names()
+        names = _names(folder)
         if names and not _abandoned(run, names[-1]):
             raise InfraError(
                 run.url,
                 f"is being written by {_describe(_read(folder, names[-1]))}",
                 "Wait for it, stop it, or choose another name",
             )
-        number = int(names[-1].partition(".")[0]) + 1 if names else 1
+        number = int(names[-1].removesuffix(".json")) + 1 if names else 1
         lease = Lease(run=run, number=number, holder=uuid.uuid4().hex)
         content = {
             "holder": lease.holder,
@@ -178,7 +179,7 @@ def _abandoned(run: Folder, name: str) -> bool:
     folder = _folder(run)
     before = _read(folder, name)
     if before.get("machine") and before["machine"] == _machine():
-        return _started(before["pid"]) != before["started"]
+        return _started(before.get("pid")) != before.get("started")
     log.warning(
         "%s is held by %s; looking for %.0f s whether that lives", run.url, _describe(before),
         PATIENCE_S,
@@ -220,12 +221,18 @@ def _folder(run: Folder) -> Folder:
     return Folder(run.filesystem, f"{parent}/.{name}.lease")
 
 
+def _names(folder: Folder) -> list[str]:
+    """The leases that there are, the one that counts at the end."""
+    return [name for name in folder.names() if re.fullmatch(r"\d{6,}\.json", name)]
+
+
 def _read(folder: Folder, name: str) -> dict[str, Any]:
-    """What a lease says; nothing where it is gone, or where it is being made just now."""
+    """What a lease says; nothing where it is gone, no lease, or being made just now."""
     try:
-        return dict(json.loads(folder.read_bytes(name)))
+        content = json.loads(folder.read_bytes(name))
     except (DataError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _encode(content: dict[str, Any]) -> bytes:
@@ -235,8 +242,8 @@ def _encode(content: dict[str, Any]) -> bytes:
 def _describe(content: dict[str, Any]) -> str:
     if not content:
         return "another process"
-    job = f", Ray job {content['job']}" if content["job"] else ""
-    return f"process {content['pid']} on {content['host']}{job}, since {content['since']}"
+    pid, host, since, job = (content.get(key) for key in ("pid", "host", "since", "job"))
+    return f"process {pid} on {host}{f', Ray job {job}' if job else ''}, since {since}"
 
 
 def _machine() -> str | None:
@@ -249,7 +256,7 @@ def _machine() -> str | None:
         return None
 
 
-def _started(pid: int) -> str | None:
+def _started(pid: object) -> str | None:
     """When a process of this machine was started, in its own unit; None if it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

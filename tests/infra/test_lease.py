@@ -20,6 +20,7 @@ from infra import lease
 from infra.errors import InfraError
 from infra.lease import held
 from infra.storage import Folder
+from tests.infra.faulty import BUCKET, FaultyStore
 
 HOLD = """
 import sys, time
@@ -31,9 +32,17 @@ with held(Folder.at(sys.argv[1])):
 """
 
 
-@pytest.fixture(params=["disk", "memory"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
-    folder = Folder.at(str(tmp_path) if request.param == "disk" else "memory://leases")
+@pytest.fixture(scope="module")
+def _bucket() -> Iterator[None]:
+    """Of a store that heeds no conditions: every write succeeds, and the last one wins."""
+    with FaultyStore():
+        yield
+
+
+@pytest.fixture(params=["disk", "memory", "bucket"])
+def run(request: pytest.FixtureRequest, _bucket: None, tmp_path: Path) -> Iterator[Folder]:
+    roots = {"disk": str(tmp_path), "memory": "memory://leases", "bucket": f"s3://{BUCKET}/leases"}
+    folder = Folder.at(roots[request.param])
     yield folder / "run"
     folder.remove()
 

@@ -3,8 +3,8 @@
     python -m tests.pipelines.tiny pretrain name=tiny data=… root=…
 
 runs a verb as its own command line would, but in one process, without Ray and without MLflow.
-`--interrupt-at N` sends it a Ctrl-C in step N, `--terminate-at N` a SIGTERM, whose notice is heard
-before the next step is made.
+`--interrupt-at N` sends it a Ctrl-C in step N, `--terminate-at N` a SIGTERM and `--kill-at N` a
+SIGKILL.
 """
 
 from __future__ import annotations
@@ -133,31 +133,30 @@ def bare(batches: Any = stream.read) -> Iterator[None]:
         yield
 
 
-def interrupted_at(step: int) -> Any:
-    """`stream.read`, but the process gets a Ctrl-C when it asks for the rows of a step."""
+def signalled_at(step: int, number: signal.Signals) -> Any:
+    """`stream.read`, but the process gets a signal when it asks for the rows of a step, and time
+    to hear of what follows from it before it is given those of the next."""
 
     def read(plan: Plan, lanes: tuple[int, ...], done: int) -> Iterator[Mapping[int, np.ndarray]]:
-        for number, batch in enumerate(stream.read(plan, lanes, done), done + 1):
-            if number == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield batch
-
-    return read
-
-
-def terminated_at(step: int) -> Any:
-    """`stream.read`, but the process gets a SIGTERM when it asks for the rows of a step, and time
-    to hear of it when it asks for those of the next."""
-
-    def read(plan: Plan, lanes: tuple[int, ...], done: int) -> Iterator[Mapping[int, np.ndarray]]:
-        for number, batch in enumerate(stream.read(plan, lanes, done), done + 1):
-            if number == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if number == step + 1:
+        for this, batch in enumerate(stream.read(plan, lanes, done), done + 1):
+            if this == step:
+                os.kill(os.getpid(), number)
+            if this == step + 1:
                 time.sleep(5 * notices.ASK_S)
             yield batch
 
     return read
+
+
+def interrupted_at(step: int) -> Any:
+    return signalled_at(step, signal.SIGINT)
+
+
+SIGNALS = {
+    "--interrupt-at": signal.SIGINT,
+    "--terminate-at": signal.SIGTERM,
+    "--kill-at": signal.SIGKILL,
+}
 
 
 def curve(run: Path | str) -> list[dict[str, float]]:
@@ -172,10 +171,8 @@ if __name__ == "__main__":
     # A shell that runs its tests in the background has them, and this process, ignore interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     batches = stream.read
-    if signalled := {"--interrupt-at": interrupted_at, "--terminate-at": terminated_at}.get(
-        sys.argv[1]
-    ):
-        batches = signalled(int(sys.argv[2]))
+    if number := SIGNALS.get(sys.argv[1]):
+        batches = signalled_at(int(sys.argv[2]), number)
         del sys.argv[1:3]
     verb, *argv = sys.argv[1:]
     sys.argv = [verb, *SETTINGS[verb], *argv]

@@ -40,7 +40,7 @@ def registered(world: Path, tmp_path: Path) -> str:
 
 
 def test_the_champion_is_whoever_is_shown_to_be_better(
-    run: Run, registered: str, tmp_path: Path
+    run: Run, registered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def judge(name: str, version: int) -> tuple[dict[str, Any], str]:
         made = f"models={{a: 'models:/gated/{version}'}}"
@@ -59,12 +59,20 @@ def test_the_champion_is_whoever_is_shown_to_be_better(
     assert "a does not replace unigram: worse in nats per token" in err
     assert champion() is None
 
+    # Interrupted between the alias and the result: the same command says what was decided.
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "set_alias", interrupted(registry.set_alias))
+        with pytest.raises(AssertionError, match="interrupted"):
+            judge("trained", 2)
+    assert champion() == 2
+
     accepted, err = judge("trained", 2)
     assert accepted["champion"]["moved"] is True, err
     assert champion() == 2
     tags = registry.describe("models:/gated/2", registered).tags
     assert tags["evaluation"] == accepted["run_id"]
     assert tags["evaluation_report"] == accepted["report"]
+    assert judge("trained", 2)[0] == accepted
 
     # From now on the champion is asked beside every candidate.
     beaten, err = judge("again", 1)
@@ -79,6 +87,16 @@ def test_the_champion_is_whoever_is_shown_to_be_better(
     assert "champion" not in same
     assert "models:/gated/2 is the champion already" in err
     assert champion() == 2
+
+
+def interrupted(action: Callable[..., None]) -> Callable[..., None]:
+    """What is done, and then not returned from."""
+
+    def done(*given: Any) -> None:
+        action(*given)
+        raise KeyboardInterrupt
+
+    return done
 
 
 @pytest.mark.parametrize(

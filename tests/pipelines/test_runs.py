@@ -1,0 +1,84 @@
+"""Run directories: one process at a time, and nothing left of what could not begin."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.errors import InfraError
+from infra.lease import Lease, held
+from infra.storage import Folder
+from pipelines import launch
+from tests.pipelines import tiny
+
+
+def test_a_second_submission_is_refused(
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
+) -> None:
+    with held(Folder.at(str(tmp_path / "run"))):
+        code, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    assert code == 4
+    assert f"{tmp_path / 'run'}: is being written by process {os.getpid()} on " in said
+    assert "Wait for it, stop it, or choose another name" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_is_followed_at_once(tmp_path: Path, data: Path) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run"]
+    command = [sys.executable, "-m", "tests.pipelines.tiny", "--kill-at", "5", "pretrain", *argv]
+    killed = subprocess.run(command, stderr=subprocess.DEVNULL, timeout=500)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".run.lease").exists()
+    tiny.execute("pretrain", *argv)
+    assert sorted(os.listdir(tmp_path)) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "code"),
+    [
+        ("pretrain", "init=ROOT/nothing", 3),
+        ("finetune", "init=ROOT/nothing", 3),
+        ("pretrain", "tracking.uri=gopher://server", 2),
+        ("pretrain", "train.stream.rows_per_microbatch=100000", 3),
+    ],
+)
+def test_what_could_not_begin_leaves_nothing(
+    main: Callable[..., tiny.Outcome],
+    tmp_path: Path,
+    data: Path,
+    verb: str,
+    given: str,
+    code: int,
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "init=scratch"]
+    found, said = main(verb, *argv, given.replace("ROOT", str(tmp_path)))
+    assert found == code, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_taken_over_is_left_alone(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another process while this one stood still, in the checkpoint of step 6."""
+    confirm, asked = Lease.confirm, []
+
+    def taken(lease: Lease) -> None:
+        asked.append(lease)
+        if len(asked) > 3:  # when the journal was opened, before the checkpoint of step 3, in 6
+            lease.folder.remove(lease.name)
+            lease.folder.write_bytes("000009.json", b'{"holder": "another"}')
+        confirm(lease)
+
+    monkeypatch.setattr(Lease, "confirm", taken)
+    with pytest.raises(InfraError, match="the run was taken over by"):
+        tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    run = tmp_path / "run"
+    assert launch.committed(str(run / "checkpoints")) == [3]
+    assert not (run / "model").exists()
+    assert not (run / "result.json").exists()
