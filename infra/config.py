@@ -82,6 +82,16 @@ def overridden(config: T, settings: Mapping[str, Any], source: str) -> T:
     return _dataclass(type(config), [Layer("base", to_tree(config)), *layers], "")
 
 
+def parse(text: bytes | str, where: str) -> Any:
+    """A YAML document of text, numbers, lists and mappings; ConfigError for any other."""
+    try:
+        content = documents.from_yaml(text)
+    except ValueError as error:
+        raise ConfigError(where, f"not YAML: {error}") from None
+    _require_plain(content, where)
+    return content
+
+
 def to_yaml(config: Any, verb: str) -> str:
     """The whole configuration as a preset: loading it again gives an equal object."""
     return yaml.safe_dump({verb: to_tree(config)}, sort_keys=False, allow_unicode=True)
@@ -147,11 +157,7 @@ def describe(config_type: Any) -> Iterator[Field]:
 
 def _section(preset: str, verb: str, presets: Path) -> Tree:
     """What the preset says about `verb`."""
-    try:
-        content = documents.from_yaml(_read(preset, presets))
-    except ValueError as error:
-        raise ConfigError(preset, f"not YAML: {error}") from None
-    _require_plain(content, preset)
+    content = parse(_read(preset, presets), preset)
     if not isinstance(content, dict):
         raise ConfigError(preset, "not a mapping of verbs", f"Put the settings under `{verb}:`")
     for name in content:

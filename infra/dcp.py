@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from infra import documents
 from infra.errors import DataError
 from infra.storage import Folder
 
@@ -66,6 +68,19 @@ class Chunk:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def lies_in(self, shape: tuple[int, ...]) -> bool:
+        if not len(self.offset) == len(self.shape) == len(shape):
+            return False
+        sides = zip(self.offset, self.shape, shape, strict=True)
+        return all(0 <= begin <= begin + size <= whole for begin, size, whole in sides)
+
+    def overlaps(self, other: Chunk) -> bool:
+        """For boxes of one tensor; of those without dimensions all are the same."""
+        return all(
+            max(at) < min(at[0] + self.shape[dim], at[1] + other.shape[dim])
+            for dim, at in enumerate(zip(self.offset, other.offset, strict=True))
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -77,8 +92,13 @@ class Entry:
 
     def __post_init__(self) -> None:
         covered = sum(math.prod(chunk.shape) for chunk in self.chunks)
-        if self.dtype not in DTYPES or covered != math.prod(self.shape):
+        inside = all(chunk.lies_in(self.shape) for chunk in self.chunks)
+        if self.dtype not in DTYPES or not inside or covered != math.prod(self.shape):
             raise ValueError("unknown dtype, or parts that do not make up the whole")
+        # Cut along the first dimension, as they are, no two neighbours in this order overlap.
+        ordered = sorted(self.chunks, key=lambda chunk: chunk.offset)
+        if any(one.overlaps(other) for one, other in pairwise(ordered)):
+            raise ValueError("parts that overlap")
 
 
 @dataclass(kw_only=True)
@@ -301,8 +321,12 @@ class _ShardFile:
         try:
             if self.start > size:
                 raise ValueError("header longer than the file")
-            self.header = json.loads(folder.read_ranges(name, [(8, self.start)])[0])
-        except ValueError:  # JSON's and Unicode's errors among them
+            self.header = documents.from_json(folder.read_ranges(name, [(8, self.start)])[0])
+            held = [box for key, box in self.header.items() if key != "__metadata__"]
+            spans = sorted(tuple(box["data_offsets"]) for box in held)
+            if [*(begin for begin, _ in spans), size - self.start] != [0, *(e for _, e in spans)]:
+                raise ValueError("its tensors do not make up the file")
+        except (ValueError, TypeError, LookupError, AttributeError):  # not the header of one
             raise self._damaged("it is not a safetensors file") from None
 
     def read(self, boxes: list[Box]) -> list[Tensor]:
@@ -317,7 +341,7 @@ class _ShardFile:
             begin, end = map(int, held["data_offsets"])
             form = (held["dtype"], tuple(held["shape"]), end - begin)
             fits = begin >= 0 and form == (box.dtype, chunk.shape, size)
-        except (KeyError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             fits = False
         if not fits:
             name = _key(box.key, chunk)

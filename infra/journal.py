@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from infra import documents
 from infra.errors import DataError
 from infra.storage import Folder, explained
 
@@ -99,23 +100,28 @@ def parse(content: bytes, where: str) -> Iterator[tuple[dict[str, float], int]]:
 
     Raises DataError for a line that is no journal's.
     """
-    end = 0
+    end, last = 0, -1
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         end += len(line)
         try:
             row = _decode(line)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if row["step"] <= last:
+                raise ValueError("a journal only goes forward")
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
             if end == len(content) and not line.endswith(b"\n"):
                 return
             fix = "Remove that line, or take the journal from another copy"
             raise DataError(f"{where}, line {number}", "not a line of a journal", fix) from None
+        last = row["step"]
         yield row, end
 
 
 def _decode(line: bytes) -> dict[str, float]:
-    values = json.loads(line)
+    values = documents.from_json(line)
     step, seconds = (values.pop(name) for name in CLOCK)
-    return {"step": int(step), "time": float(seconds)} | {k: float(v) for k, v in values.items()}
+    if type(step) is not int or not all(METRIC.fullmatch(name) for name in values):
+        raise ValueError("no such step, or no such metric")
+    return {"step": step, "time": float(seconds)} | {k: float(v) for k, v in values.items()}
 
 
 def _encode(row: Mapping[str, float]) -> bytes:

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from infra.documents import from_yaml
 from infra.errors import DataError, InfraError, Problem, nearest
 from infra.logger import connect, reason
 
@@ -238,7 +237,7 @@ def _check_model(root: Path) -> Path:
     """The folder of a model's weights, after making sure that loading it unpickles nothing."""
     _check_files(root)
     try:
-        ((flavor, pyfunc),) = yaml.safe_load((root / "MLmodel").read_text())["flavors"].items()
+        ((flavor, pyfunc),) = from_yaml((root / "MLmodel").read_bytes())["flavors"].items()
         folder = root / pyfunc["artifacts"][ARTIFACT]["path"]
         ours = (
             flavor == "python_function"
@@ -247,7 +246,7 @@ def _check_model(root: Path) -> Path:
             and "python_model" not in pyfunc
             and folder.resolve().is_relative_to(root.resolve())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False
     if not ours:
         why = "not a model made of code and safetensors, so it is not opened"

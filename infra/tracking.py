@@ -24,8 +24,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from infra import journal
-from infra.errors import ConfigError, DataError, InfraError, Problem
+from infra import documents, journal
+from infra.errors import ConfigError, InfraError, Problem
 from infra.journal import Journal
 from infra.logger import SQLITE, Logger, Sender, batches, connect, reason
 from infra.storage import Folder, scrub
@@ -211,11 +211,9 @@ class _Record:
 
     @classmethod
     def load(cls, folder: Folder) -> _Record:
-        try:
-            return cls(**json.loads(folder.read_bytes(RECORD)))
-        except (ValueError, TypeError):
-            fix = "Remove the file to have a new run made, or take it from another copy"
-            raise DataError(folder.url_of(RECORD), "not the record of a run", fix) from None
+        fix = "Remove the file to have a new run made, or take it from another copy"
+        record: _Record = documents.load(folder, RECORD, cls, fix)
+        return record
 
     def save(self, folder: Folder) -> None:
         folder.write_bytes(RECORD, json.dumps(asdict(self), indent=1).encode())

@@ -59,8 +59,7 @@ def execute(config: BenchmarkConfig) -> dict[str, Any]:
 def _execute(config: BenchmarkConfig, folder: Folder) -> dict[str, Any]:
     if folder.exists(RESULT):
         say(f"{folder.url} is finished; existing=restart would measure anew")
-        before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
-        return before
+        return runs.result(folder, "run")
     _pin(config)
     host = machine.facts()
     tags = {f"machine.{key}": str(value) for key, value in host.items()}

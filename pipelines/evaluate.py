@@ -117,7 +117,7 @@ def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
 
 def _finished(folder: Folder, origins: Mapping[str, Origin]) -> dict[str, Any]:
     """What an earlier evaluation of the very same models found."""
-    result: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
+    result = runs.result(folder, "run", "models")
     preparation.require_same(result["models"], origins, folder)
     say(f"{folder.url} is finished; existing=restart would make it anew")
     return result

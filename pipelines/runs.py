@@ -8,14 +8,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, Protocol
-
-import yaml
+from typing import Any, Literal, Protocol
 
 from dsl.errors import VocabularyError, WeightsError
-from infra import cluster, tracking
-from infra.config import digest, flatten, to_tree, to_yaml
-from infra.errors import ConfigError, Problem
+from infra import cluster, documents, tracking
+from infra.config import digest, flatten, parse, to_tree, to_yaml
+from infra.errors import ConfigError, DataError, Problem
 from infra.lease import Held, held
 from infra.shards import Manifest
 from infra.storage import Folder
@@ -67,7 +65,7 @@ def _open(folder: Folder, config: Settings, verb: str, free: tuple[str, ...]) ->
     if config.existing == "restart":
         folder.remove()
         return
-    before = flatten(yaml.safe_load(folder.read_bytes(tracking.CONFIG)))
+    before = flatten(parse(folder.read_bytes(tracking.CONFIG), folder.url_of(tracking.CONFIG)))
     now = flatten({verb: to_tree(config)})
     decisive = {
         key
@@ -81,6 +79,15 @@ def _open(folder: Folder, config: Settings, verb: str, free: tuple[str, ...]) ->
             f"{folder.url} is a run with other settings ({shown})",
             "Choose another name, or existing=restart to wipe it",
         )
+
+
+def result(folder: Folder, *keys: str) -> dict[str, Any]:
+    """What a finished run has made, under these keys among others; DataError where none says so."""
+    fix = "Remove the file; the same command writes it anew"
+    made: dict[str, Any] = documents.load(folder, RESULT, dict[str, Any], fix)
+    if missing := [key for key in keys if key not in made]:
+        raise DataError(folder.url_of(RESULT), f"says nothing of {', '.join(missing)}", fix)
+    return made
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def _execute(config: SweepConfig, held: Held) -> dict[str, Any]:
     folder = held.run
     if folder.exists(RESULT):
         say(f"{folder.url} is finished; existing=restart would make it anew")
-        return dict(json.loads(folder.read_bytes(RESULT)))
+        return runs.result(folder, "run")
     manifest = read_manifest(config.data)
     with runs.beginning(folder, config, "sweep"):
         handle = runs.start(config, "sweep", manifest, {"parent_model": config.finetune.init})

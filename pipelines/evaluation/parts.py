@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from infra.errors import DataError
 from infra.storage import Folder
 
 SUFFIX = ".parquet"
+PART = re.compile(r"\d{8,}\.parquet", re.ASCII)
 NOTES = b"evaluation"  # the key of a file's notes in its schema
 READERS = 8
 
@@ -35,13 +37,13 @@ class Parts:
         """Keep a table, with what else is to be known of how it was made."""
         table = table.replace_schema_metadata({NOTES: json.dumps(notes).encode()})
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         (self.folder / group).write_bytes(f"{first:08d}{SUFFIX}", buffer.getvalue())
 
     def present(self, group: str) -> set[int]:
         """The numbers of the parts of a group that are there."""
         names = (self.folder / group).names()
-        return {int(name.removesuffix(SUFFIX)) for name in names if name.endswith(SUFFIX)}
+        return {int(name.removesuffix(SUFFIX)) for name in names if PART.fullmatch(name)}
 
     def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a group as one table, in the order of their numbers."""
@@ -63,14 +65,18 @@ class Parts:
 
     def _table(self, group: str, first: int, columns: Sequence[str] | None) -> pa.Table:
         name = f"{group}/{first:08d}{SUFFIX}"
+        content = io.BytesIO(self.folder.read_bytes(name))
         try:
-            return pq.read_table(
-                io.BytesIO(self.folder.read_bytes(name)),
-                columns=None if columns is None else list(columns),
-            )
-        except (pa.ArrowException, KeyError) as error:
+            file = pq.ParquetFile(content, page_checksum_verification=True)
+            if missing := set(columns or ()) - set(file.schema_arrow.names):
+                raise ValueError(f"no column {min(missing)}")
+            table = file.read(None if columns is None else list(columns))
+            json.loads(table.schema.metadata[NOTES])
+        # Arrow reports torn pages as an OSError; without notes there are no metadata at all.
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             where, why = self.folder.url_of(name), f"not a part of an evaluation ({error})"
             raise DataError(where, why, "Remove it; the same command makes it again") from None
+        return table
 
 
 def matrix(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from infra import registry
+from infra import documents, registry
 from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines.evaluation import held_out, jobs, promotion, subjects
@@ -86,7 +86,9 @@ def prepare(
 
 def _before(folder: Folder) -> list[Subject]:
     """The models as an earlier attempt has laid them into the run directory."""
-    return [Subject(**entry) for entry in json.loads(folder.read_bytes(SUBJECTS))]
+    fix = "Remove the file; the same command writes it anew"
+    subjects: list[Subject] = documents.load(folder, SUBJECTS, list[Subject], fix)
+    return subjects
 
 
 def found(

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from infra import registry
+from infra import documents, registry
 from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines.evaluation import gate
 from pipelines.evaluation.found import Found
-from pipelines.evaluation.gate import Decision, Interval
+from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.settings import CHAMPION, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.runs import say
@@ -45,7 +45,7 @@ def decide(
     if not config.gate:
         return None
     if decided(folder):
-        return _decision(json.loads(folder.read_bytes(DECISION)))
+        return written(folder)
     candidate = origins[config.gate.model]
     holder = registry.get_alias(candidate["name"], CHAMPION, uri)
     if holder and holder.uri == candidate["version"]:
@@ -62,9 +62,11 @@ def decide(
     return made
 
 
-def _decision(written: dict[str, Any]) -> Decision:
-    guards = tuple(Interval(**guard) for guard in written["guards"])
-    return Decision(**{**written, "metric": Interval(**written["metric"]), "guards": guards})
+def written(folder: Folder) -> Decision:
+    """What an attempt decided; DataError for a file that is no decision."""
+    fix = "Remove the file; the same command decides anew"
+    decision: Decision = documents.load(folder, DECISION, Decision, fix)
+    return decision
 
 
 def conclude(

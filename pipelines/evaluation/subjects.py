@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +61,8 @@ def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
 
 
 def _run_id(folder: Folder) -> str | None:
-    if not folder.exists(tracking.RECORD):
-        return None
-    return json.loads(folder.read_bytes(tracking.RECORD)).get("run_id")
+    handle = tracking.opened(folder.url)
+    return handle.run_id if handle else None
 
 
 def freeze(

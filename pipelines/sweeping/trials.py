@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from infra import journal
+from infra import documents, journal
 from infra.storage import Folder
 from pipelines.runs import RESULT
 
@@ -59,6 +59,13 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Record:
+    settings: dict[str, Any]
+    state: State
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trials:
     """The trials in a folder. A name is given once, in order of numbers."""
 
@@ -71,18 +78,19 @@ class Trials:
         return [self.read(name) for name in sorted(names, key=lambda name: (len(name), name))]
 
     def read(self, name: str) -> Trial:
-        record = json.loads(self.folder.read_bytes(f"{name}.json"))
+        fix = "Remove the file and the folder beside it; the search proposes another trial"
+        record: _Record = documents.load(self.folder, f"{name}.json", _Record, fix)
         run = self.folder / name
-        state = "finished" if run.exists(RESULT) else record["state"]
+        state = "finished" if run.exists(RESULT) else record.state
         return Trial(
             name=name,
-            settings=record["settings"],
+            settings=record.settings,
             state=state,
-            why=record["why"],
+            why=record.why,
             reports=tuple(
                 Report(int(row["step"]), row[BOUND], *(row[part] for part in PARTS))
                 for row in journal.read(run)
-                if BOUND in row
+                if {BOUND, *PARTS} <= row.keys()
             ),
         )
 

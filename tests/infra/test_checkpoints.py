@@ -365,7 +365,7 @@ def test_damage_is_one_error_that_names_the_file(saved: Path) -> None:
     shard.write_bytes(whole.replace(b'"a[0,0]"', b'"b[0,0]"'))
     assert "it does not hold a[0,0]" in refused(saved)
     shard.write_bytes(whole.replace(b'"data_offsets": [0, 48]', b'"data_offsets": [9, 57]'))
-    assert "it ends inside a[0,0]" in refused(saved)
+    assert "it is not a safetensors file" in refused(saved)
     shard.unlink()
     assert f"{shard.name}: damaged checkpoint: the file is missing" in refused(saved)
 

@@ -334,7 +334,7 @@ def test_a_database_of_a_relative_path_is_one_place() -> None:
 def test_a_broken_record_is_named(root: Path) -> None:
     handle = start(root, "broken")
     (root / "broken/run.json").write_text("{}")
-    with pytest.raises(DataError, match=r"run\.json: not the record of a run"):
+    with pytest.raises(DataError, match=r"run\.json: key: Missing"):
         tracking.replay(handle.folder)
 
 
