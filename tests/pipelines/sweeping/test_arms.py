@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.tune.search import Searcher
 
+from infra import stream
 from infra.config import load
 from infra.errors import ConfigError
-from pipelines.sweeping import against, pages, recommendation
+from infra.logger import connect
+from pipelines import launch, sweep
+from pipelines.finetune import FinetuneConfig
+from pipelines.sweeping import against, pages, recommendation, tuning
 from pipelines.sweeping.arms import NONE_SEEN, difference, paired, ranked
+from pipelines.sweeping.driver import Proposals
 from pipelines.sweeping.estimate import plan
 from pipelines.sweeping.search import OneAtATime
-from pipelines.sweeping.settings import SweepConfig
-from pipelines.sweeping.trials import SEED, Trial
+from pipelines.sweeping.settings import TRIALS, SweepConfig
+from pipelines.sweeping.trials import SEED, Trial, Trials
+from pipelines.workers import WorkersConfig
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
@@ -226,6 +236,62 @@ def test_the_report_and_the_preset(told: tuple[SweepConfig, list[Trial]]) -> Non
     finetune = yaml.safe_load(text)["finetune"]
     assert finetune["converter"]["beta"] == 3.0
     assert finetune["train"]["stream"]["seed"] == made.seed
+
+
+SECOND = """second={keep: 2, batch: 6, workers: {count: 0},
+    paths: {masked: {path: masked, budgets: [4]}},
+    likelihood: {rows: 4, samples: 2, steps: 2, gamma_max: 9, gamma_star: [9]},
+    states: {revealed: [0], gammas: [1]}, samples: {rows: 6, traced: 0}}"""
+
+
+def test_a_sweep_of_arms_from_its_beginning_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Ray, and interrupted after two trials."""
+    trained: list[str] = []
+
+    def one_by_one(config: SweepConfig, parent: str | None, left: int) -> None:
+        proposals = Proposals(config, Trials(folder=config.folder / TRIALS))
+        while (chosen := proposals.suggest("")) != Searcher.FINISHED:
+            if len(trained) == left:
+                raise KeyboardInterrupt
+            assert isinstance(chosen, dict)
+            tuning._trial(chosen, config, parent)
+            trained.append(chosen["trial"])
+
+    def in_this_process(workers: WorkersConfig) -> Any:
+        return partial(launch.run_on_this_process, batches=stream.read)
+
+    monkeypatch.setattr(tuning, "_fit", in_this_process)
+    argv = [f"data={tiny.shards(tmp_path / 'data')}", f"root={tmp_path}", SECOND, "register=tried"]
+    space = "{converter.beta: {kind: choice, values: [3.0]}}"
+    made = small.load("search={kind: one_at_a_time, repeats: 2}", *argv, space=space)
+
+    monkeypatch.setattr(tuning, "run", partial(one_by_one, left=2))
+    with pytest.raises(KeyboardInterrupt):
+        sweep.execute(made)
+    monkeypatch.setattr(tuning, "run", partial(one_by_one, left=9))
+    result = sweep.execute(made)
+    # The third had been proposed when the interrupt came, and was not trained yet.
+    assert trained == [f"trial-{n:03d}" for n in range(4)]
+
+    told = json.loads((tmp_path / "tried/report/sweep.json").read_text())
+    (row,) = told["against"]
+    bounds = {trial["trial"]: trial["bound"] for trial in told["trials"]}
+    pairs = [bounds[f"trial-{b:03d}"] - bounds[f"trial-{a:03d}"] for a, b in ((0, 1), (2, 3))]
+    assert row["difference"] == pytest.approx(statistics.fmean(pairs))
+    assert pairs[0] != pairs[1]
+    # Each arm's first repeat stands for it: it is evaluated, registered, and in the preset.
+    assert {row["model"] for row in told["walks"]} == {"trial-000", "trial-001"}
+    best = ["trial-000", "trial-001"][row["difference"] < 0]
+    assert result["best"] == told["ranking"][0]["trials"][0] == best
+    assert result["model"] == str(tmp_path / "tried/trials" / best / "model")
+    client = connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (version,) = client.search_model_versions("name = 'tried'")
+    assert version.tags["trial"] == best
+    argv = [str(tmp_path / "tried/best.yaml")]
+    again = load(FinetuneConfig, verb="finetune", argv=argv, presets=tiny.PRESETS)
+    assert again.train == made.trial(best, {SEED: made.seed}).train
 
 
 def test_the_shipped_one_and_what_it_would_take(tiny_shards: Any) -> None:
