@@ -57,8 +57,9 @@ class LikelihoodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StatesConfig:
-    """Where errors and calibration are measured, on the rows of the likelihood: at these shares
-    of tokens revealed (the rest masked), and with every token at one of these SNRs."""
+    """Where errors are measured, on the rows of the likelihood: at these shares of tokens revealed
+    (the rest masked), and with every token at one of these SNRs; there calibration and the
+    converter, too."""
 
     revealed: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9)
     gammas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
