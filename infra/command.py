@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infra import config
+from infra.credentials import refuse_credentials, scrub
 from infra.errors import ConfigError, InfraError, Problem, causes, nearest
 from infra.termination import Terminated, noticed
 
@@ -62,6 +63,8 @@ def run(
             return 0
         given = [argument for argument in arguments if argument not in flags]
         settings = config.load(config_type, verb=verb, argv=given, presets=presets)
+        for key, value in config.flatten(settings).items():
+            refuse_credentials(str(value), key)
         if "--print-config" in flags:
             sys.stdout.write(config.to_yaml(settings, verb))
             return 0
@@ -76,9 +79,9 @@ def run(
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if "--traceback" in flags:
-            traceback.print_exc()
+            sys.stderr.write(scrub(traceback.format_exc()))
         message, code = explain(error, data_errors)
-        sys.stderr.write(f"{_legible(message)}\n")
+        sys.stderr.write(f"{_legible(scrub(message))}\n")
         return code
 
 

@@ -1,8 +1,8 @@
 """Everything that is read or written outside the process goes through a `Folder`.
 
 A folder is an fsspec filesystem and a path in it, so one line of code serves a laptop's disk, a
-bucket and memory. Each failure is one `Problem` that names the place and the way out; whatever
-may hold a credential (user part and query of a URL, the AWS secrets) is blotted from its text.
+bucket and memory. Each failure is one `Problem` that names the place and the way out, and shows
+no credential.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 import fsspec
 from fsspec.core import url_to_fs
 
+from infra.credentials import refuse_credentials, scrub
 from infra.errors import ConfigError, DataError, InfraError, Problem, nearest
 
 if TYPE_CHECKING:
@@ -63,12 +63,7 @@ class Folder:
         """The folder at a local path or an fsspec URL; it need not exist yet."""
         if isinstance(url, Folder):
             return url
-        if re.match(r"[\w+.-]+://[^/]*@", url):
-            raise ConfigError(
-                scrub(url),
-                "the URL holds a credential",
-                "Give it through the environment, a profile or a role instead",
-            )
+        refuse_credentials(url, scrub(url))
         try:
             folder = cls(*url_to_fs(url))
         except ValueError:  # fsspec's answer to a protocol it does not know
@@ -347,13 +342,3 @@ def explained(where: str) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         raise InfraError(where, scrub(f"{type(error).__name__}: {error}")) from None
-
-
-def scrub(text: str) -> str:
-    """The text without the credentials that a URL or the environment may have put there."""
-    text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
-    text = re.sub(r"\?[^\s'\"]*(?:=|%3D)[^\s'\"]*", "?…", text)
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "…")
-    return text

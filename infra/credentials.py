@@ -1,0 +1,35 @@
+"""Credentials come from the environment, a profile or a role; what we write and say has none."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from infra.errors import ConfigError
+
+CREDENTIAL = re.compile(  # of a URL, alone or in a list
+    r"""(^|["'])[\w+.-]+://([^/\s"']*@|[^\s"']*[?&][^=&\s]*"""
+    r"""(signature|sig|token|secret|password|credential|key)[^=&\s]*=)""",
+    re.IGNORECASE,
+)
+SECRETS = (  # variables whose values no message may show
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"),
+    *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN", "HF_TOKEN"),
+)
+
+
+def refuse_credentials(text: str, where: str) -> None:
+    """ConfigError where a URL in the text holds a credential, as runs would show it for ever."""
+    if CREDENTIAL.search(text):
+        fix = "Give it through the environment, a profile or a role instead"
+        raise ConfigError(where, "the URL holds a credential", fix)
+
+
+def scrub(text: str) -> str:
+    """The text without the credentials that a URL or the environment may have put there."""
+    text = re.sub(r"(?<=://)[^/\s]*@", "", text)
+    text = re.sub(r"\?[^\s'\"]*(?:=|%3D)[^\s'\"]*", "?…", text)
+    for name in SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "…")
+    return text
