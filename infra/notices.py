@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
-ASK_S = 1.0
+ASK_S = 2.0
 
 
 class Notice(IntEnum):
@@ -24,9 +24,11 @@ class Notices:
 
     def __init__(
         self,
+        *,
         ending: Callable[[], bool] = lambda: False,
         going: Callable[[], bool] = lambda: False,
     ) -> None:
+        """ending, going: whether the run is to end, and whether this machine is about to go."""
         self.latest = Notice.NONE
         self._ending, self._going = ending, going
 

@@ -116,7 +116,7 @@ def launch(
     with runs.opened(config, verb) as held:
         folder = held.run
         if folder.exists(RESULT):
-            before: dict[str, Any] = json.loads(folder.read_bytes(RESULT))
+            before = runs.result(folder, "run", "register")
             if before["register"] == config.register:
                 say(f"{folder.url} is finished; existing=restart would make it anew")
                 return before
@@ -183,6 +183,7 @@ def run_on_this_process(
         keep=config.train.checkpoint.keep,
         milestone_every=config.train.checkpoint.milestone_every,
         max_failures=config.train.checkpoint.max_failures,
+        permit=job.lease.confirm,
     )
     logs: list[tracking.Logger] = []
 
@@ -193,7 +194,8 @@ def run_on_this_process(
         logs.append(tracking.Logger(tracking.Journal(folder, resume=resumed), job.handle))
         return _Kept(logs[0], job.lease, show)
 
-    notices = Notices(job.lease.ending, node_is_going)
+    # All look after their own machines, one asks for all whether the run is to end.
+    notices = Notices(going=node_is_going, **({} if world()[0] else {"ending": job.lease.ending}))
     with ranklog.kept(folder), notices.listening(), _closing(logs):
         train(
             job.objective(models.load_folder(folder / "init").denoiser),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,15 +84,15 @@ def test_the_ranks_agree_on_what_the_highest_has_heard() -> None:
 
 def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> None:
     answers = {"ending": False, "going": True}
-    notices = Notices(lambda: answers["ending"], lambda: answers["going"])
+    notices = Notices(ending=lambda: answers["ending"], going=lambda: answers["going"])
     seen = []
     with notices.listening():
         while notices.latest is Notice.NONE:
-            pass
+            time.sleep(0.01)
         seen.append(notices.latest)
         answers["ending"] = True
         while notices.latest is not Notice.END:
-            pass
+            time.sleep(0.01)
     assert seen == [Notice.SAVE]
 
 

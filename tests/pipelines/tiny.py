@@ -142,7 +142,7 @@ def signalled_at(step: int, number: signal.Signals) -> Any:
             if this == step:
                 os.kill(os.getpid(), number)
             if this == step + 1:
-                time.sleep(5 * notices.ASK_S)
+                time.sleep(3 * notices.ASK_S)
             yield batch
 
     return read
