@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -59,11 +59,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Nodes]:
     """A head that trains nothing, and two nodes with room for one worker each."""
-    # Workers unpickle functions of this repository by name, so they must find it.
-    os.environ["PYTHONPATH"] = str(ROOT)
-    found = Nodes()
-    yield found
-    found.shutdown()
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Workers unpickle functions of this repository by name, so they must find it.
+        patch.setenv("PYTHONPATH", str(ROOT))
+        # Other Rays of this machine are not to find this one, which they would ask of themselves.
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_raylet_start_wait_time_s", "300")
+        found = Nodes()
+        yield found
+        found.shutdown()
 
 
 @pytest.fixture(scope="session")

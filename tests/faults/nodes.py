@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Nodes:
@@ -16,7 +25,14 @@ class Nodes:
 
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": True},
+            head_node_args={
+                "num_cpus": 0,
+                # Without one Ray Train complains of it in every second line.
+                "include_dashboard": True,
+                "dashboard_port": free_port(),
+                # Ray's default is the lowest priority, with which a busy machine starts nothing.
+                "_system_config": {"worker_niceness": 0},
+            },
         )
         for _ in range(2):
             self.add()
@@ -32,9 +48,17 @@ class Nodes:
         """SIGKILL for everything on the node of a process."""
         self.cluster.remove_node(self._node_of(pid), allow_graceful=False)
 
-    def id_of(self, pid: int) -> str:
-        """Ray's id of the node of a process."""
-        return str(self._node_of(pid).node_id)
+    def drain(self, pid: int, notice_s: int) -> None:
+        """Announce to Ray that the node of a process goes in so many seconds."""
+        subprocess.run(
+            [
+                Path(sys.executable).with_name("ray"), "drain-node",
+                "--address", self.address, "--node-id", self._node_of(pid).node_id,
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
+                "--deadline-remaining-seconds", str(notice_s),
+            ],
+            check=True, capture_output=True,
+        )  # fmt: skip
 
     def shutdown(self) -> None:
         self.cluster.shutdown()
