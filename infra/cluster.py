@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,17 +82,40 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
             raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes it away
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=True,  # without it Ray Train logs a complaint every second
-            logging_level="error",
-        )
+        with _its_address_known():
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=True,  # without it Ray Train logs a complaint every second
+                logging_level="error",
+            )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _its_address_known() -> Iterator[None]:
+    """Let the processes of a cluster that is started inside know which one is theirs.
+
+    Ray Train looks after its controller through whatever Ray it finds: with several on a machine
+    that may be another, which knows of no such controller, and a sound run would lose its workers.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    own = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def fit(

@@ -48,6 +48,22 @@ def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Pat
     assert started == ["rank0-0", "rank0-1", "rank1-0", "rank1-1"], "bad data is not tried again"
 
 
+def test_a_local_cluster_is_the_one_its_processes_find() -> None:
+    """However many there are on the machine, and whichever is the latest."""
+    script = """
+import os, ray
+from infra.cluster import ClusterConfig, connected
+from ray._private.services import canonicalize_bootstrap_address_or_die as found
+with connected(ClusterConfig(num_cpus=1)):
+    told, theirs = ray.get(ray.remote(lambda: ("RAY_ADDRESS" in os.environ, found(None))).remote())
+    assert (told, theirs) == (True, ray.get_runtime_context().gcs_address)
+assert not {"RAY_ADDRESS", "RAY_GCS_SERVER_PORT"} & set(os.environ)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
