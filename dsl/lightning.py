@@ -1,5 +1,6 @@
 """Read a Lightning checkpoint's tensors without running anything that its pickle asks for."""
 
+import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +68,7 @@ def read_checkpoint(path: Path) -> Any:
         raise WeightsError(f"{path}: no such file. Give a Lightning .ckpt, or a folder.")
     names: list[str] = []
     try:
+        require_unpacked(path)
         names = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(stand_in(name), name) for name in names]):
             # Mapped, not read: the optimizer's state is twice the weights and is not wanted.
@@ -74,6 +76,15 @@ def read_checkpoint(path: Path) -> Any:
     except Exception as error:  # damage and malice surface as nearly every type of exception
         reason = f"it names {', '.join(names)}" if names else str(error).partition("\n")[0]
         raise WeightsError(f"{path}: refused as unsafe or damaged: {reason}. {ADVICE}") from error
+
+
+def require_unpacked(path: Path) -> None:
+    """ValueError for an archive that is larger than its file: ``torch.save`` packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than its size")
 
 
 class Inert(type):

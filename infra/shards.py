@@ -34,7 +34,7 @@ SPLITS = ("train", "validation", "test")
 ROWS_PER_GROUP = 1_024
 ROWS_PER_FILE = 65_536  # also what a writer buffers per split: 128 MiB at L=1024 and uint16
 GROUPS_PER_SPLIT = 64  # at least, where there are as many rows: enough to shuffle and to share out
-LONGEST_ROW = 1 << 20
+LONGEST_ROW = 1 << 17
 FOOTER_READERS = 16  # threads; a footer in a bucket is all latency
 
 

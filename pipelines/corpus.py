@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "cpython"
 PIECE = 1 << 12
-LONGEST = 1 << 28  # characters of a document that is one line
+LONGEST = 1 << 26  # characters of a document that is one line
 # How many times its compressed size a text may have, beyond FLOOR: archives made to fill the
 # memory or the disk have thousands, prose has five.
 EXPANSION, FLOOR = 250, 1 << 26
