@@ -22,6 +22,7 @@ class Gauge(NamedTuple):
 GAUGES = (
     Gauge("dsl_step", "step", "optimizer steps done"),
     Gauge("dsl_loss", "loss", "training loss"),
+    Gauge("dsl_workers", "speed/workers", "processes that train"),
     Gauge("dsl_tokens_per_second", "speed/tokens_per_s", "tokens trained on a second, all workers"),
     Gauge("dsl_mfu_percent", "speed/mfu_percent", "share of the GPUs' peak FLOPs that is used"),
     Gauge("dsl_data_wait_percent", "speed/data_wait_percent", "share of time spent on waiting"),

@@ -85,6 +85,7 @@ def plan(config: RunConfig, denoiser: Denoiser) -> dict[str, Any]:
     flops = denoiser.backbone.flops_per_token(manifest.length) * tokens
     return {
         "run": (Folder.at(config.root) / config.name).url,
+        "workers": config.workers.shown,
         "parameters": parameters,
         "steps": config.train.steps,
         "tokens": tokens,

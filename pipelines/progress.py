@@ -80,6 +80,7 @@ class Progress:
         rate = (self.step - self.from_step) / elapsed
         p50, p90, p99 = np.percentile(self.recent, (50, 90, 99)) if self.recent else (0, 0, 0)
         found = {
+            "workers": parallel.world()[1],
             "tokens_per_s": rate * self.tokens,
             "data_wait_percent": 100 * self.waited / elapsed,
             "step_s_p50": float(p50),
@@ -108,6 +109,7 @@ class Progress:
         shown = [
             f"step {self.step}/{self.steps}",
             f"loss {metrics['loss']:.4f}",
+            *(f"{v} workers" for k, v in speed.items() if k == "speed/workers" and v > 1),
             *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
             f"{speed['speed/tokens_per_s']:,.0f} tokens/s",
             f"data wait {speed['speed/data_wait_percent']:.1f} %",

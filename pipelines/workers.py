@@ -52,6 +52,11 @@ class WorkersConfig:
         return self.counts[-1]
 
     @property
+    def shown(self) -> str:
+        """The number, or both ends of the range, for a person."""
+        return f"{self.counts[0]} to {self.most}" if len(self.counts) > 1 else f"{self.most}"
+
+    @property
     def resources(self) -> dict[str, float]:
         """What each process reserves."""
         return {"CPU": 1.0, **({"GPU": self.gpu_share} if self.gpu else {})}

@@ -19,6 +19,7 @@ def test_a_number_or_a_range() -> None:
     assert counts("[1, 3]") == [1, 2, 3]
     assert counts("[2, 2]") == [2]
     assert WorkersConfig(count=(1, 3)).most == 3
+    assert [WorkersConfig(count=n).shown for n in (3, (1, 3), (2, 2))] == ["3", "1 to 3", "2"]
 
 
 @pytest.mark.parametrize("count", ["0", "[0, 2]", "[2, 1]", "-1"])
