@@ -242,7 +242,7 @@ def train(
                 step = progress.step + 1
                 watch.doing(f"waiting for the data of step {step}")
                 with progress.waiting():
-                    microbatches = next(stream)
+                    microbatches = _next(stream, checkpoints)
                 watch.doing(f"in step {step}")
                 with progress.stepping():
                     metrics = learner.step(step, microbatches)
@@ -311,8 +311,17 @@ def _progress(
     )
 
 
+def _next(stream: Iterator[Microbatches], checkpoints: Checkpoints) -> Microbatches:
+    """The microbatches of the next step; where their store is away, what is kept is said."""
+    try:
+        return next(stream)
+    except InfraError as error:
+        why = f"{error.why}; {_last_good(checkpoints)}"
+        raise InfraError(error.where, why, error.fix) from None
+
+
 def _last_good(checkpoints: Checkpoints) -> str:
-    step = checkpoints.latest()
+    step = checkpoints.last  # the store itself may be what fails
     return "there is no checkpoint" if step is None else f"the last good checkpoint is step {step}"
 
 
