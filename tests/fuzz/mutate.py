@@ -15,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
+
 DEEP = 10_000
 LONG = "x" * 10_000_000
 
@@ -26,6 +28,11 @@ STRANGERS: tuple[Any, ...] = (
     "\u202egnp.exe", "ﬀ", "é", "e\u0301", "𝔘", "\ufeff", "{{7*7}}", "%s%n", "<script>", LONG,
     [], {}, [[]], [None], ["x"], [0] * 3, {"x": 1}, {"": ""}, {"kind": []}, {"__class__": "x"},
 )  # fmt: skip
+
+
+def seeds(count: int) -> pytest.MarkDecorator:
+    """A case for each seed; the hyphen at the end keeps 1 apart from 17."""
+    return pytest.mark.parametrize("seed", [f"seed{seed}-" for seed in range(count)])
 
 
 def bytes_(rng: Random, content: bytes) -> bytes:

@@ -16,6 +16,7 @@ from infra import command, config
 from infra.config import VERBS
 from pipelines.verb import PRESETS
 from tests.fuzz import mutate
+from tests.fuzz.mutate import seeds
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -62,11 +63,10 @@ def verdict(capsys: pytest.CaptureFixture[str], folder: Path, verb: str, *argv: 
     assert resolved(capsys, verb, str(folder / "again.yaml")) == (0, out)
 
 
-SEEDS = [f"seed{seed}-" for seed in range(150)]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@seeds(120)
 def test_presets(capsys: pytest.CaptureFixture[str], tmp_path: Path, seed: str) -> None:
     rng = Random(f"preset {seed}")
     content = (PRESETS / f"{rng.choice(NAMES)}.yaml").read_bytes()
@@ -101,7 +101,7 @@ VALUES: tuple[str, ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@seeds(120)
 def test_overrides(capsys: pytest.CaptureFixture[str], tmp_path: Path, seed: str) -> None:
     rng = Random(f"override {seed}")
     verb = rng.choice(VERBS)

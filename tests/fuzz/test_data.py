@@ -7,7 +7,6 @@ import json
 import lzma
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from pipelines import prompts
 from pipelines.corpus import pieces
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
+from tests.fuzz.mutate import seeds
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -60,18 +60,14 @@ def require_rows(folder: Path, *names: str) -> None:
     assert rows_NL is None or np.array_equal(rows_NL, ROWS_NL[:32])
 
 
-def seeds(count: int) -> Any:
-    return pytest.mark.parametrize("seed", [f"seed{seed}-" for seed in range(count)])
-
-
-@seeds(300)
+@seeds(180)
 def test_a_manifest(prepared: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(prepared, tmp_path / "data")
     mutate.spoil(Random(f"manifest {seed}"), folder / MANIFEST, mutate.json_)
     require_rows(folder, MANIFEST, "part-00000.parquet", "split", str(folder))
 
 
-@seeds(250)
+@seeds(150)
 def test_a_shard(prepared: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(prepared, tmp_path / "data")
     file = folder / "train" / "part-00000.parquet"
@@ -112,7 +108,7 @@ def texts(file: Path) -> list[str]:
     return [piece.text for piece in pieces(str(file), "text")]
 
 
-@seeds(200)
+@seeds(120)
 def test_a_compressed_corpus(tmp_path: Path, seed: str) -> None:
     """Whatever is compressed carries checksums, so nothing but the very same texts may come out,
     or none from an empty file; but a Parquet footer has none, and may claim fewer rows."""
@@ -125,7 +121,7 @@ def test_a_compressed_corpus(tmp_path: Path, seed: str) -> None:
     assert name.endswith(".parquet") or found in ([], TEXTS)
 
 
-@seeds(100)
+@seeds(60)
 def test_a_plain_corpus(tmp_path: Path, seed: str) -> None:
     """Another text is another corpus; what is not JSON, or not text, is none."""
     rng = Random(f"plain {seed}")
@@ -136,7 +132,7 @@ def test_a_plain_corpus(tmp_path: Path, seed: str) -> None:
         text.encode()
 
 
-@seeds(100)
+@seeds(60)
 def test_prompts(tmp_path: Path, seed: str) -> None:
     rng = Random(f"prompts {seed}")
     file = tmp_path / rng.choice(("a.jsonl", "a.txt"))

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from pipelines.models import ConverterConfig, Model
 from tests.dsl.test_mdlm import training_file, write_folder
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
+from tests.fuzz.mutate import seeds
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -92,25 +92,21 @@ def header(rng: Random, content: bytes) -> bytes:
     return struct.pack("<Q", length) + said + content[8 + size :]
 
 
-def seeds(count: int) -> Any:
-    return pytest.mark.parametrize("seed", [f"seed{seed}-" for seed in range(count)])
-
-
-@seeds(200)
+@seeds(120)
 def test_a_models_config(saved: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(saved, tmp_path / "model")
     mutate.spoil(Random(f"config {seed}"), folder / "config.json", mutate.json_)
     require_sound(judge(opened(folder), "config.json", "model"), folder / WEIGHTS)
 
 
-@seeds(200)
+@seeds(120)
 def test_a_models_weights(saved: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(saved, tmp_path / "model")
     mutate.spoil(Random(f"weights {seed}"), folder / WEIGHTS, header)
     require_sound(judge(opened(folder), WEIGHTS, "config.json"), folder / WEIGHTS)
 
 
-@seeds(200)
+@seeds(120)
 def test_a_models_tokenizer(saved: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(saved, tmp_path / "model")
     mutate.spoil(Random(f"tokenizer {seed}"), folder / "tokenizer.json", mutate.json_)
@@ -133,7 +129,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@seeds(150)
+@seeds(100)
 def test_a_vocabulary(pair: Path, tmp_path: Path, seed: str) -> None:
     rng = Random(f"vocabulary {seed}")
     folder = mutate.copy_of(pair, tmp_path / "vocabulary")
@@ -155,7 +151,7 @@ def require_reading(vocabulary: Vocabulary) -> None:
     assert len(vocabulary.sha256) == 64
 
 
-@seeds(120)
+@seeds(80)
 def test_a_public_folder(public: Path, tmp_path: Path, seed: str) -> None:
     rng = Random(f"public {seed}")
     folder = mutate.copy_of(public, tmp_path / "public")
@@ -164,7 +160,7 @@ def test_a_public_folder(public: Path, tmp_path: Path, seed: str) -> None:
     require_sound(judge(opened(folder), str(folder)))
 
 
-@seeds(120)
+@seeds(80)
 def test_a_lightning_file(lightning: Path, tmp_path: Path, seed: str) -> None:
     rng = Random(f"lightning {seed}")
     file = mutate.copy_of(lightning, tmp_path / "lightning") / "run.ckpt"

@@ -30,13 +30,10 @@ from pipelines.prepare import PrepareConfig
 from pipelines.sweeping.trials import BOUND, PARTS, Trials
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
+from tests.fuzz.mutate import seeds
 from tests.pipelines.sweeping import small
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def seeds(count: int) -> Any:
-    return pytest.mark.parametrize("seed", [f"seed{seed}-" for seed in range(count)])
 
 
 # --- checkpoints -------------------------------------------------------------------------------
@@ -62,7 +59,7 @@ def loaded(folder: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, torch.
     return tensors, meta, consolidate(str(folder), 3, "model.")
 
 
-@seeds(200)
+@seeds(120)
 def test_a_commit(saved: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(saved, tmp_path / "checkpoints")
     mutate.spoil(Random(f"commit {seed}"), folder / "step_000003/commit.json", mutate.json_)
@@ -78,7 +75,7 @@ def test_a_commit(saved: Path, tmp_path: Path, seed: str) -> None:
 MODEL = ("model.weight", "model.bias")
 
 
-@seeds(150)
+@seeds(90)
 def test_a_checkpoints_numbers(saved: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(saved, tmp_path / "checkpoints")
     rng = Random(f"numbers {seed}")
@@ -125,7 +122,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "made"
 
 
-@seeds(150)
+@seeds(90)
 def test_a_journal(run: Path, tmp_path: Path, seed: str) -> None:
     """Whole lines that were written, in their order, and the last may be torn."""
     folder = mutate.copy_of(run, tmp_path / "run")
@@ -148,7 +145,7 @@ def test_a_journal(run: Path, tmp_path: Path, seed: str) -> None:
         assert all(type(value) in (int, float) for value in row.values())
 
 
-@seeds(100)
+@seeds(60)
 def test_a_runs_record(run: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(run, tmp_path / "run")
     mutate.spoil(Random(f"record {seed}"), folder / tracking.RECORD, mutate.json_)
@@ -159,7 +156,7 @@ def test_a_runs_record(run: Path, tmp_path: Path, seed: str) -> None:
         assert handle.folder == str(folder)
 
 
-@seeds(60)
+@seeds(40)
 def test_a_result(run: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(run, tmp_path / "run")
     mutate.spoil(Random(f"result {seed}"), folder / runs.RESULT, mutate.json_)
@@ -167,7 +164,7 @@ def test_a_result(run: Path, tmp_path: Path, seed: str) -> None:
     assert made is None or {"run", "register"} <= made.keys()
 
 
-@seeds(100)
+@seeds(60)
 def test_the_settings_of_an_earlier_attempt(run: Path, tmp_path: Path, seed: str) -> None:
     """Either they are the same, or the run is refused; it is never wiped."""
     folder = mutate.copy_of(run, tmp_path / "run")
@@ -214,7 +211,7 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@seeds(150)
+@seeds(90)
 def test_a_part(laid: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(laid, tmp_path / "parts")
     mutate.spoil(Random(f"part {seed}"), folder / "group" / "00000008.parquet")
@@ -247,7 +244,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@seeds(150)
+@seeds(90)
 def test_a_trial(tried: Path, tmp_path: Path, seed: str) -> None:
     folder = mutate.copy_of(tried, tmp_path / "trials")
     rng = Random(f"trial {seed}")
@@ -284,7 +281,7 @@ mlflow_version: 3.17.2
 """
 
 
-@seeds(150)
+@seeds(90)
 def test_what_describes_a_registered_model(tmp_path: Path, seed: str) -> None:
     """Its weights lie inside of it, and nothing in it is to be unpickled."""
     rng = Random(f"MLmodel {seed}")
@@ -300,7 +297,7 @@ def test_what_describes_a_registered_model(tmp_path: Path, seed: str) -> None:
     assert folder is None or folder.resolve().is_relative_to(tmp_path.resolve())
 
 
-@seeds(60)
+@seeds(40)
 def test_a_decision(decided: Path, tmp_path: Path, seed: str) -> None:
     """What moves an alias is of the right kind in every part."""
     folder = mutate.copy_of(decided, tmp_path / "run")
