@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,17 +46,9 @@ class Nodes:
         """SIGKILL for everything on the node of a process."""
         self.cluster.remove_node(self._node_of(pid), allow_graceful=False)
 
-    def drain(self, pid: int, notice_s: int) -> None:
-        """Announce to Ray that the node of a process goes in so many seconds."""
-        subprocess.run(
-            [
-                Path(sys.executable).with_name("ray"), "drain-node",
-                "--address", self.address, "--node-id", self._node_of(pid).node_id,
-                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test",
-                "--deadline-remaining-seconds", str(notice_s),
-            ],
-            check=True, capture_output=True,
-        )  # fmt: skip
+    def id_of(self, pid: int) -> str:
+        """Ray's id of the node of a process."""
+        return str(self._node_of(pid).node_id)
 
     def shutdown(self) -> None:
         self.cluster.shutdown()

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.faults import processes
 from tests.faults.conftest import Report
 from tests.faults.nodes import Nodes, workers
-from tests.faults.processes import EVERY, STEPS, Begin
+from tests.faults.processes import EVERY, Begin
 
 
 def test_a_node_with_another_to_take_its_place(
@@ -58,31 +58,3 @@ def test_a_node_that_comes_back(
         lost="the steps since the last checkpoint, redone", recovered_s=together_s,
     )  # fmt: skip
     processes.assert_close(run.folder, undisturbed)
-
-
-def test_a_node_that_is_announced_to_go(
-    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
-) -> None:
-    """Ray drains it, as a spot machine's notice has it do: a checkpoint at once, and the workers
-    start elsewhere when it is gone."""
-    settings = [f"train.checkpoint.every={STEPS}", "train.validate_every=1"]
-    with finetune(tmp_path, *settings) as run:
-        run.until(lambda: run.step >= EVERY)
-        nodes.add()
-        victim = workers()[-1]
-        when = time.time()
-        nodes.drain(victim, notice_s=30)
-        (saved,) = run.until(lambda: run.checkpoints)
-        saved_s = time.time() - when
-        time.sleep(max(0.0, when + 30 - time.time()))
-        nodes.lose(victim)
-        gone, step = time.time(), run.step
-        report(
-            "a node is announced to go, then goes",
-            injected="Ray's drain with 30 s notice, then SIGKILL",
-            lost=f"{step - saved} steps since the notice, redone; saved within {saved_s:.1f} s",
-            recovered_s=run.recovered(step, gone),
-        )
-        assert run.wait() == 0, run.said
-    ours, theirs = processes.tensors(run.folder), processes.tensors(undisturbed)
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
