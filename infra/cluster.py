@@ -76,13 +76,14 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
         return
     if address:
         try:
-            ray.init(address=address, logging_level="error")
+            with _sigterm_kept():
+                ray.init(address=address, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             why = str(error).splitlines()[0]
             raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes it away
-        with _its_address_known():
+        with _its_address_known(), _sigterm_kept():
             ray.init(
                 address="local",
                 num_cpus=config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS),
@@ -94,6 +95,15 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """What SIGTERM does is as before; Ray, when it starts, would have it end the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
