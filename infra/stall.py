@@ -51,6 +51,8 @@ class Watch:
         # A connection of its own: the other one may be in use by what is stuck.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=MARGIN_S))
+        # Whoever talks to the store may wait for ever: a process that is stopped closes nothing.
+        threading.Thread(target=self._talk, name="stall-talk", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="stall", daemon=True)
         self._thread.start()
 
@@ -60,55 +62,65 @@ class Watch:
 
     def finished(self, step: int) -> None:
         """A step is done; the time runs anew."""
-        self._finished = step
-        self._since = time.monotonic()
+        self._finished, self._since = step, time.monotonic()
+        self.report = None
 
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
 
     def _run(self) -> None:
-        self._tell(0)
-        for beat in itertools.count(1):
-            if self._closed.wait(BEAT_S):
-                return
-            self._tell(beat)
-            if time.monotonic() - self._since > self._timeout_s:
+        while not self._closed.wait(BEAT_S):
+            late_s = time.monotonic() - self._since - self._timeout_s
+            if late_s > 0 and self.report is None:
                 self.report = self._ask()
                 log.critical("%s", self.report)
-                break
-        if not self._closed.wait(4 * MARGIN_S):
-            for handler in logging.getLogger().handlers:
-                handler.flush()
-            os._exit(InfraError.exit_code)
+            if late_s > 4 * MARGIN_S:
+                for handler in logging.getLogger().handlers:
+                    handler.flush()
+                os._exit(InfraError.exit_code)
 
-    def _tell(self, beat: int) -> None:
-        word = Word(beat, self._finished, self._doing)
-        with suppress(RuntimeError):  # the store is gone, with the process that keeps it
-            self._store.set(_key(self._rank), json.dumps(word))
+    def _talk(self) -> None:
+        for beat in itertools.count():
+            word = Word(beat, self._finished, self._doing)
+            try:
+                self._store.set(_key(self._rank), json.dumps(word))
+            except RuntimeError:  # the store is gone, with the process that keeps it
+                return
+            if self._closed.wait(BEAT_S):
+                return
 
     def _ask(self) -> str:
         """Which rank last finished which step, and what it is at."""
-        before = [self._hear(rank) for rank in range(self._size)]
-        time.sleep(2 * BEAT_S)
-        after = [self._hear(rank) for rank in range(self._size)]
+        why = f"no step was finished for {self._timeout_s:.0f} s"
+        heard: list[list[Word | None]] = []
+
+        def listen() -> None:
+            with suppress(RuntimeError):
+                heard.append(self._hear())
+                time.sleep(3 * BEAT_S)
+                heard.append(self._hear())
+
+        listening = threading.Thread(target=listen, name="stall-listen", daemon=True)
+        listening.start()
+        listening.join(2 * MARGIN_S)
+        if len(heard) < 2:
+            own = _state(None, Word(0, self._finished, self._doing))
+            return f"{why}: rank 0 does not answer for all; rank {self._rank} {own}"
         said: dict[str, list[int]] = {}
-        for rank, words in enumerate(zip(before, after, strict=True)):
+        for rank, words in enumerate(zip(*heard, strict=True)):
             said.setdefault(_state(*words), []).append(rank)
         ranks = [
             f"{'ranks' if len(who) > 1 else 'rank'} {', '.join(map(str, who))} {what}"
             for what, who in said.items()
         ]
-        return f"no step was finished for {self._timeout_s:.0f} s: {'; '.join(ranks)}"
+        return f"{why}: {'; '.join(ranks)}"
 
-    def _hear(self, rank: int) -> Word | None:
-        if rank == self._rank:
-            return Word(-1, self._finished, self._doing)
-        try:
-            there = self._store.check([_key(rank)])
-            return Word(*json.loads(self._store.get(_key(rank)))) if there else None
-        except RuntimeError:
-            return None
+    def _hear(self) -> list[Word | None]:
+        """What each rank said last, if anything."""
+        keys = [_key(rank) for rank in range(self._size)]
+        there = [key if self._store.check([key]) else None for key in keys]
+        return [Word(*json.loads(self._store.get(key))) if key else None for key in there]
 
 
 @contextmanager
@@ -133,8 +145,8 @@ def watched(timeout_s: float, finished: int) -> Iterator[Watch]:
 
 def _state(before: Word | None, after: Word | None) -> str:
     if after is None:
-        return "does not answer"
-    silent = before is not None and before.beats == after.beats >= 0
+        return "has not begun"
+    silent = before is not None and before.beats == after.beats
     state = "gives no sign of life" if silent else after.doing
     return f"last finished step {after.finished}, {state}"
 
