@@ -67,7 +67,6 @@ def nodes() -> Iterator[Nodes]:
         patch.setenv("PYTHONPATH", str(ROOT))
         # Other Rays of this machine are not to find this one, which they would ask of themselves.
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_raylet_start_wait_time_s", "300")
         found = Nodes()
         yield found
         found.shutdown()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -89,7 +88,7 @@ Begin = Callable[..., AbstractContextManager[Run]]
 
 @contextmanager
 def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
-    """`pipelines/finetune.py name=run` on a cluster, interrupted where the block ends before it."""
+    """`pipelines/finetune.py name=run` on a cluster, ended by SIGTERM where the block ends before it."""
     given = [f"data={data}", f"root={root}", "name=run", f"workers.cluster.address={address}"]
     log = root / f"said-{time.time_ns()}.txt"
     # As its users run it: what makes the other tests quick is not to make this look quick.
@@ -103,7 +102,7 @@ def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
         yield Run(root / "run", process, log)
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait(PATIENCE_S)
 
 

@@ -29,7 +29,7 @@ def test_a_rank(undisturbed: Path, finetune: Begin, tmp_path: Path, report: Repo
             lost=f"{step} steps, redone", recovered_s=run.recovered(step, when),
         )  # fmt: skip
 
-        run.until(lambda: run.step >= EVERY + 5)
+        run.until(lambda: run.step >= EVERY + 5 and run.checkpoints)
         when, step = kill_a_rank(run)
         kept = max(run.checkpoints)
         report(
@@ -68,7 +68,7 @@ def kill_in_a_write(run: Run) -> tuple[float, int, Path]:
 def test_the_driver(undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report) -> None:
     """Its workers go with it, and the same command at once goes on from the last checkpoint."""
     with finetune(tmp_path) as killed:
-        killed.until(lambda: killed.step >= EVERY + 5)
+        killed.until(lambda: killed.step >= EVERY + 5 and killed.checkpoints)
         orphans = nodes.workers()
         assert len(orphans) == 2
         killed.process.kill()

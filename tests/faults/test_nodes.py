@@ -15,7 +15,7 @@ def test_a_node_with_another_to_take_its_place(
     nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
 ) -> None:
     with finetune(tmp_path) as run:
-        run.until(lambda: run.step >= EVERY + 5)
+        run.until(lambda: run.step >= EVERY + 5 and run.checkpoints)
         nodes.add()
         when, step, kept = time.time(), run.step, max(run.checkpoints)
         nodes.lose(workers()[-1])
@@ -36,7 +36,7 @@ def test_a_node_that_comes_back(
         "train.validate_every=1",  # which takes its time, so that there is some for nodes to go
     ]  # fmt: skip
     with finetune(tmp_path, *settings) as run:
-        run.until(lambda: run.step >= EVERY)
+        run.until(lambda: run.step >= EVERY and run.checkpoints)
         assert len(workers()) == 2
         when, step, kept = time.time(), run.step, max(run.checkpoints)
         nodes.lose(workers()[-1])
