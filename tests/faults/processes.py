@@ -88,7 +88,7 @@ Begin = Callable[..., AbstractContextManager[Run]]
 
 @contextmanager
 def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
-    """`pipelines/finetune.py name=run` on a cluster, ended by SIGTERM where the block ends before it."""
+    """`pipelines/finetune.py name=run` on a cluster; SIGTERM for it where the block ends first."""
     given = [f"data={data}", f"root={root}", "name=run", f"workers.cluster.address={address}"]
     log = root / f"said-{time.time_ns()}.txt"
     # As its users run it: what makes the other tests quick is not to make this look quick.
