@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from infra import journal
-from infra.tracking import connect
+from infra.logger import connect
+from infra.tracking import replay
 from tests.faults import processes
 from tests.faults.conftest import Report
 from tests.faults.nodes import free_port
@@ -67,6 +68,7 @@ def test_a_server_that_dies_and_comes_back(
             run.until(lambda: run.step >= 2 * EVERY)
             server.start()
             assert run.wait() == 0, run.said
+        replay(str(run.folder))  # what a server too slow for the run's patience has not heard
         client = connect(server.uri)
         (experiment,) = [e for e in client.search_experiments() if e.name == "dsl"]
         (found,) = client.search_runs([experiment.experiment_id])

@@ -17,8 +17,8 @@ def test_a_node_with_another_to_take_its_place(
     with finetune(tmp_path) as run:
         run.until(lambda: run.step >= EVERY + 5 and run.checkpoints)
         nodes.add()
-        when, step, kept = time.time(), run.step, max(run.checkpoints)
         nodes.lose(workers()[-1])
+        when, step, kept = time.time(), run.step, max(run.checkpoints)
         report(
             "a node dies, another has room", injected="SIGKILL of all its processes",
             lost=f"{step - kept} steps, redone", recovered_s=run.recovered(step, when),
@@ -38,8 +38,8 @@ def test_a_node_that_comes_back(
     with finetune(tmp_path, *settings) as run:
         run.until(lambda: run.step >= EVERY and run.checkpoints)
         assert len(workers()) == 2
-        when, step, kept = time.time(), run.step, max(run.checkpoints)
         nodes.lose(workers()[-1])
+        when, step, kept = time.time(), run.step, max(run.checkpoints)
         alone_s = run.recovered(step + 1, when)
         assert len(workers()) == 1
         nodes.add()
