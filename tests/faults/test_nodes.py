@@ -45,8 +45,7 @@ def test_a_node_that_comes_back(
         nodes.add()
         back, before = time.time(), set(workers())
         run.until(lambda: len(workers()) == 2 and not before & set(workers()))
-        step = run.step
-        together_s = run.recovered(step + 1, time.time()) + time.time() - back
+        together_s = run.recovered(run.step + 1, back)
         assert run.wait() == 0, run.said
     report(
         "a node dies, none has room: [1, 2] workers go on as one",
