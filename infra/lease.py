@@ -178,6 +178,8 @@ def _abandoned(run: Folder, name: str) -> bool:
     """Whether nobody holds the lease of this name any more."""
     folder = _folder(run)
     before = _read(folder, name)
+    if not before and name not in folder.names():
+        return True  # it was released, or followed, since it was seen
     if before.get("machine") and before["machine"] == _machine():
         return _started(before.get("pid")) != before.get("started")
     log.warning(
