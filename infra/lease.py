@@ -168,7 +168,12 @@ def _take(run: Folder) -> Held:
             "beat": 0,
             "ending": False,
         }
-        if _create(folder, lease.name, _encode(content)):
+        if not _create(folder, lease.name, _encode(content)):
+            continue
+        # Seen too late: who has followed before has removed the last number, whose turn it was.
+        if _names(folder)[-1] != lease.name:
+            folder.remove(lease.name)
+        else:
             for name in names:
                 folder.remove(name)
             return Held(lease, content)

@@ -120,9 +120,13 @@ class Folder:
         """Bytes of each file that lies directly in the folder, by name; folders in it have 0."""
 
         def listed(path: str) -> list[dict[str, Any]]:
-            with suppress(FileNotFoundError):
-                return self.filesystem.ls(path, detail=True)
-            return []
+            while True:
+                try:
+                    return self.filesystem.ls(path, detail=True)
+                except FileNotFoundError:
+                    if not (self.is_local and os.path.isdir(path)):
+                        return []
+                    # A file went while the list was made: it is not the folder that is empty.
 
         own = self.path.strip("/")  # some stores list the folder in itself
         found = {info["name"].strip("/"): info for info in self._ask("", listed)}

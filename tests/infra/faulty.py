@@ -22,6 +22,7 @@ from unittest import mock
 from urllib.parse import unquote
 from wsgiref.types import StartResponse, WSGIApplication
 
+from moto.backends import get_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -107,6 +108,7 @@ class FaultyStore:
         self._server.server_close()
         self._patch.stop()
         self.forget_clients()
+        get_backend("s3").reset()  # moto keeps one for all servers of a process
 
     def unfinished(self, folder: Folder) -> list[str]:
         """Keys of the uploads that were begun there and neither completed nor given up."""

@@ -98,6 +98,7 @@ def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> Non
 
 def test_the_first_sigterm_is_a_notice_the_second_an_end() -> None:
     heard: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
 
     def twice() -> None:
         for _ in range(2):
@@ -106,7 +107,7 @@ def test_the_first_sigterm_is_a_notice_the_second_an_end() -> None:
     with pytest.raises(Terminated), noticed(lambda: heard.append(1)):
         twice()
     assert heard == [1]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_log_is_kept_in_any_store_and_appended_to() -> None:

@@ -268,7 +268,7 @@ def test_a_dry_run_counts_and_touches_nothing(run: Run, world: Path, tmp_path: P
     assert not (tmp_path / "judged").exists()
 
 
-@pytest.mark.parametrize("preset", [path.stem for path in sorted(tiny.PRESETS.glob("*.yaml"))])
+@pytest.mark.parametrize("preset", ["quickstart", "small", "text8", "owt"])
 def test_every_preset_can_be_read(preset: str) -> None:
     found = config.load(
         evaluate.EvaluateConfig, verb="evaluate", argv=[preset], presets=tiny.PRESETS
