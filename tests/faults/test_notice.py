@@ -53,9 +53,10 @@ def test_a_node_whose_end_is_announced(
         victim = workers()[-1]
         drain(nodes, nodes.id_of(victim))
         (kept,) = run.until(lambda: run.checkpoints)
-        when, step = time.time(), run.step
+        when = time.time()
         nodes.lose(victim)
-        recovered_s = run.recovered(step, when)
+        step = run.step
+        recovered_s = run.recovered(step + 1, when)
         assert run.wait() == 0, run.said
     report(
         "a node goes with notice", injected="drained for preemption, then SIGKILL",
