@@ -146,7 +146,8 @@ def ending(handle: RunHandle) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracking.finish(handle, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        # An interrupt, a notice, or the exit by which Ray Tune halts a trial is no failure.
+        tracking.finish(handle, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
 

@@ -107,7 +107,7 @@ def test_the_windows_of_an_epoch_partition_its_rows(
     seen: list[tuple[str, int, int]] = []
     owned = dict.fromkeys(range(lanes), 0)
     for lane, window in plan.windows(range(lanes)):
-        if window.epoch > epoch + 2:
+        if window.epoch > 2 * epoch + 3:  # a lane of few rows turns up to twice as fast
             break
         assert lane == window.index % lanes
         if window.epoch == epoch:
