@@ -21,6 +21,7 @@ from dsl.evidence import evidence
 from dsl.likelihood import Estimate, PathName
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
+from dsl.state import State
 from dsl.summary import log_prob_of, summarise
 from pipelines.evaluation.settings import LikelihoodConfig, StatesConfig
 
@@ -158,11 +159,18 @@ def errors(
     denoiser: Denoiser, tokens_BL: Tensor, condition: Condition, *, seed: int, first_row: int = 0
 ) -> Errors:
     """The errors of the unrevealed tokens, one denoiser call."""
+    tokens_BL, state = _seen(denoiser, tokens_BL, condition, Draws(seed, first_row, 0))
+    return Errors(*_errors_of(denoiser(state), tokens_BL, ~state.revealed_BL).double().cpu())
+
+
+def _seen(
+    denoiser: Denoiser, tokens_BL: Tensor, condition: Condition, draws: Draws
+) -> tuple[Tensor, State]:
+    """The rows on the denoiser's device, and their noisy state under the condition."""
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
-    draws = Draws(seed, first_row, 0)
-    state = evidence(table_VD, tokens_BL, condition.gamma(*tokens_BL.shape, draws), draws)
-    return Errors(*_errors_of(denoiser(state), tokens_BL, ~state.revealed_BL).double().cpu())
+    gamma_BL = condition.gamma(*tokens_BL.shape, draws)
+    return tokens_BL, evidence(table_VD, tokens_BL, gamma_BL, draws)
 
 
 def _errors_of(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
@@ -192,9 +200,7 @@ def reading(
     denoiser: Denoiser, tokens_BL: Tensor, condition: AtSNR, *, seed: int, first_row: int = 0
 ) -> Reading:
     """What the converter takes the tokens for at an SNR, means over each row: ``[B]`` each."""
-    table_VD = denoiser.table_VD
-    tokens_BL = tokens_BL.to(table_VD.device)
-    draws = Draws(seed, first_row, 0)
-    state = evidence(table_VD, tokens_BL, condition.gamma(*tokens_BL.shape, draws), draws)
-    read = denoiser.converter.read(state.z_BLD.flatten(0, 1), tokens_BL.flatten(), table_VD)
+    tokens_BL, state = _seen(denoiser, tokens_BL, condition, Draws(seed, first_row, 0))
+    z_ND = state.z_BLD.flatten(0, 1)
+    read = denoiser.converter.read(z_ND, tokens_BL.flatten(), denoiser.table_VD)
     return Reading(*(value.view(tokens_BL.shape).double().mean(1).cpu() for value in read))
