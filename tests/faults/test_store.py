@@ -39,10 +39,8 @@ def _server(data: Path) -> Iterator[FaultyStore]:
 
 @pytest.fixture
 def store(_server: FaultyStore) -> Iterator[FaultyStore]:
-    yield _server
-    _server.heal()
-    _server.requests.clear()
-    _server.forget_clients()
+    with _server.lent() as store:
+        yield store
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from io import BytesIO
@@ -81,6 +82,14 @@ class FaultyStore:
 
     def heal(self) -> None:
         self._rules.clear()
+
+    @contextmanager
+    def lent(self) -> Iterator[FaultyStore]:
+        """To one test: whatever it did to the store ends with it."""
+        yield self
+        self.heal()
+        self.requests.clear()
+        self.forget_clients()
 
     def count(self, method: str, key: str = "*") -> int:
         return sum(r.method == method and fnmatch(r.key, key) for r in self.requests)

@@ -34,9 +34,8 @@ def _server() -> Iterator[FaultyStore]:
 
 @pytest.fixture
 def store(_server: FaultyStore) -> Iterator[FaultyStore]:
-    yield _server
-    _server.heal()
-    _server.requests.clear()
+    with _server.lent() as store:
+        yield store
 
 
 @pytest.fixture
