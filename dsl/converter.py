@@ -1,18 +1,18 @@
 """From a noisy token to what a transformer can read: a soft mixture of input embeddings.
 
 Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots (the last is [MASK]),
-W backbone width, N positions that need a softmax.
+W backbone width, N positions that need a softmax, K = D + 1.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from dsl.posterior import CHUNK_ELEMENTS
+from dsl.posterior import spans
 from dsl.state import State
 
 # The largest float below one. Its logit, 36.7, gives the mask slot probability 1 exactly in
@@ -67,54 +67,102 @@ class Converter(nn.Module):
         # A masked token is z = 0: its mixture rides along as the first row. Being always there,
         # it also gives every parameter a gradient in batches without evidence.
         z_ND = torch.cat([evidence_ND.new_zeros(1, evidence_ND.shape[1]), evidence_ND])
-        size = max(1, CHUNK_ELEMENTS // len(values_UW))
-        mixed_NW = torch.cat(
-            [
-                self._mix(z_ND[start : start + size], table_VD, values_UW)
-                for start in range(0, len(z_ND), size)
-            ]
-        )
+        # Forward-mode derivatives, for which nothing is kept, go through the formula itself.
+        mix = Mixture.apply if torch.is_grad_enabled() else mixture
+        mixed_NW = mix(*self.asked(z_ND, table_VD), _in_compute_dtype(values_UW))
         inputs_BLW = torch.where(
             state.revealed_BL[..., None], F.embedding(state.tokens_BL, values_UW), mixed_NW[0]
         )
         evidence_NW = mixed_NW[1:].to(inputs_BLW.dtype)
         return inputs_BLW.index_put(at, evidence_NW)
 
+    def asked(self, z_ND: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """``query_NK, key_UK``, whose `weights` are what evidence is taken for; K = D + 1.
+
+        In the table's precision: scores reach hundreds; bf16 would round them by whole nats.
+        """
+        query_ND = self.beta.to(table_VD) * z_ND.to(table_VD)
+        key_UD = F.pad(table_VD, (0, 0, 0, 1))  # [MASK]'s is zero
+        return biased(query_ND, key_UD, self.bias_U)
+
     @torch.no_grad()
     def read(self, z_ND: Tensor, tokens_N: Tensor, table_VD: Tensor) -> Reading:
         """What evidence ``z_ND`` of the tokens ``tokens_N`` is taken for, a chunk at a time."""
-        size = max(1, CHUNK_ELEMENTS // len(self.bias_U))
-        chunks = zip(torch.split(z_ND, size), torch.split(tokens_N, size), strict=True)
+        query_NK, key_UK = self.asked(z_ND, table_VD)
         read = [
-            _reading(weights(z_ND, self.beta, self.bias_U, table_VD), tokens_N)
-            for z_ND, tokens_N in chunks
+            _reading(weights(query_NK[span], key_UK), tokens_N[span])
+            for span in spans(len(query_NK), len(key_UK))
         ]
         return Reading(*torch.cat(read, dim=1))
 
-    def _mix(self, z_ND: Tensor, table_VD: Tensor, values_UW: Tensor) -> Tensor:
-        arguments = (z_ND, self.beta, self.bias_U, table_VD, values_UW)
-        if not torch.is_grad_enabled():
-            return mixture(*arguments)
-        mixed_NW: Tensor = checkpoint(
-            mixture, *arguments, use_reentrant=False, preserve_rng_state=False
-        )
+
+def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, D + 1]`` and ``[U, D + 1]``, whose products are ``<query, key_u> + b_u``.
+
+    The bias is a dimension in which all queries are one: added by itself, it would be a pass over
+    N·U numbers.
+    """
+    return (
+        torch.cat([query_ND, torch.ones_like(query_ND[:, :1])], dim=1),
+        torch.cat([key_UD, bias_U.to(key_UD)[:, None]], dim=1),
+    )
+
+
+def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
+    """``softmax(query key^T) values``, ``[N, W]``: attention of N positions to U slots.
+
+    In chunks, of which only one has its weights at a time. Weights are of the queries' dtype,
+    products with the values of the values'.
+    """
+    with _without_autocast(query_NK):
+        chunks = [
+            weights(query_NK[span], key_UK).to(values_UW.dtype) @ values_UW
+            for span in spans(len(query_NK), len(key_UK))
+        ]
+    return torch.cat(chunks)
+
+
+class Mixture(torch.autograd.Function):
+    """`mixture`, whose backward pass computes the weights again, a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
+        mixed_NW = mixture(query_NK, key_UK, values_UW)
+        ctx.save_for_backward(query_NK, key_UK, values_UW, mixed_NW)
         return mixed_NW
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        query_NK, key_UK, values_UW, mixed_NW = ctx.saved_tensors
+        grad_NW = grad_NW.to(values_UW.dtype)
+        query_grad_NK, key_grad_UK = torch.empty_like(query_NK), torch.zeros_like(key_UK)
+        values_grad_UW = torch.zeros_like(values_UW) if ctx.needs_input_grad[2] else None
+        # What a softmax takes off each gradient, sum_u weight_u dL/dweight_u, is <grad, mixed>.
+        mean_N1 = (grad_NW.to(query_NK) * mixed_NW.to(query_NK)).sum(1, keepdim=True)
+        with _without_autocast(query_NK):
+            for span in spans(len(query_NK), len(key_UK)):
+                weights_NU = weights(query_NK[span], key_UK)
+                if values_grad_UW is not None:
+                    values_grad_UW.addmm_(weights_NU.to(values_UW.dtype).T, grad_NW[span])
+                scores_grad_NU = (grad_NW[span] @ values_UW.T).to(query_NK.dtype)
+                scores_grad_NU.sub_(mean_N1[span]).mul_(weights_NU)
+                query_grad_NK[span] = scores_grad_NU @ key_UK
+                key_grad_UK.addmm_(scores_grad_NU.T, query_NK[span])
+        return query_grad_NK, key_grad_UK, values_grad_UW
 
-def mixture(
-    z_ND: Tensor, beta: Tensor, bias_U: Tensor, table_VD: Tensor, values_UW: Tensor
-) -> Tensor:
-    """Mixtures ``[N, W]``: scores and softmax in the table's precision, values in their own."""
-    return weights(z_ND, beta, bias_U, table_VD).to(values_UW.dtype) @ values_UW
+
+def weights(query_NK: Tensor, key_UK: Tensor) -> Tensor:
+    """``softmax_u <query, key_u>``, ``[N, U]``."""
+    return (query_NK @ key_UK.T).softmax(-1)
 
 
-def weights(z_ND: Tensor, beta: Tensor, bias_U: Tensor, table_VD: Tensor) -> Tensor:
-    """``softmax_u(beta <z, x_u> + b_u)``, ``[N, U]``, in the table's precision."""
-    # Scores reach hundreds; bf16 would round them by whole nats.
-    with torch.autocast(z_ND.device.type, enabled=False):
-        scores_NV = F.linear(beta.to(table_VD) * z_ND.to(table_VD), table_VD)
-        weights_NU: Tensor = (F.pad(scores_NV, (0, 1)) + bias_U.to(table_VD)).softmax(-1)
-    return weights_NU
+def _in_compute_dtype(values_UW: Tensor) -> Tensor:
+    """The values in the dtype that autocast gives to products, or in their own."""
+    kind = values_UW.device.type
+    if not torch.is_autocast_enabled(kind):
+        return values_UW
+    return values_UW.to(torch.get_autocast_dtype(kind))
 
 
 def mask_bias(tokens: int, mask_prior: float) -> float:
@@ -130,6 +178,10 @@ def mask_bias(tokens: int, mask_prior: float) -> float:
         raise ValueError(f"mask_prior {mask_prior} must lie in (0, 1]; 1 is a hard mask")
     prior = min(mask_prior, HARD_MASK)
     return math.log(tokens) + math.log(prior) - math.log1p(-prior)
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _reading(weights_NU: Tensor, tokens_N: Tensor) -> Tensor:

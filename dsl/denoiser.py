@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsl.backbone import DiT, DiTConfig, precise
-from dsl.converter import Converter, mask_bias
+from dsl.converter import Converter, biased, mask_bias
 from dsl.geometry import TokenTable
 from dsl.posterior import Posterior
 from dsl.state import State
@@ -97,7 +97,10 @@ class Denoiser(nn.Module):
 
     def hidden(self, state: State) -> Tensor:
         """Hidden states ``[B, L, H]``, one linear map away from the logits."""
-        return self._hidden(state, self.table_VD)
+        hidden_BLW = self._read(state, self.table_VD)
+        if not self.config.skip:
+            return hidden_BLW
+        return torch.cat([hidden_BLW, state.z_BLD.to(hidden_BLW)], dim=-1)
 
     def forward(self, state: State) -> Posterior:
         """The posterior of every token. Runs the backbone; logits wait until they are asked for.
@@ -106,35 +109,63 @@ class Denoiser(nn.Module):
         """
         table_VD = self.table_VD
         state = state.like(table_VD)
-        return NetworkPosterior(state, table_VD, self._hidden(state, table_VD), self.head)
+        hidden_BLW = self._read(state, table_VD)
+        evidence_BLD = state.z_BLD if self.config.skip else None
+        return NetworkPosterior(state, table_VD, hidden_BLW, self.backbone.head, evidence_BLD)
 
-    def _hidden(self, state: State, table_VD: Tensor) -> Tensor:
+    def _read(self, state: State, table_VD: Tensor) -> Tensor:
         values_UW = self.backbone.values_UW
         inputs_BLW = self.converter(state, table_VD, values_UW)
         if self.config.backbone.causal:
             start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
             inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)
         hidden_BLW: Tensor = self.backbone(inputs_BLW)
-        if not self.config.skip:
-            return hidden_BLW
-        return torch.cat([hidden_BLW, state.z_BLD.to(hidden_BLW)], dim=-1)
+        return hidden_BLW
 
 
 class NetworkPosterior(Posterior):
-    """Hidden states, projected onto the vocabulary at asked positions only."""
+    """Hidden states, projected onto the vocabulary at asked positions only.
+
+    ``evidence_BLD`` is what skips the backbone, None where nothing does. Backbone and skip have
+    their own products here: `Denoiser.head`, which joins them, copies the whole head, and a call
+    that asks for a few positions would notice.
+    """
 
     def __init__(
-        self, state: State, table_VD: Tensor, hidden_BLH: Tensor, head: tuple[Tensor, Tensor]
+        self,
+        state: State,
+        table_VD: Tensor,
+        hidden_BLW: Tensor,
+        head: tuple[Tensor, Tensor],
+        evidence_BLD: Tensor | None,
     ) -> None:
         super().__init__(state, table_VD)
-        self.hidden_BLH = hidden_BLH
+        self.hidden_BLW = hidden_BLW
         self.head = head
+        self.evidence_BLD = evidence_BLD
 
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        logits_NV = F.linear(self.hidden_BLH.flatten(0, 1)[at_N], *self.head)
-        return precise(logits_NV).log_softmax(-1)
+        return self._logits(at_N).log_softmax(-1)
+
+    def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self._logits(at_N).softmax(-1)
+
+    def _logits(self, at_N: Tensor) -> Tensor:
+        hidden_NW, (weight_VW, bias_V) = self.hidden_BLW.flatten(0, 1)[at_N], self.head
+        if self.evidence_BLD is None:
+            return precise(F.linear(hidden_NW, weight_VW, bias_V))
+        logits_NV = precise(F.linear(hidden_NW, weight_VW))
+        z_ND = self.evidence_BLD.flatten(0, 1)[at_N].to(logits_NV)
+        # Evidence of hundreds of nats does not survive 8 bits.
+        with torch.autocast(z_ND.device.type, enabled=False):
+            query_NK, key_VK = biased(z_ND, self.table_VD.to(logits_NV), bias_V)
+            return logits_NV.addmm_(query_NK, key_VK.T)
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "NetworkPosterior":
         assert isinstance(fresh, NetworkPosterior)
-        hidden_BLH = self.hidden_BLH.index_copy(0, rows_R, fresh.hidden_BLH)
-        return NetworkPosterior(state, self.table_VD, hidden_BLH, self.head)
+        hidden_BLW = self.hidden_BLW.index_copy(0, rows_R, fresh.hidden_BLW)
+        evidence_BLD = self.evidence_BLD
+        if evidence_BLD is not None:
+            assert fresh.evidence_BLD is not None
+            evidence_BLD = evidence_BLD.index_copy(0, rows_R, fresh.evidence_BLD)
+        return NetworkPosterior(state, self.table_VD, hidden_BLW, self.head, evidence_BLD)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from dsl.corruption import observe
 from dsl.denoiser import Denoiser
-from dsl.posterior import CHUNK_ELEMENTS
 from dsl.state import State
 from dsl.support import Support, stratified
 
 # Where the integral over t starts, as in the public MDLM: the weight 1/t has infinite variance
 # on (0, 1]. It moves the bound by a share of about EPS.
 EPS = 1e-3
+
+# Of logits at a time, 64 MiB in float32. Each chunk passes over the whole gradient of the head.
+CHUNK_ELEMENTS = 2**24
 
 
 class Loss(NamedTuple):

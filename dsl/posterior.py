@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dsl.state import State
 
-# Bounds one chunk of [positions, V] work to some 64 MiB of float32, whatever B, L and V.
-CHUNK_ELEMENTS = 2**24
+# Bounds one chunk of [positions, V] work to some 32 MiB of float32, whatever B, L and V.
+CHUNK_ELEMENTS = 2**23
 
 
 class Posterior(ABC):
@@ -31,6 +31,10 @@ class Posterior(ABC):
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
         """Normalised ``[N, V]`` at unrevealed positions."""
 
+    def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        """Probabilities ``[N, V]`` at unrevealed positions."""
+        return self._log_probs_unrevealed(at_N).exp()
+
     @abstractmethod
     def with_rows(self, state: State, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
         """The posterior of ``state``: rows ``rows_R`` as ``fresh`` (R rows) has just answered
@@ -38,22 +42,18 @@ class Posterior(ABC):
 
     def log_probs_at(self, at_N: Tensor) -> Tensor:
         """``[N, V]`` log-probabilities at flat positions ``at_N``."""
-        log_probs_NV = self._log_probs_unrevealed(at_N)
-        revealed_N = self.state.revealed_BL.flatten()[at_N]
-        if revealed_N.any():
-            tokens_N = self.state.tokens_BL.flatten()[at_N][revealed_N]
-            one_hot = log_probs_NV.new_full((len(tokens_N), len(self.table_VD)), -torch.inf)
-            log_probs_NV = log_probs_NV.clone()
-            log_probs_NV[revealed_N] = one_hot.scatter(1, tokens_N[:, None], 0.0)
-        return log_probs_NV
+        return self._carried_over(self._log_probs_unrevealed(at_N), at_N, other=-torch.inf, own=0.0)
+
+    def probs_at(self, at_N: Tensor) -> Tensor:
+        """``[N, V]`` probabilities at flat positions ``at_N``."""
+        return self._carried_over(self._probs_unrevealed(at_N), at_N, other=0.0, own=1.0)
 
     def mean_at(self, at_N: Tensor) -> Tensor:
         """``[N, D]`` posterior mean ``x_hat = E[x | state]`` (003 eq. 2) at flat positions."""
         # The product runs in the table's dtype: a float64 law keeps its precision.
         mean_ND = self.table_VD.new_empty(len(at_N), self.table_VD.shape[1])
-        for span in self._spans(len(at_N)):
-            probs_NV = self.log_probs_at(at_N[span]).exp()
-            mean_ND[span] = probs_NV.to(self.table_VD) @ self.table_VD
+        for span in spans(len(at_N), len(self.table_VD)):
+            mean_ND[span] = self.probs_at(at_N[span]).to(self.table_VD) @ self.table_VD
         return mean_ND
 
     def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Posterior(ABC):
         Inverse CDF in float64: float32 Gumbel draws lower the temperature (arXiv 2409.02908).
         """
         tokens_N = torch.empty_like(at_N)
-        for span in self._spans(len(at_N)):
+        for span in spans(len(at_N), len(self.table_VD)):
             cdf_NV = self.log_probs_at(at_N[span]).double().exp().cumsum(-1)
             # The last entry is 1 up to rounding; scaling by it keeps the draw inside the support.
             threshold_N1 = (uniform_N[span].to(cdf_NV) * cdf_NV[:, -1])[:, None]
@@ -71,9 +71,10 @@ class Posterior(ABC):
 
     def entropy_at(self, at_N: Tensor) -> Tensor:
         """Entropy ``[N]`` in nats at flat positions; 0 where revealed."""
-        spans = self._spans(len(at_N))
-        entropy = [torch.special.entr(self.log_probs_at(at_N[s]).exp()).sum(-1) for s in spans]
-        return torch.cat(entropy) if entropy else self.table_VD.new_empty(0)
+        entropy_N = self.table_VD.new_empty(len(at_N))
+        for span in spans(len(at_N), len(self.table_VD)):
+            entropy_N[span] = torch.special.entr(self.probs_at(at_N[span])).sum(-1)
+        return entropy_N
 
     def confidence_at(self, at_N: Tensor, tokens_N: Tensor) -> Tensor:
         """Probability ``[N]`` of a token at each flat position, be it revealed or not.
@@ -83,7 +84,7 @@ class Posterior(ABC):
         exact law says of a text outside it.
         """
         confidence_N = self.table_VD.new_empty(len(at_N))
-        for span in self._spans(len(at_N)):
+        for span in spans(len(at_N), len(self.table_VD)):
             log_probs_NV = self._log_probs_unrevealed(at_N[span])
             confidence_N[span] = log_probs_NV.gather(1, tokens_N[span, None]).squeeze(1).exp()
         return confidence_N
@@ -103,9 +104,22 @@ class Posterior(ABC):
         mean_BLD[unrevealed_BL] = self.mean_at(at_N)
         return mean_BLD
 
-    def _spans(self, positions: int) -> list[slice]:
-        size = max(1, CHUNK_ELEMENTS // len(self.table_VD))
-        return [slice(start, start + size) for start in range(0, positions, size)]
+    def _carried_over(self, found_NV: Tensor, at_N: Tensor, *, other: float, own: float) -> Tensor:
+        """``found_NV`` with what is known in place of what was found at revealed positions."""
+        revealed_N = self.state.revealed_BL.flatten()[at_N]
+        if not revealed_N.any():
+            return found_NV
+        tokens_N1 = self.state.tokens_BL.flatten()[at_N][revealed_N][:, None]
+        known_NV = found_NV.new_full((len(tokens_N1), found_NV.shape[1]), other)
+        found_NV = found_NV.clone()
+        found_NV[revealed_N] = known_NV.scatter(1, tokens_N1, own)
+        return found_NV
+
+
+def spans(positions: int, width: int) -> list[slice]:
+    """Positions in turn, as many at a time as CHUNK_ELEMENTS of ``width`` each allow."""
+    size = max(1, CHUNK_ELEMENTS // width)
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 class Denoises(Protocol):

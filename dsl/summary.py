@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsl.posterior import CHUNK_ELEMENTS, Posterior
+from dsl.posterior import Posterior, spans
 
 
 def summarise(
@@ -19,11 +19,10 @@ def summarise(
     Anything in ``with_N`` is cut along with the positions; what the function answers for the
     chunks is joined along its first dimension.
     """
-    size = max(1, CHUNK_ELEMENTS // len(posterior.table_VD))
     answers = []
     # At least one chunk: the answer for no positions has a dtype and a device too.
-    for start in range(0, max(len(at_N), 1), size):
-        at, *rest = (column_N[start : start + size] for column_N in (at_N, *with_N))
+    for span in spans(max(len(at_N), 1), len(posterior.table_VD)):
+        at, *rest = (column_N[span] for column_N in (at_N, *with_N))
         answers.append(function(posterior.log_probs_at(at), *rest))
     return torch.cat(answers)
 

@@ -17,7 +17,7 @@ from dsl.state import State
 Convention = Literal["keep", "drop"]
 
 # Tokens of a row that a nucleus is looked for among at first: most hold fewer.
-FIRST = 1024
+FIRST = 256
 
 # Which tokens of a row sorted from likely to unlikely stay, from the sum up to each in float64.
 # `keep` is the common rule, `drop` that of public ReMDM; they differ in the token that crosses p.
@@ -74,12 +74,17 @@ class Truncated:
 
     def sharpen(self, log_probs_NV: Tensor) -> Tensor:
         """Normalised log-probabilities ``[N, V]`` after temperature and nucleus."""
+        if self.temperature == 1 and self.nucleus == 1:
+            return log_probs_NV
+        return self.cut(log_probs_NV).log_softmax(-1)
+
+    def cut(self, log_probs_NV: Tensor) -> Tensor:
+        """Log-probabilities ``[N, V]`` after temperature and nucleus, not normalised."""
         if self.temperature != 1:
             log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
         if self.nucleus == 1:
             return log_probs_NV
-        stays_NV = self._stays(log_probs_NV, FIRST)
-        return log_probs_NV.masked_fill(~stays_NV, -torch.inf).log_softmax(-1)
+        return log_probs_NV.masked_fill(~self._stays(log_probs_NV, FIRST), -torch.inf)
 
     def _stays(self, log_probs_NV: Tensor, most: int) -> Tensor:
         """Which tokens the nucleus leaves, looking at the ``most`` likeliest of each row first.
@@ -121,6 +126,9 @@ class TruncatedPosterior(Posterior):
 
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
         return self.options.sharpen(self.posterior._log_probs_unrevealed(at_N))
+
+    def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self.options.cut(self.posterior._log_probs_unrevealed(at_N)).softmax(-1)
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
         assert isinstance(fresh, TruncatedPosterior)

@@ -21,12 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -108,6 +102,21 @@ def pin(threads: int | None) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Have this process take numbers below 1e-38 for zero.
+
+    A CPU computes with them, which the gradients of confident predictions are full of, some ten
+    times as slowly as with others. Only threads that begin later follow: a process that has not
+    computed anything yet is the place for it.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of `model`; `.module` holds it, without gradients.
 
@@ -127,18 +136,34 @@ def shard(
 ) -> None:
     """Shard `root` in place: per block activation checkpointing, compile, FSDP2; then the root.
 
+    Where one worker computes in float32 there is nothing to shard, gather or cast: FSDP2 would
+    only copy every weight and gradient, and stays away.
+
     root: float32, on the mesh's device type; parameters may be frozen. Parameter names stay.
     blocks: the repeated submodules, each gathered only while it computes.
     exact: small submodules, outside the blocks, that compute in float32 whatever the config says.
     """
     dtype = config.dtype(torch.device(mesh.device_type))
-    precision = functools.partial(MixedPrecisionPolicy, dtype, torch.float32)
+    blocks = list(blocks)
     for block in blocks:
         if config.activation_checkpointing:
             # Wrapping the bound method, not the module, keeps the parameter names of checkpoints.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             block.compile()
+    root.ask = lambda question: question()
+    if mesh.size() == 1 and dtype is torch.float32:
+        root.set_requires_gradient_sync = lambda required: None
+        return
+    # Half a second to import, which `--help` is not to pay.
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    precision = functools.partial(MixedPrecisionPolicy, dtype, torch.float32)
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision())
     for module in exact:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -146,7 +171,6 @@ def shard(
     # gathered weights where the average and the checkpoints expect shards.
     root_precision = precision(cast_forward_inputs=False)
     fully_shard(root, mesh=mesh, mp_policy=root_precision, reshard_after_forward=True)
-    root.ask = lambda question: question()
     register_fsdp_forward_method(root, "ask")
 
 
@@ -184,6 +208,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded, detached, on every rank; collective if it is."""
+    from torch.distributed.tensor import DTensor  # as slow to import as FSDP2
+
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -67,7 +67,8 @@ def _execute(config: BenchmarkConfig, folder: Folder) -> dict[str, Any]:
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     say(machine.line(host))
     with runs.ending(handle):
-        tables = dict(_measured(config))
+        with parallel.flushed():  # as workers have it
+            tables = dict(_measured(config))
         found = metrics(tables)
         handle = runs.publish(folder, handle, _report(config, tables, host).files(), found)
     result = {

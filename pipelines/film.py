@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsl.paths import Clock
-from dsl.posterior import CHUNK_ELEMENTS, Posterior
+from dsl.posterior import Posterior, spans
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
 
@@ -67,8 +67,8 @@ class Film:
 
 def likeliest(posterior: Posterior, at_N: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest token ``[N]`` at flat positions, and its probability."""
-    size = max(1, CHUNK_ELEMENTS // len(posterior.table_VD))
-    chunks = [posterior.log_probs_at(chunk_N).max(1) for chunk_N in at_N.split(size)]
+    width = len(posterior.table_VD)
+    chunks = [posterior.log_probs_at(at_N[span]).max(1) for span in spans(len(at_N), width)]
     token_N = torch.cat([chunk.indices for chunk in chunks])
     return token_N, torch.cat([chunk.values for chunk in chunks]).exp().to(posterior.table_VD)
 

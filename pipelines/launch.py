@@ -23,7 +23,6 @@ from dsl.denoiser import Denoiser
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
 from infra import journal, ranklog, stream, tracking
-from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.errors import DataError
 from infra.lease import Lease
 from infra.notices import Notices, node_is_going
@@ -114,6 +113,8 @@ def launch(
     asked for once in the life of a run. tags: lineage for the MLflow run. parent: the id of the
     MLflow run to show it under. fit: what to train with instead of Ray Train on a cluster.
     """
+    from infra.checkpoints import committed  # half a second that `--help` is not to pay
+
     with runs.opened(config, verb) as held:
         folder = held.run
         if folder.exists(RESULT):
@@ -176,6 +177,8 @@ def run_on_this_process(
 
     report: hears of validation, on every rank; show: of all that is logged, on the first.
     """
+    from infra.checkpoints import Checkpoints
+
     config = job.config
     folder, data = Folder.at(config.root) / config.name, Folder.at(config.data)
     order = Plan.of(data, job.manifest, "train", config.train.stream)
@@ -275,6 +278,8 @@ def _conclude(
     config: RunConfig, folder: Folder, vocabulary: Vocabulary, kind: str, length: int
 ) -> dict[str, Any]:
     """Turn the averaged weights of the last checkpoint into a model folder."""
+    from infra.checkpoints import consolidate
+
     model, step = folder / "model", config.train.steps
     if not models.exists(model):
         denoiser = models.load_folder(folder / "init").denoiser

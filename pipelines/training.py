@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,15 @@ from dsl.geometry import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
 from infra import parallel, stall
-from infra.checkpoints import Checkpoints, training_tensors
 from infra.errors import ConfigError, InfraError
 from infra.notices import Notice, Notices
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
 from pipelines.bounds import Bounds
 from pipelines.progress import Progress
+
+if TYPE_CHECKING:  # torch's checkpoints take half a second to import, which `--help` is not to pay
+    from infra.checkpoints import Checkpoints
 
 # Steps are counted from 1; the noise of validation is keyed where no training step can be.
 VALIDATION = 0
@@ -128,10 +130,13 @@ class Learner:
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
+            fused=True,
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, live: loading into them restores the run."""
+        from infra.checkpoints import training_tensors
+
         return training_tensors(self.objective, self.average, self.optimizer)
 
     def step(self, step: int, microbatches: Microbatches) -> dict[str, float]:

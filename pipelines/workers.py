@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra import cluster, stream
+from infra import cluster, parallel, stream
 from infra.cluster import ClusterConfig
-from infra.parallel import ParallelConfig, world
+from infra.parallel import ParallelConfig
 from pipelines.gauges import Gauges
 from pipelines.training import TrainConfig
 
@@ -109,8 +109,9 @@ def worker(payload: dict[str, Any]) -> None:
 
     # Ray announces every report on the console, in a logger that its own setting does not reach.
     logging.getLogger().setLevel(logging.WARNING)
-    payload["train"](
-        batches=stream.ray_batches,
-        report=lambda metrics: ray.train.report(metrics),
-        show=None if world()[0] else Gauges(payload["name"]).log,
-    )
+    with parallel.flushed():
+        payload["train"](
+            batches=stream.ray_batches,
+            report=lambda metrics: ray.train.report(metrics),
+            show=None if parallel.world()[0] else Gauges(payload["name"]).log,
+        )

@@ -36,7 +36,7 @@ def jvp(state: State, x_hat_BLD: Tensor, clock: Clock) -> Tensor:
     faint_BL = state.gamma_BL.clamp_min(torch.finfo(state.gamma_BL.dtype).tiny)
     gamma_BL = torch.where(moves_BL, faint_BL, state.gamma_BL)
     # Forward mode has rules for the plain attention kernel only.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         z_BLD = forward_ad.make_dual(  # type: ignore[no-untyped-call]
             state.z_BLD, direction_BLD.to(state.z_BLD)
         )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsl.converter import mixture
+from dsl.converter import weights
 from dsl.denoiser import Denoiser
 from dsl.state import State
 from infra import parallel
@@ -70,7 +70,6 @@ def procedures(config: BenchmarkConfig, device: torch.device) -> Mapping[str, Ca
     half_1N = torch.arange(tokens_1N.shape[1])[None] % 2 == 0
     endpoints = state(torch.where(half_1N, torch.inf, 0.0))
     z_ND = evidence.z_BLD[0].clone().requires_grad_()
-    scale, bias_U = denoiser.converter.beta, denoiser.converter.bias_U
     ids_N = endpoints.tokens_BL[0]
 
     def products() -> Tensor:
@@ -85,7 +84,7 @@ def procedures(config: BenchmarkConfig, device: torch.device) -> Mapping[str, Ca
         "backward": _with_gradient(lambda: ours(evidence), denoiser),
         "products_backward": _with_gradient(products, denoiser),
         "plain_backward": _with_gradient(
-            lambda: mixture(z_ND, scale, bias_U, table_VD, values_UW), denoiser
+            lambda: weights(*denoiser.converter.asked(z_ND, table_VD)) @ values_UW, denoiser
         ),
         "endpoints": _without_gradient(lambda: ours(endpoints)),
         "lookup": _without_gradient(lambda: F.embedding(ids_N, values_UW)),

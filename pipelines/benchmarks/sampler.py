@@ -84,7 +84,7 @@ def procedures(config: BenchmarkConfig, device: torch.device) -> dict[str, Proce
         "backbone": lambda number: denoiser.backbone(inputs_BLW),
         "masked": call(sharp, dsl.paths.Masked(), endpoints),
         "remask": call(sharp, REMASK, endpoints),
-        "head": lambda number: F.linear(denoiser.hidden(endpoints), *denoiser.head),
+        "head": lambda number: F.linear(denoiser.backbone(inputs_BLW), *denoiser.backbone.head),
         "sde": call(denoiser, SDE, evidence),
         "sde_nucleus": call(sharp, SDE, evidence),
         "reference": lambda number: reference.step(

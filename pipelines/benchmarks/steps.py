@@ -21,6 +21,7 @@ from pipelines.benchmarks.settings import BenchmarkConfig, build
 from pipelines.benchmarks.timing import Procedure
 from pipelines.training import Learner, TrainConfig
 
+DECAY = 0.999
 STEP, LANE = 1, 0  # the key of the noise, the same for all and in every round
 
 
@@ -28,7 +29,7 @@ def procedure(config: BenchmarkConfig, name: str, device: torch.device) -> Proce
     """One step of the bare loop: one device, nothing sharded, always the same microbatch."""
     tokens_BL = torch.from_numpy(_microbatch(config)).to(device)
     objective = _objective(config, "dsl" if name == "dsl" else "mdlm", device)
-    bare = Bare(objective, device)
+    bare = (Public if name == "reference" else Bare)(objective, device)
 
     def ours() -> Tensor:
         return objective(tokens_BL, _draws(device)).value
@@ -41,13 +42,17 @@ def procedure(config: BenchmarkConfig, name: str, device: torch.device) -> Proce
 
 
 class Bare:
-    """Weights, their average and AdamW; a step without anything around it."""
+    """Weights, their average and AdamW as workers have them; a step without anything around it."""
+
+    fused = True
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
-        self.average = parallel.averaged(module, 0.999)
+        self.average = parallel.averaged(module, DECAY)
         self.trained = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=3e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=3e-4, weight_decay=0.0, fused=self.fused
+        )
 
     def step(self, loss: Callable[[], Tensor]) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
@@ -56,7 +61,22 @@ class Bare:
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.update_average()
+
+    def update_average(self) -> None:
         self.average.update_parameters(self.module)
+
+
+class Public(Bare):
+    """AdamW as torch has it by default, and the average in three passes, as in public code."""
+
+    fused = None
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        pairs = zip(self.average.module.parameters(), self.module.parameters(), strict=True)
+        for average, parameter in pairs:
+            average.sub_((1 - DECAY) * (average - parameter))
 
 
 def once(config: BenchmarkConfig, name: str) -> None:

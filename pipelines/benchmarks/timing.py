@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from infra import parallel
 from infra.errors import InfraError
 
 GIB = 2**30
@@ -73,7 +74,8 @@ def peak_gib(procedure: Callable[..., object], *arguments: Any) -> float:
 def _measured(
     sender: Connection, procedure: Callable[..., object], arguments: tuple[Any, ...]
 ) -> None:
-    procedure(*arguments)
+    with parallel.flushed():
+        procedure(*arguments)
     cuda = torch.cuda.is_available()
     sender.send(torch.cuda.max_memory_allocated() if cuda else _peak_of_this_process())
 

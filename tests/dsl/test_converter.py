@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dsl.converter
-from dsl.converter import Converter, mask_bias
+import dsl.posterior
+from dsl.converter import Converter, Mixture, mask_bias, weights
 from dsl.exact import ExactDenoiser
 from dsl.geometry import TokenTable
 from dsl.state import State
@@ -152,6 +152,35 @@ def gradients(
     return [outputs_BLW, *torch.autograd.grad(loss, inputs)]
 
 
+def test_the_mixture_s_gradients_are_those_of_the_formula(monkeypatch):
+    """By finite differences, and against autograd's own through the plain formula."""
+    torch.manual_seed(0)
+    arguments = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(7, DIM + 1), (TOKENS + 1, DIM + 1), (TOKENS + 1, 4)]
+    ]
+    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 3 * (TOKENS + 1))
+    assert torch.autograd.gradcheck(Mixture.apply, arguments)
+    query_NK, key_UK, values_UW = arguments
+    plain_NW = weights(query_NK, key_UK) @ values_UW
+    mixed_NW = Mixture.apply(*arguments)
+    torch.testing.assert_close(mixed_NW, plain_NW, atol=1e-14, rtol=0)
+    toward_NW = torch.randn_like(plain_NW)
+    for ours, autograd in zip(
+        torch.autograd.grad(mixed_NW, arguments, toward_NW),
+        torch.autograd.grad(plain_NW, arguments, toward_NW),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, autograd, atol=1e-13, rtol=0)
+
+
+def test_frozen_values_get_no_gradient():
+    query_NK, key_UK = torch.randn(2, DIM), torch.randn(TOKENS + 1, DIM)
+    mixed_NW = Mixture.apply(query_NK.requires_grad_(), key_UK, slots())
+    mixed_NW.sum().backward()
+    assert query_NK.grad is not None
+
+
 def test_chunks_change_nothing(monkeypatch):
     torch.manual_seed(0)
     table = TokenTable(TOKENS, DIM).double()
@@ -159,7 +188,7 @@ def test_chunks_change_nothing(monkeypatch):
     state = random_state(dtype=torch.float64)
     values_UW = torch.randn(TOKENS + 1, 8, dtype=torch.float64, requires_grad=True)
     whole = gradients(converter, table, state, values_UW)
-    monkeypatch.setattr(dsl.converter, "CHUNK_ELEMENTS", 2 * (TOKENS + 1))
+    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 2 * (TOKENS + 1))
     for one, other in zip(whole, gradients(converter, table, state, values_UW), strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
@@ -198,7 +227,7 @@ def test_positions_times_vocabulary_never_exists(monkeypatch):
     state = State.from_tokens(
         table(), ones_BL.long(), torch.zeros(rows, length, dtype=torch.bool), ones_BL
     )
-    monkeypatch.setattr(dsl.converter, "CHUNK_ELEMENTS", 4 * (tokens + 1))
+    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 8 * (tokens + 1))
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -207,7 +236,7 @@ def test_positions_times_vocabulary_never_exists(monkeypatch):
 
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         converter(state, table(), values_UW).sum().backward()
-    assert largest.elements <= 4 * (tokens + 1)
+    assert largest.elements <= 8 * (tokens + 1)
     # What waits for the backward pass: nothing that grows with positions times vocabulary.
     assert sum(kept.values()) < rows * length * tokens / 2
 
@@ -241,9 +270,8 @@ def test_a_reading_is_of_the_weights_that_mix(monkeypatch: pytest.MonkeyPatch) -
     made = Converter(TOKENS, DIM, beta=1.5, mask_prior=0.5)
     tokens_N = torch.randint(TOKENS, (7,))
     with torch.no_grad():
-        arguments = (made.beta, made.bias_U, table_VD, torch.eye(TOKENS + 1))
-        weights_NU = dsl.converter.mixture(z_ND, *arguments)
-    monkeypatch.setattr(dsl.converter, "CHUNK_ELEMENTS", 1)
+        weights_NU = Mixture.apply(*made.asked(z_ND, table_VD), slots())
+    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 1)
     read = made.read(z_ND, tokens_N, table_VD)
     entropy_N = torch.distributions.Categorical(probs=weights_NU).entropy()
     torch.testing.assert_close(read.entropy_N, entropy_N)

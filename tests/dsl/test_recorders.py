@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsl import summary as summary_module
+from dsl import posterior as posterior_module
 from dsl.noise import Draws
 from dsl.paths import Clock, Masked, SentenceSDE
 from dsl.posterior import Posterior
@@ -156,7 +156,7 @@ def test_summaries_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -
     assert summarise(posterior, max_prob, at_N).tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
     expected = summarise(posterior, log_prob_of, at_N, tokens_N)
     assert expected.exp().tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
-    monkeypatch.setattr(summary_module, "CHUNK_ELEMENTS", 8)  # two positions a chunk
+    monkeypatch.setattr(posterior_module, "CHUNK_ELEMENTS", 8)  # two positions a chunk
     assert torch.equal(summarise(posterior, log_prob_of, at_N, tokens_N), expected)
     assert summarise(posterior, max_prob, at_N[:0]).shape == (0,)
 

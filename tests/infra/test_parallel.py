@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from infra import parallel
 from infra.parallel import ParallelConfig
@@ -160,14 +161,22 @@ def test_checkpointing_and_compile_change_neither_gradients_nor_names(
 
 
 def test_validation_leaves_shards_behind() -> None:
-    with parallel.join(FLOAT32) as mesh:
-        run = Trained(mesh, FLOAT32)
+    config = ParallelConfig(compute_dtype="bfloat16", threads=1)
+    with parallel.join(config) as mesh:
+        run = Trained(mesh, config)
         run.step(0)
         with torch.no_grad():
             run.average.module(*batch(9, 0))
         run.step(1)  # the average is updated in place: it must be sharded like the model
-        kinds = {type(p.data) for p in run.average.module.parameters()}
-        assert kinds == {parallel.DTensor}
+        assert {type(p.data) for p in run.average.module.parameters()} == {DTensor}
+
+
+def test_one_worker_in_float32_has_nothing_to_shard() -> None:
+    with parallel.join(FLOAT32) as mesh:
+        run = Trained(mesh, FLOAT32)
+        run.step(0)
+        assert {type(p.data) for p in run.model.parameters()} == {torch.Tensor}
+        assert parallel.ask(run.model, lambda: 3) == 3
 
 
 def test_clipping_reports_the_norm_before_and_scales_to_the_limit() -> None:

@@ -97,7 +97,7 @@ STAGES = {
     "a step": (training.Learner, "step"),
     "the first validation": (training.Learner, "validate"),
     "a checkpoint": (checkpoints.Checkpoints, "save"),
-    "the model": (launch, "consolidate"),
+    "the model": (checkpoints, "consolidate"),
     "the last report": (launch.tracking, "finish"),
 }
 
