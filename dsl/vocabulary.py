@@ -151,6 +151,10 @@ class Vocabulary:
 
     def to_json(self) -> str:
         """The content of ``tokenizer.json``, keys sorted: equal vocabularies are equal texts."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
 
     @cached_property

@@ -202,8 +202,11 @@ def _field(row: Any, field: str, where: str) -> str:
     if not isinstance(text, str):
         held = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(where, f"no text in field {field!r} (it has: {held})", "Set text_field=…")
-    if any("\ud800" <= c <= "\udfff" for c in set(text)):
-        raise DataError(where, "holds half of a surrogate pair: not Unicode", "Drop the document")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        why = "holds half of a surrogate pair: not Unicode"
+        raise DataError(where, why, "Drop the document") from None
     return text
 
 

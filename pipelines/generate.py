@@ -62,7 +62,7 @@ class GenerateConfig:
     """
 
     model: str | None = None
-    toy: Literal["cyclic", "two_bit"] | None = None
+    toy: Literal["cyclic", "two_bit", "windows"] | None = None
     text: str = ""
     input: str | None = None
     mode: Mode = "infill"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipelines import verb
 from pipelines.corpus import Piece, expand, pieces
 from pipelines.runs import say
 
-PIECES_AT_ONCE = 2048  # some 8 MiB of text, which the tokenizer spreads over its threads
+PIECES_AT_ONCE = 512  # some 2 MiB of text, which the tokenizer spreads over its threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +202,10 @@ def _encode(
     body = config.length - len(before) - len(after)
     rest = np.empty(0, np.int64)
     text = {"rows": 0, "tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "dropped": 0}
-    while batch := list(islice(stream, PIECES_AT_ONCE)):
+    for batch, begun in _encodings(stream, vocabulary):
         ids = []
         try:
-            encodings = vocabulary.encode([piece.text for piece in batch])
+            encodings = begun.result()
         except VocabularyError as error:
             where = f"{config.source}, {split} behind {text['documents']:,} documents"
             raise DataError(where, str(error)) from None
@@ -223,6 +224,21 @@ def _encode(
         writer.write(split, rows_NL)
     text["dropped"] = len(rest)  # tokens behind the last whole row
     return text
+
+
+def _encodings(
+    stream: Iterator[Piece], vocabulary: Vocabulary
+) -> Iterator[tuple[list[Piece], Future[list[list[int]]]]]:
+    """The pieces, many at a time, and their ids to be: the next are read and encoded meanwhile."""
+    waiting = None
+    with ThreadPoolExecutor(1) as ahead:
+        while batch := list(islice(stream, PIECES_AT_ONCE)):
+            begun = batch, ahead.submit(vocabulary.encode, [piece.text for piece in batch])
+            if waiting:
+                yield waiting
+            waiting = begun
+        if waiting:
+            yield waiting
 
 
 def dry_run(config: PrepareConfig) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Laws small enough to enumerate, where the exact denoiser shows what every path should do.
 
 `cyclic` corrects `__CDBFF` to a rotation of ABCDEFG (003 C.1, figures 1b and 2; 004 figure 3);
-`two_bit` shows that the posterior of (0,0) against (1,1) reads the sum of both tokens (000).
+`two_bit` shows that the posterior of (0,0) against (1,1) reads the sum of both tokens (000);
+`windows` shows what each path makes of few calls where no network is to blame.
 
 Shapes: B rows, L positions, V tokens, D table dimension, S sequences of the law, T calls.
 """
@@ -15,13 +16,24 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import dsl
-from dsl.paths import Clock, Remask, SecondOrder, SentenceSDE, TokenSDE
+from dsl.paths import (
+    Clock,
+    Hybrid,
+    Masked,
+    Path,
+    Remask,
+    SecondOrder,
+    SentenceSDE,
+    TokenSDE,
+)
 from dsl.posterior import Posterior
 from dsl.state import State
 from infra.storage import Folder
+from pipelines.corpus import embedded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +42,9 @@ if TYPE_CHECKING:
 LETTERS = "ABCDEFG"
 GARBLED = "__CDBFF"
 ROWS = 2000
+ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+WINDOWS, WINDOW = 1000, 16  # texts and letters of `windows`
+AT_ONCE = 125  # rows that are held against all of them
 ADAPTIVE = TokenSDE(gamma_max=20.0, delta=0.2)
 FINE = SecondOrder(SentenceSDE(gamma_max=20.0, grid="log"))
 
@@ -127,8 +142,40 @@ def two_bit(out: Folder, seed: int) -> dict[str, Any]:
     return {"figure": _save(figure, out, "two_bit.png"), "pairs": pairs}
 
 
+def windows(out: Folder, seed: int) -> dict[str, Any]:
+    """Draw windows of real text, of a law that knows no others, along every path.
+
+    A path that reveals several tokens of one posterior at a time draws them apart, and they need
+    not belong together; one that raises the SNR of all of them settles them together.
+    """
+    texts_SL = _windows(WINDOWS, WINDOW, seed)
+    table_VD = torch.randn(len(ALPHABET), 16, generator=torch.Generator().manual_seed(seed))
+    law = dsl.ExactDenoiser(F.normalize(table_VD, dim=-1), texts_SL)
+    rows = ROWS // 4
+    drawn = [
+        {"path": name, "calls": calls, **_distinct(law, _draw(law, path, calls, rows, seed))}
+        for calls in (WINDOW // 4, WINDOW // 2, WINDOW)
+        for name, path in _paths(calls).items()
+    ]
+    figure, (axes,) = _figure(1)
+    for name in _paths(WINDOW):
+        shares = [(row["calls"], row["share_valid"]) for row in drawn if row["path"] == name]
+        axes.plot(*zip(*shares, strict=True), "o-", label=name)
+    axes.set(xlabel=f"calls for {WINDOW} letters", ylabel="share of windows that the law knows")
+    axes.set(ylim=(0, 1.05), title=f"{len(texts_SL)} windows of text, their exact posterior")
+    axes.legend(fontsize="x-small")
+    # Of as many perfect draws.
+    expected = len(texts_SL) * (1 - (1 - 1 / len(texts_SL)) ** rows)
+    return {
+        "figure": _save(figure, out, "windows.png"),
+        "drawn": drawn,
+        "rows": rows,
+        "distinct_if_exact": expected,
+    }
+
+
 TOYS: Mapping[str, Callable[[Folder, int], dict[str, Any]]] = MappingProxyType(
-    {"cyclic": cyclic, "two_bit": two_bit}
+    {"cyclic": cyclic, "two_bit": two_bit, "windows": windows}
 )
 
 
@@ -146,6 +193,51 @@ def judge(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
     return {
         "share_valid": float(equal_BS.sum(1).mean()),
         "share_original": float(equal_BS[:, 0].mean()),
+    }
+
+
+def _windows(count: int, length: int, seed: int) -> Tensor:
+    """``[S, L]`` distinct windows of the embedded text, in letters and spaces."""
+    letters = "".join(c if c in ALPHABET else " " for c in "\n".join(embedded()).lower())
+    text = " ".join(letters.split())
+    places = torch.randperm(len(text) - length, generator=torch.Generator().manual_seed(seed))
+    found = {text[place : place + length] for place in places[: 2 * count].tolist()}
+    return torch.tensor([[ALPHABET.index(c) for c in line] for line in sorted(found)[:count]])
+
+
+def _paths(calls: int) -> dict[str, Path]:
+    half = calls // 2
+    soft = SentenceSDE(gamma_max=8.0)
+    return {
+        "masked": Masked(),
+        "remask": Remask(rule="cap", eta=0.04),
+        "hybrid": Hybrid(soft, Masked(), (half, calls - half)),
+        "sentence_sde": SentenceSDE(gamma_max=16.0),
+    }
+
+
+def _draw(law: dsl.ExactDenoiser, path: Path, calls: int, rows: int, seed: int) -> Tensor:
+    """``[B, L]`` tokens, a part of the rows at a time: the law compares each with all it knows."""
+    length, dim = law.sequences_SL.shape[1], law.table_VD.shape[1]
+    parts = [
+        dsl.sample(
+            law,
+            path,
+            State.masked(min(AT_ONCE, rows - first), length, dim),
+            budget=calls,
+            seed=seed,
+            first_row=first,
+        ).tokens_BL
+        for first in range(0, rows, AT_ONCE)
+    ]
+    return torch.cat(parts)
+
+
+def _distinct(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
+    known_B = (tokens_BL[:, None] == law.sequences_SL).all(-1).any(1)
+    return {
+        "share_valid": float(known_B.double().mean()),
+        "distinct": len(tokens_BL[known_B].unique(dim=0)),
     }
 
 

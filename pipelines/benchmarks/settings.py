@@ -103,7 +103,7 @@ class IngestConfig(Counts):
     shards: int = 10_000
     source: str = "cpython"
     text_field: str = "text"
-    megabytes: int = 8
+    megabytes: int = 32
     vocabulary: BPE | File = field(default_factory=BPE)
 
 

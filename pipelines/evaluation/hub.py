@@ -26,6 +26,7 @@ FILES = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 CAUTION = {"trust_remote_code": False, "local_files_only": True}
 FIX = "Copy it again, or name another that the transformers library knows"
+LIKE = 3 / 4  # of the longest sequence's length, the least that joins its batch
 PATIENCE_S = 3.0  # for each address that the hub's name has
 
 Head = Literal["AutoModel", "AutoModelForCausalLM"]
@@ -80,7 +81,18 @@ def open(model: str, head: Head, device: torch.device | str, *, where: str) -> O
         why = f"{model} has no weights for {missing[0]} ({len(missing)} are missing)"
         raise DataError(where, why, "Name a model that was saved with them")
     network.config.use_cache = False
+    _fuse_activations(network)
     return Opened(seen.tokenizer, network.to(device).eval(), seen.start)
+
+
+def _fuse_activations(network: Any) -> None:
+    """GPT-2's GELU by torch's own kernel: the same formula, in one pass where it takes eight."""
+    from transformers.activations import NewGELUActivation
+
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def find(model: str, where: str) -> Path:
@@ -116,8 +128,11 @@ def batches(
 ) -> Iterator[Batch]:
     """Sequences of like length together, the longest first: what fits then fits to the end."""
     order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
-    for first in range(0, len(order), size):
-        rows = order[first : first + size]
+    while order:
+        # Much shorter ones would be padding for the most part: they wait for their like.
+        least = LIKE * len(sequences[order[0]])
+        rows = [row for row in order[:size] if len(sequences[row]) >= least]
+        order = order[len(rows) :]
         lengths_B = torch.tensor([len(sequences[row]) for row in rows])
         mask_BL = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
         ids_BL = torch.zeros(mask_BL.shape, dtype=torch.int64)

@@ -374,7 +374,15 @@ def test_toys_meet_their_exact_posteriors(run: Run, monkeypatch: pytest.MonkeyPa
     for pair in pairs["pairs"]:
         assert pair["share_valid"] == 1
         assert abs(pair["share_11"] - pair["share_exact"]) < 0.09
-    for figure in (made["figure"], pairs["figure"]):
+    code, texts, _ = run("toy=windows")
+    assert code == 0
+    found = {(row["path"], row["calls"]): row for row in texts["drawn"]}
+    # The last of a quarter as many calls is far from a letter a call, yet settles all together.
+    assert found["masked", 4]["share_valid"] < 0.3
+    assert found["hybrid", 8]["share_valid"] > 0.9
+    assert found["sentence_sde", 4]["share_valid"] > 0.9
+    assert found["sentence_sde", 16]["distinct"] > 0.9 * texts["distinct_if_exact"]
+    for figure in (made["figure"], pairs["figure"], texts["figure"]):
         assert Path(figure).read_bytes().startswith(b"\x89PNG")
 
 

@@ -101,11 +101,12 @@ def test_a_bidirectional_model_does_not_see_the_padding(tmp_path: Path) -> None:
 
 
 def test_batches_hold_texts_of_like_length() -> None:
-    sequences = [[5], [6, 6, 6], [7, 7], [8, 8, 8, 8]]
-    first, second = hub.batches(sequences, 2, "cpu")
-    assert (first.rows, second.rows) == ([3, 1], [2, 0])
+    sequences = [[5], [6, 6, 6], [7, 7], [8, 8, 8, 8], [9, 9]]
+    first, second, third = hub.batches(sequences, 2, "cpu")
+    assert (first.rows, second.rows) == ([3, 1], [2, 4])
     assert first.ids_BL.tolist() == [[8, 8, 8, 8], [6, 6, 6, 0]]
-    assert second.mask_BL.tolist() == [[1, 1], [1, 0]]
+    assert second.mask_BL.tolist() == [[1, 1], [1, 1]]
+    assert third.rows == [0]  # one token would be padding for half
 
 
 def test_an_empty_text_is_read_as_the_start_token(folder: Path) -> None:
