@@ -171,6 +171,13 @@ def test_validation_leaves_shards_behind() -> None:
         assert {type(p.data) for p in run.average.module.parameters()} == {DTensor}
 
 
+def test_numbers_below_the_smallest_are_zero_for_as_long_as_asked() -> None:
+    tiny = torch.full((3,), 1e-40)
+    with parallel.flushed():
+        assert not (tiny * 0.5).any()
+    assert (tiny * 0.5).all()
+
+
 def test_one_worker_in_float32_has_nothing_to_shard() -> None:
     with parallel.join(FLOAT32) as mesh:
         run = Trained(mesh, FLOAT32)
