@@ -36,6 +36,7 @@ try:
 except InfraError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
+dist.destroy_process_group()  # else its threads may abort a process that ends
 """
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from infra.checkpoints import committed
 from infra.errors import InfraError
 from infra.lease import Lease, held
 from infra.storage import Folder
-from pipelines import launch
 from tests.pipelines import tiny
 
 
@@ -79,6 +79,6 @@ def test_a_run_that_was_taken_over_is_left_alone(
     with pytest.raises(InfraError, match="the run was taken over by"):
         tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
     run = tmp_path / "run"
-    assert launch.committed(str(run / "checkpoints")) == [3]
+    assert committed(str(run / "checkpoints")) == [3]
     assert not (run / "model").exists()
     assert not (run / "result.json").exists()
