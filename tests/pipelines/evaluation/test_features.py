@@ -105,6 +105,7 @@ def test_batches_hold_texts_of_like_length() -> None:
     first, second, third = hub.batches(sequences, 2, "cpu")
     assert (first.rows, second.rows) == ([3, 1], [2, 4])
     assert first.ids_BL.tolist() == [[8, 8, 8, 8], [6, 6, 6, 0]]
+    assert first.mask_BL.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert second.mask_BL.tolist() == [[1, 1], [1, 1]]
     assert third.rows == [0]  # one token would be padding for half
 
