@@ -1,9 +1,14 @@
-"""Discrete Stochastic Localization: one denoiser for every SNR, every sampler a path of SNRs."""
+"""Discrete Stochastic Localization: one denoiser for every SNR, every sampler a path of SNRs.
+
+Results are repeatable bit for bit on one type of machine at one number of threads. On x86 CPUs
+without AVX-512 this needs `MKL_CBWR=AUTO` in the environment before the first matrix product:
+otherwise MKL's last bit depends on where operands lie in memory.
+"""
 
 from dsl import calibration, likelihood, paths, recorders
 from dsl.backbone import DiT, DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
-from dsl.errors import VocabularyError, WeightsError
+from dsl.errors import PathError, TextError, VocabularyError, WeightsError
 from dsl.exact import ExactDenoiser
 from dsl.mdlm import from_mdlm
 from dsl.posterior import Posterior
@@ -18,9 +23,11 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "ExactDenoiser",
+    "PathError",
     "Posterior",
     "Sample",
     "State",
+    "TextError",
     "Vocabulary",
     "VocabularyError",
     "WeightsError",

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsl.errors import TextError
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
 
@@ -58,8 +59,8 @@ def read(
             the text has, or ``otherwise`` (a model's own length) for a prompt.
 
     Raises:
-        ValueError: the text does not fit the length, nobody says how long a prompt's row is, or
-            an argument is out of its range.
+        TextError: the text does not fit the length, or nobody says how long a prompt's row is.
+        ValueError: an argument is out of its range.
         VocabularyError: the text has a character that the vocabulary lacks.
     """
     if mode not in MODES:
@@ -81,9 +82,9 @@ def read(
     if length is None:
         length = len(tokens) if whole else otherwise
     if length is None:
-        raise ValueError("a prompt needs a length: this model does not say how long its rows are")
+        raise TextError("a prompt needs a length: this model does not say how long its rows are")
     if not 0 < length >= len(tokens):
-        raise ValueError(f"the text has {len(tokens)} tokens, the row has room for {length}")
+        raise TextError(f"the text has {len(tokens)} tokens, the row has room for {length}")
     rest = length - len(tokens)
     return Given((*tokens, *[0] * rest), (*gamma, *[0.0] * rest))
 

@@ -66,7 +66,8 @@ def sample(
         seed: a non-negative 64-bit integer.
 
     Raises:
-        ValueError: the budget is below 1 or does not fit the path.
+        ValueError: the budget is below 1.
+        PathError: the path does not fit the budget or the length of the text.
     """
     if budget < 1:
         raise ValueError(f"budget must be at least one call, got {budget}")
@@ -189,7 +190,10 @@ class _Deferred(Posterior):
     def mean(self) -> Tensor:
         # Kept: a path that looks at x_hat does so just before `transition` moves by it.
         if self._mean_BLD is None:
-            self._mean_BLD = self._resolved().mean()
+            known = bool(self.state.revealed_BL.all())  # no denoiser need be asked
+            self._mean_BLD = (
+                self.table_VD[self.state.tokens_BL] if known else self._resolved().mean()
+            )
         return self._mean_BLD
 
     def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B rows, L positions, V tokens, N asked positions, R rows.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -27,6 +28,24 @@ CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = MappingPr
         "drop": lambda total_NV, probs_NV, p: total_NV <= p,
     }
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nucleus:
+    """The likeliest tokens of total probability about `p`, in (0, 1]; 1 is all of them.
+
+    convention: whether the token with which the sum passes `p` is kept or dropped.
+    """
+
+    p: float = 1.0
+    convention: Convention = "keep"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"nucleus must lie in (0, 1], got {self.p}")
+        if self.convention not in CONVENTIONS:
+            known = ", ".join(CONVENTIONS)
+            raise ValueError(f"convention must be one of {known}, got {self.convention!r}")
 
 
 class Truncated:
@@ -53,17 +72,10 @@ class Truncated:
         nucleus: float = 1.0,
         convention: Convention = "keep",
     ) -> None:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
-        if not 0 < nucleus <= 1:
-            raise ValueError(f"nucleus must lie in (0, 1], got {nucleus}")
-        if convention not in CONVENTIONS:
-            known = ", ".join(CONVENTIONS)
-            raise ValueError(f"convention must be one of {known}, got {convention!r}")
+        require_temperature(temperature)
         self.denoiser = denoiser
         self.temperature = temperature
-        self.nucleus = nucleus
-        self.convention = convention
+        self.nucleus = Nucleus(p=nucleus, convention=convention)
 
     @property
     def table_VD(self) -> Tensor:
@@ -74,7 +86,7 @@ class Truncated:
 
     def sharpen(self, log_probs_NV: Tensor) -> Tensor:
         """Normalised log-probabilities ``[N, V]`` after temperature and nucleus."""
-        if self.temperature == 1 and self.nucleus == 1:
+        if self.temperature == 1 and self.nucleus.p == 1:
             return log_probs_NV
         return self.cut(log_probs_NV).log_softmax(-1)
 
@@ -82,7 +94,7 @@ class Truncated:
         """Log-probabilities ``[N, V]`` after temperature and nucleus, not normalised."""
         if self.temperature != 1:
             log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
-        if self.nucleus == 1:
+        if self.nucleus.p == 1:
             return log_probs_NV
         return log_probs_NV.masked_fill(~self._stays(log_probs_NV, FIRST), -torch.inf)
 
@@ -99,7 +111,9 @@ class Truncated:
             most, top_NK = tokens, log_probs_NV.sort(descending=True).values
         # Fifty thousand float32 terms would blur where the sum crosses p.
         probs_NK = top_NK.double().exp()
-        inside_NK = CONVENTIONS[self.convention](probs_NK.cumsum(-1), probs_NK, self.nucleus)
+        inside_NK = CONVENTIONS[self.nucleus.convention](
+            probs_NK.cumsum(-1), probs_NK, self.nucleus.p
+        )
         size_N1 = inside_NK.sum(-1, keepdim=True).clamp_min(1)
         last_N1 = top_NK.gather(1, size_N1 - 1)
         stays_NV = log_probs_NV > last_N1
@@ -114,6 +128,12 @@ class Truncated:
         if most < tokens and beyond_N.any():
             stays_NV[beyond_N] = self._stays(log_probs_NV[beyond_N], 8 * most)
         return stays_NV
+
+
+def require_temperature(temperature: float) -> None:
+    """ValueError unless it is positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
 class TruncatedPosterior(Posterior):

@@ -24,6 +24,7 @@ FLAGS = {
     "--dry-run": "print the plan and touch nothing",
     "--traceback": "show where an error came from",
 }
+BUG = 1
 INTERRUPTED, TERMINATED = 130, 143  # as shells count the signals that end a process
 LONGEST = 2_000  # characters of a message
 # What the operating system says when the fault is the machine's and not the code's.
@@ -52,7 +53,7 @@ def run(
     `plan` says what would be done, `execute` does it; the last line of stdout is what either
     returned, as one JSON object. Exceptions of the types `data_errors` count as bad data.
     Exit codes: 0 done, 2 configuration, 3 data or weights, 4 infrastructure, 130 interrupted,
-    143 terminated, 1 a bug.
+    143 terminated, 1 a bug, whose traceback is printed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {argument for argument in arguments if argument.startswith("-")}
@@ -78,9 +79,9 @@ def run(
         sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        if "--traceback" in flags:
-            sys.stderr.write(scrub(traceback.format_exc()))
         message, code = explain(error, data_errors)
+        if "--traceback" in flags or code == BUG:
+            sys.stderr.write(scrub(traceback.format_exc()))
         sys.stderr.write(f"{_legible(scrub(message))}\n")
         return code
 
@@ -101,7 +102,7 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
             where, why = str(cause.filename or "the machine"), cause.strerror or str(cause)
             return str(InfraError(where, why, MACHINE[cause.errno])), InfraError.exit_code
     bug = found[0]
-    return f"{type(bug).__name__}: {bug} (a bug; --traceback shows where)", 1
+    return f"{type(bug).__name__}: {bug} (a bug: see the traceback)", BUG
 
 
 def _legible(message: str) -> str:

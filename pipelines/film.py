@@ -6,6 +6,8 @@ Shapes: B rows, L positions, V tokens, N asked positions.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dsl.paths import Clock
-from dsl.posterior import Posterior, spans
+from dsl.posterior import Posterior
 from dsl.state import State
+from dsl.summary import max_prob, summarise
 from dsl.vocabulary import Vocabulary
 
 PAGE = Path(__file__).with_name("film.html")
@@ -25,12 +28,15 @@ class Film:
     """A recorder of every token's SNR, likeliest value and its probability, call by call.
 
     It looks at every posterior: calls that nobody else would have made are made, and counted.
+
+    title: what the page says above the film, by name, e.g. the model and the path.
     """
 
     name = "film"
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, title: Mapping[str, str]) -> None:
         self.vocabulary = vocabulary
+        self.title = title
         self.frames: list[dict[str, Any]] = []
         self.given_BL: Tensor | None = None
         self.last: State | None = None
@@ -38,10 +44,14 @@ class Film:
     def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
         if self.given_BL is None:
             self.given_BL = before.frozen_BL
+        tokens_BL, sure_BL = before.tokens_BL, torch.ones_like(before.gamma_BL)
         unrevealed_BL = ~before.revealed_BL
-        token_N, sure_N = likeliest(posterior, unrevealed_BL.flatten().nonzero().squeeze(1))
-        tokens_BL = before.tokens_BL.masked_scatter(unrevealed_BL, token_N)
-        sure_BL = torch.ones_like(before.gamma_BL).masked_scatter(unrevealed_BL, sure_N)
+        at_N = unrevealed_BL.flatten().nonzero().squeeze(1)
+        if len(at_N):  # else the posterior has nothing to add, and asking it would cost a call
+            token_N = summarise(posterior, partial(torch.argmax, dim=1), at_N)
+            tokens_BL = tokens_BL.masked_scatter(unrevealed_BL, token_N)
+            sure_N = summarise(posterior, max_prob, at_N).to(sure_BL)
+            sure_BL = sure_BL.masked_scatter(unrevealed_BL, sure_N)
         self.frames.append(_frame(tokens_BL, before.gamma_BL, sure_BL))
         self.last = after
 
@@ -56,6 +66,7 @@ class Film:
         frames = [*self.frames, end]
         used = {token for frame in frames for row in frame["tokens"] for token in row}
         film = {
+            "title": dict(self.title),
             "texts": {token: self.vocabulary.decode([token]) for token in sorted(used)},
             "given": self.given_BL.int().tolist(),
             "frames": frames,
@@ -63,14 +74,6 @@ class Film:
         # Inside <script>, JSON ends where "</" begins: without "<" no text can end it.
         content = json.dumps(film, separators=(",", ":")).replace("<", "\\u003c")
         return PAGE.read_text(encoding="utf-8").replace(SLOT, content)
-
-
-def likeliest(posterior: Posterior, at_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token ``[N]`` at flat positions, and its probability."""
-    width = len(posterior.table_VD)
-    chunks = [posterior.log_probs_at(at_N[span]).max(1) for span in spans(len(at_N), width)]
-    token_N = torch.cat([chunk.indices for chunk in chunks])
-    return token_N, torch.cat([chunk.values for chunk in chunks]).exp().to(posterior.table_VD)
 
 
 def _frame(tokens_BL: Tensor, gamma_BL: Tensor, sure_BL: Tensor) -> dict[str, Any]:

@@ -28,10 +28,11 @@ import torch
 import dsl
 from dsl import conditioning
 from dsl.conditioning import Given, Mode
+from dsl.errors import PathError
 from dsl.paths import AnyPath
 from dsl.paths.defaults import choose
 from dsl.sampling import Recorder
-from dsl.truncation import Convention, Truncated
+from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra import tracking
 from infra.config import to_tree
 from infra.errors import ConfigError
@@ -41,14 +42,6 @@ from pipelines import models, prompts, toys, verb
 from pipelines.film import Film
 from pipelines.models import ConverterConfig, Model
 from pipelines.watch import Watch, printable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nucleus:
-    """The likeliest tokens of total probability `p`; see `dsl.truncation` for the conventions."""
-
-    p: float = 1.0
-    convention: Convention = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +87,10 @@ class GenerateConfig:
         for name in ("rows", "batch", "budget", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, bits in (("seed", 64), ("first_row", 32)):
+            if not 0 <= (value := getattr(self, name)) < 2**bits:
+                raise ValueError(f"{name} must lie in [0, 2^{bits}), got {value}")
+        require_temperature(self.temperature)
 
 
 def execute(config: GenerateConfig) -> dict[str, Any]:
@@ -101,7 +98,7 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
     if config.toy:
         return toys.TOYS[config.toy](out, config.seed)
     model, given = prepare(config)
-    film = Film(model.vocabulary) if config.film else None
+    film = Film(model.vocabulary, title(config, model, given)) if config.film else None
     drawn = []
     for row in draw(config, model, given, film):
         print(f"--- row {row['row']}, {row['calls']} calls\n{printable(row['text'])}", flush=True)
@@ -132,12 +129,20 @@ def prepare(config: GenerateConfig) -> tuple[Model, list[Given]]:
     return model, given
 
 
+def title(config: GenerateConfig, model: Model, given: Sequence[Given]) -> dict[str, str]:
+    """What the film shows: the text it begins with, the model, the path and the budget."""
+    path, budget = resolve(config, model, len(given[0]))
+    text = config.input or config.text or "(nothing: every token is drawn)"
+    walk = json.dumps(to_tree(path), ensure_ascii=False)
+    return {"text": text, "model": model.address, "path": walk, "budget": f"{budget} calls"}
+
+
 def resolve(config: GenerateConfig, model: Model, length: int) -> tuple[AnyPath, int]:
     """The path and the budget for rows of a length."""
     causal = model.denoiser.config.backbone.causal
     try:
         return choose(config.path, config.budget, length=length, causal=causal)
-    except ValueError as error:
+    except PathError as error:
         raise ConfigError("path", str(error)) from error
 
 
@@ -164,8 +169,8 @@ def draw(
                 first_row=config.first_row + first,
                 recorders=recorders,
             )
-        except ValueError as error:  # options out of range, and what a path finds on its way
-            raise ConfigError("generate", str(error)) from error
+        except PathError as error:  # e.g. an order of other positions than the text has
+            raise ConfigError("path", str(error)) from error
         seconds = time.perf_counter() - began
         for row, ids in enumerate(sampled.tokens_BL.tolist()):
             yield {

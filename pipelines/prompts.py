@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from dsl import conditioning
 from dsl.conditioning import Given, Mode
+from dsl.errors import TextError, VocabularyError
 from dsl.vocabulary import Vocabulary
 from infra.documents import from_json
 from infra.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ def given(
             row = conditioning.read(
                 text, model.vocabulary, mode=mode, snr=snr, length=length, otherwise=model.length
             )
-        except ValueError as error:  # a vocabulary's errors too, which do not know the place
+        except (TextError, VocabularyError) as error:  # neither knows the place
             raise DataError(where, str(error)) from error
         rows.append(row)
     return rows

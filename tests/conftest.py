@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +26,24 @@ os.environ.update(
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10",
     OMP_NUM_THREADS="1",
 )
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as `infra` does, which not every test imports
+
+# A shell that starts the tests in the background has them ignore interrupts, which some send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_report_header() -> str:
+    """What a failure that others do not see may come from."""
+    import torch
+
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    data = os.environ.get("DSL_TEST_DATA") or "none"
+    return (
+        f"cpu: {model[1] if model else 'unknown'}, {len(os.sched_getaffinity(0))} cores, "
+        f"torch computes with {torch.backends.cpu.get_cpu_capability()}; test data: {data}"
+    )
 
 
 @pytest.fixture(scope="session")

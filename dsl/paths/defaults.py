@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dsl.errors import PathError
 from dsl.paths.hybrid import Hybrid
 from dsl.paths.masked import Masked
 from dsl.paths.order import Order
@@ -19,12 +20,12 @@ def choose(
     gets the calls that it splits and any other path one per token.
 
     Raises:
-        ValueError: a causal denoiser is asked for another order, or the calls are not those of
+        PathError: a causal denoiser is asked for another order, or the calls are not those of
             the split.
     """
     path = path or (LEFT_TO_RIGHT if causal else Masked())
     if causal and path != LEFT_TO_RIGHT:
-        raise ValueError(
+        raise PathError(
             f"an autoregressive model reads from left to right, but the path is {path.kind}; "
             "leave the path out"
         )
@@ -33,7 +34,7 @@ def choose(
     calls = sum(path.split)
     if budget and budget != calls:
         before, after = path.split
-        raise ValueError(
+        raise PathError(
             f"the path splits {before} + {after} = {calls} calls but the budget is {budget}; "
             "leave the budget out"
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from dsl.errors import PathError
 from dsl.paths.clock import Clock, Reports, Steers
 from dsl.paths.stage import Stage
 from dsl.posterior import Posterior
@@ -50,7 +51,7 @@ class Hybrid:
     ) -> tuple[Tensor, Carry]:
         before, after = self.split
         if clock.budget != before + after:
-            raise ValueError(
+            raise PathError(
                 f"Hybrid splits {before} + {after} calls but the budget is {clock.budget}; "
                 "make them equal"
             )

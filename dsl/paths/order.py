@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsl.errors import PathError
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
 from dsl.state import State
@@ -49,7 +50,7 @@ class Order:
         length = gamma_BL.shape[1]
         keys = range(length) if self.order == "left_to_right" else self.order
         if len(keys) != length:
-            raise ValueError(f"order has {len(keys)} keys but the text has {length} positions")
+            raise PathError(f"order has {len(keys)} keys but the text has {length} positions")
         return torch.tensor(list(keys), dtype=torch.float64, device=gamma_BL.device).expand_as(
             gamma_BL
         )

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from dsl.paths import AnyPath, Hybrid, SecondOrder, SentenceSDE, TokenSDE
 from dsl.paths.defaults import LEFT_TO_RIGHT, choose
-from dsl.truncation import Truncated
-from pipelines.generate import Nucleus
+from dsl.truncation import Nucleus
 
 CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)
 
@@ -37,8 +36,6 @@ class PathConfig:
             if budget < 1:
                 raise ValueError(f"budgets must be at least one call, got {budget}")
         self.walks(1)  # refuses another sum than the split's
-        if self.nucleus:  # or what lies outside its range
-            Truncated(None, 1.0, self.nucleus.p, self.nucleus.convention)
 
     def walks(self, length: int) -> tuple[tuple[AnyPath, int], ...]:
         """Every path with its budget, for texts of ``length`` tokens."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 from dsl.denoiser import Denoiser
 from dsl.likelihood import PathName
-from dsl.truncation import Truncated
+from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra.pool import PoolConfig
 from infra.tracking import TrackingConfig
 from pipelines.evaluation.cells import PathConfig
@@ -19,7 +19,6 @@ from pipelines.evaluation.gate import GateConfig
 from pipelines.evaluation.judge import AnyJudge
 from pipelines.evaluation.mauve import LEAST, MauveConfig
 from pipelines.evaluation.published import Published
-from pipelines.generate import Nucleus
 from pipelines.models import ConverterConfig
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -89,9 +88,9 @@ class SamplesConfig:
         for name, least in (("rows", 2), ("repeats", 1), ("traced", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        self.sharpen(None, None)  # refuses what lies outside its range, before a model is loaded
+        require_temperature(self.temperature)
 
-    def sharpen(self, denoiser: Denoiser | None, nucleus: Nucleus | None) -> Truncated:
+    def sharpen(self, denoiser: Denoiser, nucleus: Nucleus | None) -> Truncated:
         nucleus = nucleus or self.nucleus
         return Truncated(denoiser, self.temperature, nucleus.p, nucleus.convention)
 
@@ -122,6 +121,8 @@ class Questions:
         for name in ("batch", "corpus_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
         if self.mauve and self.samples.rows < LEAST:
             raise ValueError(
                 f"MAUVE says nothing below {LEAST} texts, and samples.rows is {self.samples.rows}; "

@@ -16,46 +16,13 @@ from dsl.noise import Draws
 from dsl.paths import (
     AnyPath,
     Clock,
-    EntropyBounded,
     Hybrid,
-    Information,
     Masked,
     Order,
-    Quantile,
-    Remask,
-    SecondOrder,
-    SentenceSDE,
-    TokenSDE,
 )
 from dsl.sampling import sample
 from dsl.state import State
-from tests.dsl.laws import random_law
-
-LAW = random_law(tokens=3, length=4, dim=2, seed=3)
-SDE = SentenceSDE(gamma_max=20.0)
-JVP = TokenSDE(gamma_max=20.0, delta=0.1, curvature="jvp")
-PATHS: list[AnyPath] = [
-    Masked(alpha="cosine"),
-    *(Remask(rule=rule) for rule in ("cap", "rescale", "conf", "loop", "forward_backward")),  # type: ignore[arg-type]
-    Order("random"),
-    Order((3, 1, 2, 0)),
-    EntropyBounded(bound=0.5),
-    SDE,
-    SentenceSDE(gamma_max=20.0, grid=Quantile(mu=1.0, sigma=1.0)),
-    SentenceSDE(gamma_max=20.0, grid=Information(gammas=(0.0, 4.0, 20.0), nats=(0.0, 2.0, 3.0))),
-    TokenSDE(gamma_max=20.0, delta=0.1),
-    JVP,
-    SecondOrder(SDE),
-    SecondOrder(JVP),
-]
-HYBRIDS = [
-    (SDE, Masked()),
-    (JVP, Remask(rule="conf")),
-    (SecondOrder(SDE), EntropyBounded(bound=0.5)),
-    (Remask(rule="cap"), SDE),
-    (Order("random"), TokenSDE(gamma_max=20.0, delta=0.1)),
-]
-SNRS = [0.0, 1e-8, 0.5, 30.0, 1e8, float("inf")]
+from tests.dsl.walks import HYBRIDS, LAW, PATHS, SDE, states
 
 
 class Finite:
@@ -88,16 +55,6 @@ def check(path: AnyPath, state: State, budget: int, seed: int) -> None:
     assert ((made.tokens_BL >= 0) & (made.tokens_BL < 3)).all()
     known_BL = state.frozen_BL
     assert torch.equal(made.tokens_BL[known_BL], state.tokens_BL[known_BL])
-
-
-states = st.builds(
-    lambda tokens, known, snrs: State.from_tokens(
-        LAW.table_VD, torch.tensor([tokens]), torch.tensor([known]), torch.tensor([snrs])
-    ),
-    st.lists(st.integers(0, 2), min_size=4, max_size=4),
-    st.lists(st.booleans(), min_size=4, max_size=4),
-    st.lists(st.sampled_from(SNRS), min_size=4, max_size=4),
-)
 
 
 @settings(max_examples=150, deadline=None)

@@ -104,9 +104,7 @@ def test_help_imports_nothing_heavy() -> None:
          "/x: No space left on device. free some space, then run the same command again"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 4, "/x: Permission denied."),
         (OSError(errno.EROFS, "Read-only file system"), 4, "the machine: Read-only file system."),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, "FileNotFoundError: "),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume\n"),
-        (KeyError("a"), 1, "KeyError: 'a' (a bug; --traceback shows where)\n"),
     ],
 )  # fmt: skip
 def test_exit_codes(
@@ -117,6 +115,17 @@ def test_exit_codes(
     assert captured.err.startswith(message)
     assert captured.err.count("\n") == 1, "one message, no traceback"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "bug", [KeyError("a"), ValueError("no such axis"), FileNotFoundError(errno.ENOENT, "No", "/x")]
+)
+def test_a_bug_shows_where_it_is(bug: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(execute=raises(bug)) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith(f"{type(bug).__name__}: ")
+    assert "(a bug" in err.splitlines()[-1]
 
 
 def test_traceback_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:

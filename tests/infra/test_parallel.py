@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,3 +230,13 @@ def test_a_bare_process_is_a_world_of_one_for_the_duration() -> None:
     assert not dist.is_initialized()
     assert parallel.world() == (0, 1)
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "AUTO"), ({"MKL_CBWR": "AVX2"}, "AVX2")])
+def test_every_process_of_ours_has_mkl_repeat_itself(given: dict[str, str], found: str) -> None:
+    """Whoever imports any room of `infra`, as verbs, Ray workers and pool processes do."""
+    env = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"} | given
+    root = Path(parallel.__file__).parents[1]
+    code = "import infra.pool, os; print(os.environ['MKL_CBWR'])"
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=env, text=True, cwd=root).strip() == found

@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,15 @@ import pytest
 import torch
 
 import dsl
-from dsl import conditioning
 from dsl.backbone import DiTConfig
 from dsl.paths.parse import from_dict
 from infra import command
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
 from pipelines import generate, models, prompts, toys
-from pipelines.film import Film
 from pipelines.runs import DATA_ERRORS
 from pipelines.watch import Watch
+from tests.pipelines.test_film import References
 
 LENGTH = 12
 HYBRID = "{kind: hybrid, first: {kind: sentence_sde, gamma_max: 9}, second: masked, split: [3, 5]}"
@@ -280,77 +276,14 @@ def test_a_terminal_is_redrawn_and_not_obeying_the_text() -> None:
     assert shown.splitlines()[-1] == "a·[2J_b"
 
 
-class References(HTMLParser):
-    """What a page would load, and the content of its scripts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.scripts: list[str] = []
-        self.inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "action")]
-        self.inside = tag == "script"
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.scripts.append(data)
-            self.inside = False
-
-
-def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
-    hostile = "</script><script>alert(1)</script>"
-    spelled = dsl.Vocabulary.char().to_json().replace('"a"', json.dumps(hostile))
-    vocabulary, ids = dsl.Vocabulary.from_json(spelled), [2, 1, 1]  # 1 was "a"
-    table_VD = torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1)
-    film, path = Film(vocabulary), dsl.paths.SentenceSDE(gamma_max=9.0)
-    law = dsl.ExactDenoiser(table_VD, torch.tensor([ids]))
-    given = conditioning.read("_" * len(ids), vocabulary)
-    state = conditioning.state([given, given], table_VD)
-    sampled = dsl.sample(law, path, state, budget=4, seed=0, recorders=[film])
-
-    page = film.page()
-    parsed = References()
-    parsed.feed(page)
-    assert not parsed.found
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
-    assert len(parsed.scripts) == 2, "a text has ended the script it lies in"
-    data = json.loads(parsed.scripts[0])
-    assert len(data["frames"]) == sampled.calls + 1
-    last = data["frames"][-1]
-    assert last["tokens"] == sampled.tokens_BL.tolist() == [ids, ids]
-    assert "".join(data["texts"][str(i)] for i in ids) == "b" + 2 * hostile
-    assert {g for row in last["gamma"] for g in row} == {None}
-    assert [frame["gamma"][0][0] for frame in data["frames"]] == [0, 3, 6, 9, None]
-    assert all(
-        0 <= sure <= 100 for frame in data["frames"] for row in frame["sure"] for sure in row
-    )
-    _play(tmp_path, page, hostile)
-
-
-def _play(tmp_path: Path, page: str, text: str) -> None:
-    """In a browser, where one is installed, the last frame shows the text."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        return
-    (tmp_path / "film.html").write_text(page.replace("show(0);\n</script>", "show(4);\n</script>"))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    done = subprocess.run(
-        [*command, (tmp_path / "film.html").as_uri()], capture_output=True, text=True, timeout=60
-    )
-    shown = re.sub(r"<[^>]+>", "", done.stdout.split("<main")[1].split("</main>")[0])
-    assert text.replace("<", "&lt;").replace(">", "&gt;") in shown
-
-
 def test_the_film_of_a_run_is_written_where_asked(run: Run, tmp_path: Path) -> None:
     code, made, _ = run("text='a_c'", f"film={tmp_path}/film.html", "rows=3", "batch=2")
     assert code == 0
-    parsed = References()
-    parsed.feed(Path(made["film"]).read_text())
-    film = json.loads(parsed.scripts[0])
+    film = json.loads(References.of(Path(made["film"]).read_text()).scripts[0])
     assert film["given"] == [[1, 0, 1]] * 2
+    assert film["title"]["text"] == "a_c"
+    assert film["title"]["budget"] == "3 calls"
+    assert "masked" in film["title"]["path"]
     texts = ["".join(film["texts"][str(i)] for i in row) for row in film["frames"][-1]["tokens"]]
     assert texts == [row["text"] for row in rows_of(made)[:2]]
 

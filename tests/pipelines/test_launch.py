@@ -125,26 +125,32 @@ def test_ctrl_c_at_any_stage(
     assert_same_run(whole["pretrain"], tmp_path / "run")
 
 
-def test_a_real_ctrl_c(tmp_path: Path, data: str, whole: dict[str, Path]) -> None:
-    """A process that gets SIGINT in step 8 says so in one line; the next one finishes the run."""
-    argv = arguments("finetune", data, tmp_path / "run", whole)
-    command = [sys.executable, "-m", "tests.pipelines.tiny"]
+@pytest.mark.parametrize("instructions", ["as is", "avx2", "default"])
+def test_a_real_ctrl_c(
+    instructions: str, tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    """A process that gets SIGINT in step 8 says so in one line; the next one finishes the run.
+
+    On CPUs of any instruction set: what torch computes with is taken from it by name.
+    """
     root = Path(launch.__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    stopped = subprocess.run(
-        [*command, "--interrupt-at", "8", "finetune", *argv],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=root,
-    )
+    if instructions != "as is":
+        env["ATEN_CPU_CAPABILITY"] = instructions
+
+    def finetune(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        argv = arguments("finetune", data, tmp_path / name, whole)
+        command = [sys.executable, "-m", "tests.pipelines.tiny", *options, "finetune", *argv]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+
+    stopped = finetune("run", "--interrupt-at", "8")
     assert stopped.returncode == 130
     assert stopped.stdout == ""
     assert stopped.stderr.splitlines()[-1] == "interrupted; run the same command again to resume"
     assert "Traceback" not in stopped.stderr
     assert 0 < len(curve(tmp_path / "run")) < STEPS
-    tiny.execute("finetune", *argv)
-    assert_same_run(whole["finetune"], tmp_path / "run")
+    assert finetune("run").returncode == finetune("whole").returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_step_is_what_a_page_of_plain_torch_says(data: str, whole: dict[str, Path]) -> None:

@@ -6,7 +6,6 @@ import pytest
 
 from dsl import paths
 from pipelines.evaluation.cells import REFUSALS, PathConfig, cells, longest, refusal
-from pipelines.generate import Nucleus
 
 SDE, MASKED = paths.SentenceSDE(gamma_max=9.0), paths.Masked()
 HYBRID = paths.Hybrid(SDE, MASKED, split=(2, 3))
@@ -63,7 +62,6 @@ def test_the_longest_walk_of_each_path_is_watched() -> None:
         (HYBRID, {"splits": ((1, 2),), "budgets": (3,)}, "not both"),
         (HYBRID, {"budgets": (4,)}, "2 \\+ 3"),
         (MASKED, {"budgets": (0,)}, "at least one call"),
-        (MASKED, {"nucleus": Nucleus(p=2.0)}, "nucleus must lie"),
     ],
 )
 def test_what_does_not_fit_is_refused(path: object, given: dict, words: str) -> None:

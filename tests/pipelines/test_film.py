@@ -1,0 +1,133 @@
+"""The film of a sample: what it records on any path, and the page that plays it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import dsl
+from dsl import conditioning
+from dsl.paths import AnyPath, Masked
+from dsl.recorders import Rewrites, Schedule, Sharpening, Trajectory
+from dsl.state import State
+from pipelines.film import Film
+from tests.dsl.walks import LAW, PATHS, states, walks
+
+VOCABULARY = dsl.Vocabulary.char()
+
+
+def recorders() -> list[dsl.sampling.Recorder]:
+    return [Film(VOCABULARY, {}), Schedule(), Rewrites(), Sharpening(), Trajectory()]
+
+
+@settings(max_examples=120)
+@given(walk=walks(), state=states)
+def test_every_recorder_sees_any_walk_to_its_end(walk: tuple[AnyPath, int], state: State) -> None:
+    """Also where the budget outlasts the work, and where there is none."""
+    path, budget = walk
+    watching = recorders()
+    made = dsl.sample(LAW.denoiser(), path, state, budget=budget, seed=0, recorders=watching)
+    assert made.calls <= budget
+    film = watching[0]
+    assert isinstance(film, Film)
+    assert made.recorded["trajectory"]["tokens_TBL"][-1].equal(made.tokens_BL)
+    steps = len(made.recorded["schedule"]["masked"])
+    assert made.recorded["film"] == len(made.recorded["sharpening"]["entropy"]) == steps
+    last = json.loads(References.of(film.page()).scripts[0])["frames"][-1]
+    assert last["tokens"] == made.tokens_BL.tolist()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_nothing_to_do_costs_nothing(path: AnyPath) -> None:
+    kept = State.from_tokens(LAW.table_VD, torch.tensor([[0, 1, 2, 0]]), torch.ones(1, 4).bool())
+    made = dsl.sample(LAW.denoiser(), path, kept, budget=3, seed=0, recorders=recorders())
+    assert made.calls == 0
+    assert made.tokens_BL.tolist() == [[0, 1, 2, 0]]
+
+
+def test_a_budget_that_outlasts_the_work() -> None:
+    """One blank and eight calls: the film goes on when everything is revealed."""
+    film = Film(VOCABULARY, {})
+    known = torch.tensor([[True, False, True, True]])
+    state = State.from_tokens(LAW.table_VD, torch.tensor([[0, 1, 2, 0]]), known)
+    dsl.sample(LAW.denoiser(), Masked(), state, budget=8, seed=0, recorders=[film])
+    assert len(film.frames) == 8
+    assert film.frames[-1]["sure"] == [[100] * 4]
+
+
+class References(HTMLParser):
+    """What a page would load, and the content of its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.scripts: list[str] = []
+        self.inside = False
+
+    @classmethod
+    def of(cls, page: str) -> References:
+        parsed = cls()
+        parsed.feed(page)
+        return parsed
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "action")]
+        self.inside = tag == "script"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.scripts.append(data)
+            self.inside = False
+
+
+def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
+    hostile = "</script><script>alert(1)</script>"
+    spelled = dsl.Vocabulary.char().to_json().replace('"a"', json.dumps(hostile))
+    vocabulary, ids = dsl.Vocabulary.from_json(spelled), [2, 1, 1]  # 1 was "a"
+    table_VD = torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1)
+    film, path = Film(vocabulary, {"text": hostile}), dsl.paths.SentenceSDE(gamma_max=9.0)
+    law = dsl.ExactDenoiser(table_VD, torch.tensor([ids]))
+    given = conditioning.read("_" * len(ids), vocabulary)
+    state = conditioning.state([given, given], table_VD)
+    sampled = dsl.sample(law, path, state, budget=4, seed=0, recorders=[film])
+
+    page = film.page()
+    parsed = References.of(page)
+    assert not parsed.found
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
+    assert len(parsed.scripts) == 2, "a text has ended the script it lies in"
+    data = json.loads(parsed.scripts[0])
+    assert len(data["frames"]) == sampled.calls + 1
+    last = data["frames"][-1]
+    assert last["tokens"] == sampled.tokens_BL.tolist() == [ids, ids]
+    assert "".join(data["texts"][str(i)] for i in ids) == "b" + 2 * hostile
+    assert {g for row in last["gamma"] for g in row} == {None}
+    assert [frame["gamma"][0][0] for frame in data["frames"]] == [0, 3, 6, 9, None]
+    assert all(
+        0 <= sure <= 100 for frame in data["frames"] for row in frame["sure"] for sure in row
+    )
+    _play(tmp_path, page, hostile)
+
+
+def _play(tmp_path: Path, page: str, text: str) -> None:
+    """In a browser, where one is installed, the last frame shows the text."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        return
+    (tmp_path / "film.html").write_text(page)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command.append("--virtual-time-budget=20000")  # so that the film has played to its end
+    done = subprocess.run(
+        [*command, (tmp_path / "film.html").as_uri()], capture_output=True, text=True, timeout=60
+    )
+    shown = re.sub(r"<[^>]+>", "", done.stdout.split("<main")[1].split("</main>")[0])
+    assert text.replace("<", "&lt;").replace(">", "&gt;") in shown
