@@ -1,17 +1,20 @@
 """An SNR for every token, slower where its prediction turns faster (003 algorithm 3).
 
+How fast it turns is the curvature ``kappa_i = |d x_hat_i / d gamma|`` (003 eq. 25).
+
 Shapes: B rows, L positions, D table dimension.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsl.paths.clock import Clock
-from dsl.paths.curvature import jvp, secant
 from dsl.posterior import Posterior
 from dsl.state import State
 
@@ -38,9 +41,11 @@ class TokenSDE:
     What had to be moved beyond the tolerance is reported as ``Sample.recorded["shortfall_B"]``:
     the SNR (mean over positions) by which algorithm 3 would have stopped short.
 
-    A budget of T calls makes T - 1 moves with ``curvature="secant"`` (free; ``kappa`` includes
-    the noise of the last move) and T // 2 with ``"jvp"``, which costs a call for every move but
-    the last. ``delta = inf`` asks for no curvature and is `SentenceSDE` on the linear grid.
+    A budget of T calls makes T - 1 moves with ``curvature="secant"``, which is free but includes
+    the noise of the last move in ``kappa``. With ``"jvp"`` it makes (T + 1) // 2 moves: each is
+    preceded by one more call for its curvature, except the last, which needs none, and the first
+    of an odd budget, which takes the step of the linear grid. All T calls are made either way.
+    ``delta = inf`` asks for no curvature and is `SentenceSDE` on the linear grid.
     """
 
     gamma_max: float
@@ -67,10 +72,13 @@ class TokenSDE:
         step = self.gamma_max / moves
         x_hat_BLD = carry.x_hat_BLD
         weight_BL = torch.ones_like(carry.lag_BL)
-        # A last move takes all tokens all the way, whatever they weigh.
-        if self.delta < float("inf") and left > 1:
+        # The last move takes all tokens to the end, whatever their weights.
+        if self._measures(clock.calls_left) and left > 1:
             x_hat_BLD = posterior.mean()
-            kappa_BL = self._kappa(state, x_hat_BLD, carry.x_hat_BLD, step, clock)
+            if self.curvature == "jvp":
+                kappa_BL = jvp(state, x_hat_BLD, clock)
+            else:
+                kappa_BL = secant(x_hat_BLD, carry.x_hat_BLD, step)
             weight_BL = (self.delta / (kappa_BL.double() + 1e-6) / step).clamp_max(1.0)
 
         done = (moves - left) / moves
@@ -88,14 +96,48 @@ class TokenSDE:
     def report(self, carry: Carry) -> Mapping[str, Tensor]:
         return {"shortfall_B": carry.shortfall_BL.mean(1)}
 
+    def _measures(self, calls_left: int) -> bool:
+        """Whether the present move asks for curvature.
+
+        Two calls a move use up an even number of calls only, so an odd one is made even first.
+        """
+        return self.delta < float("inf") and (self.curvature == "secant" or calls_left % 2 == 0)
+
     def _moves(self, calls: int) -> int:
         """Moves that so many calls pay for; the last call reveals."""
         by_jvp = self.curvature == "jvp" and self.delta < float("inf")
-        return max(calls // 2 if by_jvp else calls - 1, 1)
+        return max((calls + 1) // 2 if by_jvp else calls - 1, 1)
 
-    def _kappa(
-        self, state: State, x_hat_BLD: Tensor, before_BLD: Tensor | None, step: float, clock: Clock
-    ) -> Tensor:
-        if self.curvature == "jvp":
-            return jvp(state, x_hat_BLD, clock)
-        return secant(x_hat_BLD, before_BLD, step)
+
+def secant(x_hat_BLD: Tensor, before_BLD: Tensor | None, step: float) -> Tensor:
+    """``kappa_BL`` from the last two posteriors, ``step`` of the sentence's SNR apart.
+
+    Free, and rougher than `jvp`: it includes the noise of the last move. 0 at the first call.
+    """
+    if before_BLD is None:
+        return torch.zeros_like(x_hat_BLD[..., 0])
+    turn_BL: Tensor = (x_hat_BLD - before_BLD).norm(dim=-1)
+    return turn_BL / step
+
+
+def jvp(state: State, x_hat_BLD: Tensor, clock: Clock) -> Tensor:
+    """``kappa_BL``, the derivative along the drift ``x_hat`` itself (003 algorithm 1).
+
+    Costs one call: a forward-mode evaluation of the denoiser.
+    """
+    moves_BL = ~state.revealed_BL & ~state.frozen_BL
+    direction_BLD = x_hat_BLD * moves_BL[..., None]
+    # A denoiser may treat gamma 0 as a constant; as faint evidence z = 0 has a derivative.
+    faint_BL = state.gamma_BL.clamp_min(torch.finfo(state.gamma_BL.dtype).tiny)
+    gamma_BL = torch.where(moves_BL, faint_BL, state.gamma_BL)
+    # Forward mode has rules for the plain attention kernel only.
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        z_BLD = forward_ad.make_dual(  # type: ignore[no-untyped-call]
+            state.z_BLD, direction_BLD.to(state.z_BLD)
+        )
+        answer = clock.evaluate(replace(state, z_BLD=z_BLD, gamma_BL=gamma_BL))
+        dual = forward_ad.unpack_dual(answer.mean())  # type: ignore[no-untyped-call]
+    if dual.tangent is None:  # the answer does not depend on z at all
+        return torch.zeros_like(x_hat_BLD[..., 0])
+    turn_BL: Tensor = dual.tangent.norm(dim=-1)
+    return turn_BL * moves_BL

@@ -15,7 +15,7 @@ from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.noise import Draws
 from dsl.paths import AnyPath, Clock, Order
-from dsl.paths.curvature import jvp
+from dsl.paths.token_sde import jvp
 from dsl.sampling import sample
 from dsl.state import State
 from dsl.truncation import Truncated

@@ -19,10 +19,13 @@ from dsl.paths import (
     Hybrid,
     Masked,
     Order,
+    SentenceSDE,
+    TokenSDE,
 )
+from dsl.recorders import Schedule
 from dsl.sampling import sample
 from dsl.state import State
-from tests.dsl.walks import HYBRIDS, LAW, PATHS, SDE, states
+from tests.dsl.walks import CONTINUOUS, HYBRIDS, LAW, PATHS, SDE, states
 
 
 class Finite:
@@ -71,6 +74,48 @@ def test_any_state_any_budget(path: AnyPath, state: State, budget: int, seed: in
 )
 def test_any_hybrid(stages: Any, split: tuple[int, int], state: State) -> None:
     check(Hybrid(*stages, split=split), state, sum(split), 0)
+
+
+ONE_EACH = Order("left_to_right")  # a call of at most L reveals something
+HIGHER: list[AnyPath] = [  # their first move is beyond what a first stage of SNR 20 leaves
+    SentenceSDE(gamma_max=400.0),
+    TokenSDE(gamma_max=400.0, delta=50.0),
+    TokenSDE(gamma_max=400.0, delta=50.0, curvature="jvp"),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    stages=st.tuples(st.sampled_from(CONTINUOUS), st.sampled_from([ONE_EACH, *HIGHER]))
+    | st.tuples(st.just(ONE_EACH), st.sampled_from(CONTINUOUS)),
+    split=st.tuples(st.integers(0, 17), st.integers(0, 17)).filter(any),
+)
+def test_a_path_that_never_waits_makes_all_of_its_calls(
+    stages: Any, split: tuple[int, int]
+) -> None:
+    """Whatever a curvature costs: no call of the budget is lost, at the seam of two stages least
+    of all. (An order reveals a token a call, so it is given at most as many calls as tokens.)"""
+    first, second = split
+    if stages[0] == ONE_EACH:
+        first = min(first, 3)
+    if stages[1] == ONE_EACH:
+        second = min(second, 4)
+    budget = first + second
+    if budget == 0:
+        return
+    path = Hybrid(*stages, split=(first, second))
+    made = sample(LAW.denoiser(), path, State.masked(3, 4, 2), budget=budget, seed=0)
+    assert made.calls == budget
+    assert (made.row_calls_B == budget).all()
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if p not in CONTINUOUS], ids=repr)
+def test_an_endpoint_path_makes_a_call_for_every_step_that_reveals(path: AnyPath) -> None:
+    recorder = Schedule()
+    made = sample(
+        LAW.denoiser(), path, State.masked(1, 4, 2), budget=12, seed=3, recorders=[recorder]
+    )
+    assert made.calls == sum(share > 0 for share in recorder.result()["reveals"])
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

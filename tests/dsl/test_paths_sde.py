@@ -26,7 +26,7 @@ from dsl.paths import (
     SentenceSDE,
     TokenSDE,
 )
-from dsl.paths.curvature import jvp
+from dsl.paths.token_sde import jvp
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
 from dsl.state import State
@@ -165,7 +165,7 @@ def test_uncertain_tokens_wait_and_a_tight_tolerance_is_reported() -> None:
 
 
 def test_a_jvp_is_charged_to_the_budget() -> None:
-    """Every move but the last costs two calls: T // 2 moves, and nothing beyond T."""
+    """Every move but the last, and the first of an odd budget, costs two calls."""
     asked = []
     denoiser = LAW.denoiser()
 
@@ -180,8 +180,7 @@ def test_a_jvp_is_charged_to_the_budget() -> None:
         asked.clear()
         path = TokenSDE(gamma_max=20.0, delta=0.1, curvature="jvp")
         made = sample(Spy(), path, State.masked(3, 4, 2), budget=budget, seed=0)
-        moves = budget // 2
-        assert made.calls == len(asked) == 2 * (moves - 1) + 1 + 1 <= budget
+        assert made.calls == len(asked) == budget
         assert (made.row_calls_B == made.calls).all()
 
 
@@ -200,8 +199,9 @@ def test_a_first_stage_reports_through_a_hybrid() -> None:
     first = TokenSDE(gamma_max=6.0, delta=0.05, curvature="jvp")
     made = draw(Hybrid(first, Masked(), split=(9, 8)), 17)
     assert (made.recorded["shortfall_B"] > 0).all()
-    assert made.calls <= 17
-    assert (made.recorded["walk"].gamma[5] == 6.0).all()  # after 9 calls: 4 moves, then wait
+    gamma = made.recorded["walk"].gamma
+    assert (gamma[4] < 6.0).any()
+    assert (gamma[5] == 6.0).all()  # after 9 calls: 5 moves
 
 
 # --- order of convergence --------------------------------------------------------------------

@@ -38,6 +38,7 @@ PATHS: list[AnyPath] = [
     SecondOrder(SDE),
     SecondOrder(JVP),
 ]
+CONTINUOUS = [path for path in PATHS if isinstance(path, SentenceSDE | TokenSDE | SecondOrder)]
 HYBRIDS = [
     (SDE, Masked()),
     (JVP, Remask(rule="conf")),
