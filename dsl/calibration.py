@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsl.evidence import evidence
+from dsl.channel import observe
 from dsl.noise import Draws
 from dsl.posterior import Denoises
-from dsl.summary import summarise
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def calibration(
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
         gamma_BL = torch.full(tokens_BL.shape, gamma, dtype=torch.float64)
-        state = evidence(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, step))
-        top_N2 = summarise(denoiser(state), _top, at_N)
+        state = observe(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, step))
+        top_N2 = denoiser(state).summarise(_top, at_N)
         right_N = top_N2[:, 1] == tokens_BL.flatten()
         by_snr[gamma] = reliability(top_N2[:, 0], right_N, bins)
     return by_snr

@@ -1,9 +1,9 @@
-"""The one law by which a state moves between two SNR vectors.
+"""The localization channel: known text seen at given SNRs, and moves between two SNR vectors.
 
-A sampling algorithm is a function that says where each gamma goes next; given that and one
+A sampling algorithm is a function that says where each gamma goes next. Given that and one
 posterior, every move has a closed form, and all of them are here.
 
-Shapes: B rows, L positions, D table dimension, N moved positions.
+Shapes: B rows, L positions, V tokens, D table dimension, N positions that are seen or moved.
 """
 
 from dataclasses import replace
@@ -14,6 +14,41 @@ from torch import Tensor
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
 from dsl.state import State
+
+
+def observe(
+    table_VD: Tensor, tokens_BL: Tensor, gamma_BL: Tensor, noise: Draws | torch.Generator
+) -> State:
+    """Tokens ``[B, L]`` seen through the channel (003 eq. 1) at SNR ``gamma_BL`` in [0, inf].
+
+    gamma 0 is masked, inf is revealed, anything between is ``z = gamma x + sqrt(gamma) eps``.
+    ``z`` is differentiable in ``table_VD``, whose dtype and device the state takes; nothing is
+    frozen.
+
+    Args:
+        noise: where ``eps`` comes from. Keyed draws for measurements, where a row must not depend
+            on the batch; a generator for training, which draws for the finite positions only, in
+            row-major order.
+    """
+    tokens_BL = tokens_BL.to(table_VD.device)
+    gamma_BL = gamma_BL.to(table_VD)
+    finite_BL = (gamma_BL > 0) & gamma_BL.isfinite()
+    gamma_N1 = gamma_BL[finite_BL][:, None]
+    x_ND = table_VD[tokens_BL[finite_BL]]
+    z_BLD = table_VD.new_zeros(*tokens_BL.shape, table_VD.shape[1])
+    if isinstance(noise, Draws):
+        eps_ND = noise.normal(z_BLD.shape, z_BLD.dtype).to(z_BLD.device)[finite_BL]
+    else:
+        eps_ND = torch.randn(
+            x_ND.shape, generator=noise, dtype=z_BLD.dtype, device=noise.device
+        ).to(z_BLD.device)
+    z_BLD[finite_BL] = gamma_N1 * x_ND + gamma_N1.sqrt() * eps_ND
+    return State(
+        tokens_BL=tokens_BL.masked_fill(~gamma_BL.isinf(), 0),
+        z_BLD=z_BLD,
+        gamma_BL=gamma_BL,
+        frozen_BL=torch.zeros_like(finite_BL),
+    )
 
 
 def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws: Draws) -> State:

@@ -17,13 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsl.channel import observe
 from dsl.denoiser import Denoiser
-from dsl.evidence import evidence
 from dsl.noise import Draws, Stream
 from dsl.objective import cross_entropy
 from dsl.paths.grids import NAMED, Grid, Information
 from dsl.posterior import Denoises, Posterior
-from dsl.summary import log_prob_of, summarise
 
 PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 
@@ -103,7 +102,7 @@ def path_integral(
         low_BL, high_BL = contour.gamma(step / steps), contour.gamma((step + 1) / steps)
         along_B1 = draws.uniform(rows, 1, Stream.PATH).to(low_BL)
         rise_BL = high_BL - low_BL
-        state = evidence(table_VD, tokens_BL, low_BL + along_B1 * rise_BL, draws)
+        state = observe(table_VD, tokens_BL, low_BL + along_B1 * rise_BL, draws)
         error_BL = _squared_error(denoiser(state), tokens_BL, rise_BL > 0)
         terms.append((error_BL * rise_BL).sum(1) / 2)
     return _sum(terms, length)
@@ -145,7 +144,7 @@ def hybrid_bound(
     terms = []
     for step in range(steps):
         # The integral has used the steps up to and including `steps`.
-        state = evidence(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, steps + 1 + step))
+        state = observe(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, steps + 1 + step))
         terms.append(_nats(denoiser(state), tokens_BL, everywhere_BL).sum(1) / steps)
     rest = _sum(terms, tokens_BL.shape[1])
     return Estimate(integral.mean_B + rest.mean_B, integral.stderr_B.hypot(rest.stderr_B))
@@ -174,7 +173,7 @@ def roar(
         size_B1 = ((step + uniform[:, -1:]) / samples * length).long()
         hidden_BL = _ranks(uniform[:, :length]) >= size_B1
         gamma_BL = torch.where(hidden_BL, 0.0, torch.inf)
-        state = evidence(table_VD, tokens_BL, gamma_BL, draws)
+        state = observe(table_VD, tokens_BL, gamma_BL, draws)
         nats_B = _nats(denoiser(state), tokens_BL, hidden_BL).sum(1) / hidden_BL.sum(1)
         terms.append(nats_B * length / samples)
     return _sum(terms, length)
@@ -195,7 +194,7 @@ def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
     revealed_BL = torch.full(tokens_BL.shape, torch.inf)
-    state = evidence(table_VD, tokens_BL, revealed_BL, Draws(0, 0, 0))
+    state = observe(table_VD, tokens_BL, revealed_BL, Draws(0, 0, 0))
     at_N = torch.arange(tokens_BL.numel(), device=table_VD.device)
     nats_N = cross_entropy(denoiser, state, tokens_BL, at_N).double()
     mean_B = nats_N.view(tokens_BL.shape).mean(1).cpu()
@@ -249,7 +248,7 @@ def profile(
     errors = []
     for step, gamma in enumerate(gammas):
         gamma_BL = torch.full(tokens_BL.shape, gamma, dtype=torch.float64)
-        state = evidence(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, step))
+        state = observe(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, step))
         errors.append(_squared_error(denoiser(state), tokens_BL, everywhere_BL).mean(1))
     return Profile(tuple(gammas), torch.stack(errors).cpu())
 
@@ -335,8 +334,13 @@ def _nats(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
     """``-log p(token | state)`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
     at_N = at_BL.flatten().nonzero().squeeze(1)
     nats_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
-    nats_BL[at_BL] = -summarise(posterior, log_prob_of, at_N, tokens_BL[at_BL]).double()
+    nats_BL[at_BL] = -posterior.summarise(log_prob_of, at_N, tokens_BL[at_BL]).double()
     return nats_BL
+
+
+def log_prob_of(log_probs_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """``log p`` of one token per position."""
+    return log_probs_NV.gather(1, tokens_N[:, None]).squeeze(1)
 
 
 def _sum(terms: Sequence[Tensor], length: int) -> Estimate:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsl.corruption import observe
+from dsl.channel import observe
 from dsl.denoiser import Denoiser
 from dsl.state import State
 from dsl.support import Support, stratified

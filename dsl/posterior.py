@@ -5,6 +5,7 @@ R rows.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -88,6 +89,19 @@ class Posterior(ABC):
             log_probs_NV = self._log_probs_unrevealed(at_N[span])
             confidence_N[span] = log_probs_NV.gather(1, tokens_N[span, None]).squeeze(1).exp()
         return confidence_N
+
+    def summarise(self, function: Callable[..., Tensor], at_N: Tensor, *with_N: Tensor) -> Tensor:
+        """``function(log_probs_NV, *with_N)`` at flat positions ``at_N``, a chunk at a time.
+
+        Anything in ``with_N`` is cut along with the positions. What the function answers for the
+        chunks is joined along its first dimension: positions x vocabulary is never held at once.
+        """
+        answers = []
+        # At least one chunk: the answer for no positions has a dtype and a device too.
+        for span in spans(max(len(at_N), 1), len(self.table_VD)):
+            at, *rest = (column_N[span] for column_N in (at_N, *with_N))
+            answers.append(function(self.log_probs_at(at), *rest))
+        return torch.cat(answers)
 
     def log_probs(self) -> Tensor:
         """``[B, L, V]`` log-probabilities, normalised over the V real tokens."""

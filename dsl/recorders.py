@@ -16,7 +16,6 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
 from dsl.state import State
-from dsl.summary import max_prob, nucleus_size, summarise
 
 
 def _lists(*names: str) -> dict[str, list[float]]:
@@ -45,8 +44,8 @@ class Schedule:
             "revealed": after.revealed_BL,
             "reveals": after.revealed_BL & ~before.revealed_BL,
         }
-        for kind, part_BL in shares.items():
-            self._seen[kind].append(_share(part_BL, ~after.frozen_BL))
+        for name, part_BL in shares.items():
+            self._seen[name].append(_share(part_BL, ~after.frozen_BL))
 
     def result(self) -> dict[str, list[float]]:
         return self._seen
@@ -109,8 +108,8 @@ class Sharpening:
             for values in self._seen.values():
                 values.append(math.nan)
             return
-        size_N = summarise(posterior, partial(nucleus_size, p=self.top_p), at_N)
-        self._seen["max_prob"].append(summarise(posterior, max_prob, at_N).mean().item())
+        size_N = posterior.summarise(partial(nucleus_size, p=self.top_p), at_N)
+        self._seen["max_prob"].append(posterior.summarise(max_prob, at_N).mean().item())
         self._seen["nucleus_size"].append(size_N.double().mean().item())
         self._seen["entropy"].append(posterior.entropy_at(at_N).mean().item())
 
@@ -133,3 +132,16 @@ class Trajectory:
     def result(self) -> dict[str, Tensor]:
         gamma, tokens = zip(*self._states, strict=True)
         return {"gamma_TBL": torch.stack(gamma), "tokens_TBL": torch.stack(tokens)}
+
+
+def max_prob(log_probs_NV: Tensor) -> Tensor:
+    """Probability of the likeliest token, in [1/V, 1]."""
+    return log_probs_NV.amax(1).exp()
+
+
+def nucleus_size(log_probs_NV: Tensor, p: float) -> Tensor:
+    """How many of the likeliest tokens together reach probability ``p``, in [1, V]."""
+    cumulative_NV = log_probs_NV.exp().sort(1, descending=True).values.cumsum(1)
+    # One token more than fall short of p, unless rounding keeps all V of them short of it.
+    size_N: Tensor = 1 + (cumulative_NV[:, :-1] < p).sum(1)
+    return size_N

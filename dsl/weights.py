@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsl.backbone import DiTConfig
+from dsl import plain
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.errors import WeightsError
 from dsl.vocabulary import TOKENIZER, Vocabulary
@@ -20,8 +20,6 @@ FORMAT = "dsl/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-T = TypeVar("T")
 
 
 def save(
@@ -73,11 +71,9 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
     config = read_config(folder)
     tensors = read_safetensors(folder / WEIGHTS)
     try:
-        fields = dict(config["denoiser"])
-        fields["backbone"] = typed(DiTConfig, fields.get("backbone"))
-        denoiser_config = typed(DenoiserConfig, fields)
+        denoiser_config = plain.read(DenoiserConfig, config.get("denoiser"), "denoiser")
         _require_room(denoiser_config, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise WeightsError(
             f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
             "Take the file that `dsl.save` wrote beside these weights."
@@ -86,21 +82,6 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
         denoiser = Denoiser(denoiser_config)
     fit(denoiser, tensors, where=folder / WEIGHTS)
     return denoiser.eval()
-
-
-def typed(kind: type[T], given: Any) -> T:
-    """A configuration from what JSON held.
-
-    Raises:
-        TypeError, ValueError: not a mapping, unknown or missing keys, a value of another type.
-    """
-    values, hints = dict(given), get_type_hints(kind)
-    for name in values.keys() & hints.keys():
-        allowed = get_args(hints[name]) or (hints[name],)
-        allowed += (int,) if float in allowed else ()
-        if type(values[name]) not in allowed:
-            raise TypeError(f"{name} is a {type(values[name]).__name__}")
-    return kind(**values)
 
 
 def _require_room(config: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dsl.paths import Clock
 from dsl.posterior import Posterior
+from dsl.recorders import max_prob
 from dsl.state import State
-from dsl.summary import max_prob, summarise
 from dsl.vocabulary import Vocabulary
 
 PAGE = Path(__file__).with_name("film.html")
@@ -48,9 +48,9 @@ class Film:
         unrevealed_BL = ~before.revealed_BL
         at_N = unrevealed_BL.flatten().nonzero().squeeze(1)
         if len(at_N):  # else the posterior has nothing to add, and asking it would cost a call
-            token_N = summarise(posterior, partial(torch.argmax, dim=1), at_N)
+            token_N = posterior.summarise(partial(torch.argmax, dim=1), at_N)
             tokens_BL = tokens_BL.masked_scatter(unrevealed_BL, token_N)
-            sure_N = summarise(posterior, max_prob, at_N).to(sure_BL)
+            sure_N = posterior.summarise(max_prob, at_N).to(sure_BL)
             sure_BL = sure_BL.masked_scatter(unrevealed_BL, sure_N)
         self.frames.append(_frame(tokens_BL, before.gamma_BL, sure_BL))
         self.last = after

@@ -29,8 +29,7 @@ import dsl
 from dsl import conditioning
 from dsl.conditioning import Given, Mode
 from dsl.errors import PathError
-from dsl.paths import AnyPath
-from dsl.paths.defaults import choose
+from dsl.paths import AnyPath, choose
 from dsl.sampling import Recorder
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra import tracking
@@ -49,7 +48,7 @@ class GenerateConfig:
     """What to draw, from what, and where it goes.
 
     `model` is any address that finetune's `init` takes; an MDLM checkpoint needs a `tokenizer`.
-    `path`, `budget` and `length` have defaults that suit the model: see `dsl.paths.defaults`.
+    `path`, `budget` and `length` have defaults that suit the model: see `dsl.paths.choose`.
     The noise of a row is keyed by `seed` and its number, counted from `first_row`, so neither
     `batch` nor the rows beside it change a text. `film` is a page that plays the first batch.
     """

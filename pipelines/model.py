@@ -21,12 +21,11 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import dsl
 from dsl import conditioning, weights
-from dsl.paths.defaults import choose
-from dsl.paths.parse import from_dict
+from dsl.paths import choose, from_dict
 from dsl.truncation import Truncated
 
 # What `predict` takes beside the texts. No path, and a budget or a length of 0, ask for the
-# defaults of `dsl.paths.defaults.choose` and the length of the rows that the model was trained on.
+# defaults of `dsl.paths.choose` and the length of the rows that the model was trained on.
 PARAMS: dict[str, tuple[DataType, Any]] = {
     "path": (DataType.string, ""),  # a kind, or a mapping with its settings as JSON
     "budget": (DataType.long, 0),

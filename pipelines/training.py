@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsl.geometry import geometry_report
+from dsl.denoiser import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
 from infra import parallel, stall

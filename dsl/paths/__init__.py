@@ -5,16 +5,20 @@ randomness of a draw. All of them are frozen dataclasses told apart by ``kind``,
 sweeps and run records hold them as plain values.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from dsl import plain
+from dsl.errors import PathError
 from dsl.paths.clock import Clock, Path
 from dsl.paths.entropy_bounded import EntropyBounded
 from dsl.paths.grids import Grid, Information, Linear, Log, Quantile
-from dsl.paths.hybrid import Hybrid
+from dsl.paths.hybrid import Hybrid, Stage
 from dsl.paths.masked import Masked
 from dsl.paths.order import Order
 from dsl.paths.remask import Remask
 from dsl.paths.second_order import SecondOrder
 from dsl.paths.sentence_sde import SentenceSDE
-from dsl.paths.stage import Stage
 from dsl.paths.token_sde import TokenSDE
 
 # The closed union that presets and sweeps hold.
@@ -38,4 +42,48 @@ __all__ = [
     "SentenceSDE",
     "Stage",
     "TokenSDE",
+    "choose",
+    "from_dict",
 ]
+
+LEFT_TO_RIGHT = Order("left_to_right")
+
+
+def from_dict(spec: str | Mapping[str, Any]) -> AnyPath:
+    """The path that ``{"kind": "sentence_sde", "gamma_max": 30}`` describes, or a kind alone.
+
+    Raises:
+        ValueError: see `dsl.plain.read`.
+    """
+    path: AnyPath = plain.read(AnyPath, spec, "path")
+    return path
+
+
+def choose(
+    path: AnyPath | None, budget: int | None, *, length: int, causal: bool
+) -> tuple[Any, int]:
+    """The path to walk and the calls to spend on rows of ``length`` tokens.
+
+    By default a causal denoiser goes from left to right and any other takes `Masked`; a `Hybrid`
+    gets the calls that it splits and any other path one per token.
+
+    Raises:
+        PathError: a causal denoiser is asked for another order, or the calls are not those of
+            the split.
+    """
+    path = path or (LEFT_TO_RIGHT if causal else Masked())
+    if causal and path != LEFT_TO_RIGHT:
+        raise PathError(
+            f"an autoregressive model reads from left to right, but the path is {path.kind}; "
+            "leave the path out"
+        )
+    if not isinstance(path, Hybrid):
+        return path, budget or length
+    calls = sum(path.split)
+    if budget and budget != calls:
+        before, after = path.split
+        raise PathError(
+            f"the path splits {before} + {after} = {calls} calls but the budget is {budget}; "
+            "leave the budget out"
+        )
+    return path, calls

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from dsl.errors import PathError
 from dsl.paths.clock import Clock, Reports, Steers
-from dsl.paths.stage import Stage
+from dsl.paths.entropy_bounded import EntropyBounded
+from dsl.paths.masked import Masked
+from dsl.paths.order import Order
+from dsl.paths.remask import Remask
+from dsl.paths.second_order import SecondOrder
+from dsl.paths.sentence_sde import SentenceSDE
+from dsl.paths.token_sde import TokenSDE
 from dsl.posterior import Posterior
 from dsl.state import State
+
+# The paths that can be one stage of a longer one.
+Stage = Masked | Remask | Order | EntropyBounded | SentenceSDE | TokenSDE | SecondOrder
 
 
 class Carry(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsl.corruption import observe
+from dsl.channel import observe
 from dsl.denoiser import Denoiser
 from dsl.objective import EPS
 from dsl.posterior import Denoises

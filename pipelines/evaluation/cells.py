@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dsl.paths import AnyPath, Hybrid, SecondOrder, SentenceSDE, TokenSDE
-from dsl.paths.defaults import LEFT_TO_RIGHT, choose
+from dsl.paths import (
+    LEFT_TO_RIGHT,
+    AnyPath,
+    Hybrid,
+    SecondOrder,
+    SentenceSDE,
+    TokenSDE,
+    choose,
+)
 from dsl.truncation import Nucleus
 
 CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from dsl import likelihood
+from dsl.channel import observe
 from dsl.converter import Reading
 from dsl.denoiser import Denoiser
-from dsl.evidence import evidence
-from dsl.likelihood import Estimate, PathName
+from dsl.likelihood import Estimate, PathName, log_prob_of
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
 from dsl.state import State
-from dsl.summary import log_prob_of, summarise
 from pipelines.evaluation.settings import LikelihoodConfig, StatesConfig
 
 # --- likelihood --------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def _seen(
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
     gamma_BL = condition.gamma(*tokens_BL.shape, draws)
-    return tokens_BL, evidence(table_VD, tokens_BL, gamma_BL, draws)
+    return tokens_BL, observe(table_VD, tokens_BL, gamma_BL, draws)
 
 
 def _errors_of(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ def _errors_of(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Te
 
     at_A = hidden_BL.flatten().nonzero().squeeze(1)
     errors_BL2 = table_VD.new_zeros(*tokens_BL.shape, 2)
-    errors_BL2[hidden_BL] = summarise(posterior, both, at_A, tokens_BL.flatten()[at_A])
+    errors_BL2[hidden_BL] = posterior.summarise(both, at_A, tokens_BL.flatten()[at_A])
     return (errors_BL2.sum(1) / hidden_BL.sum(1, keepdim=True)).T
 
 

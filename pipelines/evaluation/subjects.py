@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsl.geometry import geometry_report
+from dsl.denoiser import geometry_report
 from dsl.weights import WEIGHTS
 from infra import journal, registry, tracking
 from infra.errors import DataError, nearest

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsl.posterior
 from dsl.converter import Converter, Mixture, mask_bias, weights
+from dsl.denoiser import TokenTable
 from dsl.exact import ExactDenoiser
-from dsl.geometry import TokenTable
 from dsl.state import State
 
 ROWS, LENGTH, TOKENS, DIM = 2, 12, 5, 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsl.corruption import observe
+from dsl.channel import observe
 from dsl.noise import generator
 from dsl.state import State
 

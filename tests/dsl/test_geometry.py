@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dsl.geometry import TokenTable, geometry_report
+from dsl.denoiser import TokenTable, geometry_report
 from tests.dsl.laws import ring
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dsl import posterior as posterior_module
 from dsl.backbone import DiTConfig
+from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
-from dsl.evidence import evidence
 from dsl.likelihood import (
     Estimate,
     PathName,
@@ -90,7 +90,7 @@ def remaining(gamma: float) -> tuple[Tensor, Tensor]:
     rows = 1_500
     tokens_BL = EVERYTHING.repeat(rows, 1)
     gamma_BL = torch.full(tokens_BL.shape, gamma, dtype=torch.float64)
-    answer = LAW.denoiser()(evidence(LAW.table_VD, tokens_BL, gamma_BL, Draws(99, 0, 0)))
+    answer = LAW.denoiser()(observe(LAW.table_VD, tokens_BL, gamma_BL, Draws(99, 0, 0)))
     nats_B = -answer.weights_BS[torch.arange(len(tokens_BL)), LAW.index(tokens_BL)].log()
     nats_RS = nats_B.view(rows, -1) / 3
     return nats_RS.mean(0), nats_RS.std(0) / math.sqrt(rows)
@@ -335,7 +335,7 @@ def test_information_of_a_noisy_profile_is_monotone() -> None:
 def test_evidence_is_the_channel() -> None:
     tokens_BL = EVERYTHING.repeat(500, 1)
     gamma_L = torch.tensor([0.0, 3.0, math.inf], dtype=torch.float64)
-    state = evidence(LAW.table_VD, tokens_BL, gamma_L.expand(len(tokens_BL), -1), Draws(1, 0, 0))
+    state = observe(LAW.table_VD, tokens_BL, gamma_L.expand(len(tokens_BL), -1), Draws(1, 0, 0))
     assert (state.z_BLD[:, [0, 2]] == 0).all()
     assert torch.equal(state.tokens_BL[:, 2], tokens_BL[:, 2])
     assert (state.tokens_BL[:, :2] == 0).all()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl.backbone import DiTConfig
-from dsl.corruption import observe
+from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.noise import generator
 from dsl.objective import EPS, ARObjective, DSLObjective, MDLMObjective

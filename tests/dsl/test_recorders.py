@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from dsl import posterior as posterior_module
+from dsl.likelihood import log_prob_of
 from dsl.noise import Draws
 from dsl.paths import Clock, Masked, SentenceSDE
 from dsl.posterior import Posterior
-from dsl.recorders import Rewrites, Schedule, Sharpening, Trajectory
+from dsl.recorders import Rewrites, Schedule, Sharpening, Trajectory, max_prob, nucleus_size
 from dsl.sampling import Recorder, sample
 from dsl.state import State
-from dsl.summary import log_prob_of, max_prob, nucleus_size, summarise
 from tests.dsl.laws import random_law
 
 LAW = random_law(tokens=3, length=4, dim=2, seed=3)
@@ -153,12 +153,12 @@ def test_sharpening_by_hand() -> None:
 def test_summaries_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     posterior = Given(state([0] * 4, [0] * 4), PROBS)
     at_N, tokens_N = torch.tensor([3, 1, 0, 2, 1]), torch.tensor([1, 2, 0, 3, 2])
-    assert summarise(posterior, max_prob, at_N).tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
-    expected = summarise(posterior, log_prob_of, at_N, tokens_N)
+    assert posterior.summarise(max_prob, at_N).tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
+    expected = posterior.summarise(log_prob_of, at_N, tokens_N)
     assert expected.exp().tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
     monkeypatch.setattr(posterior_module, "CHUNK_ELEMENTS", 8)  # two positions a chunk
-    assert torch.equal(summarise(posterior, log_prob_of, at_N, tokens_N), expected)
-    assert summarise(posterior, max_prob, at_N[:0]).shape == (0,)
+    assert torch.equal(posterior.summarise(log_prob_of, at_N, tokens_N), expected)
+    assert posterior.summarise(max_prob, at_N[:0]).shape == (0,)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 import dsl
 from dsl.backbone import DiTConfig
-from dsl.paths.parse import from_dict
+from dsl.paths import from_dict
 from infra import command
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder

@@ -139,7 +139,7 @@ def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, fol
     assert model.predict(["the "]) == drawn(folder, text="the ", **registered)
     assert model.predict(pd.DataFrame({"text": ["the "]})) == drawn(folder, text="the ")
     params = {"path": json.dumps(HYBRID), "seed": 2, "length": 8}
-    hybrid = dsl.paths.parse.from_dict(HYBRID)
+    hybrid = dsl.paths.from_dict(HYBRID)
     wanted = drawn(folder, text="the ", path=hybrid, seed=2, length=8)
     assert model.predict(["the "], params=params) == wanted
     with pytest.raises(mlflow.MlflowException, match="seed"):

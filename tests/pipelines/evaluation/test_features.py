@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dsl.backbone import DiTConfig
+from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
-from dsl.evidence import evidence
 from dsl.noise import Draws
 from dsl.vocabulary import Vocabulary
 from infra import config
@@ -269,7 +269,7 @@ def test_own_features_are_means_of_hidden_states(kind: str) -> None:
     )
     assert opened == ["runs/own"]
     tokens_BL = torch.from_numpy(tokens_NL.astype(np.int64))
-    state = evidence(
+    state = observe(
         model.denoiser.table_VD, tokens_BL, torch.full((7, 12), torch.inf), Draws(0, 0, 0)
     )
     with torch.no_grad():
