@@ -6,8 +6,8 @@ otherwise MKL's last bit depends on where operands lie in memory.
 """
 
 from dsl import calibration, likelihood, paths, recorders
-from dsl.backbone import DiT, DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiT, DiTConfig
 from dsl.errors import PathError, TextError, VocabularyError, WeightsError
 from dsl.exact import ExactDenoiser
 from dsl.mdlm import from_mdlm

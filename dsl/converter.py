@@ -5,6 +5,7 @@ W backbone width, N positions that need a softmax, K = D + 1.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,31 @@ from dsl.state import State
 # The largest float below one. Its logit, 36.7, gives the mask slot probability 1 exactly in
 # float32, yet stays finite: strong evidence can still be heard, and nothing is ever NaN.
 HARD_MASK = 1 - 2**-53
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConverterConfig:
+    """The token table's dimension and where the converter starts (see `Converter`).
+
+    ``embed_dim`` is D; 003 grows it as 16 ln V / ln 35. The default ``mask_prior`` suits weights
+    of a masked model.
+
+    ``skip`` adds each token's own evidence to its logits. The exact posterior is
+    ``p(s_i = v | z) ∝ p(s_i = v | z_others) exp(<z_i, x_v>)`` (003 A.1), so the network is left
+    with the context and need not learn to copy. A masked token has no evidence: nothing is added.
+    """
+
+    embed_dim: int = 64
+    beta: float | None = None
+    mask_prior: float = 0.99
+    skip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise ValueError(f"beta {self.beta} must be positive, or None for 1/sqrt(embed_dim)")
+        mask_bias(1, self.mask_prior)  # raises outside (0, 1]
 
 
 class Reading(NamedTuple):

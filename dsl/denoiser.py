@@ -4,43 +4,32 @@ Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W bac
 H hidden width (W, or W + D with the skip), N asked positions (flat), R rows.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsl.backbone import DiT, DiTConfig, precise
-from dsl.converter import Converter, biased, mask_bias
+from dsl.backbone import Backbone, precise
+from dsl.converter import Converter, ConverterConfig, biased
+from dsl.dit import DiTConfig, DiTShape
 from dsl.posterior import Posterior
 from dsl.state import State
 
+# The configurations of all backbones, told apart by ``kind``, and what of them presets choose.
+BackboneConfig = DiTConfig
+BackboneShape = DiTShape
+
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """A backbone with its token table and converter.
+class DenoiserConfig(ConverterConfig):
+    """A backbone's configuration and that of the table and converter before it.
 
-    ``embed_dim`` is D; 003 grows it as 16 ln V / ln 35. ``beta`` and ``mask_prior`` are where the
-    converter starts (see `dsl.converter.Converter`); 1/2 suits training from scratch.
-
-    ``skip`` adds each token's own evidence to its logits. The exact posterior is
-    ``p(s_i = v | z) ∝ p(s_i = v | z_others) exp(<z_i, x_v>)`` (003 A.1), so the network is left
-    with the context and need not learn to copy. A masked token has no evidence: nothing is added.
+    1/2 is the ``mask_prior`` that suits training from scratch.
     """
 
-    backbone: DiTConfig
-    embed_dim: int = 64
-    beta: float | None = None
+    backbone: BackboneConfig
     mask_prior: float = 0.5
-    skip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"beta {self.beta} must be positive, or None for 1/sqrt(embed_dim)")
-        mask_bias(self.backbone.tokens, self.mask_prior)  # raises outside (0, 1]
 
 
 class TokenTable(nn.Module):
@@ -69,9 +58,12 @@ class Denoiser(nn.Module):
 
     A causal backbone obeys the same contract: its inputs move one position right behind a start
     symbol (the mask row), so the answer at i depends on the tokens before i alone.
+
+    Args:
+        backbone: one of ``config.backbone`` that exists already; it is kept and not copied.
     """
 
-    def __init__(self, config: DenoiserConfig, backbone: DiT | None = None) -> None:
+    def __init__(self, config: DenoiserConfig, backbone: Backbone | None = None) -> None:
         super().__init__()
         self.config = config
         tokens = config.backbone.tokens
@@ -79,27 +71,7 @@ class Denoiser(nn.Module):
         self.converter = Converter(
             tokens, config.embed_dim, beta=config.beta, mask_prior=config.mask_prior
         )
-        self.backbone = DiT(config.backbone) if backbone is None else backbone
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: DiT,
-        *,
-        embed_dim: int,
-        beta: float | None,
-        mask_prior: float,
-        skip: bool = True,
-    ) -> "Denoiser":
-        """A fresh table and converter around a backbone, which is kept and not copied."""
-        config = DenoiserConfig(
-            backbone=backbone.config,
-            embed_dim=embed_dim,
-            beta=beta,
-            mask_prior=mask_prior,
-            skip=skip,
-        )
-        return cls(config, backbone)
+        self.backbone: Backbone = config.backbone.build() if backbone is None else backbone
 
     @property
     def table_VD(self) -> Tensor:

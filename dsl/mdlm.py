@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsl.backbone import DiT, DiTConfig, rotary_frequencies
-from dsl.denoiser import Denoiser
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiT, DiTConfig, rotary_frequencies
 from dsl.errors import WeightsError
 from dsl.lightning import read_ema
 from dsl.weights import CONFIG, WEIGHTS, fit, read_json, read_safetensors, some
@@ -42,7 +42,7 @@ def from_mdlm(
             a Lightning ``.ckpt``, of which the EMA weights are taken.
         embed_dim: D of the new table.
         beta, mask_prior: where the converter starts (see `dsl.converter.Converter`).
-        skip: whether evidence skips the backbone (see `dsl.denoiser.DenoiserConfig`).
+        skip: whether evidence skips the backbone (see `dsl.converter.ConverterConfig`).
 
     Raises:
         WeightsError: anything but a whole MDLM DiT whose [MASK] is the last of its ids.
@@ -56,9 +56,10 @@ def from_mdlm(
         where, declared = path, {}
         tensors = read_ema(path)
     backbone = read_backbone(tensors, declared, where=where)
-    return Denoiser.from_backbone(
-        backbone, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior, skip=skip
-    ).eval()
+    config = DenoiserConfig(
+        backbone=backbone.config, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior, skip=skip
+    )
+    return Denoiser(config, backbone).eval()
 
 
 def read_backbone(
@@ -87,7 +88,10 @@ def read_sizes(
     *,
     where: Path,
 ) -> DiTConfig:
-    """The backbone's sizes, from the shapes of its weights. Dropout is not kept."""
+    """The backbone's sizes, from the shapes of its weights, and the dropout that is ``declared``.
+
+    A Lightning file declares it in objects that are not opened: there it is 0.
+    """
     try:
         slots, width = weights[EMBEDDING].shape
         inner, _ = weights["blocks.0.mlp.0.weight"].shape
@@ -132,6 +136,7 @@ def read_sizes(
             heads=heads,
             cond_dim=cond_dim,
             mlp_ratio=ratio,
+            dropout=declared.get("dropout", 0.0),
         )
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{where}: not an MDLM DiT: {error}.") from error

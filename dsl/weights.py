@@ -71,25 +71,33 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
     config = read_config(folder)
     tensors = read_safetensors(folder / WEIGHTS)
     try:
-        denoiser_config = plain.read(DenoiserConfig, config.get("denoiser"), "denoiser")
+        denoiser_config = plain.read(DenoiserConfig, _with_kind(config.get("denoiser")), "denoiser")
         _require_room(denoiser_config, tensors)
-    except ValueError as error:
+        # On the meta device: no memory and no random numbers for weights about to be replaced.
+        with torch.device("meta"):
+            denoiser = Denoiser(denoiser_config)
+    except (ValueError, RuntimeError) as error:
         raise WeightsError(
             f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
             "Take the file that `dsl.save` wrote beside these weights."
         ) from error
-    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        denoiser = Denoiser(denoiser_config)
     fit(denoiser, tensors, where=folder / WEIGHTS)
     return denoiser.eval()
 
 
+def _with_kind(described: Any) -> Any:
+    """What ``denoiser`` of a file says; the first files name no kind of backbone."""
+    match described:
+        case {"backbone": {**backbone}}:
+            return described | {"backbone": {"kind": "dit", **backbone}}
+    return described
+
+
 def _require_room(config: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None:
     """ValueError for a network that is larger than the file: it could fill the memory."""
-    backbone = config.backbone
-    sizes = (config.embed_dim, backbone.tokens, backbone.width, backbone.cond_dim)
+    sizes = [size for size in vars(config.backbone).values() if isinstance(size, int)]
     most = sum(tensor.numel() for tensor in tensors.values())
-    if max(*sizes, backbone.width * backbone.mlp_ratio) > most or backbone.blocks > len(tensors):
+    if max(*sizes, config.embed_dim) > most or config.backbone.blocks > len(tensors):
         raise ValueError(f"it is larger than the {most:,} numbers of {WEIGHTS}")
 
 

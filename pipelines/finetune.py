@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.converter import ConverterConfig
+from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
 from dsl.objective import DSLObjective
 from dsl.support import Mixed, Support
 from dsl.vocabulary import Vocabulary
@@ -27,18 +28,22 @@ from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
 from pipelines.launch import Job, RunConfig, launch, plan
-from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
+from pipelines.models import SCRATCH, Model
 from pipelines.workers import Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Training):
-    """`support` is what SNR the training rows see; `backbone` matters to `init: scratch` alone."""
+    """`support` is what SNR the training rows see.
+
+    `backbone` is that of `init: scratch`. Any other `init` brings its own, dropout included, and
+    what is said here must agree with it.
+    """
 
     init: str
     support: Support = field(default_factory=Mixed)
     converter: ConverterConfig = field(default_factory=ConverterConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: BackboneShape | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,32 +59,27 @@ def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) 
     torch.manual_seed(config.train.stream.seed)
     if config.init == SCRATCH:
         return _scratch(config, vocabulary.size)
-    uri = tracking.locate(config.tracking, config.root)
-    model = models.load(config.init, converter=config.converter, tracking_uri=uri)
+    model = _given(config)
     models.require_same(model, vocabulary, "init")
     if model.kind == "ar":
         raise ConfigError("init", f"{config.init} is autoregressive", "Give a masked model")
     if model.kind == "dsl":
         return model.denoiser
-    return Denoiser.from_backbone(
-        model.denoiser.backbone,
-        embed_dim=config.converter.embed_dim,
-        beta=config.converter.beta,
-        mask_prior=config.converter.mask_prior,
-        skip=config.converter.skip,
+    backbone = model.denoiser.backbone
+    whole = DenoiserConfig(backbone=model.denoiser.config.backbone, **vars(config.converter))
+    return Denoiser(whole, backbone)
+
+
+def _given(config: FinetuneConfig) -> Model:
+    uri = tracking.locate(config.tracking, config.root)
+    return models.load(
+        config.init, converter=config.converter, tracking_uri=uri, backbone=config.backbone
     )
 
 
 def _scratch(config: FinetuneConfig, tokens: int) -> Denoiser:
-    return Denoiser(
-        DenoiserConfig(
-            backbone=config.backbone.dit(tokens, causal=False),
-            embed_dim=config.converter.embed_dim,
-            beta=config.converter.beta,
-            mask_prior=config.converter.mask_prior,
-            skip=config.converter.skip,
-        )
-    )
+    backbone = (config.backbone or BackboneShape()).config(tokens, causal=False)
+    return Denoiser(DenoiserConfig(backbone=backbone, **vars(config.converter)))
 
 
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
@@ -87,8 +87,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     if config.init == SCRATCH:
         with torch.device("meta"):
             return plan(config, _scratch(config, manifest.vocabulary.size))
-    uri = tracking.locate(config.tracking, config.root)
-    model = models.load(config.init, converter=config.converter, tracking_uri=uri)
+    model = _given(config)
     return plan(config, model.denoiser) | {"init": config.init, "init_objective": model.kind}
 
 

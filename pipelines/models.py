@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsl import mdlm, weights
-from dsl.backbone import DiTConfig
-from dsl.denoiser import Denoiser
+from dsl.converter import ConverterConfig
+from dsl.denoiser import BackboneShape, Denoiser
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
 from infra.documents import from_json
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from infra.registry import ModelVersion
 from infra.shards import Manifest
 from infra.storage import Folder
@@ -26,39 +26,6 @@ KINDS = ("mdlm", "ar", "dsl")
 CONFIG = "config.json"  # written last: a folder that has it is complete
 PYFUNC = Path(__file__).with_name("model.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Size of a DiT that is trained from scratch; the vocabulary comes from the data."""
-
-    width: int = 768
-    blocks: int = 12
-    heads: int = 12
-    cond_dim: int = 128
-    dropout: float = 0.0
-
-    def dit(self, tokens: int, *, causal: bool) -> DiTConfig:
-        return DiTConfig(
-            tokens=tokens,
-            width=self.width,
-            blocks=self.blocks,
-            heads=self.heads,
-            cond_dim=self.cond_dim,
-            dropout=self.dropout,
-            causal=causal,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConverterConfig:
-    """The table's dimension, where the converter starts (see `dsl.converter.Converter`), and
-    whether evidence skips the backbone (see `dsl.denoiser.DenoiserConfig`)."""
-
-    embed_dim: int = 64
-    beta: float | None = None
-    mask_prior: float = 0.99
-    skip: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +40,35 @@ class Model:
     address: str
 
 
-def load(address: str, *, converter: ConverterConfig, tracking_uri: str) -> Model:
+def load(
+    address: str,
+    *,
+    converter: ConverterConfig,
+    tracking_uri: str,
+    backbone: BackboneShape | None = None,
+) -> Model:
     """The model at an address.
 
     address: `models:/name@alias` or `models:/name/3`; a run directory; a folder that
         `dsl.save` wrote; an MDLM checkpoint, a Hugging Face folder or a Lightning file. Any but
         the first may be any fsspec URL.
     converter: the fresh table and converter that an MDLM checkpoint gets.
+    backbone: what the configuration says of the backbone, which comes with the weights.
 
-    Raises DataError or dsl.WeightsError, naming what is wrong and what was looked for.
+    Raises DataError or dsl.WeightsError, naming what is wrong and what was looked for, and
+    ConfigError where `backbone` says otherwise than the weights: it would have no effect.
     """
+    model = _read(address, converter, tracking_uri)
+    held = model.denoiser.config.backbone
+    for key, wanted in vars(backbone).items() if backbone else ():
+        if getattr(held, key, None) != wanted:
+            why = f"{wanted!r}, but the backbone comes with the weights of {address}"
+            what = f"there it is {getattr(held, key, None)!r}"
+            raise ConfigError(f"backbone.{key}", f"{why}; {what}", "Leave it out: `backbone=null`")
+    return model
+
+
+def _read(address: str, converter: ConverterConfig, tracking_uri: str) -> Model:
     if address.startswith("models:/"):
         return load_folder(Folder.at(str(registry.download(address, tracking_uri))), address)
     folder = Folder.at(address)
@@ -94,13 +80,7 @@ def load(address: str, *, converter: ConverterConfig, tracking_uri: str) -> Mode
             address, "no such model", "Give a run, a model folder or models:/name@alias"
         )
     with _local(folder) as local:
-        denoiser = mdlm.from_mdlm(
-            local,
-            embed_dim=converter.embed_dim,
-            beta=converter.beta,
-            mask_prior=converter.mask_prior,
-            skip=converter.skip,
-        )
+        denoiser = mdlm.from_mdlm(local, **vars(converter))
     return Model(denoiser=denoiser, vocabulary=None, kind="mdlm", length=None, address=address)
 
 

@@ -11,13 +11,14 @@ further with a fresh optimizer, as fine-tuning does.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.converter import ConverterConfig
+from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
 from dsl.objective import ARObjective, MDLMObjective
 from dsl.vocabulary import Vocabulary
 from infra import tracking
@@ -25,7 +26,7 @@ from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
 from pipelines.launch import RunConfig, launch, plan
-from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
+from pipelines.models import SCRATCH, Model
 
 OBJECTIVES = {
     "mdlm": MDLMObjective,
@@ -39,12 +40,13 @@ class PretrainConfig(RunConfig):
     """`objective` decides the loss, and with it whether attention is causal.
 
     `mdlm_flat` is `mdlm` without the bound's weights: quicker at small batches (see
-    `dsl.objective.MDLMObjective`). `backbone` matters to `init: scratch` alone.
+    `dsl.objective.MDLMObjective`). `backbone` is that of `init: scratch`; any other `init` brings
+    its own, dropout included, and what is said here must agree with it.
     """
 
     init: str = SCRATCH
     objective: Literal["mdlm", "mdlm_flat", "ar"] = "mdlm"
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: BackboneShape | None = None
 
 
 # Of a checkpoint of the public code, whose table and converter come to nothing here.
@@ -63,8 +65,9 @@ def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
     ever at a finite SNR.
     """
     torch.manual_seed(config.train.stream.seed)
-    dit = config.backbone.dit(tokens, causal=config.objective == "ar")
-    return Denoiser(DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0, skip=False))
+    shape = config.backbone or BackboneShape()
+    backbone = shape.config(tokens, causal=config.objective == "ar")
+    return Denoiser(DenoiserConfig(backbone=backbone, **vars(HARD)))
 
 
 def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
@@ -75,8 +78,7 @@ def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) 
     """
     if config.init == SCRATCH:
         return untrained(config, vocabulary.size)
-    uri = tracking.locate(config.tracking, config.root)
-    model = models.load(config.init, converter=HARD, tracking_uri=uri)
+    model = _given(config)
     models.require_same(model, vocabulary, "init")
     if model.kind != kind(config):
         why = f"{config.init} was trained as {model.kind}, and this objective makes {kind(config)}"
@@ -84,7 +86,14 @@ def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) 
     return model.denoiser
 
 
+def _given(config: PretrainConfig) -> Model:
+    uri = tracking.locate(config.tracking, config.root)
+    return models.load(config.init, converter=HARD, tracking_uri=uri, backbone=config.backbone)
+
+
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
+    if config.init != SCRATCH:
+        return plan(config, _given(config).denoiser)
     tokens = read_manifest(config.data).vocabulary.size
     with torch.device("meta"):
         return plan(config, untrained(config, tokens))

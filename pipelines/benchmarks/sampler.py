@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import dsl
 from dsl.channel import transition
-from dsl.denoiser import Denoiser
+from dsl.denoiser import BackboneShape, Denoiser
 from dsl.noise import Draws
 from dsl.paths.clock import Clock, Path
 from dsl.posterior import Denoises, Posterior
@@ -30,7 +30,6 @@ from pipelines.benchmarks.settings import (
     build,
 )
 from pipelines.benchmarks.timing import Procedure
-from pipelines.models import BackboneConfig
 from pipelines.report import Row, Table
 
 REMASK = dsl.paths.Remask(rule="cap")
@@ -126,7 +125,7 @@ def _of_time(config: BenchmarkConfig, timed: Mapping[str, Any]) -> Iterator[Row]
 def _of_calls(size: SamplerConfig) -> Iterator[Row]:
     """Calls of a whole run, which do not depend on the network: any will do."""
     tiny = ModelConfig(
-        backbone=BackboneConfig(width=8, blocks=1, heads=1, cond_dim=4),
+        backbone=BackboneShape(width=8, blocks=1, heads=1, cond_dim=4),
         tokens=16,
         embed_dim=4,
     )

@@ -11,9 +11,8 @@ from typing import Literal
 
 import torch
 
-from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
 from infra.tracking import TrackingConfig
-from pipelines.models import BackboneConfig
 from pipelines.prepare import BPE, File
 
 Name = Literal["sampler", "train", "converter", "ingest", "startup", "evaluate", "paper"]
@@ -33,18 +32,18 @@ class Counts:
 class ModelConfig(Counts):
     """The denoiser that is timed, with random weights. By default DiT small over GPT-2's BPE."""
 
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: BackboneShape = field(default_factory=BackboneShape)
     tokens: int = 50257
     embed_dim: int = 64
 
     def dsl(self) -> DenoiserConfig:
         """As `finetune` makes it from an MDLM checkpoint."""
-        dit = self.backbone.dit(self.tokens, causal=False)
+        dit = self.backbone.config(self.tokens, causal=False)
         return DenoiserConfig(backbone=dit, embed_dim=self.embed_dim, mask_prior=0.99)
 
     def mdlm(self) -> DenoiserConfig:
         """As `pretrain` makes it: no token is ever at a finite SNR."""
-        dit = self.backbone.dit(self.tokens, causal=False)
+        dit = self.backbone.config(self.tokens, causal=False)
         return DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0, skip=False)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsl.backbone import DiT, DiTConfig, Norm
+from dsl.dit import DiT, DiTConfig, Norm
 
 CONFIG = DiTConfig(tokens=11, width=16, blocks=2, heads=2, cond_dim=8)
 

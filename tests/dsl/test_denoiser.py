@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsl
-from dsl.backbone import DiT, DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiT, DiTConfig
 from dsl.state import State
 
 LENGTH, TOKENS, DIM = 7, 11, 6
@@ -25,7 +25,9 @@ def awake(seed: int = 0, *, causal: bool = False, tokens: int = TOKENS) -> Denoi
     backbone = DiT(DiTConfig(tokens=tokens, width=16, blocks=2, heads=2, cond_dim=8, causal=causal))
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Denoiser.from_backbone(backbone, embed_dim=DIM, beta=1.0, mask_prior=0.5).eval()
+    return Denoiser(
+        DenoiserConfig(backbone=backbone.config, embed_dim=DIM, beta=1.0, mask_prior=0.5), backbone
+    ).eval()
 
 
 def some_state(denoiser: Denoiser, rows: int = 3) -> State:
@@ -54,7 +56,10 @@ def test_at_the_endpoints_it_is_the_mdlm(reference, mask_prior, error):
     mask = len(weights["output_layer.linear.bias"])
     backbone = DiT(DiTConfig(tokens=mask, width=64, blocks=2, heads=4, cond_dim=32))
     backbone.load_state_dict(weights)
-    denoiser = Denoiser.from_backbone(backbone, embed_dim=16, beta=None, mask_prior=mask_prior)
+    denoiser = Denoiser(
+        DenoiserConfig(backbone=backbone.config, embed_dim=16, beta=None, mask_prior=mask_prior),
+        backbone,
+    )
     ids_BL = reference["input_ids"]
     masked_BL = ids_BL == mask
     state = State.from_tokens(
@@ -232,7 +237,9 @@ def test_the_skip_is_the_exact_posterior_of_tokens_without_context():
     backbone = DiT(DiTConfig(tokens=4, width=8, blocks=1, heads=1))  # its head starts at zero
     unigram_V = torch.tensor([0.1, 0.2, 0.3, 0.4])
     backbone.head[1].copy_(unigram_V.log())
-    denoiser = Denoiser.from_backbone(backbone, embed_dim=3, beta=None, mask_prior=0.5)
+    denoiser = Denoiser(
+        DenoiserConfig(backbone=backbone.config, embed_dim=3, beta=None, mask_prior=0.5), backbone
+    )
     sequences_SL = torch.cartesian_prod(*[torch.arange(4)] * 3)
     law = dsl.ExactDenoiser(denoiser.table_VD, sequences_SL, unigram_V[sequences_SL].prod(1))
     gamma_BL = torch.tensor([[0.0, 0.5, 4.0], [30.0, torch.inf, 1.0]])
@@ -240,7 +247,10 @@ def test_the_skip_is_the_exact_posterior_of_tokens_without_context():
     nothing_BL = torch.zeros(2, 3, dtype=torch.bool)
     state = State.from_tokens(denoiser.table_VD, tokens_BL, nothing_BL, gamma_BL)
     torch.testing.assert_close(denoiser(state).log_probs().exp(), law(state).log_probs().exp())
-    plain = Denoiser.from_backbone(
-        backbone, embed_dim=3, beta=None, mask_prior=0.5, skip=False
+    plain = Denoiser(
+        DenoiserConfig(
+            backbone=backbone.config, embed_dim=3, beta=None, mask_prior=0.5, skip=False
+        ),
+        backbone,
     )  # what the skip is for: without it the evidence is not heard
     assert (plain(state).log_probs()[0, 2] - unigram_V.log()).abs().max() < 1e-6

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dsl import posterior as posterior_module
-from dsl.backbone import DiTConfig
 from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTConfig
 from dsl.likelihood import (
     Estimate,
     PathName,

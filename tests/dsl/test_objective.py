@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsl.backbone import DiTConfig
 from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTConfig
 from dsl.noise import generator
 from dsl.objective import EPS, ARObjective, DSLObjective, MDLMObjective
 from dsl.state import State

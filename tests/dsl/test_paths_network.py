@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTConfig
 from dsl.noise import Draws
 from dsl.paths import AnyPath, Clock, Order
 from dsl.paths.token_sde import jvp

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 import dsl
-from dsl.backbone import DiT, DiTConfig
-from dsl.denoiser import Denoiser
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiT, DiTConfig
 from dsl.errors import WeightsError
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
@@ -23,7 +23,9 @@ def denoiser() -> Denoiser:
     backbone = DiT(DiTConfig(tokens=11, width=16, blocks=2, heads=2, cond_dim=8))
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Denoiser.from_backbone(backbone, embed_dim=6, beta=1.0, mask_prior=0.9).eval()
+    return Denoiser(
+        DenoiserConfig(backbone=backbone.config, embed_dim=6, beta=1.0, mask_prior=0.9), backbone
+    ).eval()
 
 
 def rewrite(folder, change) -> None:

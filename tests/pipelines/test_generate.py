@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dsl
-from dsl.backbone import DiTConfig
+from dsl.dit import DiTConfig
 from dsl.paths import from_dict
 from infra import command
 from infra.errors import ConfigError, DataError

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dsl
-from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTConfig
 from dsl.noise import generator
 from dsl.objective import DSLObjective
 from infra import checkpoints, journal, stream

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dsl
-from dsl.backbone import DiTConfig
+from dsl.dit import DiTConfig
 from infra import registry, tracking
 from infra.registry import ModelVersion
 from infra.storage import Folder

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dsl.backbone import DiTConfig
 from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTConfig
 from dsl.noise import Draws
 from dsl.vocabulary import Vocabulary
 from infra import config

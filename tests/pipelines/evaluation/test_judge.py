@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsl.backbone import DiTConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTConfig
 from dsl.state import State
 from dsl.vocabulary import END_OF_TEXT, Vocabulary
 from infra.errors import DataError

@@ -1,0 +1,228 @@
+"""The diffusion transformer of the public MDLM checkpoints, parameter for parameter.
+
+Inputs arrive already embedded (see `dsl.converter`) and leave as hidden states: the vocabulary
+projection is applied by whoever wants logits, at the positions it wants them.
+
+Shapes: B rows, L positions, W width, H heads, K head dimension, C conditioning width, V tokens,
+U = V + 1 slots (the last is [MASK]).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsl.backbone import precise
+
+SINUSOID = 256  # width of the timestep sinusoid in every public checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTShape:
+    """What may be chosen freely of a DiT. The defaults are the size of the public checkpoints."""
+
+    kind: Literal["dit"] = "dit"
+    width: int = 768
+    blocks: int = 12
+    heads: int = 12
+    cond_dim: int = 128
+    dropout: float = 0.0
+
+    def config(self, tokens: int, *, causal: bool) -> "DiTConfig":
+        """With what data (V tokens) and objective add to it."""
+        return DiTConfig(**vars(self), tokens=tokens, causal=causal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(DiTShape):
+    """A whole DiT. ``tokens`` is V, the real tokens: [MASK] is not among them."""
+
+    tokens: int
+    mlp_ratio: int = 4
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.tokens, self.width, self.blocks, self.heads, self.cond_dim, self.mlp_ratio)
+        if min(sizes) < 1 or self.width % (2 * self.heads):
+            raise ValueError(
+                f"{self}: sizes must be positive and the width a multiple of twice the heads, "
+                "because rotary position pairs the coordinates of every head"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
+
+    def build(self) -> "DiT":
+        return DiT(self)
+
+
+class DiT(nn.Module):
+    """``[B, L, W]`` inputs to ``[B, L, W]`` hidden states; logits are ``linear(hidden)``.
+
+    The timestep module is kept so that checkpoints fit, and is fed sigma = 0: the state already
+    says how corrupted it is (000 §4.7, 003 A.1).
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_embed = Embedding(config.tokens + 1, config.width)
+        self.sigma_map = ZeroTimestep(config.cond_dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.output_layer = OutputLayer(config)
+
+    def forward(self, inputs_BLW: Tensor) -> Tensor:
+        """Hidden states after the last norm, in the compute dtype."""
+        cond_C = self.sigma_map()
+        head_dim = self.config.width // self.config.heads
+        turn_2LK = rotary(inputs_BLW.shape[1], head_dim, inputs_BLW.device)
+        hidden_BLW = inputs_BLW
+        for block in self.blocks:
+            hidden_BLW = block(hidden_BLW, cond_C, turn_2LK)
+        output: Tensor = self.output_layer(hidden_BLW, cond_C)
+        return output
+
+    @property
+    def values_UW(self) -> Tensor:
+        """Input embedding of every slot, the mask row last."""
+        return self.vocab_embed.embedding
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """``weight_VW, bias_V`` of the vocabulary projection."""
+        return self.output_layer.linear.weight, self.output_layer.linear.bias
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of one token's forward and backward pass, head included.
+
+        Counts matrix products (2 per multiply-add, backward twice the forward) and the full
+        attention square. The converter's own cost for evidence is left out.
+        """
+        width, blocks = self.config.width, self.config.blocks
+        weights = blocks * (4 + 2 * self.config.mlp_ratio) * width**2 + self.config.tokens * width
+        return 3 * (2 * weights + 4 * blocks * length * width)
+
+
+class Embedding(nn.Module):
+    """The slots' input rows. The converter reads the table itself, so there is no forward."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(slots, width))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+
+class ZeroTimestep(nn.Module):
+    """``c = SiLU(MLP(sinusoid(sigma)))`` at sigma = 0, where the cosines are 1 and the sines 0."""
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(SINUSOID, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
+        )
+
+    def forward(self) -> Tensor:
+        half = next(self.parameters()).new_ones(SINUSOID // 2)
+        return F.silu(self.mlp(torch.cat([half, torch.zeros_like(half)])))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each between an adaptive norm and a gate. Dropout acts in training."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, inner = config.width, config.mlp_ratio * config.width
+        self.heads, self.causal, self.dropout = config.heads, config.causal, config.dropout
+        self.norm1 = Norm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = Norm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width)
+        )
+        self.adaLN_modulation = zeroed(nn.Linear(config.cond_dim, 6 * width))
+
+    def forward(self, hidden_BLW: Tensor, cond_C: Tensor, turn_2LK: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond_C).chunk(6)
+        update_BLW = self._attention(modulate(self.norm1(hidden_BLW), shift1, scale1), turn_2LK)
+        hidden_BLW = self._add(hidden_BLW, gate1, update_BLW)
+        update_BLW = self.mlp(modulate(self.norm2(hidden_BLW), shift2, scale2))
+        return self._add(hidden_BLW, gate2, update_BLW)
+
+    def _add(self, hidden_BLW: Tensor, gate_W: Tensor, update_BLW: Tensor) -> Tensor:
+        return hidden_BLW + gate_W * F.dropout(update_BLW, self.dropout, self.training)
+
+    def _attention(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
+        qkv_BL3HK = self.attn_qkv(hidden_BLW).unflatten(-1, (3, self.heads, -1))
+        query_BHLK, key_BHLK, value_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
+        mixed_BHLK = F.scaled_dot_product_attention(
+            rotate(query_BHLK, turn_2LK),
+            rotate(key_BHLK, turn_2LK),
+            value_BHLK,
+            is_causal=self.causal,
+        )
+        mixed_BLW: Tensor = self.attn_out(mixed_BHLK.transpose(1, 2).flatten(2))
+        return mixed_BLW
+
+
+class OutputLayer(nn.Module):
+    """The last adaptive norm, and the vocabulary projection that `DiT.head` hands out."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm_final = Norm(config.width)
+        self.linear = zeroed(nn.Linear(config.width, config.tokens))
+        self.adaLN_modulation = zeroed(nn.Linear(config.cond_dim, 2 * config.width))
+
+    def forward(self, hidden_BLW: Tensor, cond_C: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(cond_C).chunk(2)
+        return modulate(self.norm_final(hidden_BLW), shift, scale)
+
+
+class Norm(nn.Module):
+    """LayerNorm with a weight and no bias, in at least float32 whatever comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden_BLW: Tensor) -> Tensor:
+        hidden_BLW = precise(hidden_BLW)
+        return F.layer_norm(hidden_BLW, self.weight.shape, self.weight.to(hidden_BLW))
+
+
+def modulate(normed_BLW: Tensor, shift_W: Tensor, scale_W: Tensor) -> Tensor:
+    """Shift and scale in the norm's precision, then return to the compute dtype."""
+    return (normed_BLW * (1 + scale_W) + shift_W).to(shift_W.dtype)
+
+
+def rotary(length: int, head_dim: int, device: torch.device) -> Tensor:
+    """``[2, L, K/2]`` float32 cosines and sines of rotary position, base 10000.
+
+    Computed, not stored: a buffer would be rounded with the model and lost on the meta device.
+    """
+    angle_LK = torch.arange(length, device=device)[:, None] * rotary_frequencies(head_dim, device)
+    return torch.stack([angle_LK.cos(), angle_LK.sin()])
+
+
+def rotary_frequencies(head_dim: int, device: torch.device) -> Tensor:
+    """``[K/2]`` radians per position, falling geometrically from 1."""
+    share = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1 / 10000**share
+
+
+def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
+    """Turn the pairs (k, k + K/2) of every head by the position's angles."""
+    first, second = precise(heads_BHLK).chunk(2, dim=-1)
+    cos_LK, sin_LK = turn_2LK
+    turned = torch.cat([first * cos_LK - second * sin_LK, second * cos_LK + first * sin_LK], -1)
+    return turned.to(heads_BHLK.dtype)
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """Start a layer at zero: every block begins as the identity, the posterior as uniform."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
