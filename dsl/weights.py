@@ -1,5 +1,6 @@
 """A denoiser at rest: ``model.safetensors`` and ``config.json``, its tokenizer beside them."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -19,6 +20,8 @@ from dsl.vocabulary import TOKENIZER, Vocabulary
 FORMAT = "dsl/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+CHECKSUMS = "sha256"  # the key of config.json that holds them, by file
+HASHED = (WEIGHTS, TOKENIZER)
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,7 +35,8 @@ def save(
     """Write a denoiser so that `load` gives it back bit for bit.
 
     ``config.json`` appears last and makes the folder a model: an interrupted save leaves no
-    config, not half a model. Files of an earlier save are replaced.
+    config, not half a model. It holds a checksum of every other file. Files of an earlier save
+    are replaced.
 
     Args:
         metadata: JSON values for later readers, such as ``{"objective": "dsl", "length": 1024}``.
@@ -46,7 +50,7 @@ def save(
         "denoiser": asdict(denoiser.config),
         "metadata": dict(metadata or {}),
     }
-    text = json.dumps(config, indent=2) + "\n"
+    json.dumps(config)  # metadata that is not JSON raises before a file is touched
     for stale in (CONFIG, TOKENIZER):
         (folder / stale).unlink(missing_ok=True)
     tensors = {name: t.cpu().contiguous() for name, t in denoiser.state_dict().items()}
@@ -55,8 +59,9 @@ def save(
     partial.replace(folder / WEIGHTS)
     if tokenizer is not None:
         tokenizer.save(folder)
+    config[CHECKSUMS] = {n: _sha256(folder / n) for n in HASHED if (folder / n).exists()}
     partial = folder / f"{CONFIG}.partial"
-    partial.write_text(text)
+    partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(folder / CONFIG)
 
 
@@ -64,11 +69,13 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
     """The denoiser of a folder that `save` wrote, on the CPU, in evaluation mode.
 
     Raises:
-        WeightsError: a file is missing or damaged, or the weights are not exactly the model's:
-            every missing, unexpected, mis-shaped or non-finite tensor is named.
+        WeightsError: a file is missing, or is not the one that was saved, or the weights are not
+            exactly the model's: every missing, unexpected, mis-shaped or non-finite tensor is
+            named.
     """
     folder = Path(folder)
     config = read_config(folder)
+    _require_unchanged(folder, config.get(CHECKSUMS, {}))
     tensors = read_safetensors(folder / WEIGHTS)
     try:
         denoiser_config = plain.read(DenoiserConfig, _with_kind(config.get("denoiser")), "denoiser")
@@ -83,6 +90,23 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
         ) from error
     fit(denoiser, tensors, where=folder / WEIGHTS)
     return denoiser.eval()
+
+
+def _require_unchanged(folder: Path, checksums: Any) -> None:
+    """WeightsError for a file whose checksum is another. Older folders hold none."""
+    for name in HASHED:
+        path = folder / name
+        known = checksums.get(name) if isinstance(checksums, dict) else checksums
+        if known is not None and path.exists() and _sha256(path) != known:
+            raise WeightsError(
+                f"{path}: damaged: its sha256 is not the one in {CONFIG}. Copy the model again; "
+                f"if the change is meant, remove {CHECKSUMS!r} from {CONFIG}."
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_kind(described: Any) -> Any:
@@ -102,7 +126,7 @@ def _require_room(config: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``config.json`` of a saved denoiser: ``format``, ``denoiser`` and ``metadata``.
+    """The ``config.json`` of a saved denoiser: ``format``, ``denoiser``, ``metadata``, ``sha256``.
 
     Raises:
         WeightsError: the file is missing, is not JSON, or is of another format.

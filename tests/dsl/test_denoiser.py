@@ -3,7 +3,7 @@
 Shapes: B rows, L positions, D table dimension, W width, V tokens.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dsl
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiT, DiTConfig
+from dsl.noise import generator
+from dsl.objective import DSLObjective
 from dsl.state import State
+from dsl.support import Mixed
 
 LENGTH, TOKENS, DIM = 7, 11, 6
 
@@ -228,6 +231,47 @@ def test_it_samples():
 def test_impossible_configurations_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         DenoiserConfig(backbone=DiTConfig(tokens=5, width=4, blocks=1, heads=1), **wrong)
+
+
+class Bag(torch.nn.Module):
+    """A backbone that is no transformer: each position sees itself and the mean of all."""
+
+    def __init__(self, config: "BagConfig") -> None:
+        super().__init__()
+        self.values_UW = torch.nn.Parameter(torch.randn(config.tokens + 1, 5))
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(10, 3)])
+        self.output = torch.nn.Linear(3, config.tokens)
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        return self.output.weight, self.output.bias
+
+    def forward(self, inputs_BLW: Tensor) -> Tensor:
+        mean_BLW = inputs_BLW.mean(1, keepdim=True).expand_as(inputs_BLW)
+        return self.blocks[0](torch.cat([inputs_BLW, mean_BLW], dim=-1)).tanh()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagConfig:
+    tokens: int
+    blocks: int = 1
+    causal: bool = False
+    kind: str = "bag"
+
+    def build(self) -> Bag:
+        return Bag(self)
+
+
+def test_any_backbone_of_the_protocol_trains_and_samples():
+    """It shares neither sizes nor code with the DiT; its hidden width is not its input width."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(backbone=BagConfig(tokens=TOKENS), embed_dim=DIM))
+    loss = DSLObjective(denoiser, Mixed())(torch.randint(TOKENS, (4, LENGTH)), generator(0, 0, 0))
+    loss.value.backward()
+    assert all(p.grad.isfinite().all() for p in denoiser.parameters())
+    path = dsl.paths.Hybrid(dsl.paths.SentenceSDE(gamma_max=9.0), dsl.paths.Masked(), split=(2, 3))
+    made = dsl.sample(denoiser, path, State.masked(4, LENGTH, DIM), budget=5, seed=0)
+    assert ((made.tokens_BL >= 0) & (made.tokens_BL < TOKENS)).all()
 
 
 @torch.no_grad()

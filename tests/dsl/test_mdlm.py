@@ -109,11 +109,14 @@ def test_folder_and_file_are_the_same_model(tmp_path):
         for name, value in content["state_dict"].items()
     }
     sizes = {"hidden_dim": 16, "model_length": 8, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
+    sizes["dropout"] = 0.1
     (tmp_path / "hf").mkdir()
     write_folder(tmp_path / "hf", tensors, **sizes)
     one, other = dsl.from_mdlm(tmp_path / "run.ckpt"), dsl.from_mdlm(tmp_path / "hf")
     inputs_BLW = torch.randn(2, 8, 16)
     assert torch.equal(one.backbone(inputs_BLW), other.backbone(inputs_BLW))
+    # Only the folder says what it was trained with.
+    assert (one.config.backbone.dropout, other.config.backbone.dropout) == (0.0, 0.1)
     # Without the buffer, the configuration says how many heads there are.
     del tensors["backbone.rotary_emb.inv_freq"]
     write_folder(tmp_path / "hf", tensors, **sizes)
@@ -126,6 +129,8 @@ def test_folder_and_file_are_the_same_model(tmp_path):
         ({"hidden_dim": 32}, "hidden_dim is 16 in the weights and 32"),
         ({"n_heads": 4}, "n_heads is 2 in the weights and 4"),
         ({"n_blocks": 12, "cond_dim": 128}, "cond_dim is 8 .*; n_blocks is 1"),
+        ({"dropout": 1.5}, "dropout 1.5 must lie in"),
+        ({"dropout": "0.1"}, "not an MDLM DiT"),
     ],
 )
 def test_a_config_of_another_model_is_refused(tmp_path, change, reason):

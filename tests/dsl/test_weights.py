@@ -28,8 +28,17 @@ def denoiser() -> Denoiser:
     ).eval()
 
 
+def forget(folder) -> None:
+    """Leave out the checksums, as folders did before there were any."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert set(config.pop("sha256")) <= {"model.safetensors", "tokenizer.json"}
+    path.write_text(json.dumps(config))
+
+
 def rewrite(folder, change) -> None:
-    """Edit the tensors of a saved model."""
+    """Edit the tensors of a saved model, as somebody would who means it."""
+    forget(folder)
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     change(tensors)
@@ -138,8 +147,8 @@ def test_a_long_list_is_cut_and_counted(denoiser, tmp_path):
         ("config.json", b'{"format": "dsl/1", "denoiser": {"depth": 1}}', "does not describe"),
         ("config.json", b'{"format": "dsl/1", "denoiser": 3}', "does not describe"),
         ("model.safetensors", None, "no such file"),
-        ("model.safetensors", b"", "not a whole safetensors"),
-        ("model.safetensors", b"\x00" * 100, "not a whole safetensors"),
+        ("model.safetensors", b"", "damaged"),
+        ("config.json", b'{"format": "dsl/1", "sha256": 3}', "damaged"),
     ],
 )
 def test_damage_is_one_message(denoiser, tmp_path, name, content, reason):
@@ -152,12 +161,34 @@ def test_damage_is_one_message(denoiser, tmp_path, name, content, reason):
     assert name in str(caught.value)
 
 
-def test_half_a_file_is_refused(denoiser, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_flipped_bit_is_found(denoiser, tmp_path, name):
+    dsl.save(denoiser, tmp_path, Vocabulary.char())
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-5] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"{name}: damaged"):
+        dsl.load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -10])
+def test_half_a_file_is_refused_without_a_checksum_too(denoiser, tmp_path, keep):
     dsl.save(denoiser, tmp_path)
+    forget(tmp_path)
     path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
+    path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(WeightsError, match="not a whole safetensors"):
         dsl.load(tmp_path)
+
+
+def test_a_folder_of_the_first_format_loads(denoiser, tmp_path):
+    """It has no checksums, and its backbone no kind."""
+    dsl.save(denoiser, tmp_path)
+    forget(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["denoiser"]["backbone"].pop("kind") == "dit"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert dsl.load(tmp_path).config == denoiser.config
 
 
 def test_a_config_of_another_size_is_refused(denoiser, tmp_path):

@@ -1,0 +1,64 @@
+"""What a run starts from: what is kept of the weights' configuration, what may be said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import dsl
+from dsl.dit import DiTShape
+from tests.dsl.test_mdlm import training_file, write_folder
+from tests.pipelines import tiny
+
+SIZES = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def mdlm(tmp_path: Path, data: str) -> Path:
+    """A folder of the public code, over the vocabulary of `data`, trained with dropout."""
+    folder = tmp_path / "mdlm"
+    folder.mkdir()
+    write_folder(folder, training_file(tokens=28)["state_dict"], **SIZES, dropout=0.1)
+    return folder
+
+
+def finetune(data: str, mdlm: Path, *settings: str) -> list[str]:
+    given = [f"data={data}", f"root={mdlm.parent}", "name=run", f"init={mdlm}"]
+    return [*given, "backbone=null", *settings]
+
+
+def test_an_imported_dropout_is_trained_with_and_kept(data: str, mdlm: Path) -> None:
+    tiny.execute("finetune", *finetune(data, mdlm, "train.steps=2"))
+    saved = dsl.load(mdlm.parent / "run" / "model")
+    assert saved.config.backbone.dropout == 0.1
+    assert {block.dropout for block in saved.backbone.blocks} == {0.1}
+
+
+@pytest.mark.parametrize("verb", ["finetune", "pretrain"])
+@pytest.mark.parametrize("setting", ["dropout=0.2", "width=32"])
+def test_a_backbone_other_than_the_weights_is_refused(
+    data: str, mdlm: Path, verb: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes with the weights, so the key would have no effect."""
+    true = ["backbone.width=16", "backbone.blocks=1", "backbone.heads=2", "backbone.dropout=0.1"]
+    argv = [*finetune(data, mdlm, *true, "backbone.cond_dim=8"), "--dry-run"]
+    assert tiny.main(verb, *argv) == 0
+    code, said = tiny.outcome(capsys, verb, *argv, f"backbone.{setting}")
+    assert code == 2
+    assert f"backbone.{setting.partition('=')[0]}: " in said
+    assert "comes with the weights" in said
+
+
+@pytest.mark.parametrize("verb", ["finetune", "pretrain"])
+def test_scratch_is_as_the_backbone_says(data: str, tmp_path: Path, verb: str) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "init=scratch", "train.steps=1"]
+    tiny.execute(verb, *argv, "backbone.dropout=0.3")
+    shape = DiTShape(width=16, blocks=2, heads=2, cond_dim=8, dropout=0.3)
+    saved = dsl.load(tmp_path / "run" / "model").config.backbone
+    assert saved == shape.config(28, causal=False)
