@@ -59,7 +59,7 @@ def save(
     partial.replace(folder / WEIGHTS)
     if tokenizer is not None:
         tokenizer.save(folder)
-    config[CHECKSUMS] = {n: _sha256(folder / n) for n in HASHED if (folder / n).exists()}
+    config[CHECKSUMS] = {n: _sha256(folder / n) for n in HASHED if (folder / n).is_file()}
     partial = folder / f"{CONFIG}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(folder / CONFIG)
@@ -97,7 +97,7 @@ def _require_unchanged(folder: Path, checksums: Any) -> None:
     for name in HASHED:
         path = folder / name
         known = checksums.get(name) if isinstance(checksums, dict) else checksums
-        if known is not None and path.exists() and _sha256(path) != known:
+        if known is not None and path.is_file() and _sha256(path) != known:
             raise WeightsError(
                 f"{path}: damaged: its sha256 is not the one in {CONFIG}. Copy the model again; "
                 f"if the change is meant, remove {CHECKSUMS!r} from {CONFIG}."

@@ -281,13 +281,16 @@ def another_shape(model: Path) -> str:
 
 def other_tokens(model: Path) -> str:
     another_vocabulary(model)
+    config = json.loads((model / "config.json").read_text())
+    del config["sha256"]  # somebody meant it
+    (model / "config.json").write_text(json.dumps(config))
     return str(model)
 
 
 INITS: dict[Callable[[Path], str], str] = {
     missing: "nowhere: no such model. Give a run, a model folder or models:/name@alias",
     unfinished: "config.json: no such file",
-    short: "not a whole safetensors file",
+    short: "model.safetensors: damaged",
     another_shape: "mis-shaped: ",
     other_tokens: "another vocabulary of the same size. Prepare the data with the model's own",
 }
