@@ -45,13 +45,15 @@ def run(
     execute: Callable[[T], dict[str, Any]],
     presets: Path,
     doc: str,
+    verbs: Sequence[str] | None = None,
     argv: Sequence[str] | None = None,
     data_errors: tuple[type[Exception], ...] = (),
 ) -> int:
     """Run one verb from its command line and return the exit code.
 
     `plan` says what would be done, `execute` does it; the last line of stdout is what either
-    returned, as one JSON object. Exceptions of the types `data_errors` count as bad data.
+    returned, as one JSON object. `verbs`: the sections that a preset may have, any by
+    default. Exceptions of the types `data_errors` count as bad data.
     Exit codes: 0 done, 2 configuration, 3 data or weights, 4 infrastructure, 130 interrupted,
     143 terminated, 1 a bug, whose traceback is printed.
     """
@@ -63,7 +65,7 @@ def run(
             sys.stdout.write(_help(config_type, presets, doc))
             return 0
         given = [argument for argument in arguments if argument not in flags]
-        settings = config.load(config_type, verb=verb, argv=given, presets=presets)
+        settings = config.load(config_type, verb=verb, argv=given, presets=presets, verbs=verbs)
         for key, value in config.flatten(settings).items():
             refuse_credentials(str(value), key)
         if "--print-config" in flags:

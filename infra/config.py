@@ -29,7 +29,6 @@ from infra.errors import ConfigError, nearest
 T = TypeVar("T")
 Tree = dict[str, Any]
 
-VERBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "generate", "benchmark")
 MOST_BYTES = 1 << 20  # of a preset
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 REQUIRED = dataclasses.MISSING
@@ -53,10 +52,18 @@ class Layer(NamedTuple):
         return Layer(self.source, self.value[key])
 
 
-def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path) -> T:
+def load(
+    config_type: type[T],
+    *,
+    verb: str,
+    argv: Sequence[str],
+    presets: Path,
+    verbs: Sequence[str] | None = None,
+) -> T:
     """The configuration of `verb` from `[PRESET] [key.sub=value …]`.
 
     PRESET is a name in the folder `presets`, a path that ends in .yaml, or any fsspec URL.
+    verbs: the sections that a preset may have; None allows any.
     Raises ConfigError with the dotted path, the source and what was expected there.
     """
     layers: list[Layer] = []
@@ -66,7 +73,7 @@ def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path)
             "command line", f"one preset at most, got {' and '.join(names)}", "Write key=value"
         )
     if names:
-        layers.append(Layer(names[0], _section(names[0], verb, presets)))
+        layers.append(Layer(names[0], _section(names[0], verb, verbs, presets)))
     for argument in argv:
         if match := OVERRIDE.fullmatch(argument):
             layers.append(Layer("command line", _nested(match[1].split("."), _value(argument))))
@@ -155,14 +162,14 @@ def describe(config_type: Any) -> Iterator[Field]:
 # --- sources ---------------------------------------------------------------------------------
 
 
-def _section(preset: str, verb: str, presets: Path) -> Tree:
-    """What the preset says about `verb`."""
+def _section(preset: str, verb: str, verbs: Sequence[str] | None, presets: Path) -> Tree:
+    """The section of the preset for `verb`."""
     content = parse(_read(preset, presets), preset)
     if not isinstance(content, dict):
         raise ConfigError(preset, "not a mapping of verbs", f"Put the settings under `{verb}:`")
     for name in content:
-        if name not in VERBS:
-            raise ConfigError(f"{preset}: {name}", "no such verb", _hint(str(name), VERBS))
+        if verbs is not None and name not in verbs:
+            raise ConfigError(f"{preset}: {name}", "no such verb", _hint(str(name), verbs))
     if verb not in content:
         raise ConfigError(preset, f"no section `{verb}`", f"It has {', '.join(content)}")
     return content[verb] or {}

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.documents import from_yaml
 from infra.errors import DataError, InfraError, Problem, nearest
-from infra.logger import connect, reason
+from infra.journal import reason
+from infra.tracking import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

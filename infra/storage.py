@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -186,6 +187,23 @@ class Folder:
                 self.filesystem.rm(path if self.is_local else glob.escape(path), recursive=True)
 
         self._ask(name, gone)
+
+    @contextmanager
+    def local(self, *names: str) -> Iterator[Path]:
+        """The folder on this machine's disk: itself, or a copy for the duration of the block.
+
+        names: the files that are needed, by default all that lie directly in the folder. A copy
+        has the folder's own name.
+        """
+        if self.is_local:
+            yield Path(self.path)
+            return
+        with tempfile.TemporaryDirectory() as staging:
+            copy = Path(staging) / self.path.rstrip("/").rpartition("/")[2]
+            copy.mkdir(exist_ok=True)  # the root of a store has no name
+            for name in names or self.names():
+                (copy / name).write_bytes(self.read_bytes(name))
+            yield copy
 
     def arrow_filesystem(self) -> pyarrow.fs.FileSystem:
         """The same filesystem for pyarrow: its own readers for disks and S3, fsspec's elsewhere."""

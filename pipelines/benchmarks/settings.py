@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from dsl.denoiser import Denoiser, DenoiserConfig
-from infra.tracking import TrackingConfig
 from pipelines.models import BackboneConfig
 from pipelines.prepare import BPE, File
+from pipelines.verb import TrackingConfig
 
 Name = Literal["sampler", "train", "converter", "ingest", "startup", "evaluate", "paper"]
 

@@ -21,13 +21,13 @@ from infra.checkpoints import Checkpoints, consolidate
 from infra.config import to_yaml
 from infra.errors import ConfigError
 from infra.storage import Folder
-from infra.tracking import TrackingConfig
 from pipelines import runs
 from pipelines.evaluation import promotion
 from pipelines.evaluation.gate import Decision, Interval
 from pipelines.evaluation.parts import Parts
 from pipelines.prepare import PrepareConfig
 from pipelines.sweeping.trials import BOUND, PARTS, Trials
+from pipelines.verb import TrackingConfig
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
 from tests.fuzz.mutate import seeds

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OPEN = """
 import sys
-from infra.logger import connect
+from infra.tracking import connect
 
 client = connect(sys.argv[1])
 client.create_run(client.create_experiment(sys.argv[2]))
@@ -40,7 +40,7 @@ def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
     assert [process.returncode for process in together] == [0, 0, 0], said
     assert sum("Creating initial MLflow database tables" in text for text in said) == 1
 
-    from infra.logger import connect
+    from infra.tracking import connect
 
     found = connect(f"sqlite:///{database}").search_experiments()
     assert {e.name for e in found} == {"Default", *(f"experiment {nth}" for nth in range(3))}

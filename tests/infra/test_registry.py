@@ -14,8 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from infra import registry, tracking
 from infra.errors import DataError, InfraError
-from infra.logger import connect
-from infra.tracking import RunHandle, TrackingConfig
+from infra.tracking import RunHandle, TrackingConfig, connect
 
 CODE = """
 from pathlib import Path
@@ -44,7 +43,12 @@ set_model(Model())
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunHandle:
     root = tmp_path_factory.mktemp("runs")
     return tracking.start(
-        TrackingConfig(), root=str(root), name="made", params={}, tags={}, config_yaml=""
+        TrackingConfig(experiment="toy"),
+        root=str(root),
+        name="made",
+        params={},
+        tags={},
+        config_yaml="",
     )
 
 

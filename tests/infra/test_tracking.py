@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from infra import journal, tracking
 from infra.errors import ConfigError, DataError, InfraError
 from infra.journal import Journal
-from infra.logger import connect
-from infra.tracking import Logger, RunHandle, TrackingConfig
+from infra.tracking import Logger, RunHandle, TrackingConfig, connect
 
 PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
 CONFIG = "optim:\n  lr: 3.0e-4\n"
@@ -31,7 +30,9 @@ DATASET = {"name": "topics", "digest": "ab" * 32, "source": "s3://bucket/topics"
 
 def start(root: Path, name: str, uri: str | None = None, **more: object) -> RunHandle:
     given = {"params": PARAMS, "tags": {"commit": "c0ffee"}, "config_yaml": CONFIG} | more
-    return tracking.start(TrackingConfig(uri=uri), root=str(root), name=name, **given)
+    return tracking.start(
+        TrackingConfig(uri=uri, experiment="toy"), root=str(root), name=name, **given
+    )
 
 
 def history(handle: RunHandle, metric: str = "loss") -> dict[int, float]:
@@ -324,11 +325,11 @@ def test_an_impossible_uri(tmp_path: Path, uri: str, why: str) -> None:
 
 def test_no_database_in_an_object_store() -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri: .* no database can be kept"):
-        tracking.locate(TrackingConfig(), "memory://runs")
+        tracking.locate(TrackingConfig(experiment="toy"), "memory://runs")
 
 
 def test_a_database_of_a_relative_path_is_one_place() -> None:
-    uri = tracking.locate(TrackingConfig(uri="sqlite:///some/mlflow.db"), "runs")
+    uri = tracking.locate(TrackingConfig(uri="sqlite:///some/mlflow.db", experiment="toy"), "runs")
     assert uri == f"sqlite:///{Path('some/mlflow.db').resolve()}"
 
 
@@ -396,6 +397,6 @@ def test_a_server_that_dies_comes_back_or_never_was(
     names = {file.path for file in connect(late.uri).list_artifacts(late.run_id)}
     assert names == {"config.yaml", "report"}
     client = connect(server.uri)
-    experiment = client.get_experiment_by_name("dsl").experiment_id
+    experiment = client.get_experiment_by_name("toy").experiment_id
     names = [run.info.run_name for run in client.search_runs([experiment])]
     assert (names.count("early"), names.count("run")) == (1, 1)
