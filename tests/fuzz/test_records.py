@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from infra import journal, registry, tracking
 from infra.checkpoints import Checkpoints, consolidate
@@ -67,12 +66,8 @@ def test_a_commit(saved: Path, tmp_path: Path, seed: str) -> None:
     if found:
         tensors, meta, whole = found
         assert equal(tensors, NUMBERS)
-        assert equal(whole, {name.removeprefix("model."): NUMBERS[name] for name in MODEL})
-        # Whatever else a run wants to know next time, which is for it to judge.
-        assert isinstance(meta, dict)
-
-
-MODEL = ("model.weight", "model.bias")
+        assert equal(whole, {"weight": NUMBERS["model.weight"], "bias": NUMBERS["model.bias"]})
+        assert isinstance(meta, dict)  # its content is for the run to judge
 
 
 @seeds(90)
@@ -85,12 +80,11 @@ def test_a_checkpoints_numbers(saved: Path, tmp_path: Path, seed: str) -> None:
     if file.is_file() and rng.random() < 0.8:
         commit = json.loads(agree.read_text())
         commit["files"][file.name] = file.stat().st_size
+        del commit["sha256"]
         agree.unlink()
         agree.write_text(json.dumps(commit))
     found = judge(lambda: loaded(folder), file.name, "commit.json")
-    if found:
-        held = load_file(file)  # without checksums, a flipped bit of a number is another number
-        assert all(torch.equal(held[key], found[0][key[: key.index("[")]]) for key in held)
+    assert not found or equal(found[0], NUMBERS)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

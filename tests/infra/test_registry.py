@@ -236,6 +236,27 @@ def test_weights_that_point_elsewhere_are_not_opened(
         registry.download(forged(run, model, "elsewhere"), run.uri)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "serve.py"])
+def test_a_flipped_bit_is_found(
+    run: RunHandle, made: registry.ModelVersion, tmp_path: Path, name: str
+) -> None:
+    registry.download(made.uri, run.uri, tmp_path / "copy")
+    (model,) = (file.parent for file in (tmp_path / "copy").rglob("MLmodel"))
+    (file,) = model.rglob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    uri = forged(run, model, f"flipped {name}")
+    for take in (registry.download, registry.load):
+        with pytest.raises(DataError) as caught:
+            take(uri, run.uri)
+        assert str(caught.value).startswith(
+            f"{uri}: {file.relative_to(model)}: damaged model: the file does not match its checksum"
+        )
+    (model / registry.CHECKSUMS).unlink()  # as of a model from before there were any
+    assert registry.download(uri, run.uri).is_dir()
+
+
 def test_a_registry_that_is_away(made: registry.ModelVersion) -> None:
     with pytest.raises(InfraError, match=r"the model registry .*no answer.* Check tracking\.uri"):
         registry.download(made.uri, "http://127.0.0.1:9")
