@@ -1,4 +1,4 @@
-"""The harness of every verb: its flags, its last line of output, its exit code."""
+"""The command line of every verb: its flags, its last line of output, its exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = {
 BUG = 1
 INTERRUPTED, TERMINATED = 130, 143  # as shells count the signals that end a process
 LONGEST = 2_000  # characters of a message
-# What the operating system says when the fault is the machine's and not the code's.
+# Errors of the operating system that are not bugs, and what to do about each.
 MACHINE = {
     errno.ENOSPC: "free some space, then run the same command again to resume",
     errno.EDQUOT: "free some space, then run the same command again to resume",
@@ -89,7 +89,7 @@ def run(
 
 
 def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ()) -> tuple[str, int]:
-    """(one message, exit code) for an error, whatever a cluster has wrapped around it."""
+    """(one message, exit code) for an error, even if Ray has wrapped others around it."""
     found = list(causes(error))
     for cause in found:
         if isinstance(cause, Problem):
@@ -108,7 +108,7 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
 
 
 def _legible(message: str) -> str:
-    """A message may quote what somebody wrote into a file, however much that is and however odd."""
+    """A printable message of bounded length: it may quote arbitrary content of a file."""
     if len(message) > LONGEST:
         message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
     return message.encode(errors="backslashreplace").decode()
@@ -142,7 +142,7 @@ def _cell(value: Any) -> str:
 
 
 def _json(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a metric that is not finite is written as null."""
+    """A value as JSON: a number that is not finite is written as null."""
     if isinstance(value, dict):
         return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

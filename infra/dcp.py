@@ -59,7 +59,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-READ_AT_ONCE = 64  # ranges of a file asked for together: a bucket is all latency
+# A rank that needs a part of a chunk reads all of it, to verify its checksum. So chunks are small.
+CHUNK_BYTES = 1 << 24
+READ_AT_ONCE = 32  # chunks that are requested together, as a bucket answers each one late
 WAY_OUT = (
     "Remove the folder of this step, or have damaged checkpoints skipped (corrupt=skip), "
     "to go back to the checkpoint before it"
@@ -128,19 +130,19 @@ class Staged:
 
     file: str = ""
     header: bytes = b""
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    pieces: dict[str, Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of the file of each rank
 
     def write(self, folder: Folder) -> None:
         """Write this rank's file; it appears under its name only when it is whole."""
-        if not self.parts:
+        if not self.pieces:
             return
         with folder.open(self.file, "wb") as file:
             file.write(self.header)
-            for key, part in self.parts.items():
-                content = part.reshape(-1).view(torch.uint8).numpy()
+            for key, piece in self.pieces.items():
+                content = piece.reshape(-1).view(torch.uint8).numpy()
                 file.write(content)
                 self.digests[key] = hashlib.sha256(content).hexdigest()
 
@@ -226,20 +228,19 @@ class _Writer(StorageWriter):
         for item in plan.items:
             part = planner.resolve_data(item).detach()
             part = torch.empty(part.shape, dtype=part.dtype).copy_(part)
-            begin, end = end, end + part.nbytes
-            chunk = Chunk(
-                file=staged.file,
-                offset=tuple(item.index.offset or (0,) * part.dim()),
-                shape=tuple(part.shape),
-            )
-            key = _key(item.index.fqn, chunk)
-            header[key] = {
-                "dtype": NAMES[part.dtype],
-                "shape": chunk.shape,
-                "data_offsets": (begin, end),
-            }
-            staged.parts[key] = part
-            results.append(WriteResult(item.index, part.nbytes, chunk))
+            offset = tuple(item.index.offset or (0,) * part.dim())
+            for piece in _pieces(part):
+                begin, end = end, end + piece.nbytes
+                chunk = Chunk(file=staged.file, offset=offset, shape=tuple(piece.shape))
+                key = _key(item.index.fqn, chunk)
+                header[key] = {
+                    "dtype": NAMES[piece.dtype],
+                    "shape": chunk.shape,
+                    "data_offsets": (begin, end),
+                }
+                staged.pieces[key] = piece
+                results.append(WriteResult(item.index, piece.nbytes, chunk))
+                offset = (offset[0] + len(piece), *offset[1:]) if offset else offset
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         staged.header = len(text).to_bytes(8, "little") + text
@@ -369,6 +370,13 @@ class _ShardFile:
 
     def _damaged(self, why: str) -> Damaged:
         return Damaged(self.folder.url_of(self.name), f"damaged checkpoint: {why}", WAY_OUT)
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensor in rows of at most CHUNK_BYTES."""
+    if not tensor.dim():
+        return (tensor,)
+    return tensor.split(max(1, CHUNK_BYTES * len(tensor) // max(1, tensor.nbytes)))
 
 
 def _key(key: str, chunk: Chunk) -> str:

@@ -1,8 +1,7 @@
-"""Independent jobs on a pool of processes, each result as soon as it is there.
+"""Independent jobs on a pool of processes, each result as soon as it is ready.
 
-`make` is called once in each process and gives the function that does a job there, so that what
-is slow to load is loaded once. A job must give the same result wherever and whenever it runs: one
-whose process dies is done again in another.
+`make` is called once in each process and returns the function that does a job, so that models are
+loaded once. A job must be deterministic: if its process dies, it is done again in another.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ Make = Callable[[], Callable[[J], R]]
 class PoolConfig:
     """`count` processes, each with a GPU if `gpu`; 0: this very process, without Ray.
 
-    `threads`: of each process, which reserves as many CPUs; by default it reserves one CPU and
-    takes as many threads as its node has cores for each of `count`.
+    `threads`: of each process, which reserves as many CPUs. By default it reserves one CPU and
+    uses the node's number of cores divided by `count`.
     """
 
     count: int = 1
@@ -49,12 +48,12 @@ class PoolConfig:
 
     @property
     def cpus(self) -> int:
-        """What a process reserves."""
+        """CPUs that a process reserves."""
         return self.threads or 1
 
 
 class RemoteTraceback(Exception):
-    """Where in another process an exception came from: its cause in this one."""
+    """The traceback of another process, as the cause of an exception in this one."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -71,11 +70,11 @@ def connected(config: PoolConfig) -> Iterator[None]:
 
 
 def run(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
-    """The result of every job, in the order in which they are done.
+    """The result of every job, in the order in which they finish.
 
-    What a job raises is raised here, a Problem as it is, and ends the run. InfraError for a job
-    whose process dies time and again, and for a cluster without room for the processes. They end
-    when the iterator does, also when it is closed early.
+    The first exception of a job is raised here and ends the run. InfraError for a job whose process
+    dies at every attempt, and for a cluster without room for the processes. The processes end with
+    the iterator, also when it is closed early.
     """
     if not config.count:
         yield from map(make(), jobs)
@@ -85,10 +84,10 @@ def run(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
 
 
 class _Worker(Generic[J, R]):
-    """What lives in a process of the pool; a batch is one job.
+    """The actor in a process of the pool; a batch is one job.
 
-    Jobs and results travel as bytes: Arrow would look into them, take a tuple for a list and
-    refuse what it has no type for. Errors travel as results do: Ray would put words around them.
+    Jobs and results are sent as pickled bytes, because Arrow would turn tuples into lists and
+    refuse unknown types. Errors are sent as results, because Ray would wrap them.
     """
 
     def __init__(self, make: Make[J, R], config: PoolConfig, ledger: Any) -> None:
@@ -117,10 +116,10 @@ class _Worker(Generic[J, R]):
 
 
 class _Ledger:
-    """Which processes there are and how often each job was begun, kept outside of them all.
+    """An actor that knows the processes, and how often each job was begun.
 
-    Ray Data does a job again for ever when its process dies, and takes no number for it. When it
-    is interrupted, it lets every process end its job first.
+    Ray Data repeats a job whose process dies without a limit. When it is interrupted, it waits for
+    every process to finish its job. With the ledger, the limit is ours and processes are killed.
     """
 
     def __init__(self) -> None:
@@ -137,7 +136,7 @@ class _Ledger:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot travel between processes."""
+    """The error, or one with the same message if it cannot be pickled."""
     from ray import cloudpickle
 
     try:
@@ -150,7 +149,7 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
     import ray.data
     from ray import cloudpickle
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs is raised here
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here as well
     ledger = ray.remote(num_cpus=0, max_restarts=-1)(_Ledger).remote()
     size = min(config.count, len(jobs))
     dataset = ray.data.from_items(
@@ -161,7 +160,7 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
         fn_constructor_args=(make, config, ledger),
         batch_size=1,
         batch_format="numpy",
-        # With more in flight, a job would queue behind a long one while another process is idle.
+        # With more in flight, a job would wait behind a long one while another process is idle.
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
         num_cpus=config.cpus,
         num_gpus=int(config.gpu),
@@ -171,7 +170,7 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
     dataset.context.print_on_execution_start = False
     dataset.context.wait_for_min_actors_s = START_S
     dataset.context.execution_no_progress_timeout_s = -1  # a job may take hours
-    # Reading ahead would hold a result back until the next one is there.
+    # Reading ahead would delay each result until the next one is ready.
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
         for block in blocks:

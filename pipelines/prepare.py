@@ -89,7 +89,7 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     vocabulary = _vocabulary(config, sizes)
     with ShardWriter(
         out,
-        vocabulary=shards.Vocabulary(
+        vocabulary=shards.VocabularyRecord(
             kind=config.vocabulary.kind, sha256=vocabulary.sha256, size=vocabulary.size
         ),
         length=config.length,

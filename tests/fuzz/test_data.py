@@ -14,7 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from infra.shards import MANIFEST, ShardWriter, Vocabulary, check_files, read_group, read_manifest
+from infra.shards import (
+    MANIFEST,
+    ShardWriter,
+    VocabularyRecord,
+    check_files,
+    read_group,
+    read_manifest,
+)
 from infra.storage import Folder
 from infra.stream import Plan, StreamConfig, read
 from pipelines import prompts
@@ -33,7 +40,7 @@ ORDER = StreamConfig(num_lanes=2, rows_per_microbatch=4)
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     with ShardWriter(
-        str(folder), vocabulary=Vocabulary(kind="bpe", sha256="ab" * 32, size=50), length=8,
+        str(folder), vocabulary=VocabularyRecord(kind="bpe", sha256="ab" * 32, size=50), length=8,
         source="here", split_rule="by hand", blocks="eos",
     ) as writer:  # fmt: skip
         writer.write("train", ROWS_NL[:32])

@@ -25,7 +25,7 @@ from dsl.vocabulary import Vocabulary
 from infra import registry
 from infra.checkpoints import COMMIT, Checkpoints, consolidate
 from infra.errors import Problem
-from infra.shards import File, read_manifest
+from infra.shards import Shard, read_manifest
 from infra.storage import Folder
 from pipelines import models
 from pipelines.corpus import pieces
@@ -202,7 +202,7 @@ def test_a_manifest_does_not_reach_out(prepared: Path, tmp_path: Path, name: str
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert judge(lambda: read_manifest(str(folder)), "manifest.json") is None
     with pytest.raises(ValueError, match="not a plain relative file name"):
-        File(name=name, rows=1, bytes=1, sha256="")
+        Shard(name=name, rows=1, bytes=1, sha256="")
 
 
 # --- the registry and the hub ------------------------------------------------------------------

@@ -516,14 +516,19 @@ def test_other_tools_can_read_the_shards(saved: Path) -> None:
         ),
         min_size=1,
         max_size=5,
-    )
+    ),
+    chunk_bytes=st.sampled_from((1, 9, dcp.CHUNK_BYTES)),
 )
-def test_any_dtype_shape_and_name_comes_back(drawn: dict[str, Any], tmp_path: Path) -> None:
+def test_any_dtype_shape_and_name_comes_back(
+    drawn: dict[str, Any], chunk_bytes: int, tmp_path: Path
+) -> None:
     tensors = {}
     for key, (dtype, shape, turned) in drawn.items():
         tensor = torch.randint(0, 2, shape).to(dtype)
         tensors[key] = tensor.mT if turned and tensor.dim() > 1 else tensor  # strided as well
-    Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(7, tensors, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp, "CHUNK_BYTES", chunk_bytes)
+        Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(7, tensors, {})
     back = consolidate(str(tmp_path), 7, "")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)

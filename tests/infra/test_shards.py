@@ -17,10 +17,10 @@ import pytest
 from infra import shards
 from infra.errors import ConfigError, DataError
 from infra.shards import (
-    File,
     Manifest,
+    Shard,
     ShardWriter,
-    Vocabulary,
+    VocabularyRecord,
     check_files,
     read_group,
     read_manifest,
@@ -32,7 +32,7 @@ L, V = 8, 300
 
 
 def writer(url: str | Folder, size: int = V, **options: bool) -> ShardWriter:
-    vocabulary = Vocabulary(kind="char", sha256="c0ffee" * 10, size=size)
+    vocabulary = VocabularyRecord(kind="char", sha256="c0ffee" * 10, size=size)
     rules = {"source": "a test", "split_rule": "by hand", "blocks": "eos", "commit": "abc"}
     return ShardWriter(url, vocabulary=vocabulary, length=L, **rules, **options)
 
@@ -250,7 +250,7 @@ def test_another_file_under_the_name(finished: tuple[Folder, Manifest]) -> None:
     (train,), (validation,) = manifest.files("train"), manifest.files("validation")
 
     def claim(**facts: object) -> Manifest:
-        spoilt = File(**{**vars(validation), **facts})
+        spoilt = Shard(**{**vars(validation), **facts})
         return Manifest(**{**vars(manifest), "splits": {"validation": (spoilt,)}})
 
     with pytest.raises(DataError, match="5 rows where the manifest has 6"):
@@ -280,7 +280,7 @@ def test_a_flipped_bit_is_seen_while_reading(tmp_path: Path) -> None:
 def test_an_id_out_of_range_is_named_by_its_row(finished: tuple[Folder, Manifest]) -> None:
     folder, manifest = finished
     small = Manifest(
-        **{**vars(manifest), "vocabulary": Vocabulary(kind="char", sha256="", size=290)}
+        **{**vars(manifest), "vocabulary": VocabularyRecord(kind="char", sha256="", size=290)}
     )
     name = manifest.files("train")[0].name
     rows_NL = all_rows(folder, manifest, "train")
