@@ -24,6 +24,7 @@ from infra.journal import Journal
 from infra.tracking import Logger, RunHandle, TrackingConfig, connect
 
 PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "optim:\n  lr: 3.0e-4\n"
 DATASET = {"name": "topics", "digest": "ab" * 32, "source": "s3://bucket/topics"}
 
@@ -305,6 +306,45 @@ def test_a_batch_whose_answer_was_lost_is_not_sent_again(
     logger.log(4, {"loss": 1.0})
     assert logger.close() == 0
     assert sent == [1, 2, 3, 4]
+
+
+# The database
+
+OPEN = """
+import sys
+from infra.tracking import connect
+
+client = connect(sys.argv[1])
+client.create_run(client.create_experiment(sys.argv[2]))
+client.search_registered_models()
+"""
+
+
+def opening(database: Path, experiment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OPEN, f"sqlite:///{database}", experiment]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
+    """One process dies while it makes the tables; then three come at the same moment."""
+    database = tmp_path / "runs" / "mlflow.db"
+    half_made = database.with_name("mlflow.db.new")
+    killed = opening(database, "killed")
+    while not half_made.exists() or not half_made.stat().st_size:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not database.exists()
+
+    together = [opening(database, f"experiment {nth}") for nth in range(3)]
+    said = [process.communicate()[1] for process in together]
+    assert [process.returncode for process in together] == [0, 0, 0], said
+    assert sum("Creating initial MLflow database tables" in text for text in said) == 1
+
+    found = connect(f"sqlite:///{database}").search_experiments()
+    assert {e.name for e in found} == {"Default", *(f"experiment {nth}" for nth in range(3))}
+    assert sorted(p.name for p in database.parent.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
 # The configuration
