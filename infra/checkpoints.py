@@ -154,7 +154,7 @@ class Checkpoints:
         Raises DataError if the step is not there, is damaged, or has other tensors.
         """
         folder, commit = _at(self.folder, step), _read_commit(self.folder, step)
-        _must_match(folder, commit.tensors, dcp.describe(tensors))
+        _must_match(folder, commit.tensors, tensors)
         dcp.read(folder, commit.tensors, tensors, alone=False)
         self._last = step
         return commit.meta
@@ -357,16 +357,13 @@ def _must_be_whole(folder: Folder, commit: Commit) -> None:
             raise Damaged(folder.url_of(name), f"damaged checkpoint: the file {why}", dcp.WAY_OUT)
 
 
-def _must_match(
-    folder: Folder,
-    entries: dict[str, dcp.Entry],
-    wanted: dict[str, tuple[str, tuple[int, ...]]],
-) -> None:
-    held = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+def _must_match(folder: Folder, entries: dict[str, dcp.Entry], tensors: dict[str, Tensor]) -> None:
+    held = {key: f"{entry.dtype}{list(entry.shape)}" for key, entry in entries.items()}
+    wanted = {key: f"{dcp.NAMES[t.dtype]}{list(t.shape)}" for key, t in tensors.items()}
     faults = [f"{key} is not in the checkpoint" for key in wanted.keys() - held.keys()]
     faults += [f"{key} is only in the checkpoint" for key in held.keys() - wanted.keys()]
     faults += [
-        f"{key} is {_form(held[key])} in the checkpoint and {_form(wanted[key])} in the model"
+        f"{key} is {held[key]} in the checkpoint and {wanted[key]} in the model"
         for key in wanted.keys() & held.keys()
         if held[key] != wanted[key]
     ]
@@ -379,11 +376,6 @@ def _must_match(
 def _digest(commit: dict[str, Any]) -> str:
     """The sha256 of a commit without its own entry."""
     return hashlib.sha256(json.dumps(commit).encode()).hexdigest()
-
-
-def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
-    dtype, shape = tensor
-    return f"{dtype}{list(shape)}"
 
 
 def _attempt(action: Callable[[], None]) -> str | None:

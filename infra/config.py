@@ -217,19 +217,15 @@ def _require_plain(value: Any, where: str) -> None:
         for item in items:
             _require_plain(item, where)
         return
-    why = ""
-    if isinstance(value, str):
-        if re.search("[\0\ud800-\udfff]", value):
-            why = "text with a NUL or half of a surrogate pair"
-    elif isinstance(value, int):
-        if not -(1 << 63) <= value < 1 << 63:
-            why = "a whole number of more than 64 bits"
-    elif isinstance(value, float):
-        if math.isnan(value):
-            why = "a NaN"
-    elif value is not None:
-        why = f"a {type(value).__name__}"
-    if why:
+    refused = {
+        "text with a NUL or half of a surrogate pair": isinstance(value, str)
+        and re.search("[\0\ud800-\udfff]", value),
+        "a whole number of more than 64 bits": isinstance(value, int)
+        and not -(1 << 63) <= value < 1 << 63,
+        "a NaN": isinstance(value, float) and math.isnan(value),
+        f"a {type(value).__name__}": not isinstance(value, str | int | float | None),
+    }
+    for why in filter(refused.get, refused):
         raise ConfigError(
             where, f"{why} is no setting", "Write text, a number, a list or a mapping"
         )

@@ -157,11 +157,6 @@ class Staged:
         }
 
 
-def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype name, global shape) of each tensor, as the index holds it."""
-    return {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
-
-
 def stage(tensors: dict[str, Tensor]) -> Staged:
     """Plan a checkpoint with all ranks and copy this rank's chunks to the CPU; collective."""
     if others := [key for key, tensor in tensors.items() if not isinstance(tensor, Tensor)]:

@@ -179,7 +179,7 @@ def tag(model_uri: str, tags: Mapping[str, str], uri: str) -> None:
 
 
 def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
-    """The version that an alias points at; None where the model or the alias is not there yet."""
+    """The version that an alias points at; None if the model or the alias does not exist."""
     try:
         return describe(f"models:/{name}@{alias}", uri)
     except DataError:
@@ -213,11 +213,9 @@ def _find(client: MlflowClient, model_uri: str) -> Any:
     models = {model.name: model.aliases for model in client.search_registered_models()}
     if name not in models:
         raise DataError(model_uri, f"no model is named {name}", _offer(name, models))
-    if alias:
-        if alias not in models[name]:
-            why = f"{name} has no alias {alias}"
-            raise DataError(model_uri, why, _offer(alias, models[name]))
-        version = models[name][alias]
+    if alias and alias not in models[name]:
+        raise DataError(model_uri, f"{name} has no alias {alias}", _offer(alias, models[name]))
+    version = version or models[name][alias]
     versions = [found.version for found in client.search_model_versions(f"name = '{name}'")]
     if int(version) not in map(int, versions):
         why = f"{name} has no version {version}"

@@ -326,12 +326,11 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
 def _find_or_create(client: MlflowClient, record: _Record) -> str:
     """The id of the run; an earlier process may have died before it wrote the id down."""
     found = client.search_runs([record.experiment_id], f"tags.{KEY} = '{record.key}'")
-    run = found[0] if found else client.create_run(
-        record.experiment_id,
-        start_time=record.created,
-        run_name=record.name,
-        tags={KEY: record.key},
-    )  # fmt: skip
+    if found:
+        return found[0].info.run_id
+    run = client.create_run(
+        record.experiment_id, record.created, tags={KEY: record.key}, run_name=record.name
+    )
     return run.info.run_id
 
 
