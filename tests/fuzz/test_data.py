@@ -69,8 +69,7 @@ def require_rows(folder: Path, *names: str) -> None:
 
 @seeds(180)
 def test_a_manifest(prepared: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(prepared, tmp_path / "data")
-    mutate.spoil(Random(f"manifest {seed}"), folder / MANIFEST, mutate.json_)
+    folder = mutate.damaged(prepared, tmp_path, seed, MANIFEST, mutate.json_)
     require_rows(folder, MANIFEST, "part-00000.parquet", "split", str(folder))
 
 

@@ -6,7 +6,6 @@ A canary is a folder that each of them would make.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -36,20 +35,11 @@ from tests.dsl.test_mdlm import training_file, write_folder
 from tests.fuzz.judge import judge
 from tests.fuzz.test_data import prepared
 from tests.fuzz.test_models import saved
+from tests.infra.common import Bomb
 
 __all__ = ["prepared", "saved"]
 
 pytestmark = pytest.mark.timeout(120)
-
-
-class Bomb:
-    """Makes the canary on being unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.fixture

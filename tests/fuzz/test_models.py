@@ -94,22 +94,19 @@ def header(rng: Random, content: bytes) -> bytes:
 
 @seeds(120)
 def test_a_models_config(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "model")
-    mutate.spoil(Random(f"config {seed}"), folder / "config.json", mutate.json_)
+    folder = mutate.damaged(saved, tmp_path, seed, "config.json", mutate.json_)
     require_sound(judge(opened(folder), "config.json", "model"), folder / WEIGHTS)
 
 
 @seeds(120)
 def test_a_models_weights(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "model")
-    mutate.spoil(Random(f"weights {seed}"), folder / WEIGHTS, header)
+    folder = mutate.damaged(saved, tmp_path, seed, WEIGHTS, header)
     require_sound(judge(opened(folder), WEIGHTS, "config.json"), folder / WEIGHTS)
 
 
 @seeds(120)
 def test_a_models_tokenizer(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "model")
-    mutate.spoil(Random(f"tokenizer {seed}"), folder / "tokenizer.json", mutate.json_)
+    folder = mutate.damaged(saved, tmp_path, seed, "tokenizer.json", mutate.json_)
     model = judge(opened(folder), "tokenizer.json", str(folder))
     require_sound(model)
     if model and model.vocabulary:

@@ -60,8 +60,7 @@ def loaded(folder: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, torch.
 
 @seeds(120)
 def test_a_commit(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "checkpoints")
-    mutate.spoil(Random(f"commit {seed}"), folder / "step_000003/commit.json", mutate.json_)
+    folder = mutate.damaged(saved, tmp_path, seed, "step_000003/commit.json", mutate.json_)
     found = judge(lambda: loaded(folder), "step_000003")
     if found:
         tensors, meta, whole = found
@@ -141,8 +140,7 @@ def test_a_journal(run: Path, tmp_path: Path, seed: str) -> None:
 
 @seeds(60)
 def test_a_runs_record(run: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(run, tmp_path / "run")
-    mutate.spoil(Random(f"record {seed}"), folder / tracking.RECORD, mutate.json_)
+    folder = mutate.damaged(run, tmp_path, seed, tracking.RECORD, mutate.json_)
     handle = judge(lambda: tracking.opened(str(folder)), tracking.RECORD)
     if handle:
         assert isinstance(handle.uri, str)
@@ -152,8 +150,7 @@ def test_a_runs_record(run: Path, tmp_path: Path, seed: str) -> None:
 
 @seeds(40)
 def test_a_result(run: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(run, tmp_path / "run")
-    mutate.spoil(Random(f"result {seed}"), folder / runs.RESULT, mutate.json_)
+    folder = mutate.damaged(run, tmp_path, seed, runs.RESULT, mutate.json_)
     made = judge(lambda: runs.result(Folder.at(str(folder)), "run", "register"), runs.RESULT)
     assert made is None or {"run", "register"} <= made.keys()
 
@@ -207,8 +204,7 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @seeds(90)
 def test_a_part(laid: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(laid, tmp_path / "parts")
-    mutate.spoil(Random(f"part {seed}"), folder / "group" / "00000008.parquet")
+    folder = mutate.damaged(laid, tmp_path, seed, "group/00000008.parquet")
     parts = Parts(Folder.at(str(folder)))
     table = judge(lambda: parts.read("group", ["nats"]), "00000008.parquet")
     if table is not None:
@@ -294,8 +290,7 @@ def test_what_describes_a_registered_model(tmp_path: Path, seed: str) -> None:
 @seeds(40)
 def test_a_decision(decided: Path, tmp_path: Path, seed: str) -> None:
     """What moves an alias is of the right kind in every part."""
-    folder = mutate.copy_of(decided, tmp_path / "run")
-    mutate.spoil(Random(f"decision {seed}"), folder / promotion.DECISION, mutate.json_)
+    folder = mutate.damaged(decided, tmp_path, seed, promotion.DECISION, mutate.json_)
     place = Folder.at(str(folder))
     found = judge(lambda: promotion.written(place), promotion.DECISION)
     assert found is None or (type(found.accepted) is bool and type(found.metric.low) is float)

@@ -28,6 +28,7 @@ from infra.checkpoints import Checkpoints, committed, consolidate, optimizer_ten
 from infra.errors import DataError, InfraError
 from infra.parallel import ParallelConfig
 from infra.storage import Folder, explained
+from tests.infra.common import Bomb
 from tests.infra.workers import Toy, Trained, batch, full, in_workers
 
 FLOAT32 = ParallelConfig(compute_dtype="float32", threads=1)
@@ -101,10 +102,7 @@ def test_two_steps_kill_three_steps_equal_five(tmp_path: Path) -> None:
     assert expected["ema_updates"] == 5
 
 
-def save_and_die_while_writing(folder: str) -> None:
-    store = Checkpoints(folder, keep=2)
-    store.save(1, numbers(1), {})
-    store.wait()
+def die_while_writing() -> None:
     streamed = Folder.open
 
     @contextmanager
@@ -116,26 +114,28 @@ def save_and_die_while_writing(folder: str) -> None:
             yield file
 
     Folder.open = cut
-    store.save(2, numbers(2), {})
-    store.wait()
 
 
-def save_and_die_before_the_commit(folder: str) -> None:
+def die_before_the_commit() -> None:
+    Folder.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_twice(folder: str, die: Callable[[], None]) -> None:
     store = Checkpoints(folder, keep=2)
     store.save(1, numbers(1), {})
     store.wait()
-    Folder.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    die()
     store.save(2, numbers(2), {})
     store.wait()
 
 
-@pytest.mark.parametrize("die", [save_and_die_while_writing, save_and_die_before_the_commit])
+@pytest.mark.parametrize("die", [die_while_writing, die_before_the_commit])
 def test_kill_during_a_save_leaves_the_checkpoint_before(
-    die: Callable[[str], None], tmp_path: Path
+    die: Callable[[], None], tmp_path: Path
 ) -> None:
     folder = str(tmp_path)
     with pytest.raises(BrokenProcessPool):
-        in_workers(1, die, folder)
+        in_workers(1, save_twice, folder, die)
     assert (tmp_path / "step_000002").exists()
     store = Checkpoints(folder, keep=2, asynchronous=False)
     assert (store.steps(), store.latest()) == ([1], 1)
@@ -314,14 +314,6 @@ def test_another_model_is_one_error_that_lists_the_differences(tmp_path: Path) -
         consolidate(str(tmp_path), 1, "ema.")
 
 
-class Malice:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(1, numbers(1), {})
@@ -345,7 +337,7 @@ def refused(step_folder: Path) -> str:
 def test_a_pickle_in_place_of_a_file_is_refused_and_runs_nothing(saved: Path) -> None:
     trap = saved / "trap"
     shard = next(saved.glob("*.safetensors"))
-    pickled = pickle.dumps(Malice(trap))
+    pickled = pickle.dumps(Bomb(trap))
     whole = shard.read_bytes()
     shard.write_bytes(pickled.ljust(len(whole), b"."))
     assert "it is not a safetensors file" in refused(saved)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 from infra import cluster, head
 from infra.cluster import Commit
 from infra.errors import DataError, InfraError
+from tests.infra.common import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,12 +96,6 @@ def test_commit_from_git_or_from_the_submission(
     assert cluster.commit(tmp_path) == Commit(clean.sha, True)
     monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Commit("abc", True)))
     assert cluster.commit(tmp_path) == Commit("abc", True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from infra import registry, tracking
 from infra.errors import DataError, InfraError
 from infra.tracking import RunHandle, TrackingConfig, connect
+from tests.infra.common import Bomb
 
 CODE = """
 from pathlib import Path
@@ -160,14 +161,6 @@ def test_what_is_not_there(
     with pytest.raises(DataError) as caught:
         registry.download(model_uri, run.uri)
     assert message in str(caught.value)
-
-
-class Bomb:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
 
 
 @pytest.mark.parametrize("name", ["python_model.pkl", "weights.pt", "pytorch_model.bin", "x"])

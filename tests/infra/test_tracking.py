@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from infra import journal, tracking
 from infra.errors import ConfigError, DataError, InfraError
 from infra.journal import Journal
 from infra.tracking import Logger, RunHandle, TrackingConfig, connect
+from tests.infra.common import free_port, until
 
 PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,13 +48,6 @@ def run_of(handle: RunHandle):
     return connect(handle.uri).get_run(handle.run_id)
 
 
-def until(done, seconds: float = 60.0) -> None:
-    limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs whose database, slow to be made, the tests of this module share."""
@@ -65,9 +58,7 @@ class Server:
     """`mlflow server` on a port of its own, as often started and killed as a test likes."""
 
     def __init__(self, folder: Path, database: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.folder, self.database = folder, database
         self.process: subprocess.Popen | None = None
