@@ -65,7 +65,7 @@ _COMMIT = TypeAdapter(Commit)
 
 
 class Checkpoints:
-    """The checkpoints of one run. `save`, `wait` and `load` are called by all ranks together."""
+    """The checkpoints of one run. All ranks call `save`, `wait`, `load` and `resume` together."""
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ class ClusterConfig:
     num_cpus: int | None = None  # of a local cluster; default: the machine's, or more if needed
 
 
-class Commit(NamedTuple):
+class Revision(NamedTuple):
     """The commit of the code that runs, and whether files differ from it."""
 
     sha: str
@@ -235,18 +235,18 @@ def job_id() -> str | None:
     return job.get("metadata", {}).get("job_submission_id")
 
 
-def commit(folder: Path = ROOT) -> Commit | None:
+def commit(folder: Path = ROOT) -> Revision | None:
     """The commit of the code: the one submitted with the job, else git's of `folder`."""
     sha, _, dirty = os.environ.get(COMMIT_VARIABLE, "").partition("-")
     if sha:
-        return Commit(sha, bool(dirty))
+        return Revision(sha, bool(dirty))
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return Commit(git("rev-parse", "HEAD"), bool(git("status", "--porcelain")))
+        return Revision(git("rev-parse", "HEAD"), bool(git("status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from infra import cluster, head
-from infra.cluster import Commit
+from infra.cluster import Revision
 from infra.errors import DataError, InfraError
 from tests.infra.common import free_port
 
@@ -93,9 +93,9 @@ def test_commit_from_git_or_from_the_submission(
     assert clean is not None
     assert (len(clean.sha), clean.dirty) == (40, False)
     (tmp_path / "file").touch()
-    assert cluster.commit(tmp_path) == Commit(clean.sha, True)
-    monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Commit("abc", True)))
-    assert cluster.commit(tmp_path) == Commit("abc", True)
+    assert cluster.commit(tmp_path) == Revision(clean.sha, True)
+    monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Revision("abc", True)))
+    assert cluster.commit(tmp_path) == Revision("abc", True)
 
 
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
