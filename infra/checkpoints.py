@@ -1,26 +1,28 @@
-"""Checkpoints of a training run in any folder: sharded, asynchronous, committed before they count.
+"""Checkpoints of a training run in any folder: sharded, asynchronous, valid once committed.
 
     checkpoints/step_000400/commit.json                  step, meta, index, files: written last
-                            1f0c9a2b-00000.safetensors   one per rank, its part of each tensor
+                            1f0c9a2b-00000.safetensors   one per rank, its chunk of each tensor
 
-`save` copies the tensors to the CPU and returns; a thread writes. The ranks of that thread agree
-over a gloo group of their own, so that they never meet the collectives of training: all report
-their file, rank 0 commits, all learn the outcome. No polling and no marker files, and every rank
-sees the same verdict at the same `save` or `wait`. A folder without its commit does not count,
-and nothing in one is ever unpickled.
+`save` copies the tensors to the CPU and returns; a thread on each rank writes. These threads
+communicate over a gloo group of their own, apart from the collectives of training: every rank
+reports whether its file was written, rank 0 commits, and all ranks learn the outcome at the same
+`save` or `wait`. A folder without a commit does not count. Nothing is ever unpickled.
+
+The commit holds a sha256 of each chunk and of itself, verified when they are read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from infra import dcp
+from infra.dcp import Damaged
 from infra.errors import DataError, InfraError, Problem
 from infra.storage import Folder, scrub
 
@@ -37,12 +40,14 @@ PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write
 FAULTS = 4  # named in a message
 PEER_TIMEOUT = timedelta(hours=2)  # how long one rank's write may outlast another's
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """What makes a folder a checkpoint: everything needed to read it, and the sizes to trust."""
+    """What makes a folder a checkpoint: its meta, and what its files must be."""
 
     format: Literal[1] = 1
     step: int
@@ -60,7 +65,7 @@ _COMMIT = TypeAdapter(Commit)
 
 
 class Checkpoints:
-    """The checkpoints of one run. `save`, `wait` and `load` are called by all ranks together."""
+    """The checkpoints of one run. All ranks call `save`, `wait`, `load` and `resume` together."""
 
     def __init__(
         self,
@@ -71,18 +76,19 @@ class Checkpoints:
         max_failures: int = 3,
         asynchronous: bool = True,
         permit: Callable[[], None] = lambda: None,
+        corrupt: Literal["stop", "skip"] = "stop",
     ) -> None:
         """keep: how many of the latest stay, besides the multiples of `milestone_every` steps.
 
         max_failures: that many failed checkpoints in a row end the run with an InfraError; fewer
         are warnings. asynchronous: write while training goes on, one checkpoint at a time.
-        permit: raises where a checkpoint may not be committed after all, as by a process that
-        stood still while another has taken its place.
+        permit: called before a commit; raises if this process may no longer write the run.
+        corrupt: what `resume` does with a damaged checkpoint.
         """
         self.folder = Folder.at(folder)
         self.keep, self.milestone_every = keep, milestone_every
         self.max_failures, self.asynchronous = max_failures, asynchronous
-        self.permit = permit
+        self.permit, self.corrupt = permit, corrupt
         self._writing: tuple[int, threading.Thread] | None = None
         self._failure: str | None = None  # of the write in flight; set by its thread
         self._failures = 0
@@ -145,38 +151,69 @@ class Checkpoints:
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fill `tensors` in place from a committed step, whatever the sharding; its meta.
 
-        Raises DataError where the step is not there, is damaged, or has other tensors.
+        Raises DataError if the step is not there, is damaged, or has other tensors.
         """
         folder, commit = _at(self.folder, step), _read_commit(self.folder, step)
-        _must_match(folder, commit.tensors, dcp.describe(tensors))
+        _must_match(folder, commit.tensors, tensors)
         dcp.read(folder, commit.tensors, tensors, alone=False)
         self._last = step
         return commit.meta
 
+    def resume(self, tensors: dict[str, Tensor]) -> tuple[int | None, dict[str, Any]]:
+        """Load the last committed step; that step and its meta, (None, {}) if there is none.
+
+        A damaged checkpoint raises Damaged. With corrupt="skip" the one before it is loaded
+        instead, and the damaged one loses its commit, so that it no longer counts.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in reversed(self.steps()):
+            try:
+                meta = self.load(step, tensors)
+            except Damaged as problem:
+                if self.corrupt == "stop":
+                    raise
+                damaged[step] = problem
+                continue
+            for bad, problem in damaged.items():
+                log.warning("skipped: %s", problem)
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    _at(self.folder, bad).remove(COMMIT)
+            return step, meta
+        for problem in damaged.values():
+            raise problem
+        return None, {}
+
     def _write(self, step: int, staged: dcp.Staged, meta: dict[str, Any]) -> None:
-        """The thread of each rank: write, hear of the others, commit, hear of the commit."""
+        """The thread of each rank: write, exchange outcomes, commit, exchange the outcome."""
         try:
             folder = _at(self.folder, step)
-            failure = _first(self._all(_attempt(lambda: staged.write(folder))))
+            failed = _attempt(lambda: staged.write(folder))
+            outcomes = self._all((failed, staged.digests))
+            failure = _first(failed for failed, _ in outcomes)
             if failure is None and self._rank == 0:
-                failure = _attempt(lambda: self._commit(step, staged, meta))
+                digests = {key: digest for _, part in outcomes for key, digest in part.items()}
+                failure = _attempt(lambda: self._commit(step, staged, digests, meta))
             self._failure = _first(self._all(failure))
         except Exception as error:  # a peer is gone: the launcher will end this rank too
             self._failure = _reason(error)
 
-    def _commit(self, step: int, staged: dcp.Staged, meta: dict[str, Any]) -> None:
-        folder = _at(self.folder, step)
-        commit = Commit(step=step, meta=meta, files=staged.sizes, tensors=staged.entries)
+    def _commit(
+        self, step: int, staged: dcp.Staged, digests: dict[str, str], meta: dict[str, Any]
+    ) -> None:
+        folder, tensors = _at(self.folder, step), staged.index(digests)
+        commit = Commit(step=step, meta=meta, files=staged.sizes, tensors=tensors)
         _must_be_whole(folder, commit)
         self.permit()
-        folder.write_bytes(COMMIT, json.dumps(asdict(commit)).encode())
+        content = asdict(commit)
+        content["sha256"] = _digest(content)
+        folder.write_bytes(COMMIT, json.dumps(content).encode())
         try:
             self._clean(step, commit)
         except Exception as error:
             log.warning("old checkpoints could not be removed, training goes on: %s", error)
 
     def _clean(self, step: int, commit: Commit) -> None:
-        """Remove what retention does not keep and what killed attempts left behind."""
+        """Remove old checkpoints, and the files of killed attempts."""
         folder = _at(self.folder, step)
         for name in set(folder.names()) - set(commit.files) - {COMMIT}:
             folder.remove(name)
@@ -194,12 +231,13 @@ class Checkpoints:
     def _rank(self) -> int:
         return 0 if self._group is None else dist.get_rank(self._group)
 
-    def _all(self, failure: str | None) -> list[str | None]:
+    def _all(self, value: T) -> list[T]:
+        """Every rank's value."""
         if self._group is None:
-            return [failure]
-        failures: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(failures, failure, group=self._group)
-        return failures
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
 def committed(folder: Folder | str) -> list[int]:
@@ -209,7 +247,7 @@ def committed(folder: Folder | str) -> list[int]:
 
 
 def consolidate(folder: Folder | str, step: int, prefix: str) -> dict[str, Tensor]:
-    """The full tensors whose names begin with `prefix`, the prefix cut off, on the CPU.
+    """The full tensors whose names begin with `prefix`, without the prefix, on the CPU.
 
     For one process, with or without a process group. Raises DataError as `Checkpoints.load`.
     """
@@ -229,17 +267,23 @@ def consolidate(folder: Folder | str, step: int, prefix: str) -> dict[str, Tenso
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
-def read_meta(folder: Folder | str, step: int) -> dict[str, Any]:
-    """The meta that was saved with a committed step."""
-    return _read_commit(Folder.at(folder), step).meta
+def drop_damaged(folder: Folder | str, step: int) -> None:
+    """Remove the commit of a step if the step is damaged, so that it no longer counts."""
+    folder = Folder.at(folder)
+    try:
+        if step in committed(folder):
+            consolidate(folder, step, "")
+    except Damaged as problem:
+        log.warning("skipped: %s", problem)
+        _at(folder, step).remove(COMMIT)
 
 
 def training_tensors(
     model: nn.Module, average: AveragedModel, optimizer: torch.optim.AdamW
 ) -> dict[str, Tensor]:
-    """Everything a run must carry over, by name: `model.*`, `ema.*`, `optimizer.*`, `ema_updates`.
+    """The tensors of a run's state, by name: `model.*`, `ema.*`, `optimizer.*`, `ema_updates`.
 
-    The tensors are the live ones: `load` into them restores the run, and nothing is set back.
+    They are the live ones, so `Checkpoints.load` into them restores the run.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in average.module.state_dict().items()}
@@ -290,11 +334,16 @@ def _read_commit(folder: Folder, step: int) -> Commit:
     if not at.exists(COMMIT):
         there = ", ".join(map(str, committed(folder))) or "none"
         raise DataError(at.url, "no committed checkpoint", f"Committed steps: {there}")
+    content = at.read_bytes(COMMIT)
     try:
-        commit = _COMMIT.validate_json(at.read_bytes(COMMIT))
+        commit = _COMMIT.validate_json(content)
     except ValidationError as error:
         why = f"not a commit of this format ({error.error_count()} faults)"
-        raise DataError(at.url_of(COMMIT), why, dcp.WAY_OUT) from None
+        raise Damaged(at.url_of(COMMIT), why, dcp.WAY_OUT) from None
+    stated = json.loads(content)
+    if stated.pop("sha256", None) not in (None, _digest(stated)):
+        why = "damaged checkpoint: it does not match its checksum"
+        raise Damaged(at.url_of(COMMIT), why, dcp.WAY_OUT)
     _must_be_whole(at, commit)
     return commit
 
@@ -305,19 +354,16 @@ def _must_be_whole(folder: Folder, commit: Commit) -> None:
         found = there.get(name)
         if found != size:
             why = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise DataError(folder.url_of(name), f"damaged checkpoint: the file {why}", dcp.WAY_OUT)
+            raise Damaged(folder.url_of(name), f"damaged checkpoint: the file {why}", dcp.WAY_OUT)
 
 
-def _must_match(
-    folder: Folder,
-    entries: dict[str, dcp.Entry],
-    wanted: dict[str, tuple[str, tuple[int, ...]]],
-) -> None:
-    held = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+def _must_match(folder: Folder, entries: dict[str, dcp.Entry], tensors: dict[str, Tensor]) -> None:
+    held = {key: f"{entry.dtype}{list(entry.shape)}" for key, entry in entries.items()}
+    wanted = {key: f"{dcp.NAMES[t.dtype]}{list(t.shape)}" for key, t in tensors.items()}
     faults = [f"{key} is not in the checkpoint" for key in wanted.keys() - held.keys()]
     faults += [f"{key} is only in the checkpoint" for key in held.keys() - wanted.keys()]
     faults += [
-        f"{key} is {_form(held[key])} in the checkpoint and {_form(wanted[key])} in the model"
+        f"{key} is {held[key]} in the checkpoint and {wanted[key]} in the model"
         for key in wanted.keys() & held.keys()
         if held[key] != wanted[key]
     ]
@@ -327,13 +373,13 @@ def _must_match(
         raise DataError(folder.url, why, "Resume with the configuration it was made with")
 
 
-def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
-    dtype, shape = tensor
-    return f"{dtype}{list(shape)}"
+def _digest(commit: dict[str, Any]) -> str:
+    """The sha256 of a commit without its own entry."""
+    return hashlib.sha256(json.dumps(commit).encode()).hexdigest()
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
-    """Do it, again after each pause while it fails; why it failed the last time."""
+    """Try once, and again after each pause; why the last attempt failed, None if one succeeded."""
     failure = None
     for pause in (0.0, *PAUSES_S):
         time.sleep(pause)
@@ -350,5 +396,5 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, Problem) else scrub(f"{type(error).__name__}: {error}")
 
 
-def _first(failures: list[str | None]) -> str | None:
+def _first(failures: Iterable[str | None]) -> str | None:
     return next((failure for failure in failures if failure is not None), None)

@@ -39,13 +39,13 @@ QUIET = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Which Ray to use: that at `address`, else that of the job one is in, else a local one."""
+    """Which Ray to use: that at `address`, else that of this process's job, else a local one."""
 
     address: str | None = None
-    num_cpus: int | None = None  # of a local cluster; default: the machine's, or what is needed
+    num_cpus: int | None = None  # of a local cluster; default: the machine's, or more if needed
 
 
-class Commit(NamedTuple):
+class Revision(NamedTuple):
     """The commit of the code that runs, and whether files differ from it."""
 
     sha: str
@@ -57,17 +57,17 @@ class Commit(NamedTuple):
 
 @contextmanager
 def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
-    """Ray for the duration; a connection that this process had already outlives it.
+    """Connect to Ray for the duration of the block, unless this process is connected already.
 
-    A local cluster has logical CPUs for `needed_cpus` and for the data tasks beside them, and
-    asks for a token: one that only this process and its children know, so that Ray writes none
-    to the home folder. Raises InfraError where there is no cluster at the address.
+    A local cluster has logical CPUs for `needed_cpus` and for the data tasks beside them. It
+    requires a token that only this process and its children know, so that Ray writes none into the
+    home folder. Raises InfraError if there is no cluster at the address.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not address and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        # Ray turns tokens on by itself for a local cluster; it may have read its mode already.
+        # Ray turns tokens on for local clusters. It may already have read RAY_AUTH_MODE.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
@@ -82,7 +82,7 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
             why = str(error).splitlines()[0]
             raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
     else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes it away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # never preempted
         with _its_address_known(), _sigterm_kept():
             ray.init(
                 address="local",
@@ -99,7 +99,7 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """What SIGTERM does is as before; Ray, when it starts, would have it end the process."""
+    """Keep the handler of SIGTERM, which Ray replaces by one that ends the process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -108,10 +108,10 @@ def _sigterm_kept() -> Iterator[None]:
 
 @contextmanager
 def _its_address_known() -> Iterator[None]:
-    """Let the processes of a cluster that is started inside know which one is theirs.
+    """Tell the processes of the cluster that is started in the block its address.
 
-    Ray Train looks after its controller through whatever Ray it finds: with several on a machine
-    that may be another, which knows of no such controller, and a sound run would lose its workers.
+    Ray Train checks on its controller through any Ray it finds. With several on a machine that may
+    be another one, which has no such controller, and a healthy run would lose its workers.
     """
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -229,29 +229,24 @@ def _interrupts() -> Iterator[None]:
 # --- the commit ------------------------------------------------------------------------------
 
 
-def submitted_commit() -> Commit | None:
-    """The commit that `submit` passed to the job this process belongs to."""
-    sha, _, dirty = os.environ.get(COMMIT_VARIABLE, "").partition("-")
-    return Commit(sha, bool(dirty)) if sha else None
-
-
 def job_id() -> str | None:
-    """The id under which this process was submitted to a cluster; None outside of a job."""
+    """The id of the Ray job that this process belongs to; None outside of a job."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return job.get("metadata", {}).get("job_submission_id")
 
 
-def commit(folder: Path = ROOT) -> Commit | None:
-    """The commit of the code: as submitted with the job, else what git says of `folder`."""
-    if submitted := submitted_commit():
-        return submitted
+def commit(folder: Path = ROOT) -> Revision | None:
+    """The commit of the code: the one submitted with the job, else git's of `folder`."""
+    sha, _, dirty = os.environ.get(COMMIT_VARIABLE, "").partition("-")
+    if sha:
+        return Revision(sha, bool(dirty))
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return Commit(git("rev-parse", "HEAD"), bool(git("status", "--porcelain")))
+        return Revision(git("rev-parse", "HEAD"), bool(git("status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -1,4 +1,4 @@
-"""The harness of every verb: its flags, its last line of output, its exit code."""
+"""The command line of every verb: its flags, its last line of output, its exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = {
 BUG = 1
 INTERRUPTED, TERMINATED = 130, 143  # as shells count the signals that end a process
 LONGEST = 2_000  # characters of a message
-# What the operating system says when the fault is the machine's and not the code's.
+# Errors of the operating system that are not bugs, and what to do about each.
 MACHINE = {
     errno.ENOSPC: "free some space, then run the same command again to resume",
     errno.EDQUOT: "free some space, then run the same command again to resume",
@@ -45,13 +45,15 @@ def run(
     execute: Callable[[T], dict[str, Any]],
     presets: Path,
     doc: str,
+    verbs: Sequence[str] | None = None,
     argv: Sequence[str] | None = None,
     data_errors: tuple[type[Exception], ...] = (),
 ) -> int:
     """Run one verb from its command line and return the exit code.
 
     `plan` says what would be done, `execute` does it; the last line of stdout is what either
-    returned, as one JSON object. Exceptions of the types `data_errors` count as bad data.
+    returned, as one JSON object. `verbs`: the sections that a preset may have, any by
+    default. Exceptions of the types `data_errors` count as bad data.
     Exit codes: 0 done, 2 configuration, 3 data or weights, 4 infrastructure, 130 interrupted,
     143 terminated, 1 a bug, whose traceback is printed.
     """
@@ -63,7 +65,7 @@ def run(
             sys.stdout.write(_help(config_type, presets, doc))
             return 0
         given = [argument for argument in arguments if argument not in flags]
-        settings = config.load(config_type, verb=verb, argv=given, presets=presets)
+        settings = config.load(config_type, verb=verb, argv=given, presets=presets, verbs=verbs)
         for key, value in config.flatten(settings).items():
             refuse_credentials(str(value), key)
         if "--print-config" in flags:
@@ -87,7 +89,7 @@ def run(
 
 
 def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ()) -> tuple[str, int]:
-    """(one message, exit code) for an error, whatever a cluster has wrapped around it."""
+    """(one message, exit code) for an error, even if Ray has wrapped others around it."""
     found = list(causes(error))
     for cause in found:
         if isinstance(cause, Problem):
@@ -106,7 +108,7 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
 
 
 def _legible(message: str) -> str:
-    """A message may quote what somebody wrote into a file, however much that is and however odd."""
+    """A printable message of bounded length: it may quote arbitrary content of a file."""
     if len(message) > LONGEST:
         message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
     return message.encode(errors="backslashreplace").decode()
@@ -140,7 +142,7 @@ def _cell(value: Any) -> str:
 
 
 def _json(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a metric that is not finite is written as null."""
+    """A value as JSON: a number that is not finite is written as null."""
     if isinstance(value, dict):
         return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

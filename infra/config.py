@@ -1,10 +1,10 @@
 """Configuration: dataclass defaults < preset < `key.sub=value`, as one frozen dataclass.
 
-A preset is a YAML file with one mapping per verb; a verb reads its own. Each source is a layer,
-and layers are folded field by field along the types: mappings merge, a later value replaces an
-earlier one, and a member of a union that changes its `kind` forgets what the layers before said
-about the old member. A union member that needs no more than its kind is written as a string:
-`path: masked`. Override values are YAML scalars, or YAML lists and mappings in [] and {}.
+A preset is a YAML file with one mapping per verb; a verb reads its own. Each source is a layer, and
+the layers are merged field by field: mappings merge, a later value replaces an earlier one, and a
+new `kind` of a union drops what earlier layers said about the old kind. A union member that needs
+only its kind may be written as a string: `path: masked`. Override values are YAML scalars, or YAML
+lists and mappings in [] and {}.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from infra.errors import ConfigError, nearest
 T = TypeVar("T")
 Tree = dict[str, Any]
 
-VERBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "generate", "benchmark")
 MOST_BYTES = 1 << 20  # of a preset
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 REQUIRED = dataclasses.MISSING
@@ -44,7 +43,7 @@ class Field(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What one source says about one place in the configuration."""
+    """The value that one source gives for one place in the configuration."""
 
     source: str
     value: Any
@@ -53,10 +52,18 @@ class Layer(NamedTuple):
         return Layer(self.source, self.value[key])
 
 
-def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path) -> T:
+def load(
+    config_type: type[T],
+    *,
+    verb: str,
+    argv: Sequence[str],
+    presets: Path,
+    verbs: Sequence[str] | None = None,
+) -> T:
     """The configuration of `verb` from `[PRESET] [key.sub=value …]`.
 
     PRESET is a name in the folder `presets`, a path that ends in .yaml, or any fsspec URL.
+    verbs: the sections that a preset may have; None allows any.
     Raises ConfigError with the dotted path, the source and what was expected there.
     """
     layers: list[Layer] = []
@@ -66,7 +73,7 @@ def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path)
             "command line", f"one preset at most, got {' and '.join(names)}", "Write key=value"
         )
     if names:
-        layers.append(Layer(names[0], _section(names[0], verb, presets)))
+        layers.append(Layer(names[0], _section(names[0], verb, verbs, presets)))
     for argument in argv:
         if match := OVERRIDE.fullmatch(argument):
             layers.append(Layer("command line", _nested(match[1].split("."), _value(argument))))
@@ -76,7 +83,7 @@ def load(config_type: type[T], *, verb: str, argv: Sequence[str], presets: Path)
 def overridden(config: T, settings: Mapping[str, Any], source: str) -> T:
     """The configuration with other values at dotted keys, later ones over earlier ones.
 
-    source: who says so, for the ConfigError of a key that does not exist or a value that cannot be.
+    source: named in the ConfigError for an unknown key or a wrong value.
     """
     layers = [Layer(source, _nested(key.split("."), to_tree(v))) for key, v in settings.items()]
     return _dataclass(type(config), [Layer("base", to_tree(config)), *layers], "")
@@ -93,12 +100,12 @@ def parse(text: bytes | str, where: str) -> Any:
 
 
 def to_yaml(config: Any, verb: str) -> str:
-    """The whole configuration as a preset: loading it again gives an equal object."""
+    """The whole configuration as a preset; loading it gives an equal object."""
     return yaml.safe_dump({verb: to_tree(config)}, sort_keys=False, allow_unicode=True)
 
 
 def to_tree(value: Any) -> Any:
-    """Dataclasses as mappings, tuples as lists, paths as text: what YAML and JSON can hold."""
+    """The value in plain types: dataclasses as mappings, tuples as lists, paths as text."""
     if dataclasses.is_dataclass(value):
         return {
             f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
@@ -155,14 +162,14 @@ def describe(config_type: Any) -> Iterator[Field]:
 # --- sources ---------------------------------------------------------------------------------
 
 
-def _section(preset: str, verb: str, presets: Path) -> Tree:
-    """What the preset says about `verb`."""
+def _section(preset: str, verb: str, verbs: Sequence[str] | None, presets: Path) -> Tree:
+    """The section of the preset for `verb`."""
     content = parse(_read(preset, presets), preset)
     if not isinstance(content, dict):
         raise ConfigError(preset, "not a mapping of verbs", f"Put the settings under `{verb}:`")
     for name in content:
-        if name not in VERBS:
-            raise ConfigError(f"{preset}: {name}", "no such verb", _hint(str(name), VERBS))
+        if verbs is not None and name not in verbs:
+            raise ConfigError(f"{preset}: {name}", "no such verb", _hint(str(name), verbs))
     if verb not in content:
         raise ConfigError(preset, f"no section `{verb}`", f"It has {', '.join(content)}")
     return content[verb] or {}
@@ -187,7 +194,7 @@ def _read(preset: str, presets: Path) -> str:
 
 
 def _value(argument: str) -> Any:
-    """The value of `key=value`. Text stays as it is typed unless it is a YAML scalar or flow."""
+    """The value of `key=value`: a YAML number, truth value, null, list or mapping, else text."""
     text = argument.partition("=")[2]
     flow = text[:1] in ("[", "{", "'", '"')
     try:
@@ -204,25 +211,21 @@ def _value(argument: str) -> Any:
 
 
 def _require_plain(value: Any, where: str) -> None:
-    """ConfigError for what a preset can say and no setting can be, or no file can hold."""
+    """ConfigError for a YAML value that no setting can have."""
     if isinstance(value, dict | list):
         items = [*value, *value.values()] if isinstance(value, dict) else value
         for item in items:
             _require_plain(item, where)
         return
-    why = ""
-    if isinstance(value, str):
-        if re.search("[\0\ud800-\udfff]", value):
-            why = "text with a NUL or half of a surrogate pair"
-    elif isinstance(value, int):
-        if not -(1 << 63) <= value < 1 << 63:
-            why = "a whole number of more than 64 bits"
-    elif isinstance(value, float):
-        if math.isnan(value):
-            why = "a NaN"
-    elif value is not None:
-        why = f"a {type(value).__name__}"
-    if why:
+    refused = {
+        "text with a NUL or half of a surrogate pair": isinstance(value, str)
+        and re.search("[\0\ud800-\udfff]", value),
+        "a whole number of more than 64 bits": isinstance(value, int)
+        and not -(1 << 63) <= value < 1 << 63,
+        "a NaN": isinstance(value, float) and math.isnan(value),
+        f"a {type(value).__name__}": not isinstance(value, str | int | float | None),
+    }
+    for why in filter(refused.get, refused):
         raise ConfigError(
             where, f"{why} is no setting", "Write text, a number, a list or a mapping"
         )
@@ -232,14 +235,14 @@ def _nested(keys: Sequence[str], value: Any) -> Any:
     return functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value)
 
 
-# --- folding the layers along the types ------------------------------------------------------
+# --- merging the layers along the types ------------------------------------------------------
 
 
 def _build(annotation: Any, layers: list[Layer], path: str) -> Any:
-    """The value of type `annotation` that the layers, weakest first, say belongs at `path`."""
+    """The value of type `annotation` at `path`, from the layers, weakest first."""
     last = layers[-1]
     if last.value is not None:
-        # A null wipes what the layers before it said.
+        # A null discards the layers before it.
         nulls = [i for i, layer in enumerate(layers) if layer.value is None]
         layers = layers[nulls[-1] + 1 :] if nulls else layers
         annotation = _without_none(annotation)
@@ -297,7 +300,7 @@ def _dataclass(config_type: type[T], layers: list[Layer], path: str) -> T:
             known = [] if default is REQUIRED else [Layer("default", to_tree(default))]
             values[name] = _build(annotation, known + found, f"{dotted}{name}")
         elif default is REQUIRED:
-            # A required dataclass whose own fields all have defaults needs no word about it.
+            # A required dataclass whose own fields all have defaults need not be mentioned.
             members = _members(annotation)
             if len(members) != 1:
                 spelt = " | ".join(_kinds(members)) or _spell(annotation)

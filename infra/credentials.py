@@ -1,4 +1,4 @@
-"""Credentials come from the environment, a profile or a role; what we write and say has none."""
+"""Keeping credentials out of URLs, messages and files: they come from the environment or a role."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SECRETS = (  # variables whose values no message may show
 
 
 def refuse_credentials(text: str, where: str) -> None:
-    """ConfigError where a URL in the text holds a credential, as runs would show it for ever."""
+    """ConfigError if a URL in the text holds a credential, which a run's records would show."""
     if CREDENTIAL.search(text):
         fix = "Give it through the environment, a profile or a role instead"
         raise ConfigError(where, "the URL holds a credential", fix)
 
 
 def scrub(text: str) -> str:
-    """The text without the credentials that a URL or the environment may have put there."""
+    """The text without credentials: those of URLs, and values of the variables in SECRETS."""
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)
     text = re.sub(r"\?[^\s'\"]*(?:=|%3D)[^\s'\"]*", "?…", text)
     for name in SECRETS:

@@ -1,17 +1,20 @@
 """The files of a sharded checkpoint: torch's DCP planners over safetensors and JSON.
 
-DCP decides who writes and who reads which part of which tensor, so a checkpoint loads into any
-other sharding. Its own files are pickles; these are not, so nothing in them can be executed: each
-rank writes one safetensors file, and an `Entry` per tensor says which file holds which part.
+DCP decides which rank writes and reads which chunk of which tensor, so a checkpoint loads into any
+other sharding. DCP's own files are pickles, which could execute code. Here each rank writes one
+safetensors file instead, and an `Entry` per tensor says which file holds which chunk, and with what
+checksum. Chunks are read whole, and their checksums are verified.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import uuid
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -56,17 +59,34 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-READ_AT_ONCE = 64  # ranges of a file asked for together: a bucket is all latency
-WAY_OUT = "Remove the folder of this step to go back to the checkpoint before it"
+# A rank that needs a part of a chunk reads all of it, to verify its checksum. So chunks are small.
+CHUNK_BYTES = 1 << 24
+READ_AT_ONCE = 32  # chunks that are requested together, as a bucket answers each one late
+WAY_OUT = (
+    "Remove the folder of this step, or have damaged checkpoints skipped (corrupt=skip), "
+    "to go back to the checkpoint before it"
+)
+
+
+class Damaged(DataError):
+    """A file of a checkpoint is not what was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A box of a tensor, at `offset` in it, and the file that holds it."""
+    """A box of a tensor, at `offset` in it, and the file that holds it.
+
+    `sha256` is of its bytes; empty in checkpoints from before there were checksums.
+    """
 
     file: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+    sha256: str = ""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     def lies_in(self, shape: tuple[int, ...]) -> bool:
         if not len(self.offset) == len(self.shape) == len(shape):
@@ -75,7 +95,7 @@ class Chunk:
         return all(0 <= begin <= begin + size <= whole for begin, size, whole in sides)
 
     def overlaps(self, other: Chunk) -> bool:
-        """For boxes of one tensor; of those without dimensions all are the same."""
+        """Whether two boxes of one tensor share an element."""
         return all(
             max(at) < min(at[0] + self.shape[dim], at[1] + other.shape[dim])
             for dim, at in enumerate(zip(self.offset, other.offset, strict=True))
@@ -84,54 +104,65 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A whole tensor: the safetensors name of its dtype, its global shape, its parts."""
+    """A whole tensor: the safetensors name of its dtype, its global shape, its chunks."""
 
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
     def __post_init__(self) -> None:
-        covered = sum(math.prod(chunk.shape) for chunk in self.chunks)
+        covered = sum(chunk.numel for chunk in self.chunks)
         inside = all(chunk.lies_in(self.shape) for chunk in self.chunks)
         if self.dtype not in DTYPES or not inside or covered != math.prod(self.shape):
-            raise ValueError("unknown dtype, or parts that do not make up the whole")
-        # Cut along the first dimension, as they are, no two neighbours in this order overlap.
+            raise ValueError("unknown dtype, or chunks that do not make up the whole")
+        # FSDP cuts along the first dimension, so only neighbours in this order could overlap.
         ordered = sorted(self.chunks, key=lambda chunk: chunk.offset)
         if any(one.overlaps(other) for one, other in pairwise(ordered)):
-            raise ValueError("parts that overlap")
+            raise ValueError("chunks that overlap")
 
 
 @dataclass(kw_only=True)
 class Staged:
-    """A checkpoint on its way: the CPU copies of this rank, and on rank 0 the index of all."""
+    """A checkpoint to be written: this rank's tensors on the CPU, and on rank 0 the index of all.
+
+    After `write`, `digests` holds the sha256 of each of this rank's chunks.
+    """
 
     file: str = ""
     header: bytes = b""
-    parts: list[Tensor] = field(default_factory=list)
+    pieces: dict[str, Tensor] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of the file of each rank
 
     def write(self, folder: Folder) -> None:
         """Write this rank's file; it appears under its name only when it is whole."""
-        if not self.parts:
+        if not self.pieces:
             return
         with folder.open(self.file, "wb") as file:
             file.write(self.header)
-            for part in self.parts:
-                file.write(part.reshape(-1).view(torch.uint8).numpy())
+            for key, piece in self.pieces.items():
+                content = piece.reshape(-1).view(torch.uint8).numpy()
+                file.write(content)
+                self.digests[key] = hashlib.sha256(content).hexdigest()
 
-
-def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype name, global shape) of each tensor, as the index holds it."""
-    return {key: (NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    def index(self, digests: Mapping[str, str]) -> dict[str, Entry]:
+        """The entries with all ranks' digests; on rank 0."""
+        return {
+            key: replace(
+                entry,
+                chunks=tuple(replace(c, sha256=digests[_key(key, c)]) for c in entry.chunks),
+            )
+            for key, entry in self.entries.items()
+        }
 
 
 def stage(tensors: dict[str, Tensor]) -> Staged:
-    """Plan a checkpoint with all ranks and copy this rank's part of it to the CPU; collective."""
+    """Plan a checkpoint with all ranks and copy this rank's chunks to the CPU; collective."""
     if others := [key for key, tensor in tensors.items() if not isinstance(tensor, Tensor)]:
         raise TypeError(f"not tensors, so they belong into the meta data: {others}")
     writer = _Writer()
-    with warnings.catch_warnings(action="ignore"):  # "assuming … a single process": rightly so
+    with warnings.catch_warnings(action="ignore"):  # DCP warns where there is a single process
         torch_dcp.save(
             tensors,
             storage_writer=writer,
@@ -144,9 +175,9 @@ def stage(tensors: dict[str, Tensor]) -> Staged:
 def read(
     folder: Folder, entries: dict[str, Entry], tensors: dict[str, Tensor], *, alone: bool
 ) -> None:
-    """Fill `tensors`, however sharded, from the files of a checkpoint; DataError where they lie.
+    """Fill `tensors`, however sharded, from a checkpoint's files; Damaged if one is not as written.
 
-    alone: this process reads by itself; otherwise all ranks call together.
+    alone: this process reads by itself; otherwise all ranks call together, and all raise.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -161,7 +192,7 @@ def read(
 
 
 class _Writer(StorageWriter):
-    """Takes what DCP's planner gives this rank; the writing itself is left to `Staged.write`."""
+    """Collects what DCP's planner assigns to this rank; `Staged.write` writes it."""
 
     def __init__(self) -> None:
         self.staged = Staged()
@@ -178,8 +209,8 @@ class _Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        # A name of its own per attempt: what a killed attempt left behind cannot be mistaken
-        # for this one, and a committed checkpoint is never written over.
+        # Every attempt has file names of its own, so the files of a killed attempt are never taken
+        # for this one's, and those of a committed checkpoint are never overwritten.
         attempt = uuid.uuid4().hex[:8]
         return [
             replace(plan, storage_data=f"{attempt}-{rank:05d}.safetensors")
@@ -192,19 +223,19 @@ class _Writer(StorageWriter):
         for item in plan.items:
             part = planner.resolve_data(item).detach()
             part = torch.empty(part.shape, dtype=part.dtype).copy_(part)
-            begin, end = end, end + part.nbytes
-            chunk = Chunk(
-                file=staged.file,
-                offset=tuple(item.index.offset or (0,) * part.dim()),
-                shape=tuple(part.shape),
-            )
-            header[_key(item.index.fqn, chunk)] = {
-                "dtype": NAMES[part.dtype],
-                "shape": chunk.shape,
-                "data_offsets": (begin, end),
-            }
-            staged.parts.append(part)
-            results.append(WriteResult(item.index, part.nbytes, chunk))
+            offset = tuple(item.index.offset or (0,) * part.dim())
+            for piece in _pieces(part):
+                begin, end = end, end + piece.nbytes
+                chunk = Chunk(file=staged.file, offset=offset, shape=tuple(piece.shape))
+                key = _key(item.index.fqn, chunk)
+                header[key] = {
+                    "dtype": NAMES[piece.dtype],
+                    "shape": chunk.shape,
+                    "data_offsets": (begin, end),
+                }
+                staged.pieces[key] = piece
+                results.append(WriteResult(item.index, piece.nbytes, chunk))
+                offset = (offset[0] + len(piece), *offset[1:]) if offset else offset
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         staged.header = len(text).to_bytes(8, "little") + text
@@ -268,20 +299,15 @@ class _Reader(StorageReader):
         return _done(None)
 
     def _read(self, shard: _ShardFile, items: list[ReadItem], planner: LoadPlanner) -> None:
-        """Fill some tensors' parts with what of one file's boxes belongs to them."""
-        boxes = [
-            Box(
-                key=item.storage_index.fqn,
-                dtype=self.entries[item.storage_index.fqn].dtype,
-                chunk=self._chunk(item.storage_index),
-                start=item.storage_offsets[0] if item.storage_offsets else 0,
-                rows=item.lengths[0] if item.lengths else 1,
-            )
+        """Fill parts of some tensors with what some chunks of one file hold of them."""
+        chunks = [
+            (item.storage_index.fqn, self.entries[item.storage_index.fqn].dtype,
+             self._chunk(item.storage_index))
             for item in items
-        ]
-        for item, part in zip(items, shard.read(boxes), strict=True):
-            for dim, start in enumerate(item.storage_offsets[1:], 1):
-                part = part.narrow(dim, start, item.lengths[dim])
+        ]  # fmt: skip
+        for item, part in zip(items, shard.read(chunks), strict=True):
+            for dim in range(part.dim()):
+                part = part.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
             target = planner.resolve_tensor(item).detach()
             target.copy_(part)
             planner.commit_tensor(item, target)
@@ -291,27 +317,8 @@ class _Reader(StorageReader):
         return next(c for c in chunks if index.offset is None or c.offset == tuple(index.offset))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Box:
-    """What to read of a chunk: rows [start, start + rows) of its first dimension."""
-
-    key: str
-    dtype: str
-    chunk: Chunk
-    start: int
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.chunk.shape[1:]) if self.chunk.shape else ()
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.chunk.shape[1:]) * DTYPES[self.dtype].itemsize
-
-
 class _ShardFile:
-    """A safetensors file of which only the asked for byte ranges are read."""
+    """A safetensors file of which only the chunks that are asked for are read."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.folder, self.name = folder, name
@@ -322,43 +329,49 @@ class _ShardFile:
             if self.start > size:
                 raise ValueError("header longer than the file")
             self.header = documents.from_json(folder.read_ranges(name, [(8, self.start)])[0])
-            held = [box for key, box in self.header.items() if key != "__metadata__"]
-            spans = sorted(tuple(box["data_offsets"]) for box in held)
+            held = [entry for key, entry in self.header.items() if key != "__metadata__"]
+            spans = sorted(tuple(entry["data_offsets"]) for entry in held)
             if [*(begin for begin, _ in spans), size - self.start] != [0, *(e for _, e in spans)]:
                 raise ValueError("its tensors do not make up the file")
-        except (ValueError, TypeError, LookupError, AttributeError):  # not the header of one
+        except (ValueError, TypeError, LookupError, AttributeError):
             raise self._damaged("it is not a safetensors file") from None
 
-    def read(self, boxes: list[Box]) -> list[Tensor]:
-        ranges = [self._range(box) for box in boxes]
+    def read(self, chunks: list[tuple[str, str, Chunk]]) -> list[Tensor]:
+        """The tensors of some (name, dtype, chunk), checked against the chunks' checksums."""
+        ranges = [self._range(*chunk) for chunk in chunks]
         contents = self.folder.read_ranges(self.name, ranges)
-        return [self._tensor(box, content) for box, content in zip(boxes, contents, strict=True)]
+        return [self._tensor(*c, content) for c, content in zip(chunks, contents, strict=True)]
 
-    def _range(self, box: Box) -> tuple[int, int]:
-        chunk, size = box.chunk, math.prod(box.chunk.shape) * DTYPES[box.dtype].itemsize
+    def _range(self, key: str, dtype: str, chunk: Chunk) -> tuple[int, int]:
         try:
-            held = self.header[_key(box.key, chunk)]
+            held = self.header[_key(key, chunk)]
             begin, end = map(int, held["data_offsets"])
             form = (held["dtype"], tuple(held["shape"]), end - begin)
-            fits = begin >= 0 and form == (box.dtype, chunk.shape, size)
+            fits = begin >= 0 and form == (dtype, chunk.shape, chunk.numel * DTYPES[dtype].itemsize)
         except (LookupError, TypeError, ValueError, OverflowError):
             fits = False
         if not fits:
-            name = _key(box.key, chunk)
-            raise self._damaged(f"it does not hold {name} as the checkpoint's index says")
-        begin += self.start + box.start * box.row_bytes
-        return begin, begin + box.rows * box.row_bytes
+            raise self._damaged(f"it does not hold {_key(key, chunk)} as the commit says")
+        return self.start + begin, self.start + end
 
-    def _tensor(self, box: Box, content: bytes) -> Tensor:
-        if len(content) != box.rows * box.row_bytes:
-            raise self._damaged(f"it ends inside {_key(box.key, box.chunk)}")
+    def _tensor(self, key: str, dtype: str, chunk: Chunk, content: bytes) -> Tensor:
+        if len(content) != chunk.numel * DTYPES[dtype].itemsize:
+            raise self._damaged(f"it ends inside {_key(key, chunk)}")
+        if chunk.sha256 not in ("", hashlib.sha256(content).hexdigest()):
+            raise self._damaged(f"the numbers of {_key(key, chunk)} do not match their checksum")
         if not content:
-            return torch.empty(box.shape, dtype=DTYPES[box.dtype])
-        return torch.frombuffer(bytearray(content), dtype=DTYPES[box.dtype]).view(box.shape)
+            return torch.empty(chunk.shape, dtype=DTYPES[dtype])
+        return torch.frombuffer(bytearray(content), dtype=DTYPES[dtype]).view(chunk.shape)
 
-    def _damaged(self, why: str) -> DataError:
-        where = self.folder.url_of(self.name)
-        return DataError(where, f"damaged checkpoint: {why}", WAY_OUT)
+    def _damaged(self, why: str) -> Damaged:
+        return Damaged(self.folder.url_of(self.name), f"damaged checkpoint: {why}", WAY_OUT)
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensor in rows of at most CHUNK_BYTES."""
+    if not tensor.dim():
+        return (tensor,)
+    return tensor.split(max(1, CHUNK_BYTES * len(tensor) // max(1, tensor.nbytes)))
 
 
 def _key(key: str, chunk: Chunk) -> str:

@@ -1,7 +1,7 @@
-"""JSON and YAML that came from outside, read so that they mean one thing or are refused.
+"""JSON and YAML from untrusted files. Ambiguous or excessive documents are refused.
 
-The libraries' own readers let the last of two equal keys win, follow aliases that multiply to
-gigabytes, and overflow the stack where brackets nest.
+The libraries' own readers accept a key twice, expand aliases to gigabytes, and overflow the stack
+on nested brackets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from infra.errors import DataError
 if TYPE_CHECKING:
     from infra.storage import Folder
 
-MOST_NODES = 100_000  # of a YAML document, with every alias written out
+MOST_NODES = 100_000  # of a YAML document, with every alias expanded
 
 
 def from_json(content: bytes | str) -> Any:
@@ -35,7 +35,7 @@ def from_yaml(text: bytes | str) -> Any:
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     except (yaml.YAMLError, TypeError, LookupError, AttributeError) as error:
-        # The last three are of values that are not what their tag says.
+        # The last three are raised for values that do not fit their tag.
         raise ValueError(" ".join(str(error).split())) from None
 
 
@@ -71,10 +71,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _size(self, node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-        """How many nodes it would be without aliases; what holds itself is infinitely many."""
+        """The number of nodes with every alias expanded, too many if a node contains itself."""
         if node in known:
             return known[node]
-        known[node] = MOST_NODES + 1  # as long as it is not known
+        known[node] = MOST_NODES + 1  # until it is computed
         children: Iterable[yaml.Node] = ()
         if isinstance(node, yaml.SequenceNode):
             children = node.value

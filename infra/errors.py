@@ -1,18 +1,18 @@
-"""The three ways a run can fail through no fault of its code, each with its exit code."""
+"""The three ways a run can fail other than by a bug, each with its exit code."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
 
-# Where Ray's errors keep the error that they report.
+# The attributes in which Ray's errors keep the error that they report.
 WRAPPERS = ("cause", "health_check_failure", "controller_failure")
 
 
 class Problem(Exception):
     """One message to the user: where it went wrong, why, and what to do about it.
 
-    Problems cross process boundaries (a worker raises, the driver reports), so they pickle
+    Problems are sent between processes (a worker raises, the driver reports), so they are pickled
     by their parts rather than by the formatted message.
     """
 
@@ -33,19 +33,19 @@ class ConfigError(Problem):
 
 
 class DataError(Problem):
-    """The data or the weights given are not what they should be."""
+    """The given data or weights are wrong or damaged."""
 
     exit_code = 3
 
 
 class InfraError(Problem):
-    """The machine, the cluster, the network or a store does not do its part."""
+    """The machine, the cluster, the network or a store fails."""
 
     exit_code = 4
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate closest in spelling to `name`, or None where none is close."""
+    """The candidate closest in spelling to `name`, or None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(candidates), n=1)), None)
 
 
@@ -60,7 +60,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
-    # A problem that is raised anew from its wrapper is its own cause's cause.
+    # A problem that is raised again from its wrapper is the cause of its own cause.
     if id(error) in seen:
         return
     seen.add(id(error))

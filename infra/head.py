@@ -1,4 +1,4 @@
-"""A local Ray head that asks for a token, and jobs submitted to it with Ray's own commands.
+"""A Ray head on this machine behind a token, and jobs submitted to it with Ray's own commands.
 
     python -m infra.cluster up                 # a head on 127.0.0.1
     python -m infra.cluster submit -- python pipelines/finetune.py quickstart
@@ -6,6 +6,10 @@
     python -m infra.cluster down
 
 `python` inside a job is the interpreter that ran `up`.
+
+Added to `ray start --head --block` and `ray job`: a token that lies in a file of its own (`ray
+get-auth-token` writes into the home folder), the exit code of a job (`ray job submit` returns 1
+for any failure), the commit of the code, and an end of this one head (`ray stop` ends all).
 """
 
 from __future__ import annotations
@@ -33,29 +37,34 @@ from infra.errors import InfraError, Problem
 
 UP = "Start one with `python -m infra.cluster up`"
 START_SECONDS, STOP_SECONDS = 60, 20
-# A job needs neither; Ray itself leaves out .git, .venv and what .gitignore names.
+# A job needs neither. Ray itself leaves out .git, .venv and what .gitignore names.
 EXCLUDES = ["/.cluster", "/tests"]
+RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A local head as `up` started it; what is needed to reach it and to end it."""
+    """A head as `up` started it: what is needed to reach it and to end it."""
 
     pid: int
-    started: str  # a pid may be given to another process: the start time tells them apart
+    started: str  # tells apart two processes that got the same pid one after the other
     address: str
     folder: str
 
     @staticmethod
-    def load(state: Path) -> Head:
-        """The running head that `state` records; InfraError where there is none."""
+    def load(state: Path, *, alive: bool = True) -> Head:
+        """The head that `state` records; InfraError where there is none, or none is `alive`."""
         try:
             head = Head(**json.loads((state / "head.json").read_text()))
         except FileNotFoundError:
             raise InfraError(str(state), "no cluster is up", UP) from None
-        if _started(head.pid) != head.started:
+        if alive and not head.alive:
             raise InfraError(str(state), "the cluster that was up is gone", f"{UP} after `down`")
         return head
+
+    @property
+    def alive(self) -> bool:
+        return _started(self.pid) == self.started
 
 
 def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) -> Head:
@@ -64,27 +73,29 @@ def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) 
         raise InfraError(str(state), "a cluster is recorded as up", "End it with `down`")
     with socket.socket() as probe:
         if not probe.connect_ex(("127.0.0.1", dashboard_port)):
-            # Ray would move to the next port, and the jobs would go to whoever listens here.
+            # Ray would take the next port, and jobs would go to whatever listens on this one.
             why = f"port {dashboard_port} is taken"
             raise InfraError("the Ray page", why, "Choose another with --dashboard-port")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        client_port = probe.getsockname()[1]  # the one port for which Ray does not accept 0
     state.mkdir(parents=True, exist_ok=True)
     token = state / "token"
     token.unlink(missing_ok=True)
     with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    port, client_port, agent_port = _free_ports(3)
-    folder = tempfile.mkdtemp(prefix="ray-head-")  # short: sockets lie in it
+    folder = tempfile.mkdtemp(prefix="ray-head-")  # a short path, as sockets need
     arguments = {
-        "node-ip-address": "127.0.0.1", "port": port, "dashboard-host": "127.0.0.1",
+        "node-ip-address": "127.0.0.1", "port": 0, "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard_port, "ray-client-server-port": client_port,
-        "dashboard-agent-listen-port": agent_port, "temp-dir": folder,
+        "dashboard-agent-listen-port": 0, "temp-dir": folder,
         "object-store-memory": OBJECT_STORE_BYTES,
-        "min-worker-port": 0, "max-worker-port": 0,  # any free one: no range to collide with
+        "min-worker-port": 0, "max-worker-port": 0,  # any free one instead of a fixed range
         "num-cpus": num_cpus or (os.cpu_count() or 1) + DATA_CPUS,
     }  # fmt: skip
     with (state / "head.log").open("w") as log:
         process = subprocess.Popen(
-            [_ray(), "start", "--head", "--block", *(f"--{k}={v}" for k, v in arguments.items())],
+            [RAY, "start", "--head", "--block", *(f"--{k}={v}" for k, v in arguments.items())],
             env=_environment(state), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
@@ -92,12 +103,14 @@ def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) 
     head = Head(pid=process.pid, started=_started(process.pid), address=address, folder=folder)
     (state / "head.json").write_text(json.dumps(asdict(head)))
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(address, token.read_text()):
+    while True:
+        with contextlib.suppress(OSError):
+            _ask(f"{address}/api/version", token.read_text())
+            return head
         if process.poll() is not None or time.monotonic() > deadline:
             down(state)
             raise InfraError(address, "the head did not start", f"See {state / 'head.log'}")
         time.sleep(0.5)
-    return head
 
 
 def submit(state: Path, entrypoint: Sequence[str], working_dir: Path) -> int:
@@ -107,7 +120,7 @@ def submit(state: Path, entrypoint: Sequence[str], working_dir: Path) -> int:
     runtime = {"excludes": EXCLUDES, "env_vars": {COMMIT_VARIABLE: str(code)} if code else {}}
     environment = _environment(state)
     subprocess.run(
-        [_ray(), "job", "submit", "--address", head.address, "--submission-id", job,
+        [RAY, "job", "submit", "--address", head.address, "--submission-id", job,
          "--working-dir", str(working_dir), "--runtime-env-json", json.dumps(runtime),
          "--", *entrypoint],
         env=environment,
@@ -122,25 +135,19 @@ def submit(state: Path, entrypoint: Sequence[str], working_dir: Path) -> int:
 
 
 def logs(state: Path, job: str) -> int:
-    """Show what a job has written."""
-    head = Head.load(state)
-    command = [_ray(), "job", "logs", "--address", head.address, job]
+    """Show the output of a job."""
+    command = [RAY, "job", "logs", "--address", Head.load(state).address, job]
     return subprocess.run(command, env=_environment(state)).returncode
 
 
 def down(state: Path) -> None:
     """End the head that `up` started: its jobs, its process group, and nothing else."""
-    record = state / "head.json"
-    if not record.exists():
-        raise InfraError(str(state), "no cluster is up", UP)
-    head = Head(**json.loads(record.read_text()))
-    if _started(head.pid) == head.started:
+    head = Head.load(state, alive=False)
+    if head.alive:
         _stop_jobs(head.address, (state / "token").read_text())
         os.kill(head.pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while _started(head.pid) == head.started and time.monotonic() < deadline:
-            time.sleep(0.2)
-    if _started(head.pid) in ("", head.started):  # else the pid is somebody else's by now
+        _wait_while(lambda: head.alive)
+    if _started(head.pid) in ("", head.started):  # otherwise another process has the pid by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
     shutil.rmtree(head.folder, ignore_errors=True)
@@ -148,12 +155,8 @@ def down(state: Path) -> None:
         (state / name).unlink(missing_ok=True)
 
 
-def _ray() -> str:
-    return str(Path(sys.executable).with_name("ray"))
-
-
 def _environment(state: Path) -> dict[str, str]:
-    """What a `ray` command needs to know: the token, and the interpreter that jobs find first."""
+    """The environment of a `ray` command: the token, and the interpreter that jobs find first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     token = (state / "token").read_text()
     hidden = {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", COMMIT_VARIABLE}
@@ -162,29 +165,22 @@ def _environment(state: Path) -> dict[str, str]:
 
 
 def _started(pid: int) -> str:
-    """When the process began, empty where there is none or only its remains."""
+    """When the process was started; "" if there is none or it is a zombie."""
     columns = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
     status, _, began = subprocess.run(columns, capture_output=True, text=True).stdout.partition(" ")
     return "" if status.startswith("Z") else began.strip()
 
 
 def _ask(url: str, token: str, method: str = "GET") -> Any:
-    """What the head answers; OSError where it refuses or there is none."""
+    """The head's answer; OSError if it refuses or does not answer."""
     headers = {"Authorization": f"Bearer {token}"}
     request = urllib.request.Request(url, headers=headers, method=method)
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)
 
 
-def _answers(address: str, token: str) -> bool:
-    try:
-        return bool(_ask(f"{address}/api/version", token))
-    except OSError:
-        return False
-
-
 def _stop_jobs(address: str, token: str) -> None:
-    """Drivers have sessions of their own and would outlive the head."""
+    """Stop all jobs: their drivers have sessions of their own and would outlive the head."""
 
     def running() -> list[str]:
         jobs = _ask(f"{address}/api/jobs/", token)
@@ -194,17 +190,14 @@ def _stop_jobs(address: str, token: str) -> None:
     with contextlib.suppress(OSError):  # a head that does not answer is ended all the same
         for job in running():
             _ask(f"{address}/api/jobs/{job}/stop", token, "POST")
-        deadline = time.monotonic() + STOP_SECONDS
-        while running() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        _wait_while(lambda: bool(running()))
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def _wait_while(condition: Callable[[], bool]) -> None:
+    """Wait until the condition is false, for STOP_SECONDS at most."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,25 +213,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     upper.add_argument("--dashboard-port", type=int, default=8265)
     upper.add_argument("--num-cpus", type=int)
     verbs.add_parser("submit", help="run a command as a job").add_argument("entrypoint", nargs="+")
-    verbs.add_parser("logs", help="show what a job has written").add_argument("job")
+    verbs.add_parser("logs", help="show the output of a job").add_argument("job")
     verbs.add_parser("down", help="end the head")
     given = parser.parse_args(argv)
-
-    def start() -> None:
-        head = up(given.state, dashboard_port=given.dashboard_port, num_cpus=given.num_cpus)
-        token = given.state / "token"
-        sys.stdout.write(f"Ray is up: {head.address}, token in {token}, process {head.pid}\n")
-
-    actions: dict[str, Callable[[], int | None]] = {
-        "up": start,
-        "submit": lambda: submit(given.state, given.entrypoint, Path.cwd()),
-        "logs": lambda: logs(given.state, given.job),
-        "down": lambda: down(given.state),
-    }
     try:
-        return actions[given.verb]() or 0
+        if given.verb == "submit":
+            return submit(given.state, given.entrypoint, Path.cwd())
+        if given.verb == "logs":
+            return logs(given.state, given.job)
+        if given.verb == "down":
+            down(given.state)
+            return 0
+        head = up(given.state, dashboard_port=given.dashboard_port, num_cpus=given.num_cpus)
     except Problem as problem:
         sys.stderr.write(f"{problem}\n")
         return problem.exit_code
     except KeyboardInterrupt:
         return 130  # a submitted job goes on; `logs` shows it
+    token = given.state / "token"
+    sys.stdout.write(f"Ray is up: {head.address}, token in {token}, process {head.pid}\n")
+    return 0

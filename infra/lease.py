@@ -1,15 +1,16 @@
-"""The right to write into a run directory: one process has it at a time, whatever the store.
+"""The right to write into a run directory: one process holds it at a time, on a disk or in a store.
 
-    runs/.small.lease/000001.json    beside runs/small, for as long as somebody writes there
+    runs/.small.lease/000001.json    beside runs/small, while a process writes there
 
-The file is made by a write that fails where the file is there already (an exclusive open, a
-conditional PUT), and its holder rewrites it every few seconds. No two clocks are ever compared: a
-holder on another machine is given up when its file has not changed while one watched, and one on
-this machine as soon as its process is gone. Whoever takes over makes the file of the next number,
-which again only one can; a holder that wakes up after that finds its own number passed.
+The file is created by a write that fails if the file exists (an exclusive open, a conditional PUT),
+and its holder rewrites it every few seconds. Clocks of two machines are never compared: a holder on
+another machine counts as dead if its file did not change while it was watched, and one on this
+machine as soon as its process is gone. The process that takes over creates the file with the next
+number, which again only one process can. A holder that was suspended meanwhile finds a higher
+number than its own, and stops.
 
-A store without conditional writes lets the last writer win; every writer looks again a moment
-later, and again before whatever it commits.
+In a store without conditional writes the last writer wins; every writer checks again a moment
+later, and before each commit.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from infra import cluster
 from infra.errors import DataError, InfraError, Problem
 from infra.storage import Folder, explained
 
-BEAT_S = 10.0  # between two signs of life
-PATIENCE_S = 60.0  # how long a file must stand still for its holder to be given up
+BEAT_S = 10.0  # between two writes of the holder
+PATIENCE_S = 60.0  # how long a file must not change for its holder to count as dead
 LOOK_S = 1.0
-SETTLE_S = 1.0  # within which a rival write of the same moment has arrived in an object store
+SETTLE_S = 1.0  # within which a competing write of the same moment has reached an object store
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """A lease as its workers know it; pickles, so it travels to them."""
+    """A lease as the workers of its holder know it; it can be pickled and sent to them."""
 
     run: Folder
     number: int
@@ -58,9 +59,9 @@ class Lease:
         return f"{self.number:06d}.json"
 
     def confirm(self) -> None:
-        """InfraError where another process has taken the run over: nothing may be written then.
+        """Raise InfraError if another process has taken the run over; then nothing may be written.
 
-        A store that does not answer says nothing, and what it refuses is not written anyway.
+        If the store does not answer, nothing is raised: a write to it would fail by itself.
         """
         try:
             names = _names(self.folder)
@@ -84,7 +85,7 @@ class Lease:
 
 
 class Held:
-    """A lease in the hands of its holder, which gives signs of life until it is released."""
+    """A lease as its holder knows it; a thread renews it until it is released."""
 
     def __init__(self, lease: Lease, content: dict[str, Any]) -> None:
         self.lease = lease
@@ -105,14 +106,14 @@ class Held:
         self._wake.set()
 
     def release(self) -> None:
-        """Let the next one in."""
+        """End the lease, so that another process can take one."""
         self._released = True
         self._wake.set()
         self._thread.join()
         with suppress(Problem):
             self.lease.folder.remove(self.lease.name)
         if self.lease.folder.is_local:
-            with suppress(OSError):  # somebody else is in there
+            with suppress(OSError):  # another process has made its lease there
                 os.rmdir(self.lease.folder.path)
 
     def _beat(self) -> None:
@@ -133,10 +134,10 @@ class Held:
 
 @contextmanager
 def held(run: Folder) -> Iterator[Held]:
-    """The right to write into `run`, for the duration.
+    """The right to write into `run`, for the duration of the block.
 
-    Raises InfraError where another process has it. Where its holder is on another machine, it
-    takes up to `PATIENCE_S` to find out whether that lives.
+    Raises InfraError if another process has it. If that process is on another machine, it takes up
+    to `PATIENCE_S` to find out whether it is alive.
     """
     taken = _take(run)
     try:
@@ -170,7 +171,7 @@ def _take(run: Folder) -> Held:
         }
         if not _create(folder, lease.name, _encode(content)):
             continue
-        # Seen too late: who has followed before has removed the last number, whose turn it was.
+        # Another process may have taken over, and removed the last number, before we listed them.
         if _names(folder)[-1] != lease.name:
             folder.remove(lease.name)
         else:
@@ -180,15 +181,15 @@ def _take(run: Folder) -> Held:
 
 
 def _abandoned(run: Folder, name: str) -> bool:
-    """Whether nobody holds the lease of this name any more."""
+    """Whether the holder of the lease of this name is gone."""
     folder = _folder(run)
     before = _read(folder, name)
     if not before and name not in folder.names():
-        return True  # it was released, or followed, since it was seen
+        return True  # it was released or taken over since it was listed
     if before.get("machine") and before["machine"] == _machine():
         return _started(before.get("pid")) != before.get("started")
     log.warning(
-        "%s is held by %s; looking for %.0f s whether that lives", run.url, _describe(before),
+        "%s is held by %s; waiting %.0f s for a sign of life", run.url, _describe(before),
         PATIENCE_S,
     )  # fmt: skip
     until = time.monotonic() + PATIENCE_S
@@ -201,7 +202,7 @@ def _abandoned(run: Folder, name: str) -> bool:
 
 
 def _create(folder: Folder, name: str, content: bytes) -> bool:
-    """Make a file that is not there yet; False where somebody else was first."""
+    """Create a file that does not exist; False if another process did first."""
     path = (folder / name).path
     with explained(folder.url_of(name)):
         try:
@@ -211,14 +212,14 @@ def _create(folder: Folder, name: str, content: bytes) -> bool:
             folder.filesystem.pipe_file(path, content, mode="create")
             time.sleep(SETTLE_S)
         except FileExistsError:
-            pass  # perhaps by this very write, whose answer was lost
+            pass  # perhaps from this very write, whose answer was lost
     return folder.read_bytes(name) == content
 
 
 def _create_local(path: Path, content: bytes) -> None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError), path.open("xb") as file:  # a rival tidied up just now
+        with suppress(FileNotFoundError), path.open("xb") as file:  # another has removed the folder
             file.write(content)
             return
 
@@ -229,12 +230,12 @@ def _folder(run: Folder) -> Folder:
 
 
 def _names(folder: Folder) -> list[str]:
-    """The leases that there are, the one that counts at the end."""
+    """The names of the leases; the last one is valid."""
     return [name for name in folder.names() if re.fullmatch(r"\d{6,}\.json", name)]
 
 
 def _read(folder: Folder, name: str) -> dict[str, Any]:
-    """What a lease says; nothing where it is gone, no lease, or being made just now."""
+    """The content of a lease; {} if it is gone, not a lease, or not completely written yet."""
     try:
         content = json.loads(folder.read_bytes(name))
     except (DataError, ValueError):
@@ -254,8 +255,7 @@ def _describe(content: dict[str, Any]) -> str:
 
 
 def _machine() -> str | None:
-    """What tells apart the machines, their boots and their containers, within each of which a
-    process has one number; None where the system does not say."""
+    """An id of this machine, boot and container, within which pids are unique; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -264,7 +264,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: object) -> str | None:
-    """When a process of this machine was started, in its own unit; None if it is gone."""
+    """When a process of this machine was started, in clock ticks; None if it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

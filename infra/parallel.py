@@ -1,7 +1,7 @@
 """One model on many devices: FSDP2 over single-device code, an averaged copy, lanes of gradients.
 
-Knows nothing of what the model computes. The order of a sharded model is: `averaged` copies it,
-then `shard` is called alike on the model and on the copy, then the optimizer is built.
+The order of building a sharded model is: `averaged` copies it, then `shard` is called in the same
+way on the model and on the copy, then the optimizer is built.
 
 The root module's forward computes the loss, so that every parameter used outside the blocks is
 gathered by the root. Under bf16 compute the blocks receive their floating inputs cast to bf16;
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-# By what is in the name that the driver gives.
+# By a part of the name that the driver gives.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 Lane = TypeVar("Lane")
@@ -37,8 +37,8 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int | None = None  # of the CPU, per worker; None leaves torch's choice
-    # The longest that a step, a validation or the wait for a checkpoint may take: a worker that
-    # hangs would otherwise hang the others for ever.
+    # The longest that a step, a validation or the wait for a checkpoint may take. Without a limit,
+    # one worker that hangs would block the others for ever.
     stall_s: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -75,10 +75,10 @@ def peak_flops() -> float | None:
 
 @contextmanager
 def join(config: ParallelConfig) -> Iterator[DeviceMesh]:
-    """This process's place among the workers: a one-dimensional mesh over all of them.
+    """Pin this process's threads and yield a one-dimensional mesh over all workers.
 
-    A launcher (Ray Train, torchrun) has made the process group already. A bare process gets a
-    group of one for the duration, so that one device runs the same code as many.
+    A launcher (Ray Train, torchrun) has made the process group already. A process without one gets
+    a group of one for the duration, so that one device runs the same code as many.
     """
     pin(config.threads)
     alone = not dist.is_initialized()
@@ -104,11 +104,11 @@ def pin(threads: int | None) -> None:
 
 @contextmanager
 def flushed() -> Iterator[None]:
-    """Have this process take numbers below 1e-38 for zero.
+    """Have this process treat denormal numbers, those below 1e-38, as zero.
 
-    A CPU computes with them, which the gradients of confident predictions are full of, some ten
-    times as slowly as with others. Only threads that begin later follow: a process that has not
-    computed anything yet is the place for it.
+    The gradients of confident predictions hold many of them, and a CPU computes some ten times as
+    slowly with them. The setting reaches only threads that start later, so it belongs into a
+    process that has not computed anything yet.
     """
     torch.set_flush_denormal(True)
     try:
@@ -132,30 +132,27 @@ def shard(
     *,
     mesh: DeviceMesh,
     config: ParallelConfig,
-    exact: Iterable[nn.Module] = (),
+    float32: Iterable[nn.Module] = (),
 ) -> None:
     """Shard `root` in place: per block activation checkpointing, compile, FSDP2; then the root.
 
-    Where one worker computes in float32 there is nothing to shard, gather or cast: FSDP2 would
-    only copy every weight and gradient, and stays away.
+    With one worker in float32 there is nothing to shard, gather or cast, and FSDP2, which would
+    copy every weight and gradient, is not applied.
 
     root: float32, on the mesh's device type; parameters may be frozen. Parameter names stay.
     blocks: the repeated submodules, each gathered only while it computes.
-    exact: small submodules, outside the blocks, that compute in float32 whatever the config says.
+    float32: small submodules, outside the blocks, that compute in float32 whatever the config says.
     """
     dtype = config.dtype(torch.device(mesh.device_type))
     blocks = list(blocks)
     for block in blocks:
         if config.activation_checkpointing:
-            # Wrapping the bound method, not the module, keeps the parameter names of checkpoints.
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            _recompute_in_backward(block)
         if config.compile:
             block.compile()
-    root.ask = lambda question: question()
     if mesh.size() == 1 and dtype is torch.float32:
-        root.set_requires_gradient_sync = lambda required: None
         return
-    # Half a second to import, which `--help` is not to pay.
+    # Imported here because it takes half a second, which `--help` need not pay.
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
         fully_shard,
@@ -165,35 +162,59 @@ def shard(
     precision = functools.partial(MixedPrecisionPolicy, dtype, torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision())
-    for module in exact:
+    for module in float32:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # Resharding the root as well: a forward without a backward (validation) would otherwise leave
-    # gathered weights where the average and the checkpoints expect shards.
+    # The root is resharded after forward as well. Otherwise a forward without a backward (in
+    # validation) would leave gathered weights where the average and checkpoints expect shards.
     root_precision = precision(cast_forward_inputs=False)
     fully_shard(root, mesh=mesh, mp_policy=root_precision, reshard_after_forward=True)
-    register_fsdp_forward_method(root, "ask")
+    # FSDP2 gathers parameters around methods of the root, and has no public way to do so around
+    # another function. So the root gets a method that calls whatever function it is given.
+    root.call = lambda function: function()
+    register_fsdp_forward_method(root, "call")
 
 
-def ask(root: nn.Module, question: Callable[[], T]) -> T:
-    """`question()` as if it were a forward of the sharded root, with the parameters that takes.
+def gathered(root: nn.Module, function: Callable[[], T]) -> T:
+    """`function()` with the parameters of the root gathered as in its own forward.
 
-    For what calls the submodules of a root in another way than its own forward does. Every rank
-    must ask the same.
+    For functions that call submodules of a sharded root directly. Every rank must call it.
     """
-    return root.ask(question)
+    return root.call(function) if _is_sharded(root) else function()
+
+
+def _recompute_in_backward(block: nn.Module) -> None:
+    """Keep only the block's inputs in forward, and compute the rest again in backward.
+
+    torch's public `checkpoint` wraps functions; its wrapper of modules is private and changes
+    parameter names. So the block's own `forward` is replaced. `torch.compile` traces through a
+    closure, but silently not through a `functools.partial`.
+    """
+    forward = block.forward
+
+    def recomputed(*args: object, **kwargs: object) -> object:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    block.forward = recomputed
+
+
+def _is_sharded(root: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(root, FSDPModule)
 
 
 def accumulate(
     root: nn.Module, lanes: Sequence[Lane], loss_of: Callable[[Lane], Tensor]
 ) -> list[Tensor]:
-    """Backpropagate the mean loss over all lanes of all ranks; the detached loss of each lane here.
+    """Backpropagate the mean loss over all lanes of all ranks; the detached losses of this rank's.
 
-    root: a sharded module; loss_of calls it and returns a scalar. Gradients of the lanes of a
-    rank are summed in float32 and reduced once. Every rank must hold equally many lanes.
+    root: what `shard` was called on; loss_of calls it and returns a scalar. Gradients of the lanes
+    of a rank are summed in float32 and reduced once. Every rank must hold equally many lanes.
     """
-    losses = []
+    losses, sharded = [], _is_sharded(root)
     for i, lane in enumerate(lanes, start=1):
-        root.set_requires_gradient_sync(i == len(lanes))
+        if sharded:
+            root.set_requires_gradient_sync(i == len(lanes))
         loss = loss_of(lane)
         (loss / len(lanes)).backward()
         losses.append(loss.detach())

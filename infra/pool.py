@@ -1,20 +1,18 @@
-"""Independent jobs on a pool of processes, each result as soon as it is there.
+"""Independent jobs on a pool of processes, each result as soon as it is ready.
 
-`make` is called once in each process and gives the function that does a job there, so that what
-is slow to load is loaded once. A job must give the same result wherever and whenever it runs: one
-whose process dies is done again in another.
+`make` is called once in each process and returns the function that does a job, so that models are
+loaded once. A job must be deterministic: if its process dies, it is done again in another.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from infra import cluster
 from infra.cluster import ClusterConfig
@@ -32,8 +30,8 @@ Make = Callable[[], Callable[[J], R]]
 class PoolConfig:
     """`count` processes, each with a GPU if `gpu`; 0: this very process, without Ray.
 
-    `threads`: of each process, which reserves as many CPUs; by default it reserves one CPU and
-    takes as many threads as its node has cores for each of `count`.
+    `threads`: of each process, which reserves as many CPUs. By default it reserves one CPU and
+    uses the node's number of cores divided by `count`.
     """
 
     count: int = 1
@@ -49,12 +47,12 @@ class PoolConfig:
 
     @property
     def cpus(self) -> int:
-        """What a process reserves."""
+        """CPUs that a process reserves."""
         return self.threads or 1
 
 
 class RemoteTraceback(Exception):
-    """Where in another process an exception came from: its cause in this one."""
+    """The traceback of another process, as the cause of an exception in this one."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -71,11 +69,11 @@ def connected(config: PoolConfig) -> Iterator[None]:
 
 
 def run(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
-    """The result of every job, in the order in which they are done.
+    """The result of every job, in the order in which they finish.
 
-    What a job raises is raised here, a Problem as it is, and ends the run. InfraError for a job
-    whose process dies time and again, and for a cluster without room for the processes. They end
-    when the iterator does, also when it is closed early.
+    The first exception of a job is raised here and ends the run. InfraError for a job whose process
+    dies at every attempt, and for a cluster without room for the processes. The processes end with
+    the iterator, also when it is closed early.
     """
     if not config.count:
         yield from map(make(), jobs)
@@ -84,60 +82,36 @@ def run(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
             yield from _through_ray(jobs, make, config)
 
 
-class _Worker(Generic[J, R]):
-    """What lives in a process of the pool; a batch is one job.
+class _Worker:
+    """The actor in a process of the pool.
 
-    Jobs and results travel as bytes: Arrow would look into them, take a tuple for a list and
-    refuse what it has no type for. Errors travel as results do: Ray would put words around them.
+    Jobs and results are sent as pickled bytes, because Ray would make their arrays read-only.
+    Errors are sent as results, because Ray would wrap them.
     """
 
-    def __init__(self, make: Make[J, R], config: PoolConfig, ledger: Any) -> None:
+    def __init__(self, make: Make[J, R], config: PoolConfig) -> None:
         import torch
 
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.count))
-        self._make, self._ledger = make, ledger
-        self._work: Callable[[J], R] | None = None
+        self._make = make
+        self._work: Callable[[Any], Any] | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        import ray
+    def ready(self) -> None:
+        """Returns once the process has started."""
+
+    def work(self, job: bytes) -> bytes:
         from ray import cloudpickle
 
-        (nth,), (job,) = batch["nth"], batch["job"]
         try:
-            me = ray.get_runtime_context()
-            begun = self._ledger.begin.remote(me.get_actor_id(), me.current_actor, int(nth))
-            if ray.get(begun) > ATTEMPTS:
-                why = f"the process died at each of {ATTEMPTS} attempts"
-                raise InfraError(f"job {nth}", why, "Out of memory? Try smaller batches")
             self._work = self._work or self._make()
             answer = self._work(cloudpickle.loads(job)), None, ""
         except Exception as error:
             answer = None, _portable(error), traceback.format_exc()
-        return {"answer": [cloudpickle.dumps(answer)]}
-
-
-class _Ledger:
-    """Which processes there are and how often each job was begun, kept outside of them all.
-
-    Ray Data does a job again for ever when its process dies, and takes no number for it. When it
-    is interrupted, it lets every process end its job first.
-    """
-
-    def __init__(self) -> None:
-        self._workers: dict[str, Any] = {}
-        self._begun: Counter[int] = Counter()
-
-    def begin(self, worker_id: str, worker: Any, nth: int) -> int:
-        self._workers[worker_id] = worker
-        self._begun[nth] += 1
-        return self._begun[nth]
-
-    def workers(self) -> list[Any]:
-        return list(self._workers.values())
+        return cloudpickle.dumps(answer)
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot travel between processes."""
+    """The error, or one with the same message if it cannot be pickled."""
     from ray import cloudpickle
 
     try:
@@ -147,46 +121,57 @@ def _portable(error: Exception) -> Exception:
 
 
 def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
-    import ray.data
+    import ray
     from ray import cloudpickle
+    from ray.exceptions import RayActorError
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs is raised here
-    ledger = ray.remote(num_cpus=0, max_restarts=-1)(_Ledger).remote()
-    size = min(config.count, len(jobs))
-    dataset = ray.data.from_items(
-        [{"nth": nth, "job": cloudpickle.dumps(job)} for nth, job in enumerate(jobs)],
-        override_num_blocks=len(jobs),
-    ).map_batches(
-        _Worker,
-        fn_constructor_args=(make, config, ledger),
-        batch_size=1,
-        batch_format="numpy",
-        # With more in flight, a job would queue behind a long one while another process is idle.
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-        num_cpus=config.cpus,
-        num_gpus=int(config.gpu),
-    )
-    dataset.context.execution_options.preserve_order = False
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    dataset.context.wait_for_min_actors_s = START_S
-    dataset.context.execution_no_progress_timeout_s = -1  # a job may take hours
-    # Reading ahead would hold a result back until the next one is there.
-    blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    actor = ray.remote(num_cpus=config.cpus, num_gpus=int(config.gpu))(_Worker)
+    actors = [actor.remote(make, config) for _ in range(min(config.count, len(jobs)))]
+    waiting, deaths = list(range(len(jobs)))[::-1], Counter[int]()
+    running: dict[Any, tuple[int, Any]] = {}  # what a call returns: its job and its actor
+
+    def assign(worker: Any) -> None:
+        if waiting:
+            nth = waiting.pop()
+            running[worker.work.remote(cloudpickle.dumps(jobs[nth]))] = nth, worker
+
     try:
-        for block in blocks:
-            for answer in block["answer"].to_pylist():
-                result, error, where = cloudpickle.loads(answer)
-                if error:
-                    raise error from RemoteTraceback(where)
-                yield result
+        _wait_for_room(actors, config)
+        for worker in actors:
+            assign(worker)
+        while running:
+            (done,), _ = ray.wait(list(running))
+            nth, worker = running.pop(done)
+            try:
+                result, error, where = cloudpickle.loads(ray.get(done))
+            except RayActorError:
+                deaths[nth] += 1
+                if deaths[nth] == ATTEMPTS:
+                    why = f"the process died at each of {ATTEMPTS} attempts"
+                    fix = "Out of memory? Try smaller batches"
+                    raise InfraError(f"job {nth}", why, fix) from None
+                waiting.append(nth)
+                actors.append(actor.remote(make, config))
+                assign(actors[-1])
+                continue
+            if error:
+                raise error from RemoteTraceback(where)
+            assign(worker)  # first, so that the process works on while the result is used
+            yield result
+    finally:
+        for worker in actors:
+            ray.kill(worker)
+
+
+def _wait_for_room(actors: Sequence[Any], config: PoolConfig) -> None:
+    """Wait until every process has started; InfraError if the cluster has no room for them."""
+    import ray
+
+    try:
+        ray.get([worker.ready.remote() for worker in actors], timeout=START_S)
     except ray.exceptions.GetTimeoutError as error:
         needs = f"{config.cpus} CPUs" + " and a GPU" * config.gpu
-        why = f"no room for {size} processes of {needs} within {START_S / 60:g} minutes"
+        why = f"no room for {len(actors)} processes of {needs} within {START_S / 60:g} minutes"
         raise InfraError("pool", why, "Ask for fewer, or add machines") from error
     except ray.exceptions.RayActorError as error:
         raise InfraError("pool", "a process died while it started", "Out of memory?") from error
-    finally:
-        with suppress(ray.exceptions.RayError):
-            for actor in [*ray.get(ledger.workers.remote()), ledger]:
-                ray.kill(actor)

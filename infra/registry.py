@@ -2,15 +2,17 @@
 
 A registered model is an MLflow pyfunc "from code": one Python file, the folder with its weights
 (`model.safetensors`, `config.json`, …) and the packages the file imports. Loading one executes
-that Python code: it is a program, to be trusted as one trusts a repository. What is never
-executed is data, so a model is only taken in, or let out, when all its files are of kinds that
-cannot carry code unseen.
+that Python code, so it must be trusted like a repository. Data is never executed: a model is
+registered or downloaded only if all its files are of kinds that cannot hide code.
 
-The weights reach the code file as `context.artifacts["model"]`, the path of the folder.
+The weights reach the code file as `context.artifacts["model"]`, the path of the folder. The file
+`checksums.json` holds the sha256 of every other file, verified after each download.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -21,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.documents import from_yaml
+from infra.documents import from_yaml, parse
 from infra.errors import DataError, InfraError, Problem, nearest
-from infra.logger import connect, reason
+from infra.journal import reason
+from infra.tracking import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,11 +36,12 @@ if TYPE_CHECKING:
 ARTIFACT = "model"
 LOADER = "mlflow.pyfunc.loaders.code_model"  # MLflow's for models from code: no pickle
 HARMLESS = {".safetensors", ".json", ".txt", ".md", ".yaml", ".yml", ".py"}
-# Files that MLflow itself adds, by name for want of a suffix.
+# Files that MLflow itself adds, listed by name because they have no suffix.
 MLFLOW_FILES = {"MLmodel", "registered_model_meta"}
+CHECKSUMS = "checksums.json"
 URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-MOVING_S = 300  # a server that keeps files in a bucket answers only when it has moved them on
+MOVING_S = 300  # a server that keeps files in a bucket answers only after it has copied them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,7 @@ def register(
                 )
             _drop_bytecode(local)
             _check_model(local)
+            (local / CHECKSUMS).write_text(json.dumps(_checksums(local), indent=1))
             client.log_model_artifacts(logged.model_id, str(local))
         except BaseException:
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
@@ -126,10 +131,13 @@ def download(model_uri: str, uri: str, into: Path | None = None) -> Path:
     """The local folder of a model's weights, for `models:/name@alias` or `models:/name/3`.
 
     Nothing is executed. `into` is where the model is put, None a new temporary folder; the
-    caller removes either. DataError for a model, version or alias that does not exist, and for a
-    model with a file that could hold a pickle.
+    caller removes either. DataError for a model, version or alias that does not exist, for a
+    damaged file, and for one that could hold a pickle.
     """
-    return _check_model(_fetch(model_uri, uri, into))
+    root = _fetch(model_uri, uri, into)
+    folder = _check_model(root)
+    _verify(root, model_uri)
+    return folder
 
 
 def load(model_uri: str, uri: str, into: Path | None = None) -> PyFuncModel:
@@ -138,6 +146,7 @@ def load(model_uri: str, uri: str, into: Path | None = None) -> PyFuncModel:
 
     root = _fetch(model_uri, uri, into)
     _check_model(root)
+    _verify(root, model_uri)
     return mlflow.pyfunc.load_model(str(root))
 
 
@@ -170,7 +179,7 @@ def tag(model_uri: str, tags: Mapping[str, str], uri: str) -> None:
 
 
 def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
-    """The version that an alias points at; None where the model or the alias is not there yet."""
+    """The version that an alias points at; None if the model or the alias does not exist."""
     try:
         return describe(f"models:/{name}@{alias}", uri)
     except DataError:
@@ -189,7 +198,7 @@ def _fetch(model_uri: str, uri: str, into: Path | None) -> Path:
                 artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=str(into)
             )
         )
-    # Whoever loads a model in place leaves bytecode beside it, which need not match the source.
+    # Loading a model in place leaves bytecode beside it, which need not match the source.
     _drop_bytecode(root)
     return root
 
@@ -204,11 +213,9 @@ def _find(client: MlflowClient, model_uri: str) -> Any:
     models = {model.name: model.aliases for model in client.search_registered_models()}
     if name not in models:
         raise DataError(model_uri, f"no model is named {name}", _offer(name, models))
-    if alias:
-        if alias not in models[name]:
-            why = f"{name} has no alias {alias}"
-            raise DataError(model_uri, why, _offer(alias, models[name]))
-        version = models[name][alias]
+    if alias and alias not in models[name]:
+        raise DataError(model_uri, f"{name} has no alias {alias}", _offer(alias, models[name]))
+    version = version or models[name][alias]
     versions = [found.version for found in client.search_model_versions(f"name = '{name}'")]
     if int(version) not in map(int, versions):
         why = f"{name} has no version {version}"
@@ -234,7 +241,7 @@ def _ensure_name(client: MlflowClient, name: str) -> None:
 
 
 def _check_model(root: Path) -> Path:
-    """The folder of a model's weights, after making sure that loading it unpickles nothing."""
+    """The folder of a model's weights; DataError if loading the model could unpickle anything."""
     _check_files(root)
     try:
         ((flavor, pyfunc),) = from_yaml((root / "MLmodel").read_bytes())["flavors"].items()
@@ -261,6 +268,31 @@ def _check_files(root: Path) -> None:
             raise DataError(str(file), why, f"Allowed are {' '.join(sorted(HARMLESS))}")
 
 
+def _checksums(root: Path) -> dict[str, str]:
+    """The sha256 of every file of a model, by its path in it."""
+    found = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(root).as_posix()] = digest
+    return found
+
+
+def _verify(root: Path, model_uri: str) -> None:
+    """DataError for a file that is not as it was registered. Old models have no checksums."""
+    if not (root / CHECKSUMS).exists():
+        return
+    fix = "Download it again; if that does not help, use another version"
+    stated = parse(
+        (root / CHECKSUMS).read_bytes(), dict[str, str], f"{model_uri}: {CHECKSUMS}", fix
+    )
+    found = _checksums(root)
+    for name, digest in stated.items():
+        if found.get(name) != digest:
+            why = "does not match its checksum" if name in found else "is missing"
+            raise DataError(f"{model_uri}: {name}", f"damaged model: the file {why}", fix)
+
+
 def _drop_bytecode(root: Path) -> None:
     for folder in list(root.rglob("__pycache__")):
         shutil.rmtree(folder)
@@ -277,7 +309,7 @@ def _importing(code: Path) -> Iterator[None]:
 
 @contextmanager
 def _registry(uri: str) -> Iterator[MlflowClient]:
-    """A client whose failures are Problems, with time enough to move a large file."""
+    """A client whose failures are Problems, and which waits long enough to move a large file."""
     client = connect(uri)
     before = os.environ[TIMEOUT]
     os.environ[TIMEOUT] = str(MOVING_S)

@@ -1,7 +1,7 @@
-"""Tokens at rest: `{train,validation,test}/part-*.parquet` and the manifest that vouches for them.
+"""Tokens at rest: `{train,validation,test}/part-*.parquet` and a manifest that describes them.
 
-The manifest is written last, so a folder that has one is complete. Whoever reads checks what it
-reads against the manifest and says which file, row group and row is wrong.
+The manifest is written last, so a folder that has one is complete. Readers check the files against
+the manifest, and name the file, row group and row that is wrong.
 
 Shapes: N rows, L positions.
 """
@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ FOOTER_READERS = 16  # threads; a footer in a bucket is all latency
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vocabulary:
+class VocabularyRecord:
     """What the ids mean: the kind of vocabulary, its content's sha256 and its V entries."""
 
     kind: str
@@ -52,8 +51,8 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
-    """A shard as it was written; `name` is relative to the manifest's folder."""
+class Shard:
+    """A file of rows as it was written; `name` is relative to the manifest's folder."""
 
     name: str
     rows: int
@@ -61,7 +60,7 @@ class File:
     sha256: str
 
     def __post_init__(self) -> None:
-        # A manifest may come from anywhere; it must not point out of its own folder.
+        # A manifest is untrusted: it must not point out of its own folder.
         if not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", self.name):
             raise ValueError(f"{self.name!r} is not a plain relative file name")
         if self.rows < 1 or self.bytes < 1:
@@ -72,17 +71,17 @@ class File:
 class Manifest:
     """The record of one `prepare`: what was tokenized, how, and the files that came of it.
 
-    `extra` holds facts that no reader needs to decode the rows, such as the bytes of text per
-    split behind bits per byte.
+    `extra` holds what is not needed to decode the rows, such as the bytes of text per split, from
+    which bits per byte are computed.
     """
 
-    vocabulary: Vocabulary
+    vocabulary: VocabularyRecord
     length: int
-    splits: dict[str, tuple[File, ...]]
+    splits: dict[str, tuple[Shard, ...]]
     source: str
     split_rule: str
     blocks: str
-    commit: str
+    commit: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     dtype: str = ""  # of an id at rest; follows from V
     format: int = FORMAT
@@ -102,7 +101,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The identity of the data: equal for equal rows, whoever prepared them from where."""
+        """A hash that is equal for equal rows, wherever they came from."""
         identity = asdict(self)
         for circumstance in ("source", "commit", "extra"):
             del identity[circumstance]
@@ -111,8 +110,8 @@ class Manifest:
     def rows(self, split: str) -> int:
         return sum(file.rows for file in self.files(split))
 
-    def files(self, split: str) -> tuple[File, ...]:
-        """The files of a split; ConfigError for a split that there is not."""
+    def files(self, split: str) -> tuple[Shard, ...]:
+        """The files of a split; ConfigError if there is no such split."""
         if files := self.splits.get(split):
             return files
         there = [name for name, files in self.splits.items() if files]
@@ -129,35 +128,17 @@ class ShardWriter:
 
     At most ROWS_PER_FILE rows of a split wait in memory. After the block, `manifest` is what was
     written; `extra` may be filled until then. A killed writer leaves no manifest, and the next
-    one starts afresh over its files.
+    one overwrites its files.
     """
 
-    def __init__(
-        self,
-        url: str | Folder,
-        *,
-        vocabulary: Vocabulary,
-        length: int,
-        source: str,
-        split_rule: str,
-        blocks: str,
-        commit: str = "",
-        overwrite: bool = False,
-    ) -> None:
+    def __init__(self, url: str | Folder, *, overwrite: bool = False, **about: Any) -> None:
+        """about: the manifest's vocabulary, length, source, split_rule, blocks and commit."""
         self.folder = Folder.at(url)
         self.extra: dict[str, Any] = {}
         self.manifest: Manifest | None = None
-        self._draft = Manifest(
-            vocabulary=vocabulary,
-            length=length,
-            splits={},
-            source=source,
-            split_rule=split_rule,
-            blocks=blocks,
-            commit=commit,
-        )
+        self._draft = Manifest(splits={}, **about)
         self._waiting: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        self._files: dict[str, list[File]] = {split: [] for split in SPLITS}
+        self._files: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         if self.folder.exists(MANIFEST):
             if not overwrite:
                 raise ConfigError(
@@ -185,12 +166,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind:
             return
         for split in SPLITS:
@@ -208,6 +184,7 @@ class ShardWriter:
         return sum(map(len, self._waiting[split]))
 
     def _flush(self, split: str) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         rows_NL = np.concatenate(self._waiting[split])
@@ -217,20 +194,20 @@ class ShardWriter:
         # The first file is the whole of a small split, which gets smaller groups.
         group = ROWS_PER_GROUP if files else max(1, len(rows_NL) // GROUPS_PER_SPLIT)
         name = f"{split}/part-{len(files):05d}.parquet"
-        with self.folder.open(name, "wb") as sink:
-            hashed = _Hashed(sink)
-            pq.write_table(
-                _table(rows_NL, self._draft),
-                hashed,
-                row_group_size=group,
-                compression="zstd",
-                use_dictionary=False,
-                write_page_checksum=True,
-                column_encoding="BYTE_STREAM_SPLIT",  # parquet has no 16 bits: halves the zeros
-            )
-        files.append(
-            File(name=name, rows=len(rows_NL), bytes=hashed.count, sha256=hashed.sha256.hexdigest())
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            _table(rows_NL, self._draft),
+            sink,
+            row_group_size=group,
+            compression="zstd",
+            use_dictionary=False,
+            write_page_checksum=True,
+            column_encoding="BYTE_STREAM_SPLIT",  # parquet has no 16 bits: halves the zeros
         )
+        content = sink.getvalue().to_pybytes()
+        self.folder.write_bytes(name, content)
+        digest = hashlib.sha256(content).hexdigest()
+        files.append(Shard(name=name, rows=len(rows_NL), bytes=len(content), sha256=digest))
 
     def _remove_stale(self) -> None:
         for split, files in self._files.items():
@@ -249,7 +226,7 @@ def read_manifest(
 ) -> Manifest:
     """The manifest of a folder of shards, checked against what the caller needs.
 
-    Raises DataError where it is missing, malformed, of another format version, or of another
+    Raises DataError if it is missing, malformed, of another format version, or of another
     length or vocabulary than asked for (all differences in one message).
     """
     folder = Folder.at(url)
@@ -276,11 +253,11 @@ def read_manifest(
 def check_files(folder: Folder, manifest: Manifest, split: str) -> list[list[int]]:
     """Check a split's files by their sizes and footers, which is fast.
 
-    Returns for every file the rows of its row groups. Raises DataError for the first file that is
-    missing, of another size than the manifest says, unreadable, or of other rows or columns.
+    Returns for every file the number of rows of each row group. Raises DataError for the first
+    file that is missing, unreadable, or not of the size, rows and columns of the manifest.
     """
 
-    def check(file: File) -> list[int]:
+    def check(file: Shard) -> list[int]:
         where = folder.url_of(file.name)
         size = folder.size(file.name)
         if size != file.bytes:
@@ -303,7 +280,7 @@ def check_files(folder: Folder, manifest: Manifest, split: str) -> list[list[int
 
 
 def verify(folder: Folder, manifest: Manifest, split: str) -> None:
-    """Read a split whole: `check_files`, then every file's sha256 and every id."""
+    """Check a split completely: `check_files`, then every file's sha256 and every id."""
     groups = check_files(folder, manifest, split)
     for file, rows in zip(manifest.files(split), groups, strict=True):
         with folder.open(file.name) as content:
@@ -328,29 +305,9 @@ def read_group(folder: Folder, manifest: Manifest, name: str, index: int) -> np.
     return rows_NL
 
 
-class _Hashed:
-    """A sink for pyarrow that counts and hashes what passes through to a file."""
-
-    closed = False
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.count = file, hashlib.sha256(), 0
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        self.count += len(content)
-        return self.file.write(content)
-
-    def flush(self) -> None:
-        """Nothing: the file is flushed when it is whole."""
-
-    def close(self) -> None:
-        """Nothing: whoever opened the file closes it."""
-
-
 @contextmanager
 def _opened(folder: Folder, name: str, where: str = "") -> Iterator[pq.ParquetFile]:
-    """A parquet file to read, whose every complaint becomes one DataError about `where`."""
+    """A parquet file to read; every error of it becomes one DataError about `where`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -364,7 +321,7 @@ def _opened(folder: Folder, name: str, where: str = "") -> Iterator[pq.ParquetFi
             ) as parquet:
                 yield parquet
         except (pa.ArrowException, OSError) as error:
-            # Arrow reports torn pages as an OSError without errno, and S3's troubles likewise.
+            # Arrow reports both torn pages and failures of S3 as an OSError without errno.
             if getattr(error, "errno", None) is not None or "AWS Error" in str(error):
                 raise
             reason = scrub(str(error)).splitlines()[0]
@@ -372,7 +329,7 @@ def _opened(folder: Folder, name: str, where: str = "") -> Iterator[pq.ParquetFi
 
 
 def _require_small(group: pq.RowGroupMetaData, manifest: Manifest, where: str) -> None:
-    """DataError for a row group that would be larger in memory than any that is written here."""
+    """DataError for a row group that would be larger in memory than any that we write."""
     ids = group.num_rows * manifest.length
     most = 2 * 4 * ids + (1 << 16)  # 32 bits an id in parquet, whatever it is at rest
     if group.num_rows > ROWS_PER_GROUP or group.total_byte_size > most:

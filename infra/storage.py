@@ -1,8 +1,7 @@
-"""Everything that is read or written outside the process goes through a `Folder`.
+"""Files on a disk, in a bucket or in memory, through one class: `Folder`.
 
-A folder is an fsspec filesystem and a path in it, so one line of code serves a laptop's disk, a
-bucket and memory. Each failure is one `Problem` that names the place and the way out, and shows
-no credential.
+A folder is an fsspec filesystem and a path in it. Every failure is one `Problem` that names the
+place and what to do, and shows no credential.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,16 +27,16 @@ from infra.errors import ConfigError, DataError, InfraError, Problem, nearest
 if TYPE_CHECKING:
     import pyarrow.fs
 
-# Every request to an object store is made anew by the client that makes it, after waits that double
-# up to 20 s: some 15 s in all, so that a short outage is survived and a wrong address soon told.
+# The client repeats each request to an object store, after waits that double up to 20 s: some 15 s
+# in all. A short outage is survived, and a wrong address is reported soon.
 ATTEMPTS = 6
-READS = 2  # of a body that breaks off, which the client's own attempts do not cover
+READS = 2  # attempts at a body that breaks off, which the client's own attempts do not cover
 CONNECT_S, ANSWER_S = 5, 15  # how long an attempt waits for a connection, and for the next byte
 PARTIAL = ".partial"  # ends the name of a file that is still being written
 
 T = TypeVar("T")
 
-# For whatever opens an S3 URL through fsspec in this process, `Folder` or not.
+# For everything that opens an S3 URL through fsspec in this process, `Folder` or not.
 fsspec.config.conf.setdefault("s3", {}).setdefault(
     "config_kwargs",
     {
@@ -49,10 +49,10 @@ fsspec.config.conf.setdefault("s3", {}).setdefault(
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on any filesystem; pickles, so it travels to workers.
+    """A folder on any filesystem; it can be pickled and sent to workers.
 
-    Names are relative to the folder and may hold slashes. Every method raises DataError for what
-    is not there and InfraError for what the machine, the network or the store refuses.
+    Names are relative to the folder and may hold slashes. Every method raises DataError for a file
+    that does not exist and InfraError if the machine, the network or the store refuses.
     """
 
     filesystem: fsspec.AbstractFileSystem
@@ -91,7 +91,7 @@ class Folder:
 
     @property
     def url(self) -> str:
-        """The folder's address, free of credentials: fit for messages and manifests."""
+        """The folder's address without credentials."""
         return scrub(self.path if self.is_local else self.filesystem.unstrip_protocol(self.path))
 
     @property
@@ -113,7 +113,7 @@ class Folder:
         return self._ask(name, self.filesystem.size)
 
     def names(self) -> list[str]:
-        """Sorted names of what lies directly in the folder; empty where there is no folder."""
+        """Sorted names of what lies directly in the folder; [] if there is no folder."""
         return sorted(self.sizes())
 
     def sizes(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ class Folder:
                 except FileNotFoundError:
                     if not (self.is_local and os.path.isdir(path)):
                         return []
-                    # A file went while the list was made: it is not the folder that is empty.
+                    # A file was removed while the list was made: list again.
 
         own = self.path.strip("/")  # some stores list the folder in itself
         found = {info["name"].strip("/"): info for info in self._ask("", listed)}
@@ -150,7 +150,7 @@ class Folder:
         return self._ask(name, read)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all: readers see the old one or the new one."""
+        """Write a file atomically: readers see the old content or the new one."""
 
         def write(path: str) -> None:
             if not self.is_local:
@@ -163,7 +163,7 @@ class Folder:
 
     @contextmanager
     def open(self, name: str, mode: str = "rb") -> Iterator[IO[bytes]]:
-        """A file to stream: "rb", or "wb", which appears only when the block ends without error."""
+        """A file to stream. In mode "wb" it appears only when the block ends without error."""
         if mode not in ("rb", "wb"):
             raise ValueError(f"mode is 'rb' or 'wb', not {mode!r}")
         path = self._path(name)
@@ -178,7 +178,7 @@ class Folder:
                 yield file
 
     def remove(self, name: str = "") -> None:
-        """Remove a file, or a folder and all it holds; what is not there is removed already."""
+        """Remove a file, or a folder and all it holds; nothing if it does not exist."""
 
         def gone(path: str) -> None:
             with suppress(FileNotFoundError):
@@ -187,8 +187,25 @@ class Folder:
 
         self._ask(name, gone)
 
+    @contextmanager
+    def local(self, *names: str) -> Iterator[Path]:
+        """The folder on this machine's disk: itself, or a copy for the duration of the block.
+
+        names: the files that are needed, by default all that lie directly in the folder. A copy
+        has the folder's own name.
+        """
+        if self.is_local:
+            yield Path(self.path)
+            return
+        with tempfile.TemporaryDirectory() as staging:
+            copy = Path(staging) / self.path.rstrip("/").rpartition("/")[2]
+            copy.mkdir(exist_ok=True)  # the root of a store has no name
+            for name in names or self.names():
+                (copy / name).write_bytes(self.read_bytes(name))
+            yield copy
+
     def arrow_filesystem(self) -> pyarrow.fs.FileSystem:
-        """The same filesystem for pyarrow: its own readers for disks and S3, fsspec's elsewhere."""
+        """The same filesystem for pyarrow: pyarrow's own for disks and S3, else fsspec's."""
         from pyarrow import fs
 
         if self.is_local:
@@ -197,7 +214,7 @@ class Folder:
             return fs.PyFileSystem(fs.FSSpecHandler(self.filesystem))
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        # An endpoint does not care, but for want of a region the SDK asks the metadata service.
+        # An endpoint needs no region, but without one the SDK asks the metadata service.
         region = region or ("us-east-1" if endpoint else None)
         return _arrow_s3(endpoint, region)
 
@@ -229,7 +246,7 @@ def _arrow_s3(endpoint: str | None, region: str | None) -> pyarrow.fs.S3FileSyst
 
 @contextmanager
 def _replacing(path: str) -> Iterator[IO[bytes]]:
-    """A local file that takes its name only when it is whole and on the disk."""
+    """A local file that gets its name only when it is complete and on the disk."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
@@ -242,7 +259,7 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must outlive a power cut
+    folder = os.open(target.parent, os.O_RDONLY)  # so that the rename survives a power cut
     try:
         os.fsync(folder)
     finally:
@@ -259,74 +276,49 @@ def _committing(filesystem: fsspec.AbstractFileSystem, path: str) -> Iterator[IO
         file.commit()
     except BaseException:
         file.closed = True  # or the garbage collector would flush what is left
-        with suppress(Exception):  # an upload that cannot be given up is not completed either
+        with suppress(Exception):  # if it fails, the upload is still not completed
             file.discard()
         raise
 
 
 class _Cause(NamedTuple):
-    kinds: set[str]  # class names, for botocore need not be imported to be recognised
-    errnos: set[int]
     problem: type[Problem]
     why: str
     fix: str
-    words: tuple[str, ...] = ()  # of pyarrow, which has one exception for all that S3 says
+    kinds: str  # class names: botocore need not be imported for its errors to be recognised
+    errnos: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()  # of pyarrow, which has one class for all errors of S3
 
 
 _CAUSES = (
-    _Cause(
-        {"FileNotFoundError"},
-        set(),
-        DataError,
-        "not found",
-        "Check the spelling, or run the step that makes it",
-    ),
-    _Cause(
-        {"NotADirectoryError", "FileExistsError"},
-        set(),
-        InfraError,
-        "a file is where a folder should be",
-        "Choose another folder",
-    ),
-    _Cause(
-        {"PermissionError"},
-        {errno.EROFS},
-        InfraError,
-        "access denied",
-        "Check the owner and mode of the folder, or what the bucket's policy grants",
-        ("AWS Error ACCESS_DENIED",),
-    ),
-    _Cause(
-        {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
-        | {"TokenRetrievalError", "UnauthorizedSSOTokenError", "ProfileNotFound"},
-        set(),
-        InfraError,
-        "no usable credentials",
-        "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role",
-    ),
-    _Cause(
-        set(),
-        {errno.ENOSPC, errno.EDQUOT},
-        InfraError,
-        "the disk is full",
-        "Free some space or use another disk; what was complete before still stands",
-    ),
-    _Cause(
-        {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "gaierror"}
-        | {"ClientPayloadError", "IncompleteRead"},
-        {errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH},
-        InfraError,
-        "the store does not answer",
-        "Check the network, the bucket's region and AWS_ENDPOINT_URL",
-        ("AWS Error NETWORK_CONNECTION", "AWS Error SLOW_DOWN", "(HTTP status 5"),
-    ),
-)
+    _Cause(DataError, "not found", "Check the spelling, or run the step that makes it",
+           "FileNotFoundError"),
+    _Cause(InfraError, "a file is where a folder should be", "Choose another folder",
+           "NotADirectoryError FileExistsError"),
+    _Cause(InfraError, "access denied",
+           "Check the owner and mode of the folder, or what the bucket's policy grants",
+           "PermissionError", (errno.EROFS,), ("AWS Error ACCESS_DENIED",)),
+    _Cause(InfraError, "no usable credentials",
+           "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+           "or give the node a role",
+           "NoCredentialsError PartialCredentialsError CredentialRetrievalError"
+           " TokenRetrievalError UnauthorizedSSOTokenError ProfileNotFound"),
+    _Cause(InfraError, "the disk is full",
+           "Free some space or use another disk; what was complete before still stands",
+           "", (errno.ENOSPC, errno.EDQUOT)),
+    _Cause(InfraError, "the store does not answer",
+           "Check the network, the bucket's region and AWS_ENDPOINT_URL",
+           "ConnectionError TimeoutError HTTPClientError ClientConnectionError gaierror"
+           " ClientPayloadError IncompleteRead",
+           (errno.EBUSY, errno.EREMOTEIO, errno.EHOSTUNREACH, errno.ENETUNREACH),
+           ("AWS Error NETWORK_CONNECTION", "AWS Error SLOW_DOWN", "(HTTP status 5")),
+)  # fmt: skip
 
 
 def _fits(error: BaseException, cause: _Cause) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return (
-        bool(kinds & cause.kinds)
+        not kinds.isdisjoint(cause.kinds.split())
         or getattr(error, "errno", None) in cause.errnos
         or any(word in str(error) for word in cause.words)
     )

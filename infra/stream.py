@@ -1,25 +1,23 @@
-"""Tokens in flight: lanes and windows, an order that no number of workers can change.
+"""Tokens in flight: lanes and windows, an order that does not depend on the number of workers.
 
-A split is permuted by row groups for every epoch, cut into windows of a few groups, and the rows
-of a window are permuted among themselves. Lane k owns windows k, k + lanes, …, epoch after epoch;
-the microbatch of a step is the next R rows of the lane. Everything is drawn from a counter-based
+In every epoch the row groups of a split are permuted and cut into windows of a few groups, and the
+rows of each window are permuted. Lane k reads windows k, k + lanes, … in every epoch; the
+microbatch of a step is the next R rows of the lane. All permutations come from a counter-based
 generator keyed (seed, epoch, window), so a microbatch is a function of (seed, step, lane), and
-finding the place of any step needs no reading.
+the position of any step is found without reading.
 
 Shapes: N rows, L positions, R rows of a microbatch, G row groups.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 import logging
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count, islice
 from typing import Literal, NamedTuple, TypeVar
@@ -30,8 +28,7 @@ from infra.errors import ConfigError, DataError, Problem
 from infra.shards import Manifest, check_files, read_group
 from infra.storage import Folder
 
-ORDER_VERSION = 1  # a change of the order below must change every plan's digest
-HOLDOUT = (1 << 64) - 1  # the generator's stream that draws it: beyond all windows
+HOLDOUT = (1 << 64) - 1  # the generator's stream for `holdout`: beyond those of all windows
 WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
 STEPS_AHEAD = 64
 READERS = 2  # tasks at a time for one worker
@@ -45,10 +42,10 @@ log = logging.getLogger(__name__)
 class StreamConfig:
     """What fixes the order of the rows.
 
-    `num_lanes` microbatches of `rows_per_microbatch` rows are a global step, however many workers
-    share them out; `window_groups` row groups are shuffled together, and held in memory per lane.
-    A row group that turns out to be `corrupt` stops the run; "skip" fills its place with other rows
-    of its window, counts them, and leaves everything else where it was.
+    `num_lanes` microbatches of `rows_per_microbatch` rows are a global step, whatever the number of
+    workers; `window_groups` row groups are shuffled together, and held in memory per lane.
+    A `corrupt` row group stops the run; with "skip" other rows of its window replace it, which are
+    counted, and the order of all other rows stays the same.
     """
 
     seed: int = 0
@@ -93,7 +90,7 @@ class Slice(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A window to read: its slices, the order of their rows, and how many rows are past already."""
+    """A window to read: its slices, the key of its permutation, and how many rows to skip."""
 
     slices: tuple[Slice, ...]
     seed: int
@@ -104,7 +101,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """The order of one split: pure arithmetic over the footers, no rows."""
+    """The order of one split, computed from the footers alone."""
 
     folder: Folder
     manifest: Manifest
@@ -117,7 +114,7 @@ class Plan:
 
     @classmethod
     def of(cls, folder: Folder, manifest: Manifest, split: str, config: StreamConfig) -> Plan:
-        """Check the split's files and plan over them; DataError if one is not as it was written."""
+        """Check the split's files and plan their order; DataError if one is not as written."""
         rows = check_files(folder, manifest, split)
         plan = cls(
             folder=folder,
@@ -147,26 +144,19 @@ class Plan:
         lanes = self.config.num_lanes
         return lanes * max(1, len(self.rows_G) // (self.config.window_groups * lanes))
 
-    @property
-    def digest(self) -> str:
-        """The identity of the order: equal digests give equal microbatches at every step."""
-        identity = [ORDER_VERSION, self.manifest.digest, self.split, asdict(self.config)]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
     def read(self, window: Window) -> np.ndarray:
-        """The rows of a window in their order, [N, L], the corrupt ones as the config says.
+        """The rows of a window in their order, [N, L].
 
-        DataError naming file and row if one is bad, or no other is left to stand in for it.
+        DataError names file and row of a corrupt one, unless it is to be skipped and the window
+        has others.
         """
-        if self.config.corrupt == "stop":
-            return read_window(self.folder, self.manifest, window)
-        rows_NL, skipped = _read_around(self.folder, self.manifest, window)
-        if skipped:
-            self.skipped[window.epoch, window.index] = skipped
+        rows_NL, replaced = read_window(self.folder, self.manifest, window, self.config.corrupt)
+        if replaced:
+            self.skipped[window.epoch, window.index] = replaced
         return rows_NL
 
     def seek(self, lane: int, step: int) -> Position:
-        """Where the microbatch of a step begins, by arithmetic on one epoch."""
+        """Where the microbatch of a step begins."""
         windows = np.arange(lane, self.num_windows, self.config.num_lanes)
         ends = np.cumsum(self._edge(windows + 1) - self._edge(windows))
         epoch, row = divmod(step * self.config.rows_per_microbatch, int(ends[-1]))
@@ -175,7 +165,7 @@ class Plan:
 
     def windows(self, lanes: Sequence[int], step: int = 0) -> Iterator[tuple[int, Window]]:
         """Endless (lane, window) pairs from a step on, in the order in which rows are needed."""
-        layout = lru_cache(maxsize=2)(self._layout)  # at an epoch's turn some lanes lag behind
+        layout = lru_cache(maxsize=2)(self._layout)  # lanes are in two epochs at the turn of one
         return (
             (lane, self._window(layout(place.epoch), place))
             for _, lane, place in heapq.merge(*(self._places(lane, step) for lane in lanes))
@@ -194,13 +184,13 @@ class Plan:
     def _edge(self, window: int | np.ndarray) -> int | np.ndarray:
         """The row at which a window begins in its epoch's order of groups.
 
-        The same in every epoch, whatever groups come to lie there: windows are cut by rows,
-        through a group where need be, or else seeking would have to walk through all epochs.
+        It is the same in every epoch: windows are cut by rows, if need be through a group.
+        Otherwise `seek` would have to walk through all epochs.
         """
         return window * self.rows // self.num_windows
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's order of groups, and where each ends in the order's rows."""
+        """An epoch's order of groups, and the row of the epoch at which each ends."""
         order_G = _permutation(len(self.rows_G), self.config.seed, epoch, 0)
         return order_G, np.cumsum(self.rows_G[order_G])
 
@@ -218,44 +208,37 @@ class Plan:
         return Window(tuple(slices), self.config.seed, place.epoch, place.window, place.row)
 
 
-def read_window(folder: Folder, manifest: Manifest, window: Window) -> np.ndarray:
-    """The rows of a window in their order, [N, L]; DataError naming file and row if one is bad."""
-    return _in_order(window, [_rows(folder, manifest, piece) for piece in window.slices])
+def read_window(
+    folder: Folder, manifest: Manifest, window: Window, corrupt: Literal["stop", "skip"] = "stop"
+) -> tuple[np.ndarray, int]:
+    """The rows of a window in their order, [N, L], and how many of them replace corrupt ones.
 
-
-def _rows(folder: Folder, manifest: Manifest, piece: Slice) -> np.ndarray:
-    return read_group(folder, manifest, piece.name, piece.group)[piece.start : piece.stop]
-
-
-def _in_order(window: Window, pieces: Sequence[np.ndarray]) -> np.ndarray:
-    rows_NL = np.concatenate(pieces)
-    order_N = _permutation(len(rows_NL), window.seed, window.epoch, 1 + window.index)
-    return rows_NL[order_N[window.skip :]]
-
-
-def _read_around(folder: Folder, manifest: Manifest, window: Window) -> tuple[np.ndarray, int]:
-    """What `read_window` gives, with the window's sound rows, in turn, in the place of those that
-    cannot be read, and how many those are; DataError where none is sound."""
-    sound: dict[Slice, np.ndarray] = {}
+    DataError names file and row of a corrupt one; with "skip", only if the window has no others.
+    """
+    pieces: list[np.ndarray | None] = []
     problem = None
-    for piece in window.slices:
+    for name, group, start, stop in window.slices:
         try:
-            sound[piece] = _rows(folder, manifest, piece)
+            pieces.append(read_group(folder, manifest, name, group)[start:stop])
         except DataError as error:
+            if corrupt == "stop":
+                raise
+            log.warning("%d rows skipped: %s", stop - start, error)
+            pieces.append(None)
             problem = error
-            log.warning("%d rows skipped: %s", piece.stop - piece.start, error)
-    if problem is None:
-        return _in_order(window, list(sound.values())), 0
-    if not sound:
+    sound = [piece_NL for piece_NL in pieces if piece_NL is not None]
+    if problem and not sound:
         raise problem
-    spare_NL = np.concatenate(list(sound.values()))
-    missing = {
-        piece: np.resize(spare_NL, (piece.stop - piece.start, manifest.length))
-        for piece in window.slices
-        if piece not in sound
-    }
-    pieces = [{**sound, **missing}[piece] for piece in window.slices]
-    return _in_order(window, pieces), sum(map(len, missing.values()))
+    spare_NL = np.concatenate(sound)
+    sizes = [piece.stop - piece.start for piece in window.slices]
+    rows_NL = np.concatenate(
+        [
+            np.resize(spare_NL, (size, manifest.length)) if piece_NL is None else piece_NL
+            for piece_NL, size in zip(pieces, sizes, strict=True)
+        ]
+    )
+    order_N = _permutation(len(rows_NL), window.seed, window.epoch, 1 + window.index)
+    return rows_NL[order_N[window.skip :]], len(rows_NL) - len(spare_NL)
 
 
 def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict[int, np.ndarray]]:
@@ -270,11 +253,11 @@ def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict
 def ray_batches(
     plan: Plan, lanes: Sequence[int], start_step: int = 0
 ) -> Iterator[dict[int, np.ndarray]]:
-    """What `read` gives, read ahead by Ray Data tasks on this worker's node."""
+    """The same as `read`, read ahead by Ray Data tasks on this worker's node."""
     windows = plan.windows(lanes, start_step)
     horizons = iter(lambda: list(islice(windows, WINDOWS_PER_HORIZON)), [])
     rows = (piece for horizon in horizons for piece in _through_ray(plan, horizon))
-    # What is ready must outlast the start of the next horizon, a second or so.
+    # Enough must be ready to last through the start of the next horizon, about a second.
     windows_ahead = STEPS_AHEAD * plan.config.rows_per_microbatch * plan.num_windows // plan.rows
     return _microbatches(plan, lanes, _ahead(rows, len(lanes) * max(2, windows_ahead)))
 
@@ -328,24 +311,24 @@ def _through_ray(plan: Plan, horizon: list[tuple[int, Window]]) -> Iterator[tupl
     """The rows of some windows, one Ray Data task each.
 
     A task that meets a Problem returns nothing, and its window is read again here: if that fails
-    too, the Problem is raised as it is, without a remote traceback around it.
+    too, the Problem is raised without a remote traceback around it.
     """
     import pyarrow as pa
     import ray.data
 
-    folder, manifest = plan.folder, replace(plan.manifest, splits={})  # a task needs no file list
+    folder, manifest = plan.folder, replace(plan.manifest, splits={})  # tasks need no file list
 
     def fetch(batch: dict[str, np.ndarray]) -> pa.Table:
         (nth,) = batch["nth"]
         try:
-            rows_NL = read_window(folder, manifest, horizon[nth][1])
+            rows_NL, _ = read_window(folder, manifest, horizon[nth][1])
         except Problem:
             rows_NL = np.empty((0, manifest.length), manifest.dtype)
         ids = pa.array(rows_NL.reshape(-1))
         lists = pa.FixedSizeListArray.from_arrays(ids, manifest.length)
         return pa.table({"nth": np.full(len(rows_NL), nth), "tokens": lists})
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else a few notices a horizon
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # otherwise notices at every horizon
     dataset = ray.data.from_items(
         [{"nth": nth} for nth in range(len(horizon))], override_num_blocks=len(horizon)
     ).map_batches(
@@ -353,7 +336,7 @@ def _through_ray(plan: Plan, horizon: list[tuple[int, Window]]) -> Iterator[tupl
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.TaskPoolStrategy(size=READERS),
-        num_cpus=0,  # the workers may have reserved every core, and reading must never wait on that
+        num_cpus=0,  # the workers may have reserved every core, for which reading must not wait
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
     dataset.context.execution_options.preserve_order = True
@@ -378,7 +361,7 @@ def _again(plan: Plan, missed: Sequence[tuple[int, Window]]) -> Iterator[tuple[i
 
 
 def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same endless items, drawn by a thread that keeps up to `depth` of them ready."""
+    """The same endless items, drawn ahead by a thread that keeps up to `depth` of them ready."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     done = threading.Event()
 
@@ -407,7 +390,7 @@ def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 def _permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     """A permutation of range(size) keyed (seed, epoch, stream).
 
-    From the generator's raw bits, whose values numpy never changes, unlike its distributions'.
+    From the generator's raw bits, which numpy never changes, unlike its distributions.
     """
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, stream], np.uint64)
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(size), kind="stable")

@@ -1,19 +1,20 @@
-"""Tracking: MLflow as a mirror of the run directory.
+"""Runs at MLflow. The run directory is the record; MLflow shows a copy of it.
 
-The run directory is the record. `run.json` holds what MLflow is told of a run (name, parameters,
-tags, data set, how it ended) and, once a server has answered, the run's id; `metrics.jsonl` (see
-`infra.journal`) holds the metrics. Everything is written there first and only then sent, so a
-server that is slow, away or gone never stops training: `replay(folder)` sends whatever a server
-lacks, at any time and as often as one likes, and `finish` does so by itself.
+`run.json` holds what MLflow is told of a run (name, parameters, tags, data set, final status) and
+the run's id once a server has answered. `metrics.jsonl` (see `infra.journal`) holds the metrics.
+Both are written first and then sent, so a server that is slow or away never stops training.
+`replay(folder)` sends whatever a server lacks, as often as it is called; `finish` includes it.
 
-The driver owns the run (`start`, `finish`); rank 0 gets its `RunHandle` and gives a `Logger` the
-metrics. One run directory is one MLflow run, however often it is resumed.
+The driver owns the run (`start`, `finish`). Rank 0 gets its `RunHandle` and gives the metrics to a
+`Logger`. One run directory is one MLflow run, however often it is resumed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from infra import documents, journal
+from infra.config import flatten
 from infra.errors import ConfigError, InfraError, Problem
-from infra.journal import Journal
-from infra.logger import SQLITE, Logger, Sender, batches, connect, reason
+from infra.journal import Journal, Logger, Sender, batches, reason
 from infra.storage import Folder, scrub
 
 if TYPE_CHECKING:
@@ -35,26 +36,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+__all__ = ["Journal", "Logger", "RunHandle", "TrackingConfig"]
+
 RECORD = "run.json"
 CONFIG = "config.yaml"
-KEY = "run_key"  # the tag by which a run is found again whose id was never heard
-# MLflow's limits, of which the server lets none be passed.
+SQLITE = "sqlite:///"
+KEY = "run_key"  # the tag that finds a run whose id was never written down
+# MLflow's limits. The server refuses what exceeds them.
 PARAMS_A_BATCH, TAGS_A_BATCH = 100, 100
 PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
-
-__all__ = [
-    "Journal",
-    "Logger",
-    "RunHandle",
-    "TrackingConfig",
-    "finish",
-    "locate",
-    "log_artifacts",
-    "opened",
-    "page",
-    "replay",
-    "start",
-]
+# With MLflow's own settings one call to a dead server takes minutes.
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the last line there is the verb's own
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -67,16 +66,19 @@ class TrackingConfig:
     """
 
     uri: str | None = None
-    experiment: str = "dsl"
+    experiment: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """What a worker needs to know of a run; `run_id` is None where no server answered at start."""
+    """What a worker needs to know of a run; `run_id` is None if no server answered at the start."""
 
     folder: str
     uri: str
     run_id: str | None
+
+    def connect(self) -> MlflowClient:
+        return connect(self.uri)
 
 
 def start(
@@ -92,18 +94,17 @@ def start(
 ) -> RunHandle:
     """Open the MLflow run of the run directory `root/name`; called by the driver.
 
-    A directory that has a `run.json` is being resumed: its run is opened again and runs on, with
-    new tags and config.yaml and the parameters it had (MLflow never changes one). Otherwise a run
-    is made. Writes `run.json` and `config.yaml` into the directory.
+    A directory that has a `run.json` is being resumed: its run is reopened, with new tags and
+    config.yaml and its old parameters (MLflow never changes one). Otherwise a run is made. Writes
+    `run.json` and `config.yaml` into the directory.
 
-    params: the resolved configuration, nested as it is; flattened to dotted names here.
+    params: the resolved configuration, nested; flattened to dotted names here.
     tags: commit, dirty, config hash, Ray job id, parent model: what should be searchable.
     dataset: `name`, `digest` (the manifest's) and `source` (a URL).
     parent: id of the run that this one is shown under.
 
-    A server that does not answer costs one warning; the handle then has no run id, metrics go to
-    the journal alone, and `finish` or `replay` makes the run. ConfigError for a uri that cannot
-    be one.
+    If the server does not answer, a warning is logged and the handle has no run id: metrics go to
+    the journal alone, and `finish` or `replay` makes the run. ConfigError for an impossible uri.
     """
     folder, uri = Folder.at(root) / name, locate(config, root)
     record = _Record(
@@ -112,7 +113,10 @@ def start(
         experiment=config.experiment,
         name=name,
         created=_now(),
-        params=_flatten(params),
+        params={
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in flatten(dict(params)).items()
+        },
         tags={**tags, **({"mlflow.parentRunId": parent} if parent else {})},
         dataset=dict(dataset) if dataset else None,
     )
@@ -128,7 +132,7 @@ def start(
     except Exception as error:
         fix = f"Use http(s)://host:port of an MLflow server, or {SQLITE}path/mlflow.db"
         raise ConfigError("tracking.uri", f"cannot open {uri} ({reason(error)})", fix) from None
-    with _forgiving(folder, uri):
+    with _failures_logged(folder, uri):
         _open(client, record, folder)
     return record.handle(folder)
 
@@ -136,39 +140,40 @@ def start(
 def finish(
     handle: RunHandle, status: Status = "FINISHED", tags: Mapping[str, str] = MappingProxyType({})
 ) -> RunHandle:
-    """Close the run, with more tags, after sending all that the server lacks; one warning if it
-    is away. A run that is closed already may be closed again."""
+    """Close the run, with more tags, after sending all that the server lacks. A server that is
+    away is logged as a warning. A run that is closed already may be closed again."""
     folder = Folder.at(handle.folder)
     record = _Record.load(folder)
     record.status, record.ended, record.tags = status, _now(), record.tags | dict(tags)
     record.save(folder)
-    with _forgiving(folder, record.uri):
+    with _failures_logged(folder, record.uri):
         return _replay(record, folder)
     return handle
 
 
 def opened(folder: str) -> RunHandle | None:
-    """The handle of the run that a directory has a record of."""
+    """The handle of a directory's run; None if the directory has no record of one."""
     place = Folder.at(folder)
     return _Record.load(place).handle(place) if place.exists(RECORD) else None
 
 
 def log_artifacts(handle: RunHandle, local: str | Path) -> None:
-    """Show a local folder among the run's artifacts, under its own name; later if need be."""
+    """Show a local folder among the run's artifacts, under its own name. If the server is away,
+    `finish` or `replay` sends it."""
     folder = Folder.at(handle.folder)
     record = _Record.load(folder)
     record.artifacts.append(str(Path(local).resolve()))
     record.save(folder)
     if record.run_id:
-        with _forgiving(folder, record.uri):
+        with _failures_logged(folder, record.uri):
             _send_artifacts(connect(record.uri), record, folder)
 
 
 def replay(folder: str) -> RunHandle:
-    """Bring the server up to date with a run directory: the run, its metrics, how it ended.
+    """Bring the server up to date with a run directory: the run, its metrics, its final status.
 
-    Nothing is doubled, so it may be called for any run and as often as one likes. InfraError
-    where the server is away or refuses.
+    Nothing is sent twice, so it may be called for any run at any time. InfraError if the server
+    is away or refuses.
     """
     place = Folder.at(folder)
     record = _Record.load(place)
@@ -191,6 +196,60 @@ def page(handle: RunHandle) -> str:
     return f"{handle.uri}/#/experiments/{record.experiment_id}/runs/{record.run_id}"
 
 
+def locate(config: TrackingConfig, root: str) -> str:
+    """The tracking URI that a configuration means for the runs in `root`, free of credentials.
+
+    A relative path of a database is made absolute: workers run in other folders.
+    """
+    uri, runs = config.uri, Folder.at(root)
+    if uri is None:
+        if not runs.is_local:
+            why = f"the runs are in {runs.url}, where no database can be kept"
+            raise ConfigError("tracking.uri", why, f"Name a server, or {SQLITE}path/mlflow.db")
+        uri = f"{SQLITE}{runs.path}/mlflow.db"
+    if urlsplit(uri).password:
+        fix = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        raise ConfigError("tracking.uri", "holds a password, which every run would show", fix)
+    if uri.startswith(SQLITE):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}"
+    return uri.rstrip("/")
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that gives up after seconds. A database that does not exist yet is made, by one
+    process while the others wait."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # One warning of ours says what urllib3 would repeat at every attempt.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    if not uri.startswith(SQLITE):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path = Path(uri.removeprefix(SQLITE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed or the process ends
+        if not path.exists():
+            _make_database(path)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)  # adds the default experiment
+
+
+def _make_database(path: Path) -> None:
+    """A database with MLflow's tables, which gets its name only when it is complete.
+
+    MLflow makes the tables in a hundred steps that take seconds. If two processes do so at once,
+    or one is killed meanwhile, MLflow can never open that database again.
+    """
+    from mlflow.db import upgrade
+
+    new = path.with_name(f"{path.name}.new")
+    for left in path.parent.glob(f"{new.name}*"):  # a killed process's database and its journal
+        left.unlink()
+    upgrade.callback(f"{SQLITE}{new}")
+    new.replace(path)
+
+
 @dataclass(kw_only=True)
 class _Record:
     """`run.json`: all that is needed to make the run on a server that has never seen it."""
@@ -207,7 +266,7 @@ class _Record:
     experiment_id: str | None = None
     status: str = "RUNNING"
     ended: int | None = None
-    artifacts: list[str] = field(default_factory=list)  # local folders that wait to be sent
+    artifacts: list[str] = field(default_factory=list)  # local folders that are not sent yet
 
     @classmethod
     def load(cls, folder: Folder) -> _Record:
@@ -224,22 +283,22 @@ class _Record:
 
 def _replay(record: _Record, folder: Folder) -> RunHandle:
     client = connect(record.uri)
-    run_id = _open(client, record, folder)
+    run_id, handle = _open(client, record, folder), record.handle(folder)
     if folder.exists(journal.NAME):
-        lines = folder.read_bytes(journal.NAME)
-        Sender(record.uri, run_id).send(lines, folder.url_of(journal.NAME))
+        Sender(handle).send(folder.read_bytes(journal.NAME), folder.url_of(journal.NAME))
     _send_artifacts(client, record, folder)
     if record.ended:
         client.set_terminated(run_id, record.status, record.ended)
-    return record.handle(folder)
+    return handle
 
 
 def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
-    """Make the record's run, or find it, and give it what it lacks; may be cut short and redone."""
+    """Make or find the record's run and send it what it lacks; its id. May be interrupted and
+    repeated."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     record.experiment_id = _experiment(client, record)
-    record.run_id = record.run_id or _find(client, record) or _create(client, record)
+    record.run_id = record.run_id or _find_or_create(client, record)
     record.save(folder)
     run_id = record.run_id
     known = client.get_run(run_id).data.params
@@ -255,7 +314,7 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
             digest=data["digest"][:DIGEST_LENGTH],
             source_type=urlsplit(data["source"]).scheme or "local",
             source=json.dumps({"uri": scrub(data["source"])}),
-            profile=json.dumps({"digest": data["digest"]}),  # whole
+            profile=json.dumps({"digest": data["digest"]}),  # in full length
         )
         context = InputTag("mlflow.data.context", "training")
         client.log_inputs(run_id, datasets=[DatasetInput(shown, [context])])
@@ -264,20 +323,15 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
     return run_id
 
 
-def _create(client: MlflowClient, record: _Record) -> str:
+def _find_or_create(client: MlflowClient, record: _Record) -> str:
+    """The id of the run; an earlier process may have died before it wrote the id down."""
+    found = client.search_runs([record.experiment_id], f"tags.{KEY} = '{record.key}'")
+    if found:
+        return found[0].info.run_id
     run = client.create_run(
-        record.experiment_id,
-        start_time=record.created,
-        run_name=record.name,
-        tags={KEY: record.key},
+        record.experiment_id, record.created, tags={KEY: record.key}, run_name=record.name
     )
     return run.info.run_id
-
-
-def _find(client: MlflowClient, record: _Record) -> str | None:
-    """The run's id, if it was made by a process that did not live to write the id down."""
-    found = client.search_runs([record.experiment_id], f"tags.{KEY} = '{record.key}'")
-    return found[0].info.run_id if found else None
 
 
 def _experiment(client: MlflowClient, record: _Record) -> str:
@@ -285,13 +339,13 @@ def _experiment(client: MlflowClient, record: _Record) -> str:
 
     if found := client.get_experiment_by_name(record.experiment):
         return found.experiment_id
-    # Left alone, a database would put artifacts under whatever folder the process is in.
+    # By default MLflow puts a database's artifacts into the process's working directory.
     beside = None
     if record.uri.startswith(SQLITE):
         beside = str(Path(record.uri.removeprefix(SQLITE)).parent / "artifacts")
     try:
         return client.create_experiment(record.experiment, artifact_location=beside)
-    except MlflowException:  # another run was quicker
+    except MlflowException:  # another run has just made it
         if found := client.get_experiment_by_name(record.experiment):
             return found.experiment_id
         raise
@@ -306,45 +360,13 @@ def _send_artifacts(client: MlflowClient, record: _Record, folder: Folder) -> No
         record.save(folder)
 
 
-def locate(config: TrackingConfig, root: str) -> str:
-    """The tracking URI that a configuration means for the runs in `root`, free of credentials.
-
-    A relative path of a database is made absolute: workers run in other folders.
-    """
-    uri, runs = config.uri, Folder.at(root)
-    if uri is None:
-        if not runs.is_local:
-            why = f"the runs are in {runs.url}, where no database can be kept"
-            raise ConfigError("tracking.uri", why, f"Name a server, or {SQLITE}path/mlflow.db")
-        uri = f"{SQLITE}{runs.path}/mlflow.db"
-    if urlsplit(uri).password:
-        fix = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-        raise ConfigError("tracking.uri", "holds a password, which every run would show", fix)
-    if uri.startswith(SQLITE):
-        path = Path(uri.removeprefix(SQLITE)).resolve()
-        return f"{SQLITE}{path}"
-    return uri.rstrip("/")
-
-
 @contextmanager
-def _forgiving(folder: Folder, uri: str) -> Iterator[None]:
+def _failures_logged(folder: Folder, uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         text = "%s is not on MLflow at %s (%s). The record is in the folder; replay it later"
         log.warning(text, folder.url, uri, reason(error))
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names to strings; what is neither a mapping nor a string is written as JSON."""
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            flat[f"{prefix}{name}"] = text
-    return flat
 
 
 def _now() -> int:

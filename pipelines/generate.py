@@ -36,10 +36,10 @@ from infra import tracking
 from infra.config import to_tree
 from infra.errors import ConfigError
 from infra.storage import Folder
-from infra.tracking import TrackingConfig
 from pipelines import models, prompts, toys, verb
 from pipelines.film import Film
 from pipelines.models import ConverterConfig, Model
+from pipelines.verb import TrackingConfig
 from pipelines.watch import Watch, printable
 
 

@@ -31,11 +31,12 @@ from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
 from infra.termination import Terminated, noticed
-from infra.tracking import RunHandle, TrackingConfig
+from infra.tracking import RunHandle
 from pipelines import models, runs, workers
 from pipelines.bounds import BOUNDS
 from pipelines.runs import RESULT, say
 from pipelines.training import Log, TrainConfig, train
+from pipelines.verb import TrackingConfig
 from pipelines.workers import Training
 
 H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
@@ -113,7 +114,7 @@ def launch(
     asked for once in the life of a run. tags: lineage for the MLflow run. parent: the id of the
     MLflow run to show it under. fit: what to train with instead of Ray Train on a cluster.
     """
-    from infra.checkpoints import committed  # half a second that `--help` is not to pay
+    from infra.checkpoints import committed, drop_damaged  # half a second, not for `--help`
 
     with runs.opened(config, verb) as held:
         folder = held.run
@@ -136,6 +137,8 @@ def launch(
             handle = runs.start(config, verb, manifest, tags, parent)
         say(f"run {folder.url}; metrics: {tracking.page(handle)}")
         with runs.ending(handle):
+            if config.train.checkpoint.corrupt == "skip":
+                drop_damaged(folder / "checkpoints", config.train.steps)
             if config.train.steps not in committed(folder / "checkpoints"):
                 job = Job(
                     config=config,
@@ -188,6 +191,7 @@ def run_on_this_process(
         milestone_every=config.train.checkpoint.milestone_every,
         max_failures=config.train.checkpoint.max_failures,
         permit=job.lease.confirm,
+        corrupt=config.train.checkpoint.corrupt,
     )
     logs: list[tracking.Logger] = []
 

@@ -4,8 +4,7 @@ of the public MDLM code. Whatever the address, the answer is a denoiser with its
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +78,14 @@ def _read(address: str, converter: ConverterConfig, tracking_uri: str) -> Model:
         raise DataError(
             address, "no such model", "Give a run, a model folder or models:/name@alias"
         )
-    with _local(folder) as local:
+    with folder.local() as local:
         denoiser = mdlm.from_mdlm(local, **vars(converter))
     return Model(denoiser=denoiser, vocabulary=None, kind="mdlm", length=None, address=address)
 
 
 def load_folder(folder: Folder, address: str = "") -> Model:
     """The model in a folder that `save` wrote, or `dsl.save`, which says less about it."""
-    with _local(folder) as local:
+    with folder.local() as local:
         metadata = weights.read_config(local)["metadata"]
         kind, length = metadata.get("objective", "dsl"), metadata.get("length")
         if kind not in KINDS or (length is not None and (type(length) is not int or length < 1)):
@@ -138,7 +137,7 @@ def is_ours(folder: Folder) -> bool:
 
 def vocabulary_of(manifest: Manifest, data: Folder) -> Vocabulary:
     """The vocabulary that shards were written with; DataError if the file is another one."""
-    with _local(data, only="tokenizer.json") as local:
+    with data.local("tokenizer.json") as local:
         vocabulary = Vocabulary.load(local)
     if vocabulary.sha256 != manifest.vocabulary.sha256:
         raise DataError(
@@ -168,7 +167,7 @@ def register(
     from pipelines.model import SIGNATURE  # MLflow takes seconds to import
 
     assert handle.run_id is not None
-    with _local(model) as local:
+    with model.local() as local:
         return registry.register(
             code=PYFUNC,
             folder=local,
@@ -180,15 +179,3 @@ def register(
             signature=SIGNATURE,
             tags=tags,
         )
-
-
-@contextmanager
-def _local(folder: Folder, only: str | None = None) -> Iterator[Path]:
-    """The folder (or file) on this machine's disk: itself, or a copy for as long as it is used."""
-    if folder.is_local:
-        yield Path(folder.path)
-        return
-    with tempfile.TemporaryDirectory() as staging:
-        for name in [only] if only else folder.names():
-            (Path(staging) / name).write_bytes(folder.read_bytes(name))
-        yield Path(staging)

@@ -10,12 +10,10 @@ The corpus is read three times at most (to measure it, to train a BPE, to encode
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -91,7 +89,7 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     vocabulary = _vocabulary(config, sizes)
     with ShardWriter(
         out,
-        vocabulary=shards.Vocabulary(
+        vocabulary=shards.VocabularyRecord(
             kind=config.vocabulary.kind, sha256=vocabulary.sha256, size=vocabulary.size
         ),
         length=config.length,
@@ -178,14 +176,9 @@ def _vocabulary(config: PrepareConfig, sizes: dict[str, int]) -> Vocabulary:
         train = islice(pieces(config.source, config.text_field), sizes["train"])
         return Vocabulary.train_bpe((piece.text for piece in train), given.size)
     folder, name = Folder.holding(given.path.rstrip("/"))
-    if folder.is_local:
-        return Vocabulary.load(given.path)
     inside = (folder / name).names()  # none: it is a file
-    with tempfile.TemporaryDirectory() as local:
-        for file in inside or [name]:
-            content = (folder / name if inside else folder).read_bytes(file)
-            (Path(local) / file).write_bytes(content)
-        return Vocabulary.load(local if inside else Path(local) / name)
+    with (folder / name if inside else folder).local(*inside or [name]) as local:
+        return Vocabulary.load(local if inside else local / name)
 
 
 def _encode(

@@ -67,10 +67,8 @@ def with_vocabulary(model: Model, tokenizer: str | None) -> Model:
     if not tokenizer:
         raise ConfigError("tokenizer", f"{model.address} comes without one", "Name its files")
     folder, name = Folder.holding(tokenizer.rstrip("/"))
-    if folder.is_local:
-        vocabulary = Vocabulary.load((folder / name).path)
-    else:
-        vocabulary = Vocabulary.from_json(folder.read_bytes(name).decode())
+    with folder.local(name) as local:
+        vocabulary = Vocabulary.load(local / name)
     tokens = model.denoiser.config.backbone.tokens
     if vocabulary.size != tokens:
         why = f"has {vocabulary.size} tokens, {model.address} has {tokens}"

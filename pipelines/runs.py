@@ -4,10 +4,8 @@ run has in common."""
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dsl.errors import VocabularyError, WeightsError
@@ -160,7 +158,7 @@ def publish(
     log = tracking.Logger(tracking.Journal(folder), handle)
     log.log(0, metrics)
     log.close()
-    with on_disk(folder / "report") as place:
+    with (folder / "report").local() as place:
         tracking.log_artifacts(handle, place)
     return tracking.finish(handle)
 
@@ -173,17 +171,3 @@ def say(line: str) -> None:
 def clock(seconds: float) -> str:
     """Minutes and seconds, for progress."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-@contextmanager
-def on_disk(folder: Folder) -> Iterator[Path]:
-    """A folder on this machine: itself, or for as long as it is used a copy of the same name."""
-    if folder.is_local:
-        yield Path(folder.path)
-        return
-    with tempfile.TemporaryDirectory() as staging:
-        place = Path(staging) / folder.path.rpartition("/")[2]
-        place.mkdir()
-        for file in folder.names():
-            (place / file).write_bytes(folder.read_bytes(file))
-        yield place

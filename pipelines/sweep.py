@@ -102,7 +102,7 @@ def _result(config: SweepConfig, trials: Sequence[Trial], best: Arm) -> dict[str
 def _keep(report: Report, folder: Folder, handle: RunHandle) -> None:
     for name, content in report.files().items():
         folder.write_bytes(name, content)
-    with runs.on_disk(folder) as place:
+    with folder.local() as place:
         tracking.log_artifacts(handle, place)
 
 

@@ -63,12 +63,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """A checkpoint every so many steps; the last `keep` stay, and every milestone."""
+    """A checkpoint every so many steps; the last `keep` stay, and every milestone.
+
+    A `corrupt` one stops a run that resumes; "skip" has it resume from the one before.
+    """
 
     every: int = 500
     keep: int = 2
     milestone_every: int | None = None
     max_failures: int = 3
+    corrupt: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ class Learner:
                 mesh=mesh,
                 config=sharding,
                 # Directions and biases must not be rounded to 8 bits: they are what an SNR is of.
-                exact=(denoiser.table, denoiser.converter),
+                float32=(denoiser.table, denoiser.converter),
             )
         trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -189,7 +193,7 @@ class Learner:
                 for name, bound in bounds.items()
             }
 
-        return parallel.ask(module, values)
+        return parallel.gathered(module, values)
 
     def _loss(self, module: Objective, step: int, lane: int, rows_RL: np.ndarray) -> Loss:
         draws = generator(self.config.stream.seed, step, lane, self.device)
@@ -233,8 +237,7 @@ def train(
     """
     with parallel.join(sharding) as mesh:
         learner = Learner(objective, config, mesh, sharding)
-        done = checkpoints.latest()
-        kept = {} if done is None else checkpoints.load(done, learner.tensors())
+        done, kept = checkpoints.resume(learner.tensors())
         log = open_log(done)
         lanes = config.stream.lanes(*parallel.world())
         held_out = _held_out(validation_NL, config, lanes)

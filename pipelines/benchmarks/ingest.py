@@ -26,7 +26,7 @@ from pipelines.benchmarks.timing import Procedure
 from pipelines.report import Row, Table
 
 CPU = torch.device("cpu")
-IDS = shards.Vocabulary(kind="bpe", sha256="0" * 64, size=50257)
+IDS = shards.VocabularyRecord(kind="bpe", sha256="0" * 64, size=50257)
 LARGER = 4  # times as many rows
 FACTS = {"source": "random", "split_rule": "all", "blocks": "eos"}
 FAST = 5.0  # million tokens a second, of one worker
@@ -91,7 +91,7 @@ def _of_planning(size: IngestConfig, rounds: int, place: Path) -> Row:
     """From the manifest to the first window. Reading the footers waits for the store: left out."""
     name = "train/part-{:05d}.parquet"
     files = [
-        shards.File(name=name.format(i), rows=ROWS_PER_FILE, bytes=1, sha256="0" * 64)
+        shards.Shard(name=name.format(i), rows=ROWS_PER_FILE, bytes=1, sha256="0" * 64)
         for i in range(size.shards)
     ]
     splits = {"train": tuple(files)}

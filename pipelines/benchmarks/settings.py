@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
-from infra.tracking import TrackingConfig
 from pipelines.prepare import BPE, File
+from pipelines.verb import TrackingConfig
 
 Name = Literal["sampler", "train", "converter", "ingest", "startup", "evaluate", "paper"]
 

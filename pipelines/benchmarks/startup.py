@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from infra.config import VERBS
 from infra.errors import InfraError
 from pipelines.benchmarks import timing
 from pipelines.benchmarks.results import Bar, ratio, table
 from pipelines.benchmarks.settings import BenchmarkConfig
 from pipelines.report import Row, Table
+from pipelines.verb import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 

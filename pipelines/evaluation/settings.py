@@ -12,7 +12,6 @@ from dsl.denoiser import Denoiser
 from dsl.likelihood import PathName
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra.pool import PoolConfig
-from infra.tracking import TrackingConfig
 from pipelines.evaluation.cells import PathConfig
 from pipelines.evaluation.features import AnyFeaturizer
 from pipelines.evaluation.gate import GateConfig
@@ -20,6 +19,7 @@ from pipelines.evaluation.judge import AnyJudge
 from pipelines.evaluation.mauve import LEAST, MauveConfig
 from pipelines.evaluation.published import Published
 from pipelines.models import ConverterConfig
+from pipelines.verb import TrackingConfig
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # What stands beside the models: independent tokens, held-out text, and more of it to compare with.

@@ -13,12 +13,12 @@ from infra import tracking
 from infra.config import overridden, to_tree
 from infra.errors import ConfigError
 from infra.storage import Folder
-from infra.tracking import TrackingConfig
 from pipelines.evaluation.cells import PathConfig
 from pipelines.evaluation.settings import EvaluateConfig, Questions
 from pipelines.finetune import FinetuneConfig, Recipe
 from pipelines.sweeping.search import OneAtATime, Random, Search
 from pipelines.sweeping.space import Knob, Settings, label
+from pipelines.verb import TrackingConfig
 
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
 # What decides how trials are measured, or for how long, or where, is the same for all of them.

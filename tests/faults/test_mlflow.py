@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from infra import journal
-from infra.logger import connect
-from infra.tracking import replay
+from infra.tracking import connect, replay
 from tests.faults import processes
 from tests.faults.conftest import Report
 from tests.faults.nodes import free_port

@@ -1,4 +1,4 @@
-"""Seeded damage: what disks, editors, half-finished copies and ill will do to a file.
+"""Seeded damage to files, as disks, editors, interrupted copies and attackers may do it.
 
 Every function draws from the `random.Random` that it is given, so a case is repeated by its seed:
 `pytest tests/fuzz -k "manifest and seed17-"`.
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -48,33 +49,22 @@ def _flip(rng: Random, content: bytes) -> bytes:
     return bytes(damaged)
 
 
-def _cut(rng: Random, content: bytes) -> bytes:
-    return content[: rng.randrange(len(content) + 1)]
-
-
-def _behead(rng: Random, content: bytes) -> bytes:
-    return content[rng.randrange(len(content) + 1) :]
-
-
 def _insert(rng: Random, content: bytes) -> bytes:
     at = rng.randrange(len(content) + 1)
     what = rng.choice((rng.randbytes(8), b"\0" * 64, b"\xff", b"\n", b'"', b"}", b"[" * 9))
     return content[:at] + what + content[at:]
 
 
-def _zero(rng: Random, content: bytes) -> bytes:
+def _span(rng: Random, content: bytes, kind: str) -> bytes:
+    """The content with one span of it cut off, zeroed, removed or repeated."""
     begin, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    return content[:begin] + bytes(end - begin) + content[end:]
-
-
-def _remove(rng: Random, content: bytes) -> bytes:
-    begin = rng.randrange(len(content) + 1)
-    return content[:begin] + content[begin + rng.choice((1, 2, 16)) :]
-
-
-def _repeat(rng: Random, content: bytes) -> bytes:
-    begin, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    return content[:end] + content[begin:end] + content[end:]
+    return {
+        "cut": content[:begin],
+        "behead": content[begin:],
+        "zero": content[:begin] + bytes(end - begin) + content[end:],
+        "remove": content[:begin] + content[begin + rng.choice((1, 2, 16)) :],
+        "repeat": content[:end] + content[begin:end] + content[end:],
+    }[kind]
 
 
 def _other(rng: Random, content: bytes) -> bytes:
@@ -89,7 +79,8 @@ def _other(rng: Random, content: bytes) -> bytes:
 
 
 BYTES: tuple[Callable[[Random, bytes], bytes], ...] = (
-    _flip, _flip, _flip, _cut, _behead, _insert, _zero, _remove, _repeat, _other,
+    _flip, _flip, _flip, _insert, _other,
+    *(partial(_span, kind=kind) for kind in ("cut", "behead", "zero", "remove", "repeat")),
 )  # fmt: skip
 
 
@@ -175,3 +166,12 @@ def copy_of(folder: Path, to: Path) -> Path:
     """A copy of a folder that shares its files until one is replaced."""
     shutil.copytree(folder, to, copy_function=os.link)
     return to
+
+
+def damaged(
+    folder: Path, to: Path, seed: str, name: str, how: Callable[[Random, bytes], bytes] = bytes_
+) -> Path:
+    """A copy of a folder, one file of which is spoilt."""
+    copied = copy_of(folder, to / folder.name)
+    spoil(Random(f"{name} {seed}"), copied / name, how)
+    return copied

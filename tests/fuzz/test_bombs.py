@@ -19,7 +19,7 @@ import pytest
 import torch
 import zstandard
 
-from infra.shards import MANIFEST, ShardWriter, Vocabulary
+from infra.shards import MANIFEST, ShardWriter, VocabularyRecord
 from tests.dsl.test_mdlm import training_file
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +65,8 @@ def shards(folder: Path, name: str, rows: int, length: int) -> None:
     """Shards whose manifest is honest about a row group of zeros that no writer of ours makes."""
     place = folder / name
     with ShardWriter(
-        str(place), vocabulary=Vocabulary(kind="bpe", sha256="ab" * 32, size=50), length=length,
-        source="here", split_rule="by hand", blocks="eos",
+        str(place), vocabulary=VocabularyRecord(kind="bpe", sha256="ab" * 32, size=50),
+        length=length, source="here", split_rule="by hand", blocks="eos",
     ) as writer:  # fmt: skip
         writer.write("train", np.zeros((1, length), np.int64))
     file = place / "train/part-00000.parquet"

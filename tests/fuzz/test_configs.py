@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from infra import command, config
-from infra.config import VERBS
-from pipelines.verb import PRESETS
+from pipelines.verb import PRESETS, VERBS
 from tests.fuzz import mutate
 from tests.fuzz.mutate import seeds
 
@@ -43,7 +42,8 @@ def resolved(capsys: pytest.CaptureFixture[str], verb: str, *argv: str) -> tuple
         raise AssertionError("only the configuration was asked for")
 
     code = command.run(
-        verb, config_type(verb), plan=never, execute=never, presets=PRESETS, doc="",
+        verb, config_type(verb), plan=never, execute=never, verbs=VERBS,
+        presets=PRESETS, doc="",
         argv=[*argv, "--print-config"],
     )  # fmt: skip
     out, err = capsys.readouterr()

@@ -14,7 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from infra.shards import MANIFEST, ShardWriter, Vocabulary, check_files, read_group, read_manifest
+from infra.shards import (
+    MANIFEST,
+    ShardWriter,
+    VocabularyRecord,
+    check_files,
+    read_group,
+    read_manifest,
+)
 from infra.storage import Folder
 from infra.stream import Plan, StreamConfig, read
 from pipelines import prompts
@@ -33,7 +40,7 @@ ORDER = StreamConfig(num_lanes=2, rows_per_microbatch=4)
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     with ShardWriter(
-        str(folder), vocabulary=Vocabulary(kind="bpe", sha256="ab" * 32, size=50), length=8,
+        str(folder), vocabulary=VocabularyRecord(kind="bpe", sha256="ab" * 32, size=50), length=8,
         source="here", split_rule="by hand", blocks="eos",
     ) as writer:  # fmt: skip
         writer.write("train", ROWS_NL[:32])
@@ -62,8 +69,7 @@ def require_rows(folder: Path, *names: str) -> None:
 
 @seeds(180)
 def test_a_manifest(prepared: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(prepared, tmp_path / "data")
-    mutate.spoil(Random(f"manifest {seed}"), folder / MANIFEST, mutate.json_)
+    folder = mutate.damaged(prepared, tmp_path, seed, MANIFEST, mutate.json_)
     require_rows(folder, MANIFEST, "part-00000.parquet", "split", str(folder))
 
 

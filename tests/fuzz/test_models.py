@@ -28,6 +28,8 @@ from tests.fuzz.mutate import seeds
 
 pytestmark = pytest.mark.timeout(120)
 
+Damage = Callable[[Random, bytes], bytes]
+
 CHARACTERS = Vocabulary.char()
 SMALL = dsl.DenoiserConfig(
     backbone=dsl.DiTConfig(tokens=CHARACTERS.size, width=8, blocks=1, heads=2, cond_dim=4),
@@ -96,26 +98,21 @@ def header(rng: Random, content: bytes) -> bytes:
     return struct.pack("<Q", length) + said + content[8 + size :]
 
 
+@pytest.mark.parametrize(
+    ("name", "how", "named"),
+    [
+        ("config.json", mutate.json_, ("config.json", "saved")),
+        (WEIGHTS, header, (WEIGHTS, "config.json")),
+        ("tokenizer.json", mutate.json_, ("tokenizer.json", "saved")),
+    ],
+)
 @seeds(120)
-def test_a_models_config(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "model")
-    mutate.spoil(Random(f"config {seed}"), folder / "config.json", mutate.json_)
-    require_sound(judge(opened(folder), "config.json", "model"), folder / WEIGHTS)
-
-
-@seeds(120)
-def test_a_models_weights(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "model")
-    mutate.spoil(Random(f"weights {seed}"), folder / WEIGHTS, header)
-    require_sound(judge(opened(folder), WEIGHTS, "config.json"), folder / WEIGHTS)
-
-
-@seeds(120)
-def test_a_models_tokenizer(saved: Path, tmp_path: Path, seed: str) -> None:
-    folder = mutate.copy_of(saved, tmp_path / "model")
-    mutate.spoil(Random(f"tokenizer {seed}"), folder / "tokenizer.json", mutate.json_)
-    model = judge(opened(folder), "tokenizer.json", str(folder))
-    require_sound(model)
+def test_a_file_of_a_model(
+    saved: Path, tmp_path: Path, seed: str, name: str, how: Damage, named: tuple[str, ...]
+) -> None:
+    folder = mutate.damaged(saved, tmp_path, seed, name, how)
+    model = judge(opened(folder), *named)
+    require_sound(model, folder / WEIGHTS)
     if model and model.vocabulary:
         require_reading(model.vocabulary)
 

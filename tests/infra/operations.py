@@ -10,7 +10,7 @@ import torch
 
 from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.errors import InfraError
-from infra.shards import ShardWriter, Vocabulary, read_group, read_manifest
+from infra.shards import ShardWriter, VocabularyRecord, read_group, read_manifest
 from infra.storage import Folder
 
 IDS_NL = np.arange(64 * 8).reshape(64, 8) % 32
@@ -27,7 +27,7 @@ class Operation(NamedTuple):
 
 def furnish(folder: Folder) -> None:
     """Shards, and a checkpoint of step 1."""
-    vocabulary = Vocabulary(kind="char", sha256="", size=32)
+    vocabulary = VocabularyRecord(kind="char", sha256="", size=32)
     about = {"length": 8, "source": "here", "split_rule": "none", "blocks": "eos"}
     with ShardWriter(folder / "data", vocabulary=vocabulary, **about) as writer:
         writer.write("train", IDS_NL)

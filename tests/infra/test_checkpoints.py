@@ -13,11 +13,12 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from infra.checkpoints import Checkpoints, committed, consolidate, optimizer_ten
 from infra.errors import DataError, InfraError
 from infra.parallel import ParallelConfig
 from infra.storage import Folder, explained
+from tests.infra.common import Bomb
 from tests.infra.workers import Toy, Trained, batch, full, in_workers
 
 FLOAT32 = ParallelConfig(compute_dtype="float32", threads=1)
@@ -100,10 +102,7 @@ def test_two_steps_kill_three_steps_equal_five(tmp_path: Path) -> None:
     assert expected["ema_updates"] == 5
 
 
-def save_and_die_while_writing(folder: str) -> None:
-    store = Checkpoints(folder, keep=2)
-    store.save(1, numbers(1), {})
-    store.wait()
+def die_while_writing() -> None:
     streamed = Folder.open
 
     @contextmanager
@@ -115,26 +114,28 @@ def save_and_die_while_writing(folder: str) -> None:
             yield file
 
     Folder.open = cut
-    store.save(2, numbers(2), {})
-    store.wait()
 
 
-def save_and_die_before_the_commit(folder: str) -> None:
+def die_before_the_commit() -> None:
+    Folder.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_twice(folder: str, die: Callable[[], None]) -> None:
     store = Checkpoints(folder, keep=2)
     store.save(1, numbers(1), {})
     store.wait()
-    Folder.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    die()
     store.save(2, numbers(2), {})
     store.wait()
 
 
-@pytest.mark.parametrize("die", [save_and_die_while_writing, save_and_die_before_the_commit])
+@pytest.mark.parametrize("die", [die_while_writing, die_before_the_commit])
 def test_kill_during_a_save_leaves_the_checkpoint_before(
-    die: Callable[[str], None], tmp_path: Path
+    die: Callable[[], None], tmp_path: Path
 ) -> None:
     folder = str(tmp_path)
     with pytest.raises(BrokenProcessPool):
-        in_workers(1, die, folder)
+        in_workers(1, save_twice, folder, die)
     assert (tmp_path / "step_000002").exists()
     store = Checkpoints(folder, keep=2, asynchronous=False)
     assert (store.steps(), store.latest()) == ([1], 1)
@@ -181,7 +182,7 @@ def test_save_copies_before_it_returns(tmp_path: Path, monkeypatch: pytest.Monke
     store.wait()
     assert store.latest() == 1
     assert torch.equal(consolidate(str(tmp_path), 1, "a")[""], numbers(1)["a"])
-    assert checkpoints.read_meta(str(tmp_path), 1) == {"losses": [1.0]}
+    assert store.resume(numbers(0)) == (1, {"losses": [1.0]})
 
 
 def test_the_latest_and_the_milestones_stay_and_the_commit_goes_first(
@@ -313,14 +314,6 @@ def test_another_model_is_one_error_that_lists_the_differences(tmp_path: Path) -
         consolidate(str(tmp_path), 1, "ema.")
 
 
-class Malice:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(1, numbers(1), {})
@@ -344,7 +337,7 @@ def refused(step_folder: Path) -> str:
 def test_a_pickle_in_place_of_a_file_is_refused_and_runs_nothing(saved: Path) -> None:
     trap = saved / "trap"
     shard = next(saved.glob("*.safetensors"))
-    pickled = pickle.dumps(Malice(trap))
+    pickled = pickle.dumps(Bomb(trap))
     whole = shard.read_bytes()
     shard.write_bytes(pickled.ljust(len(whole), b"."))
     assert "it is not a safetensors file" in refused(saved)
@@ -382,9 +375,112 @@ def test_damage_is_one_error_that_names_the_file(saved: Path) -> None:
 )
 def test_a_spoilt_commit_is_refused(spoil: Callable[[Any], None], saved: Path) -> None:
     commit = json.loads((saved / "commit.json").read_text())
+    del commit["sha256"]
     spoil(commit)
     (saved / "commit.json").write_text(json.dumps(commit))
     assert "not a commit of this format" in refused(saved)
+
+
+def flip(file: Path, at: int) -> None:
+    """Flip one bit of the byte at this place."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1 << at % 8
+    file.write_bytes(content)
+
+
+def test_any_flipped_bit_is_found_or_does_not_matter(saved: Path) -> None:
+    store = Checkpoints(str(saved.parent), keep=1)
+    harmless = []
+    for file in saved.iterdir():
+        numbers_from = file.stat().st_size - 12 * 4 - 8
+        for at in range(file.stat().st_size):
+            flip(file, at)
+            tensors, message = numbers(0), ""
+            try:
+                store.load(1, tensors)
+            except DataError as error:
+                message = str(error)
+            flip(file, at)
+            if message:
+                assert file.name in message
+            else:
+                assert all(torch.equal(tensors[key], numbers(1)[key]) for key in tensors)
+                assert file.suffix == ".json" or at < numbers_from
+                harmless.append(at)
+    assert harmless  # such as a blank at the end of the header
+
+
+def three(folder: Path, corrupt: Literal["stop", "skip"]) -> Checkpoints:
+    store = Checkpoints(str(folder), keep=3, asynchronous=False, corrupt=corrupt)
+    for step in (1, 2, 3):
+        store.save(step, numbers(step), {"step": step})
+    for step in (2, 3):
+        flip(next((folder / f"step_00000{step}").glob("*.safetensors")), -30)
+    return store
+
+
+def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        three(tmp_path, "stop").resume(numbers(0))
+    file = next((tmp_path / "step_000003").glob("*.safetensors"))
+    assert str(caught.value) == (
+        f"{file}: damaged checkpoint: the numbers of a[0,0] do not match their checksum. Remove "
+        "the folder of this step, or have damaged checkpoints skipped (corrupt=skip), to go back "
+        "to the checkpoint before it"
+    )
+    assert committed(str(tmp_path)) == [1, 2, 3]
+
+
+def test_damaged_checkpoints_are_skipped_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, tensors = three(tmp_path, "skip"), numbers(0)
+    assert store.resume(tensors) == (1, {"step": 1})
+    assert torch.equal(tensors["a"], numbers(1)["a"])
+    assert committed(str(tmp_path)) == [1]
+    assert caplog.text.count("skipped: ") == 2
+    checkpoints.drop_damaged(str(tmp_path), 1)
+    assert committed(str(tmp_path)) == [1]
+    flip(next((tmp_path / "step_000001").glob("*.safetensors")), -30)
+    with pytest.raises(DataError, match=r"step_000001.*checksum"):  # there is none before it
+        store.resume(tensors)
+    checkpoints.drop_damaged(str(tmp_path), 1)
+    assert store.resume(tensors) == (None, {})
+
+
+def resume_past_damage_of_one_rank(folder: str) -> tuple[int | None, dict[str, Any]]:
+    with parallel.join(FLOAT32) as mesh:
+        run = Trained(mesh, FLOAT32)
+        store = Checkpoints(folder, keep=9, corrupt="skip")
+        for step in (1, 2):
+            run.step(step)
+            store.save(step, tensors_of(run), {})
+        store.wait()
+        if parallel.world()[0] == 1:
+            flip(next(Path(folder, "step_000002").glob("*-00001.safetensors")), -30)
+        dist.barrier()
+        step, _ = store.resume(tensors_of(run))
+        return step, full(tensors_of(run).items())
+
+
+def test_what_one_rank_finds_damaged_all_ranks_skip(tmp_path: Path) -> None:
+    first, second = in_workers(2, resume_past_damage_of_one_rank, str(tmp_path))
+    assert first[0] == second[0] == 1
+    same(first[1], second[1])
+    read = consolidate(str(tmp_path), 1, "")
+    same(first[1], {key: tensor.numpy() for key, tensor in read.items()})
+
+
+def test_a_checkpoint_from_before_there_were_checksums_opens(saved: Path) -> None:
+    commit = json.loads((saved / "commit.json").read_text())
+    del commit["sha256"]
+    for entry in commit["tensors"].values():
+        for chunk in entry["chunks"]:
+            del chunk["sha256"]
+    (saved / "commit.json").write_text(json.dumps(commit))
+    tensors = numbers(0)
+    assert Checkpoints(str(saved.parent), keep=1).resume(tensors) == (1, {})
+    assert torch.equal(tensors["a"], numbers(1)["a"])
 
 
 def test_what_is_not_a_tensor_is_refused_when_saving(tmp_path: Path) -> None:
@@ -412,14 +508,19 @@ def test_other_tools_can_read_the_shards(saved: Path) -> None:
         ),
         min_size=1,
         max_size=5,
-    )
+    ),
+    chunk_bytes=st.sampled_from((1, 9, dcp.CHUNK_BYTES)),
 )
-def test_any_dtype_shape_and_name_comes_back(drawn: dict[str, Any], tmp_path: Path) -> None:
+def test_any_dtype_shape_and_name_comes_back(
+    drawn: dict[str, Any], chunk_bytes: int, tmp_path: Path
+) -> None:
     tensors = {}
     for key, (dtype, shape, turned) in drawn.items():
         tensor = torch.randint(0, 2, shape).to(dtype)
         tensors[key] = tensor.mT if turned and tensor.dim() > 1 else tensor  # strided as well
-    Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(7, tensors, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp, "CHUNK_BYTES", chunk_bytes)
+        Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(7, tensors, {})
     back = consolidate(str(tmp_path), 7, "")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from typing import Any
 import pytest
 
 from infra import cluster, head
-from infra.cluster import Commit
+from infra.cluster import Revision
 from infra.errors import DataError, InfraError
+from tests.infra.common import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,15 +93,9 @@ def test_commit_from_git_or_from_the_submission(
     assert clean is not None
     assert (len(clean.sha), clean.dirty) == (40, False)
     (tmp_path / "file").touch()
-    assert cluster.commit(tmp_path) == Commit(clean.sha, True)
-    monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Commit("abc", True)))
-    assert cluster.commit(tmp_path) == cluster.submitted_commit() == Commit("abc", True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    assert cluster.commit(tmp_path) == Revision(clean.sha, True)
+    monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Revision("abc", True)))
+    assert cluster.commit(tmp_path) == Revision("abc", True)
 
 
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -37,6 +37,7 @@ def run(
         Config,
         plan=lambda config: {"steps": config.steps, "tokens": config.steps * 2048},
         execute=execute,
+        verbs=("finetune",),
         presets=presets,
         doc="Fine-tune something.",
         argv=argv,

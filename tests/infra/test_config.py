@@ -73,7 +73,8 @@ class Config:
 
 
 def load(*argv: str, presets: Path = Path("nowhere")) -> Config:
-    return config.load(Config, verb="finetune", argv=argv, presets=presets)
+    verbs = ("prepare", "finetune")
+    return config.load(Config, verb="finetune", argv=argv, presets=presets, verbs=verbs)
 
 
 def preset(folder: Path, text: str, name: str = "small") -> Path:

@@ -164,6 +164,22 @@ def test_checkpointing_and_compile_change_neither_gradients_nor_names(
     assert len(compiled) == (6 if compile else 0)  # three of the model, three of its average
 
 
+def test_checkpointed_blocks_are_really_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend=backend))
+    root = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    config = ParallelConfig(activation_checkpointing=True, compile=True)
+    with parallel.join(config) as mesh:
+        parallel.shard(root, root[:1], mesh=mesh, config=config)
+        root(torch.ones(1, 3)).backward()
+    assert len(graphs) == 1
+
+
 def test_validation_leaves_shards_behind() -> None:
     config = ParallelConfig(compute_dtype="bfloat16", threads=1)
     with parallel.join(config) as mesh:
@@ -187,7 +203,7 @@ def test_one_worker_in_float32_has_nothing_to_shard() -> None:
         run = Trained(mesh, FLOAT32)
         run.step(0)
         assert {type(p.data) for p in run.model.parameters()} == {torch.Tensor}
-        assert parallel.ask(run.model, lambda: 3) == 3
+        assert parallel.gathered(run.model, lambda: 3) == 3
 
 
 def test_clipping_reports_the_norm_before_and_scales_to_the_limit() -> None:

@@ -19,6 +19,7 @@ import pytest
 from infra import pool
 from infra.errors import ConfigError, DataError, InfraError
 from infra.pool import PoolConfig, RemoteTraceback
+from tests.infra.common import until
 
 HERE, TWO = PoolConfig(count=0), PoolConfig(count=2)
 PATIENCE_S = 60.0
@@ -29,13 +30,6 @@ class Job(NamedTuple):
 
     name: str
     parts: tuple[Any, ...] = ()
-
-
-def until(done: Callable[[], bool]) -> None:
-    limit = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from infra import registry, tracking
 from infra.errors import DataError, InfraError
-from infra.logger import connect
-from infra.tracking import RunHandle, TrackingConfig
+from infra.tracking import RunHandle, TrackingConfig, connect
+from tests.infra.common import Bomb
 
 CODE = """
 from pathlib import Path
@@ -44,7 +44,12 @@ set_model(Model())
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunHandle:
     root = tmp_path_factory.mktemp("runs")
     return tracking.start(
-        TrackingConfig(), root=str(root), name="made", params={}, tags={}, config_yaml=""
+        TrackingConfig(experiment="toy"),
+        root=str(root),
+        name="made",
+        params={},
+        tags={},
+        config_yaml="",
     )
 
 
@@ -158,14 +163,6 @@ def test_what_is_not_there(
     assert message in str(caught.value)
 
 
-class Bomb:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
-
-
 @pytest.mark.parametrize("name", ["python_model.pkl", "weights.pt", "pytorch_model.bin", "x"])
 def test_a_pickle_is_not_taken_in(run: RunHandle, sources: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "weights").mkdir()
@@ -230,6 +227,27 @@ def test_weights_that_point_elsewhere_are_not_opened(
     (model / "MLmodel").write_text(yaml.safe_dump(described))
     with pytest.raises(DataError, match="not a model made of code and safetensors"):
         registry.download(forged(run, model, "elsewhere"), run.uri)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "serve.py"])
+def test_a_flipped_bit_is_found(
+    run: RunHandle, made: registry.ModelVersion, tmp_path: Path, name: str
+) -> None:
+    registry.download(made.uri, run.uri, tmp_path / "copy")
+    (model,) = (file.parent for file in (tmp_path / "copy").rglob("MLmodel"))
+    (file,) = model.rglob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    uri = forged(run, model, f"flipped {name}")
+    for take in (registry.download, registry.load):
+        with pytest.raises(DataError) as caught:
+            take(uri, run.uri)
+        assert str(caught.value).startswith(
+            f"{uri}: {file.relative_to(model)}: damaged model: the file does not match its checksum"
+        )
+    (model / registry.CHECKSUMS).unlink()  # as of a model from before there were any
+    assert registry.download(uri, run.uri).is_dir()
 
 
 def test_a_registry_that_is_away(made: registry.ModelVersion) -> None:

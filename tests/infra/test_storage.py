@@ -51,6 +51,17 @@ def test_a_stream_appears_when_it_is_whole(folder: Folder) -> None:
         assert file.read() == b"x" * 10 + b"y"
 
 
+def test_a_copy_on_this_machine(folder: Folder) -> None:
+    for name in ("a", "b"):
+        folder.write_bytes(name, name.encode())
+    for asked in ((), ("a",)):
+        with folder.local(*asked) as place:
+            assert place.name == "[folder]*"
+            assert (place / "a").read_bytes() == b"a"
+            assert folder.is_local or len(list(place.iterdir())) == len(asked or "ab")
+        assert place.exists() == folder.is_local
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     folder = Folder.at(str(tmp_path))
     folder.write_bytes("a", b"old")

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,17 +20,20 @@ from hypothesis import strategies as st
 from infra import journal, tracking
 from infra.errors import ConfigError, DataError, InfraError
 from infra.journal import Journal
-from infra.logger import connect
-from infra.tracking import Logger, RunHandle, TrackingConfig
+from infra.tracking import Logger, RunHandle, TrackingConfig, connect
+from tests.infra.common import free_port, until
 
 PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "optim:\n  lr: 3.0e-4\n"
 DATASET = {"name": "topics", "digest": "ab" * 32, "source": "s3://bucket/topics"}
 
 
 def start(root: Path, name: str, uri: str | None = None, **more: object) -> RunHandle:
     given = {"params": PARAMS, "tags": {"commit": "c0ffee"}, "config_yaml": CONFIG} | more
-    return tracking.start(TrackingConfig(uri=uri), root=str(root), name=name, **given)
+    return tracking.start(
+        TrackingConfig(uri=uri, experiment="toy"), root=str(root), name=name, **given
+    )
 
 
 def history(handle: RunHandle, metric: str = "loss") -> dict[int, float]:
@@ -46,13 +48,6 @@ def run_of(handle: RunHandle):
     return connect(handle.uri).get_run(handle.run_id)
 
 
-def until(done, seconds: float = 60.0) -> None:
-    limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs whose database, slow to be made, the tests of this module share."""
@@ -63,9 +58,7 @@ class Server:
     """`mlflow server` on a port of its own, as often started and killed as a test likes."""
 
     def __init__(self, folder: Path, database: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.folder, self.database = folder, database
         self.process: subprocess.Popen | None = None
@@ -306,6 +299,45 @@ def test_a_batch_whose_answer_was_lost_is_not_sent_again(
     assert sent == [1, 2, 3, 4]
 
 
+# The database
+
+OPEN = """
+import sys
+from infra.tracking import connect
+
+client = connect(sys.argv[1])
+client.create_run(client.create_experiment(sys.argv[2]))
+client.search_registered_models()
+"""
+
+
+def opening(database: Path, experiment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OPEN, f"sqlite:///{database}", experiment]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
+    """One process dies while it makes the tables; then three come at the same moment."""
+    database = tmp_path / "runs" / "mlflow.db"
+    half_made = database.with_name("mlflow.db.new")
+    killed = opening(database, "killed")
+    while not half_made.exists() or not half_made.stat().st_size:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not database.exists()
+
+    together = [opening(database, f"experiment {nth}") for nth in range(3)]
+    said = [process.communicate()[1] for process in together]
+    assert [process.returncode for process in together] == [0, 0, 0], said
+    assert sum("Creating initial MLflow database tables" in text for text in said) == 1
+
+    found = connect(f"sqlite:///{database}").search_experiments()
+    assert {e.name for e in found} == {"Default", *(f"experiment {nth}" for nth in range(3))}
+    assert sorted(p.name for p in database.parent.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
 # The configuration
 
 
@@ -324,11 +356,11 @@ def test_an_impossible_uri(tmp_path: Path, uri: str, why: str) -> None:
 
 def test_no_database_in_an_object_store() -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri: .* no database can be kept"):
-        tracking.locate(TrackingConfig(), "memory://runs")
+        tracking.locate(TrackingConfig(experiment="toy"), "memory://runs")
 
 
 def test_a_database_of_a_relative_path_is_one_place() -> None:
-    uri = tracking.locate(TrackingConfig(uri="sqlite:///some/mlflow.db"), "runs")
+    uri = tracking.locate(TrackingConfig(uri="sqlite:///some/mlflow.db", experiment="toy"), "runs")
     assert uri == f"sqlite:///{Path('some/mlflow.db').resolve()}"
 
 
@@ -396,6 +428,6 @@ def test_a_server_that_dies_comes_back_or_never_was(
     names = {file.path for file in connect(late.uri).list_artifacts(late.run_id)}
     assert names == {"config.yaml", "report"}
     client = connect(server.uri)
-    experiment = client.get_experiment_by_name("dsl").experiment_id
+    experiment = client.get_experiment_by_name("toy").experiment_id
     names = [run.info.run_name for run in client.search_runs([experiment])]
     assert (names.count("early"), names.count("run")) == (1, 1)

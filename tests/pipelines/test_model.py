@@ -19,10 +19,11 @@ from dsl.dit import DiTConfig
 from infra import registry, tracking
 from infra.registry import ModelVersion
 from infra.storage import Folder
-from infra.tracking import RunHandle, TrackingConfig
+from infra.tracking import RunHandle
 from pipelines import models
 from pipelines.generate import GenerateConfig, draw, prepare
 from pipelines.model import TextModel
+from pipelines.verb import TrackingConfig
 
 LENGTH = 10
 HYBRID = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +10,15 @@ import pytest
 
 from infra import cluster, head
 from infra.tracking import connect
+from tests.infra.common import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def running_head(tmp_path: Path) -> Iterator[Path]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     state = tmp_path / "cluster"
-    head.up(state, dashboard_port=port, num_cpus=4)
+    head.up(state, dashboard_port=free_port(), num_cpus=4)
     yield state
     head.down(state)
 

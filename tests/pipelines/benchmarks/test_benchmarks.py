@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dsl.denoiser import Denoiser
-from infra.config import VERBS
 from infra.errors import ConfigError, InfraError
 from pipelines.benchmarks import flops, ingest, paper, sampler, startup, timing, tokenizing
 from pipelines.benchmarks.results import SKIPPED, Bar, ratio
 from pipelines.benchmarks.settings import BenchmarkConfig, ModelConfig, build
+from pipelines.verb import VERBS
 from tests.pipelines.benchmarks import small
 
 ROOT = Path(__file__).resolve().parents[3]

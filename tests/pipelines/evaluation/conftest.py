@@ -13,9 +13,9 @@ from dsl.vocabulary import Vocabulary
 from infra import command, tracking
 from infra.shards import read_manifest
 from infra.storage import Folder
-from infra.tracking import TrackingConfig
 from pipelines import evaluate, models
 from pipelines.runs import DATA_ERRORS
+from pipelines.verb import TrackingConfig
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.small import LENGTH, network
 

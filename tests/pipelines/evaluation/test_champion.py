@@ -11,8 +11,8 @@ import pytest
 from dsl.vocabulary import Vocabulary
 from infra import registry, tracking
 from infra.storage import Folder
-from infra.tracking import TrackingConfig
 from pipelines import models
+from pipelines.verb import TrackingConfig
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Refused, Run
 from tests.pipelines.evaluation.small import LENGTH, network

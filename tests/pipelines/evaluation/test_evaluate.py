@@ -12,7 +12,7 @@ import pytest
 
 from dsl.vocabulary import Vocabulary
 from infra import config
-from infra.logger import connect
+from infra.tracking import connect
 from pipelines import evaluate
 from pipelines.evaluation import held_out, metrics
 from tests.pipelines import tiny

@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 from infra import stream
 from infra.config import load
 from infra.errors import ConfigError
-from infra.logger import connect
+from infra.tracking import connect
 from pipelines import launch, sweep
 from pipelines.finetune import FinetuneConfig
 from pipelines.sweeping import against, pages, recommendation, tuning

@@ -22,12 +22,13 @@ import yaml
 
 from infra.checkpoints import committed
 from infra.config import load
-from infra.tracking import TrackingConfig, connect
+from infra.tracking import connect
 from pipelines import finetune
 from pipelines.finetune import FinetuneConfig
 from pipelines.sweeping import tuning
 from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.trials import Trials
+from pipelines.verb import TrackingConfig
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
