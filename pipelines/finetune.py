@@ -26,6 +26,7 @@ from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
+from pipelines.kinds import DSL, KINDS
 from pipelines.launch import Job, RunConfig, launch, plan
 from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
 from pipelines.workers import Training
@@ -57,9 +58,9 @@ def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) 
     uri = tracking.locate(config.tracking, config.root)
     model = models.load(config.init, converter=config.converter, tracking_uri=uri)
     models.require_same(model, vocabulary, "init")
-    if model.kind == "ar":
+    if KINDS[model.kind].causal:
         raise ConfigError("init", f"{config.init} is autoregressive", "Give a masked model")
-    if model.kind == "dsl":
+    if KINDS[model.kind].finite_snr:
         return model.denoiser
     return Denoiser.from_backbone(
         model.denoiser.backbone,
@@ -102,7 +103,7 @@ def execute(
     return launch(
         config,
         verb="finetune",
-        kind="dsl",
+        kind=DSL.name,
         objective=partial(DSLObjective, support=config.support),
         initial=partial(initial, config),
         tags={"parent_model": config.init},

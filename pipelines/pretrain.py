@@ -18,20 +18,14 @@ from typing import Any, Literal
 import torch
 
 from dsl.denoiser import Denoiser, DenoiserConfig
-from dsl.objective import ARObjective, MDLMObjective
 from dsl.vocabulary import Vocabulary
 from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
+from pipelines.kinds import MDLM, PRETRAINED, ModelKind
 from pipelines.launch import RunConfig, launch, plan
 from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
-
-OBJECTIVES = {
-    "mdlm": MDLMObjective,
-    "mdlm_flat": partial(MDLMObjective, weighting="flat"),
-    "ar": ARObjective,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,7 @@ class PretrainConfig(RunConfig):
     """
 
     init: str = SCRATCH
-    objective: Literal["mdlm", "mdlm_flat", "ar"] = "mdlm"
+    objective: Literal[tuple(PRETRAINED)] = MDLM.name
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
 
@@ -51,9 +45,9 @@ class PretrainConfig(RunConfig):
 HARD = ConverterConfig(embed_dim=1, mask_prior=1.0, skip=False)
 
 
-def kind(config: PretrainConfig) -> str:
+def kind(config: PretrainConfig) -> ModelKind:
     """What the weights are trained for."""
-    return "ar" if config.objective == "ar" else "mdlm"
+    return PRETRAINED[config.objective]
 
 
 def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
@@ -63,7 +57,7 @@ def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
     ever at a finite SNR.
     """
     torch.manual_seed(config.train.stream.seed)
-    dit = config.backbone.dit(tokens, causal=config.objective == "ar")
+    dit = config.backbone.dit(tokens, causal=kind(config).causal)
     return Denoiser(DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0, skip=False))
 
 
@@ -78,8 +72,9 @@ def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) 
     uri = tracking.locate(config.tracking, config.root)
     model = models.load(config.init, converter=HARD, tracking_uri=uri)
     models.require_same(model, vocabulary, "init")
-    if model.kind != kind(config):
-        why = f"{config.init} was trained as {model.kind}, and this objective makes {kind(config)}"
+    if model.kind != kind(config).name:
+        made = kind(config).name
+        why = f"{config.init} was trained as {model.kind}, and this objective makes {made}"
         raise ConfigError("init", why, "Give a model of the same kind, or another objective")
     return model.denoiser
 
@@ -94,8 +89,8 @@ def execute(config: PretrainConfig) -> dict[str, Any]:
     return launch(
         config,
         verb="pretrain",
-        kind=kind(config),
-        objective=OBJECTIVES[config.objective],
+        kind=kind(config).name,
+        objective=kind(config).objectives[config.objective],
         initial=partial(initial, config),
         tags={} if config.init == SCRATCH else {"parent_model": config.init},
     )

@@ -21,6 +21,7 @@ from pipelines.evaluation.judge import Judged
 from pipelines.evaluation.measures import Condition
 from pipelines.evaluation.parts import Parts, matrix
 from pipelines.evaluation.settings import REFERENCES, UNIGRAM, EvaluateConfig
+from pipelines.kinds import AR, KINDS
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class Found:
 
         Where a likelihood is exact there is one view of it, which stands for any bound.
         """
-        view = "exact" if self.kinds.get(model, "ar") == "ar" else view
+        kind = KINDS.get(self.kinds.get(model, AR.name), AR)
+        view = "exact" if kind.causal else view
         return self._column(f"parts/likelihood/{model}/{view}", "nats")
 
     def require_view(self, model: str, view: str) -> None:
         """ConfigError unless it is one of the model's."""
         config, kind = self.config, self.kinds[model]
         known = [view.name for view in measures.views(kind, config.likelihood, config.seed)]
-        if view not in known and kind != "ar":
+        if view not in known and not KINDS[kind].causal:
             why = f"{view} is no view of the likelihood of {model}"
             raise ConfigError("gate", why, f"Name one of: {', '.join(known)}")
 

@@ -27,6 +27,7 @@ from pipelines.evaluation.mauve import MauveConfig
 from pipelines.evaluation.measures import AtSNR, Condition
 from pipelines.evaluation.parts import chunks, lists, matrix
 from pipelines.evaluation.settings import REFERENCES, EvaluateConfig
+from pipelines.kinds import KINDS
 
 TEXTS = 1024  # that are read in one job: reading is quick, and a job has a price of its own
 
@@ -371,7 +372,7 @@ def _asked(config: EvaluateConfig, model: str, kind: str) -> list[Job]:
         jobs += [Errors(condition=condition, **rows) for condition in conditions]
         readings = measures.readings(kind, config.states)
         jobs += [Convert(condition=condition, **rows) for condition in readings]
-        if kind == "dsl" and config.states.gammas:
+        if KINDS[kind].finite_snr and config.states.gammas:
             jobs.append(Calibration(**rows))
     return jobs
 

@@ -22,6 +22,7 @@ from pipelines import models
 from pipelines.evaluation import hub, metrics
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.kinds import AR, KINDS
 from pipelines.models import ConverterConfig, Model
 
 WHERE = "judge.model"
@@ -169,7 +170,9 @@ def _require_causal(model: str, network: Any, start: int) -> None:
 
 
 def _require_ar(model: Model) -> Model:
-    if model.kind != "ar":
-        why = f"{model.address} is a {model.kind} model, and only an ar model can judge"
-        raise DataError(WHERE, why, "Pretrain one with objective=ar, or take judge.kind=hub")
+    if not KINDS[model.kind].causal:
+        why = f"{model.address} is a {model.kind} model, and only an {AR.name} model can judge"
+        raise DataError(
+            WHERE, why, f"Pretrain one with objective={AR.name}, or take judge.kind=hub"
+        )
     return model

@@ -24,6 +24,7 @@ from dsl.posterior import Posterior
 from dsl.state import State
 from dsl.summary import log_prob_of, summarise
 from pipelines.evaluation.settings import LikelihoodConfig, StatesConfig
+from pipelines.kinds import KINDS
 
 # --- likelihood --------------------------------------------------------------------------------
 
@@ -83,16 +84,13 @@ def hybrid(config: LikelihoodConfig, seed: int, gamma_star: float) -> View:
 
 def views(kind: str, config: LikelihoodConfig, seed: int) -> tuple[View, ...]:
     """The likelihoods that a model of a kind has."""
-    by_kind: Mapping[str, tuple[View, ...]] = {
-        "ar": (exact(),),
-        "mdlm": (endpoints(config, seed),),
-        "dsl": (
-            endpoints(config, seed),
-            *(integral(config, seed, contour) for contour in config.contours),
-            *(hybrid(config, seed, gamma_star) for gamma_star in config.gamma_star),
-        ),
+    by_name: Mapping[str, tuple[View, ...]] = {
+        "exact": (exact(),),
+        "endpoint_bound": (endpoints(config, seed),),
+        "path_integral": tuple(integral(config, seed, contour) for contour in config.contours),
+        "hybrid_bound": tuple(hybrid(config, seed, gamma_star) for gamma_star in config.gamma_star),
     }
-    return by_kind[kind]
+    return tuple(view for name in KINDS[kind].views for view in by_name[name])
 
 
 # --- the error, state by state -----------------------------------------------------------------
@@ -139,12 +137,8 @@ def conditions(kind: str, config: StatesConfig) -> tuple[Condition, ...]:
     """The states that a model of a kind was trained on."""
     revealed = tuple(Revealed(share=share) for share in config.revealed)
     noisy = tuple(AtSNR(snr=gamma) for gamma in config.gammas)
-    by_kind: Mapping[str, tuple[Condition, ...]] = {
-        "ar": (),  # it sees the tokens before, no others
-        "mdlm": revealed,
-        "dsl": (*revealed, *noisy),
-    }
-    return by_kind[kind]
+    found = KINDS[kind]
+    return (() if found.causal else revealed) + (noisy if found.finite_snr else ())
 
 
 class Errors(NamedTuple):
@@ -192,7 +186,9 @@ def _errors_of(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Te
 
 def readings(kind: str, config: StatesConfig) -> tuple[AtSNR, ...]:
     """Where to look at the converter of a model of a kind, nothing known included."""
-    return tuple(AtSNR(snr=gamma) for gamma in (0.0, *config.gammas)) if kind == "dsl" else ()
+    return (
+        tuple(AtSNR(snr=gamma) for gamma in (0.0, *config.gammas)) if KINDS[kind].finite_snr else ()
+    )
 
 
 @torch.no_grad()

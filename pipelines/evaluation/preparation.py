@@ -14,12 +14,13 @@ from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines.evaluation import held_out, jobs, promotion, subjects
 from pipelines.evaluation.bench import MODELS, WORDS, Bench, stranger
-from pipelines.evaluation.cells import cells, refusal
+from pipelines.evaluation.cells import cells
 from pipelines.evaluation.found import Found
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.parts import Parts, chunks
 from pipelines.evaluation.settings import CHAMPION, REAL, REFERENCES, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
+from pipelines.kinds import KINDS
 
 SUBJECTS = "subjects.json"  # written last: what a restart needs is there
 
@@ -100,7 +101,7 @@ def found(
     walked = [
         cell
         for cell in cells(kinds, config.paths, length)
-        if not refusal(kinds[cell.model], cell.walk, cell.budget, length)
+        if not KINDS[kinds[cell.model]].refusal(cell.walk, cell.budget, length)
     ]
     return Found(config, Parts(folder), tuple(walked), kinds)
 

@@ -16,6 +16,7 @@ from infra.errors import DataError, nearest
 from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation.held_out import HeldOut
+from pipelines.kinds import KINDS
 from pipelines.models import ConverterConfig
 
 Origin = Mapping[str, Any]
@@ -94,6 +95,6 @@ def freeze(
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "weights": hashlib.sha256((into / name).read_bytes(WEIGHTS)).hexdigest(),
     }
-    if kind == "dsl":
+    if KINDS[kind].finite_snr:
         facts |= geometry_report(denoiser.table_VD) | {"beta": denoiser.converter.beta.item()}
     return Subject(name=name, kind=kind, origin=origin, facts=facts)

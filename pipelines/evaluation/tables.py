@@ -14,7 +14,7 @@ from dsl import likelihood
 from dsl.likelihood import Profile
 from dsl.paths import Information
 from pipelines.evaluation import judge, measures, metrics
-from pipelines.evaluation.cells import Cell, cells, longest, refusal
+from pipelines.evaluation.cells import Cell, cells, longest
 from pipelines.evaluation.found import Found
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.measures import AtSNR, Condition, Revealed
@@ -22,6 +22,7 @@ from pipelines.evaluation.metrics import NGRAMS, Score
 from pipelines.evaluation.settings import REAL, UNIGRAM, EvaluateConfig
 from pipelines.evaluation.stages import Stage
 from pipelines.evaluation.subjects import Subject
+from pipelines.kinds import KINDS
 from pipelines.report import SKIPPED, STDERR, Column, Row, Table
 
 MEASURED = ("likelihood", "states", "calibration", "converter", "samples")
@@ -137,8 +138,8 @@ class Tables:
         )
 
     def _states(self, subject: Subject) -> Iterator[Row]:
-        name, kind = subject.name, subject.kind
-        for condition in measures.conditions(kind, self.found.config.states):
+        name, kind = subject.name, KINDS[subject.kind]
+        for condition in measures.conditions(subject.kind, self.found.config.states):
             errors = self.found.errors(name, condition)
             # Distances in a table that nobody trained would say nothing.
             squared = _entries("squared_error", metrics.mean(errors["squared"]))
@@ -147,15 +148,14 @@ class Tables:
                 "state": condition.name,
                 **_snr(condition),
                 **_entries("nats", metrics.mean(errors["nats"])),
-                **(squared if kind == "dsl" else {}),
+                **(squared if kind.finite_snr else {}),
             }
-        lacking = {
-            "ar": ("any", "ar sees the tokens before, no others"),
-            "mdlm": ("SNR > 0", "mdlm was not trained on it"),
-        }
-        if kind in lacking:
-            state, why = lacking[kind]
-            yield {"model": name, "state": state, SKIPPED: why}
+        if kind.causal:
+            why = f"{kind.name} sees the tokens before, no others"
+            yield {"model": name, "state": "any", SKIPPED: why}
+        elif not kind.finite_snr:
+            why = f"{kind.name} was not trained on it"
+            yield {"model": name, "state": "SNR > 0", SKIPPED: why}
 
     def calibration(self) -> Table:
         """How far confidence is from accuracy, by SNR."""
@@ -164,7 +164,12 @@ class Tables:
             note="The likeliest token at every position, in ten bins of equal width. ECE: expected "
             "calibration error.",
             columns=CALIBRATION,
-            rows=[row for s in self.subjects if s.kind == "dsl" for row in self._calibration(s)],
+            rows=[
+                row
+                for s in self.subjects
+                if KINDS[s.kind].finite_snr
+                for row in self._calibration(s)
+            ],
         )
 
     def _calibration(self, subject: Subject) -> Iterator[Row]:
@@ -218,7 +223,7 @@ class Tables:
         places = (Revealed(share=0.0), *(AtSNR(snr=gamma) for gamma in gammas))
         made = {}
         for subject in self.subjects:
-            if subject.kind == "dsl":
+            if KINDS[subject.kind].finite_snr:
                 errors = [self.found.errors(subject.name, at)["squared"] for at in places]
                 profile = Profile((0.0, *gammas), torch.from_numpy(np.stack(errors)))
                 made[subject.name] = profile.information()
@@ -269,8 +274,8 @@ class Tables:
         length, config = self.held_out.manifest.length, self.found.config
         reasons: dict[tuple[str, str], dict[str, None]] = {}
         for cell in cells(self.found.kinds, config.paths, length):
-            kind = self.found.kinds[cell.model]
-            if reason := refusal(kind, cell.walk, cell.budget, length):
+            kind = KINDS[self.found.kinds[cell.model]]
+            if reason := kind.refusal(cell.walk, cell.budget, length):
                 reasons.setdefault((cell.model, reason), {})[cell.path] = None
         for (model, reason), paths in reasons.items():
             yield {"model": model, "path": ", ".join(paths), SKIPPED: reason}

@@ -48,6 +48,19 @@ class Finite:
         return self.states
 
 
+class Seen(Finite):
+    """Whether any state on the way holds evidence at finite SNR."""
+
+    name = "seen"
+    evidence = False
+
+    def observe(self, clock: Clock, before: State, posterior: Any, after: State) -> None:
+        self.evidence |= bool(after.evidence_BL.any())
+
+    def result(self) -> bool:
+        return self.evidence
+
+
 def check(path: AnyPath, state: State, budget: int, seed: int) -> None:
     made = sample(LAW.denoiser(), path, state, budget=budget, seed=seed, recorders=[Finite()])
     assert made.calls <= budget
@@ -71,6 +84,18 @@ def test_any_state_any_budget(path: AnyPath, state: State, budget: int, seed: in
 )
 def test_any_hybrid(stages: Any, split: tuple[int, int], state: State) -> None:
     check(Hybrid(*stages, split=split), state, sum(split), 0)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PATHS, *(Hybrid(*pair, split=n) for pair in HYBRIDS for n in ((3, 6), (0, 9), (9, 0)))],
+    ids=repr,
+)
+def test_a_path_says_whether_it_passes_through_finite_snr(path: AnyPath) -> None:
+    made = sample(
+        LAW.denoiser(), path, State.masked(16, 4, 2), budget=9, seed=1, recorders=[Seen()]
+    )
+    assert made.recorded["seen"] is path.finite_snr
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)
