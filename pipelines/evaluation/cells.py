@@ -1,4 +1,4 @@
-"""Which texts an evaluation draws: paths and budgets, and who can walk them."""
+"""Which texts an evaluation draws: of which models, along which paths, at which budgets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from dsl.paths import AnyPath, Hybrid
 from dsl.paths.defaults import choose
 from dsl.truncation import Nucleus
+
+# What stands beside the models: independent tokens, held-out text, and more of it to compare with.
+UNIGRAM, REAL, REFERENCES = "unigram", "real", "references"
+CHAMPION = "champion"
 
 
 @dataclass(frozen=True, kw_only=True)

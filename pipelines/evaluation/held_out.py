@@ -43,7 +43,7 @@ def read(url: str, split: str, rows: int, *, corpus_rows: int, seed: int) -> Hel
         manifest=manifest,
         vocabulary=vocabulary,
         rows_NL=stream.holdout(data, manifest, split, rows, seed),
-        unigram=Unigram.fit(corpus_T, vocabulary.size),
+        unigram=Unigram.of(corpus_T, vocabulary.size),
         words=frozenset(metrics.words(corpus_T, vocabulary)),
     )
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsl.vocabulary import Vocabulary
 from infra.errors import DataError
 from infra.storage import Folder
 
@@ -89,6 +90,13 @@ def lists(rows_NK: np.ndarray) -> pa.Array:
     """The rows of a matrix as a column of lists."""
     width = rows_NK.shape[1]
     return pa.FixedSizeListArray.from_arrays(pa.array(rows_NK.reshape(-1)), width)
+
+
+def texts(tokens_BL: np.ndarray, first: int, vocabulary: Vocabulary) -> pa.Table:
+    """Texts as they are kept: their numbers from ``first`` on, their tokens, and what they say."""
+    words = [vocabulary.decode(row) for row in tokens_BL.tolist()]
+    numbers = np.arange(first, first + len(tokens_BL))
+    return pa.table({"row": numbers, "text": words, "tokens": lists(tokens_BL)})
 
 
 def chunks(rows: int, size: int) -> Iterable[tuple[int, int]]:

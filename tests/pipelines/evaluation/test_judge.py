@@ -19,8 +19,8 @@ from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.state import State
 from dsl.vocabulary import END_OF_TEXT, Vocabulary
 from infra.errors import DataError
-from pipelines.evaluation import judge
-from pipelines.evaluation.judge import HubJudge, Judged, OwnJudge, windows
+from pipelines.evaluation.questions import judge
+from pipelines.evaluation.questions.judge import HubJudge, Judged, OwnJudge, windows
 from pipelines.models import Model
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers

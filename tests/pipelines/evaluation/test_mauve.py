@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from infra import config
-from pipelines.evaluation import mauve
 from pipelines.evaluation.features import HubFeaturizer, OwnFeaturizer
-from pipelines.evaluation.mauve import LEAST, Mauve, MauveConfig
+from pipelines.evaluation.questions import mauve
+from pipelines.evaluation.questions.mauve import LEAST, MauveConfig, Scored
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
 
@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_mauve_text() -> None:
         float(compute_mauve(p_features=p_NF, q_features=q_MF, seed=seed).mauve)
         for seed in (25, 26, 27)
     ]
-    assert found == Mauve(statistics.fmean(theirs), statistics.stdev(theirs), tuple(theirs))
+    assert found == Scored(statistics.fmean(theirs), statistics.stdev(theirs), tuple(theirs))
     assert len(set(theirs)) == 3
     assert mauve.one(p_NF, q_MF, MauveConfig(), 26) == theirs[1]
 

@@ -1,14 +1,15 @@
-"""Generative perplexity: how likely a model of somebody else finds the texts of ours.
+"""Generative perplexity: how likely another model, the judge, finds the texts of ours.
 
-Shapes: N texts, L positions, B windows of a batch, V tokens of the judge.
+Shapes: N texts, L positions, B windows of a batch, V tokens of the judge, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +18,28 @@ from torch import Tensor
 
 from dsl import likelihood
 from dsl.vocabulary import END_OF_TEXT
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from pipelines import models
 from pipelines.evaluation import hub, metrics
+from pipelines.evaluation.evaluation import Evaluation
+from pipelines.evaluation.gate import OfTexts, Resamples, ratios
 from pipelines.evaluation.metrics import Score
+from pipelines.evaluation.question import (
+    Columns,
+    Merit,
+    Question,
+    Task,
+    entries,
+    tasks_of_texts,
+)
 from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, KINDS
 from pipelines.models import ConverterConfig, Model
+from pipelines.report import Column, Row
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.settings import Questions
 
 WHERE = "judge.model"
 
@@ -38,7 +54,7 @@ class Judged(NamedTuple):
 
 
 # From texts, and their rows of ids [N, L] in the data's vocabulary.
-Judge = Callable[[Sequence[str], np.ndarray], Judged]
+Reads = Callable[[Sequence[str], np.ndarray], Judged]
 
 
 def perplexity(judged: Judged) -> Score:
@@ -72,7 +88,7 @@ class HubJudge(HubReader):
         """Have the model on this machine, or say what to do; see `hub.check`."""
         hub.check(self.model, "AutoModelForCausalLM", max_tokens=self.max_tokens, where=WHERE)
 
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Judge:
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
         opened = hub.open(self.model, "AutoModelForCausalLM", device, where=WHERE)
         tokenizer, network, start = opened
         _require_causal(self.model, network, start)
@@ -115,7 +131,7 @@ class OwnJudge(OwnReader):
         there is none; `uri` of the registry."""
         _require_ar(models.load(self.model, converter=ConverterConfig(), tracking_uri=uri))
 
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Judge:
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
         denoiser = _require_ar(open_model(self.model)).denoiser.to(device).eval()
 
         def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
@@ -176,3 +192,64 @@ def _require_ar(model: Model) -> Model:
             WHERE, why, f"Pretrain one with objective={AR.name}, or take judge.kind=hub"
         )
     return model
+
+
+# --- the question ------------------------------------------------------------------------------
+
+
+def _judged(
+    judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
+) -> Columns:
+    return workspace.reader(judge)(texts, tokens_NL)._asdict()
+
+
+def _group(source: str) -> str:
+    return f"parts/judged/{source}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativePerplexity(OfTexts):
+    """Perplexity of the texts for the judge, over all of their tokens; lower is better.
+
+    It falls for texts that repeat themselves: guard it with `entropy`.
+    """
+
+    kind: Literal["generative_perplexity"] = "generative_perplexity"
+
+    sign: ClassVar[int] = -1
+
+    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
+        judged = Judged(**evaluation.columns(_group(self.source(evaluation, model))))
+        return np.exp(ratios(judged.nats_N, judged.tokens_N, draws.rows(len(judged.nats_N))))
+
+    def require(self, evaluation: Evaluation, candidate: str) -> None:
+        super().require(evaluation, candidate)
+        if evaluation.config.judge is None:
+            raise ConfigError("gate", "asks for a judge, and there is none", "Give judge, too")
+
+
+class Judge(Question):
+    section, settings, optional = "judge", AnyJudge, True
+    gate_metrics = (GenerativePerplexity,)
+    columns = (
+        Column("perplexity", "Generative perplexity", ".2f"),
+        Column("judged_bits_per_byte", "Judged bits per byte", ".3f"),
+    )
+    merits = (Merit("perplexity", "Generative perplexity ↓", ".1f", better=-1),)
+
+    def readers(self, config: Questions) -> Sequence[AnyJudge]:
+        return (config.judge,)
+
+    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
+        measure = partial(_judged, evaluation.config.judge)
+        return tasks_of_texts(_group(source), source, texts, measure)
+
+    def of_source(self, evaluation: Evaluation, source: str) -> Row:
+        judged = Judged(**evaluation.columns(_group(source)))
+        return {
+            **entries("perplexity", perplexity(judged)),
+            **entries("judged_bits_per_byte", bits_per_byte(judged)),
+        }
+
+    def note(self, config: Questions) -> str:
+        return f"Generative perplexity by {config.judge.label}."
