@@ -76,12 +76,13 @@ def errors(
     """Means over the unrevealed tokens of each row, one denoiser call: the cross-entropy in
     ``nats``, and ``squared``, which is ``|x - x_hat|²`` and E(SNR) of 003 eq. 3 at one SNR."""
     tokens_BL, state = shown(denoiser, tokens_BL, condition, seed=seed, first_row=first_row)
-    nats_B, squared_B = _errors(denoiser(state), tokens_BL, ~state.revealed_BL).double().cpu()
+    nats_B, squared_B = mean_errors(denoiser(state), tokens_BL, ~state.revealed_BL).double().cpu()
     return {"nats": nats_B.numpy(), "squared": squared_B.numpy()}
 
 
-def _errors(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
-    """``[2, B]``: both errors from one projection onto the vocabulary."""
+def mean_errors(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
+    """``[2, B]``: cross-entropy and squared error, means over the hidden tokens of each row, from
+    one projection onto the vocabulary."""
     table_VD = posterior.table_VD
 
     def both(log_probs_AV: Tensor, tokens_A: Tensor) -> Tensor:
