@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from infra import pool
 from infra.pool import PoolConfig
@@ -30,13 +30,6 @@ TIME = (
     Column("work", "Seconds of work", ".1f"),
     Column("wall", "Seconds waited just now", ".1f"),
 )
-
-
-class Done(NamedTuple):
-    """What came of a task: how many rows, and the seconds that it took."""
-
-    rows: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +71,16 @@ def _of_models(evaluation: Evaluation) -> Iterator[Task]:
             yield from question.of_model(evaluation, subject)
 
 
-def worker(config: EvaluateConfig) -> Callable[[Task], Done]:
-    """What a process of the pool does with a task: do it and keep the part."""
+def worker(config: EvaluateConfig) -> Callable[[Task], int]:
+    """What a process of the pool does with a task: do it and keep the part. The rows of that."""
     workspace = Workspace(config)
 
-    def work(task: Task) -> Done:
+    def work(task: Task) -> int:
         began = time.perf_counter()
         table = task.work(workspace)
         seconds = time.perf_counter() - began
         workspace.parts.write(task.group, task.first, table, {"seconds": seconds})
-        return Done(len(table), seconds)
+        return len(table)
 
     return work
 
@@ -101,8 +94,8 @@ def _run(stage: str, tasks: Sequence[Task], evaluation: Evaluation, workers: Poo
     if len(missing) < len(tasks):
         say(f"{stage}: {len(tasks) - len(missing)} of {len(tasks)} parts are there already")
     done = rows = 0
-    for result in pool.run(missing, partial(worker, evaluation.config), workers):
-        done, rows = done + 1, rows + result.rows
+    for size in pool.run(missing, partial(worker, evaluation.config), workers):
+        done, rows = done + 1, rows + size
         now = time.monotonic()
         if now - shown >= EVERY_S or done == len(missing):
             shown, speed = now, rows / (now - began)

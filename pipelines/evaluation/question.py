@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
-from dsl.denoiser import Denoiser
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.parts import chunks, matrix
+from pipelines.kinds import ModelKind
 from pipelines.report import STDERR, Column, Row, Table
 
 if TYPE_CHECKING:
     from pipelines.evaluation.evaluation import Evaluation
     from pipelines.evaluation.held_out import HeldOut
     from pipelines.evaluation.readers import HubReader, OwnReader
-    from pipelines.evaluation.settings import Questions
     from pipelines.evaluation.subjects import Subject
     from pipelines.evaluation.workspace import Workspace
 
+# A `pipelines.evaluation.settings.Questions`, which is made of the questions and imports them.
+Questions = Any
 TEXTS = 1024  # that one task reads: reading is quick, and every task has a fixed cost
 Drawn = tuple[str, str, bytes | None]  # a plot's name, caption and PNG; None where nothing is shown
 Columns = Mapping[str, Any]  # of a part: values by name, one for each row
@@ -135,22 +135,61 @@ class Question:
         return {}
 
 
-# --- tasks -------------------------------------------------------------------------------------
+# --- on held-out rows ----------------------------------------------------------------------------
 
 # (denoiser, tokens [B, L], first_row=number of the first) -> columns of B values
 OfRows = Callable[..., Columns]
+
+
+class RowQuestion(Question):
+    """A measurement of every model on the held-out rows of the likelihood, with its own table.
+
+    name: of the table, and of the folder of its parts. title, text, table: what heads, explains
+    and makes up the table.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    text: ClassVar[str]
+    table: ClassVar[tuple[Column, ...]]
+
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        """What to measure of a kind of model, by a name for it; "" where that is one thing."""
+        return {}
+
+    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterable[Row]:
+        """What the table says of a model."""
+        return ()
+
+    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
+        config = evaluation.config
+        for asked, measure in self.asked(config, subject.trained_as).items():
+            for first, count in chunks(config.likelihood.rows, config.batch):
+                rows = {"model": subject.name, "first": first, "count": count}
+                work = partial(_of_rows, measure=measure, **rows)
+                yield Task(group=self.group(subject.name, asked), first=first, work=work)
+
+    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
+        rows = [row for subject in evaluation.subjects for row in self.rows(evaluation, subject)]
+        return {self.name: Table(title=self.title, note=self.text, columns=self.table, rows=rows)}
+
+    def group(self, model: str, asked: str = "") -> str:
+        """The group of the parts of one of the things asked."""
+        names = ("parts", self.name, model, asked.replace(" ", "-"))
+        return "/".join(filter(None, names))
+
+
+def _of_rows(
+    workspace: Workspace, *, model: str, first: int, count: int, measure: OfRows
+) -> pa.Table:
+    denoiser, tokens_BL = workspace.model(model).denoiser, workspace.rows(first, count)
+    return pa.table(dict(measure(denoiser, tokens_BL, first_row=first)))
+
+
+# --- on texts ------------------------------------------------------------------------------------
+
 # (workspace, texts, their tokens [B, L]) -> columns of B values
 OfTexts = Callable[["Workspace", Sequence[str], np.ndarray], Columns]
-
-
-def tasks_of_rows(
-    evaluation: Evaluation, model: str, group: str, measure: OfRows
-) -> Iterator[Task]:
-    """Measure the held-out rows of the likelihood with a model, `batch` rows a task."""
-    config = evaluation.config
-    for first, count in chunks(config.likelihood.rows, config.batch):
-        work = partial(_of_rows, model=model, first=first, count=count, measure=measure)
-        yield Task(group=group, first=first, work=work)
 
 
 def tasks_of_texts(group: str, source: str, texts: int, measure: OfTexts) -> Iterator[Task]:
@@ -164,14 +203,6 @@ def repeats(evaluation: Evaluation, texts: int) -> range:
     """The first row of each full repeat among the texts of a source."""
     size = evaluation.config.samples.rows
     return range(0, texts - size + 1, size)
-
-
-def _of_rows(
-    workspace: Workspace, *, model: str, first: int, count: int, measure: OfRows
-) -> pa.Table:
-    denoiser: Denoiser = workspace.model(model).denoiser
-    tokens_BL: Tensor = workspace.rows(first, count)
-    return pa.table(dict(measure(denoiser, tokens_BL, first_row=first)))
 
 
 def _of_texts(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,32 +26,14 @@ from pipelines.evaluation.gate import Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.layouts import OURS, THEIRS, published_table, with_sources
 from pipelines.evaluation.metrics import Score
-from pipelines.evaluation.question import (
-    Columns,
-    Drawn,
-    Question,
-    Task,
-    entries,
-    tasks_of_rows,
-)  # fmt: skip
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, ModelKind
 from pipelines.report import BOUND, Column, Row, Rows, Table
 from pipelines.report.plots import nll
 
-if TYPE_CHECKING:
-    from pipelines.evaluation.settings import Questions
-
 EXACT = "exact"
-TABLE = (
-    Column("model", "Model"),
-    Column("view", "View"),
-    Column("nats_per_token", "Nats per token", ".4f"),
-    Column("bits_per_byte", "Bits per byte", ".4f"),
-    Column("perplexity", "Perplexity", ".4g"),
-    Column("meaning", "Which is"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +161,20 @@ class Nats:
             raise ConfigError("gate", why, f"Name one of: {', '.join(known)}")
 
 
-class Likelihood(Question):
+class Likelihood(RowQuestion):
     section, settings, gate_metrics = "likelihood", LikelihoodConfig, (Nats,)
+    name, title = "likelihood", "Likelihood of held-out text"
+    text = (
+        "Every token counts, end marks too, which hold no byte. ± is one standard error over rows."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("view", "View"),
+        Column("nats_per_token", "Nats per token", ".4f"),
+        Column("bits_per_byte", "Bits per byte", ".4f"),
+        Column("perplexity", "Perplexity", ".4g"),
+        Column("meaning", "Which is"),
+    )
 
     def held_out_rows(self, config: Questions) -> Mapping[str, int]:
         return {"likelihood.rows": config.likelihood.rows}
@@ -190,54 +184,50 @@ class Likelihood(Question):
         nats = pa.table({"nats": held_out.unigram.nats(rows_NL)})
         workspace.parts.write(_group(UNIGRAM, EXACT), 0, nats, {})
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        found = views(kind, config.likelihood, config.seed)
+        return {view.name: partial(_nats, view.measure) for view in found}
+
+    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
         config = evaluation.config
         for view in views(subject.trained_as, config.likelihood, config.seed):
-            measure, group = partial(_nats, view.measure), _group(subject.name, view.name)
-            yield from tasks_of_rows(evaluation, subject.name, group, measure)
+            yield _row(evaluation, subject.name, view)
 
     def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        """Every view of every model's likelihood; the unigram is the floor."""
-        config = evaluation.config
-        rows_NL = evaluation.held_out.rows_NL[: config.likelihood.rows]
-        bytes_N = metrics.text_bytes(rows_NL, evaluation.held_out.vocabulary)
+        """Every view of every model's likelihood, below that of the unigram, which is the floor."""
+        (made,) = super().tables(evaluation).values()
+        config, bytes_N = evaluation.config, _bytes(evaluation)
         (floor,) = _exact(config.likelihood, config.seed)
-        asked = [(UNIGRAM, floor)]
-        for subject in evaluation.subjects:
-            own = views(subject.trained_as, config.likelihood, config.seed)
-            asked += [(subject.name, view) for view in own]
-        made = Table(
-            title="Likelihood of held-out text",
-            note=f"{len(rows_NL):,} rows, {rows_NL.size:,} tokens, {bytes_N.sum():,} bytes. Every "
-            "token counts, end marks too, which hold no byte. ± is one standard error over rows.",
-            columns=TABLE,
-            rows=[_row(evaluation, *pair, rows_NL.shape[1], bytes_N) for pair in asked],
-        )
-        return {"likelihood": made}
+        rows, length = len(bytes_N), evaluation.held_out.manifest.length
+        size = f"{rows:,} rows, {rows * length:,} tokens, {bytes_N.sum():,} bytes."
+        rows = [_row(evaluation, UNIGRAM, floor), *made.rows]
+        return {self.name: replace(made, note=f"{size} {made.note}", rows=rows)}
 
     def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        made = bits(tables["likelihood"].rows, evaluation.config.published)
+        made = bits(tables[self.name].rows, evaluation.config.published)
         return {"bits": made} if made else {}
 
     def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         """The hybrid bound at every gamma*, and the bound at the endpoints to compare it with."""
-        rows = [
-            row
-            for row in tables["likelihood"].rows
-            if "gamma_star" in row or row["view"] == "endpoint_bound"
-        ]
-        return [("nll", "Likelihood against the SNR of the bound", nll(rows))]
+        rows = tables[self.name].rows
+        shown = [row for row in rows if "gamma_star" in row or row["view"] == "endpoint_bound"]
+        return [("nll", "Likelihood against the SNR of the bound", nll(shown))]
 
 
-def _row(evaluation: Evaluation, model: str, view: View, length: int, bytes_N: np.ndarray) -> Row:
-    nats_N = evaluation.columns(_group(model, view.name))["nats"]
-    nats = metrics.mean(nats_N)
+def _bytes(evaluation: Evaluation) -> np.ndarray:
+    """How many bytes each row stands for, ``[N]``."""
+    return evaluation.held_out.bytes_N[: evaluation.config.likelihood.rows]
+
+
+def _row(evaluation: Evaluation, model: str, view: View) -> Row:
+    nats_N, bytes_N = evaluation.columns(_group(model, view.name))["nats"], _bytes(evaluation)
+    nats, bits_N = metrics.mean(nats_N), nats_N * evaluation.held_out.manifest.length / math.log(2)
     perplexity = likelihood.perplexity(nats.value)
     return {
         "model": model,
         "view": view.name,
         **entries("nats_per_token", nats),
-        **entries("bits_per_byte", metrics.ratio(nats_N * length / math.log(2), bytes_N)),
+        **entries("bits_per_byte", metrics.ratio(bits_N, bytes_N)),
         **entries("perplexity", Score(perplexity, perplexity * nats.stderr)),
         "meaning": view.meaning,
         **({} if view.gamma_star is None else {"gamma_star": view.gamma_star}),

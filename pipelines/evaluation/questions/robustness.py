@@ -9,7 +9,7 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,19 +22,14 @@ from dsl.noise import Draws, Stream
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.metrics import mean
-from pipelines.evaluation.question import Drawn, Question, Task, entries, tasks_of_rows
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.questions.states import mean_errors
 from pipelines.evaluation.subjects import Subject
+from pipelines.kinds import ModelKind
 from pipelines.report import Column, Row, Rows, Table
 from pipelines.report.drawing import curve, groups, measured, panels, styles
 
 VISIBLE = Revealed(share=0.5)
-TABLE = (
-    Column("model", "Model"),
-    Column("state", "State"),
-    Column("nats", "Cross-entropy", ".4f"),
-    Column("rise", "Rise", ".4f"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +63,7 @@ def nats(
     replaced: tuple[float, ...],
     seed: int,
     first_row: int = 0,
-) -> Mapping[str, object]:
+) -> Columns:
     """Cross-entropy per masked token of each row, ``[B]``, by `state`: with no token replaced, and
     with each share."""
     tokens_BL, state = shown(denoiser, tokens_BL, VISIBLE, seed=seed, first_row=first_row)
@@ -85,41 +80,39 @@ def _state(share: float) -> str:
     return f"replaced {share:g}"
 
 
-class Robustness(Question):
+class Robustness(RowQuestion):
     section, settings = "robustness", RobustnessConfig
+    name, title = "robustness", "Robustness to wrong tokens"
+    text = (
+        "Half of the tokens are visible, and a share of those is replaced at random: cross-entropy "
+        "in nats per masked token, and its rise over none replaced; ± is one standard error over "
+        "rows. A model that sees no masks is left out."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("state", "State"),
+        Column("nats", "Cross-entropy", ".4f"),
+        Column("rise", "Rise", ".4f"),
+    )
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterable[Task]:
-        replaced = evaluation.config.robustness.replaced
-        if not replaced or subject.trained_as.causal:
-            return ()
-        measure = partial(nats, replaced=replaced, seed=evaluation.config.seed)
-        return tasks_of_rows(evaluation, subject.name, f"parts/robustness/{subject.name}", measure)
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        replaced = config.robustness.replaced
+        if kind.causal or not replaced:
+            return {}
+        return {"": partial(nats, replaced=replaced, seed=config.seed)}
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        made = Table(
-            title="Robustness to wrong tokens",
-            note="Half of the tokens are visible, and a share of those is replaced at random: "
-            "cross-entropy in nats per masked token, and its rise over none replaced; ± is one "
-            "standard error over rows. A model that sees no masks is left out.",
-            columns=TABLE,
-            rows=[row for subject in evaluation.subjects for row in _rows(evaluation, subject)],
-        )
-        return {"robustness": made}
+    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
+        if not self.asked(evaluation.config, subject.trained_as):
+            return
+        found = evaluation.columns(self.group(subject.name))
+        for share in (0.0, *evaluation.config.robustness.replaced):
+            nats_N = found[_state(share)]
+            row = {"model": subject.name, "state": _state(share), "replaced": share}
+            rise = entries("rise", mean(nats_N - found[_state(0.0)])) if share else {}
+            yield {**row, **entries("nats", mean(nats_N)), **rise}
 
     def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterator[Drawn]:
-        yield "robustness", "Robustness to wrong tokens", _plot(tables["robustness"].rows)
-
-
-def _rows(evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-    replaced = evaluation.config.robustness.replaced
-    if not replaced or subject.trained_as.causal:
-        return
-    found = evaluation.columns(f"parts/robustness/{subject.name}")
-    for share in (0.0, *replaced):
-        nats_N = found[_state(share)]
-        row = {"model": subject.name, "state": _state(share), "replaced": share}
-        rise = entries("rise", mean(nats_N - found[_state(0.0)])) if share else {}
-        yield {**row, **entries("nats", mean(nats_N)), **rise}
+        yield "robustness", self.title, _plot(tables["robustness"].rows)
 
 
 def _plot(rows: Rows) -> bytes | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,20 +30,17 @@ from pipelines.evaluation.question import (
     Drawn,
     Merit,
     Question,
+    Questions,
     Task,
     entries,
     repeats,
     tasks_of_texts,
 )
 from pipelines.evaluation.subjects import Subject
-from pipelines.evaluation.workspace import Workspace
+from pipelines.evaluation.workspace import WORDS, Workspace
 from pipelines.report import SKIPPED, Column, Row, Rows, Table
 from pipelines.report.plots import quality, splits
 
-if TYPE_CHECKING:
-    from pipelines.evaluation.settings import Questions
-
-WORDS = "parts/words"  # the group of parts that holds those of the training split
 LABELS = (Column("model", "Model"), Column("path", "Path"))
 OWN = (Column("split", "Split"), Column("nucleus", "Nucleus"))  # of some paths only
 CALLS = (Column("budget", "Budget"), Column("calls", "Calls a text", ".1f"))
@@ -103,8 +100,7 @@ def _draw(workspace: Workspace, *, cell: Cell, first: int, count: int) -> pa.Tab
 
 def _read(workspace: Workspace, texts: Sequence[str], tokens_BL: np.ndarray) -> Columns:
     """What can be counted in each text by itself."""
-    corpus = workspace.distinct(WORDS, "word")
-    known_B, words_B = metrics.word_counts(tokens_BL, workspace.vocabulary, corpus)
+    known_B, words_B = metrics.word_counts(tokens_BL, workspace.vocabulary, workspace.words)
     return {
         "known": known_B,
         "words": words_B,
@@ -177,12 +173,10 @@ class Texts(Question):
         workspace.parts.write(WORDS, 0, words, {})
 
     def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        config = evaluation.config
+        config, samples = evaluation.config, evaluation.config.samples
         for cell in evaluation.walked:
             if cell.model == subject.name:
-                for first, count in chunks(
-                    config.samples.rows * config.samples.repeats, config.batch
-                ):
+                for first, count in chunks(samples.rows * samples.repeats, config.batch):
                     work = partial(_draw, cell=cell, first=first, count=count)
                     yield Task(group=f"samples/{cell.name}", first=first, work=work)
 
