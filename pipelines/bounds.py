@@ -1,10 +1,10 @@
 """Upper bounds on one number, -log P of held-out text in nats per token.
 
 Training losses of different supports are means over different SNRs and cannot be compared; these
-can, whatever a model was trained on: the same rows, the same noise, and a bound on the same number.
-Each looks at the states that some sampler feeds. The endpoint bound knows nothing of finite SNR,
-the hybrid bound nothing of masked and revealed tokens side by side, so where a model is to serve
-both, their mean judges it: an upper bound as well.
+can: they use the same rows and the same noise, and bound the same number. Each looks at the states
+that one family of samplers visits. The endpoint bound never sees finite SNR, and the hybrid bound
+never sees masked and revealed tokens side by side. A model for both is judged by their mean, which
+is an upper bound too. Which kind of model has which bound is said in `pipelines.kinds`.
 
 Shapes: B rows, L positions.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -49,13 +48,3 @@ def hybrid(denoiser: Denoiser, tokens_BL: Tensor, samples: int, first_row: int) 
 def gamma_star(tokens: int) -> float:
     """Where 003 ends its integrals over SNR for a vocabulary: 30 for text8's 35 ids, as ln V."""
     return 30 * math.log(tokens) / math.log(35)
-
-
-# By what a model is trained for. An autoregressive one's loss is -log P itself.
-BOUNDS: Mapping[str, Bounds] = MappingProxyType(
-    {
-        "dsl": {"endpoint_bound": endpoint, "hybrid_bound": hybrid},
-        "mdlm": {"endpoint_bound": endpoint},
-        "ar": {},
-    }
-)

@@ -16,21 +16,17 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from infra import pool, tracking
+from infra import tracking
 from infra.lease import Held
 from infra.storage import Folder
 from pipelines import runs, verb
-from pipelines.evaluation import held_out, jobs, preparation, promotion, stages
-from pipelines.evaluation.bench import MODELS
-from pipelines.evaluation.found import Found
+from pipelines.evaluation import engine, held_out, preparation, promotion
 from pipelines.evaluation.pages import report
-from pipelines.evaluation.settings import REAL, REFERENCES, UNIGRAM, EvaluateConfig
-from pipelines.evaluation.stages import Stage
+from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
-from pipelines.evaluation.tables import Tables, figures, time_table
+from pipelines.evaluation.workspace import MODELS
 from pipelines.report import Report, markdown
 from pipelines.runs import RESULT, say
 
@@ -39,8 +35,7 @@ SHOWN = 300  # characters of a text in the terminal
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
     """What would be asked, for `--dry-run`."""
-    wanted = {"likelihood.rows": config.likelihood.rows, "samples.rows": config.samples.rows}
-    manifest = held_out.require(config.data, config.split, wanted)
+    manifest = held_out.require(config.data, config.split, config.held_out_rows)
     walks = [walk for entry in config.paths.values() for walk in entry.walks(manifest.length)]
     texts = config.samples.rows * config.samples.repeats
     return {
@@ -68,18 +63,15 @@ def _execute(config: EvaluateConfig, held: Held) -> dict[str, Any]:
         return _finished(folder, origins)
     rows = preparation.rows(config)
     with runs.beginning(folder, config, "evaluate"):
-        subjects = preparation.prepare(config, folder, origins, rows, uri)
-        found = preparation.found(config, folder, subjects, rows)
+        evaluation = preparation.prepare(config, folder, origins, rows, uri)
         handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     with runs.ending(handle):
-        spent = _measure(config, found)
+        costs = engine.measure(evaluation)
         held.lease.confirm()
-        decision = promotion.decide(config, folder, found, origins, uri)
-        tables = Tables(found=found, held_out=rows, subjects=subjects)
-        spent_table = time_table(spent, wall=time.monotonic() - began, config=config)
-        made = report(tables, decision, spent_table)
-        metrics = figures(made.tables)
+        decision = promotion.decide(evaluation, folder, origins, uri)
+        spent = engine.time_table(costs, wall=time.monotonic() - began, config=config)
+        made, metrics = report(evaluation, decision, spent)
         handle = runs.publish(folder, handle, made.files(), metrics)
     _show(made)
     result = {
@@ -96,23 +88,6 @@ def _execute(config: EvaluateConfig, held: Held) -> dict[str, Any]:
     folder.write_bytes(RESULT, json.dumps(result).encode())
     (folder / MODELS).remove()
     return result
-
-
-def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
-    """Everything that takes a model, on the pool: what the stages have cost."""
-    parts = found.parts
-    sources = [UNIGRAM, REAL, REFERENCES, *(cell.name for cell in found.walked)]
-
-    with pool.connected(config.workers):
-        asked = jobs.of_models(config, found.kinds, found.walked)
-        spent = [stages.run("models", asked, config, parts, config.workers)]
-        rows = {source: found.count(source) for source in sources}
-        # A few texts are read sooner than a process has started.
-        few = sum(rows.values()) <= jobs.TEXTS
-        workers = replace(config.workers, count=0) if few else config.workers
-        spent.append(stages.run("texts", jobs.of_texts(config, rows), config, parts, workers))
-        spent.append(stages.run("corpora", jobs.of_corpora(config, rows), config, parts, workers))
-    return spent
 
 
 def _finished(folder: Folder, origins: Mapping[str, Origin]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
+from pipelines.kinds import DSL, KINDS
 from pipelines.launch import Job, RunConfig, launch, plan
 from pipelines.models import SCRATCH, Model
 from pipelines.workers import Training
@@ -61,9 +62,9 @@ def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) 
         return _scratch(config, vocabulary.size)
     model = _given(config)
     models.require_same(model, vocabulary, "init")
-    if model.kind == "ar":
+    if KINDS[model.kind].causal:
         raise ConfigError("init", f"{config.init} is autoregressive", "Give a masked model")
-    if model.kind == "dsl":
+    if KINDS[model.kind].finite_snr:
         return model.denoiser
     backbone = model.denoiser.backbone
     whole = DenoiserConfig(backbone=model.denoiser.config.backbone, **vars(config.converter))
@@ -101,7 +102,7 @@ def execute(
     return launch(
         config,
         verb="finetune",
-        kind="dsl",
+        kind=DSL.name,
         objective=partial(DSLObjective, support=config.support),
         initial=partial(initial, config),
         tags={"parent_model": config.init},

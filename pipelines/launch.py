@@ -33,7 +33,7 @@ from infra.stream import Plan
 from infra.termination import Terminated, noticed
 from infra.tracking import RunHandle
 from pipelines import models, runs, workers
-from pipelines.bounds import BOUNDS
+from pipelines.kinds import KINDS
 from pipelines.runs import RESULT, say
 from pipelines.training import Log, TrainConfig, train
 from pipelines.verb import TrackingConfig
@@ -211,7 +211,7 @@ def run_on_this_process(
             config.workers.parallel,
             batches=partial(batches, order),
             validation_NL=_validation_rows(data, job.manifest, config.train),
-            bounds=BOUNDS[job.kind],
+            bounds=KINDS[job.kind].bounds,
             checkpoints=checkpoints,
             open_log=open_log,
             report=report,

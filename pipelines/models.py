@@ -19,9 +19,9 @@ from infra.registry import ModelVersion
 from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
+from pipelines.kinds import DSL, KINDS, MDLM
 
 SCRATCH = "scratch"  # the address of no model: train from nothing
-KINDS = ("mdlm", "ar", "dsl")
 CONFIG = "config.json"  # written last: a folder that has it is complete
 PYFUNC = Path(__file__).with_name("model.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A denoiser, its vocabulary (None where the weights came without one), and what the weights
-    were trained for: `mdlm`, `ar` or `dsl`. `length` is None where nobody wrote it down."""
+    were trained for (a name in `pipelines.kinds`). `length` is None where nobody wrote it down."""
 
     denoiser: Denoiser
     vocabulary: Vocabulary | None
@@ -80,14 +80,14 @@ def _read(address: str, converter: ConverterConfig, tracking_uri: str) -> Model:
         )
     with folder.local() as local:
         denoiser = mdlm.from_mdlm(local, **vars(converter))
-    return Model(denoiser=denoiser, vocabulary=None, kind="mdlm", length=None, address=address)
+    return Model(denoiser=denoiser, vocabulary=None, kind=MDLM.name, length=None, address=address)
 
 
 def load_folder(folder: Folder, address: str = "") -> Model:
     """The model in a folder that `save` wrote, or `dsl.save`, which says less about it."""
     with folder.local() as local:
         metadata = weights.read_config(local)["metadata"]
-        kind, length = metadata.get("objective", "dsl"), metadata.get("length")
+        kind, length = metadata.get("objective", DSL.name), metadata.get("length")
         if kind not in KINDS or (length is not None and (type(length) is not int or length < 1)):
             why = f"objective {kind!r} and length {length!r} are none of a model"
             raise DataError(folder.url_of(CONFIG), why, "Copy the file again")

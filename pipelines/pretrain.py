@@ -19,20 +19,14 @@ import torch
 
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
-from dsl.objective import ARObjective, MDLMObjective
 from dsl.vocabulary import Vocabulary
 from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
 from pipelines import models, verb
+from pipelines.kinds import MDLM, PRETRAINED, ModelKind
 from pipelines.launch import RunConfig, launch, plan
 from pipelines.models import SCRATCH, Model
-
-OBJECTIVES = {
-    "mdlm": MDLMObjective,
-    "mdlm_flat": partial(MDLMObjective, weighting="flat"),
-    "ar": ARObjective,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +39,7 @@ class PretrainConfig(RunConfig):
     """
 
     init: str = SCRATCH
-    objective: Literal["mdlm", "mdlm_flat", "ar"] = "mdlm"
+    objective: Literal[tuple(PRETRAINED)] = MDLM.name
     backbone: BackboneShape | None = None
 
 
@@ -53,9 +47,9 @@ class PretrainConfig(RunConfig):
 HARD = ConverterConfig(embed_dim=1, mask_prior=1.0, skip=False)
 
 
-def kind(config: PretrainConfig) -> str:
+def kind(config: PretrainConfig) -> ModelKind:
     """What the weights are trained for."""
-    return "ar" if config.objective == "ar" else "mdlm"
+    return PRETRAINED[config.objective]
 
 
 def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
@@ -66,7 +60,7 @@ def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
     """
     torch.manual_seed(config.train.stream.seed)
     shape = config.backbone or BackboneShape()
-    backbone = shape.config(tokens, causal=config.objective == "ar")
+    backbone = shape.config(tokens, causal=kind(config).causal)
     return Denoiser(DenoiserConfig(backbone=backbone, **vars(HARD)))
 
 
@@ -80,8 +74,9 @@ def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) 
         return untrained(config, vocabulary.size)
     model = _given(config)
     models.require_same(model, vocabulary, "init")
-    if model.kind != kind(config):
-        why = f"{config.init} was trained as {model.kind}, and this objective makes {kind(config)}"
+    if model.kind != kind(config).name:
+        made = kind(config).name
+        why = f"{config.init} was trained as {model.kind}, and this objective makes {made}"
         raise ConfigError("init", why, "Give a model of the same kind, or another objective")
     return model.denoiser
 
@@ -103,8 +98,8 @@ def execute(config: PretrainConfig) -> dict[str, Any]:
     return launch(
         config,
         verb="pretrain",
-        kind=kind(config),
-        objective=OBJECTIVES[config.objective],
+        kind=kind(config).name,
+        objective=kind(config).objectives[config.objective],
         initial=partial(initial, config),
         tags={} if config.init == SCRATCH else {"parent_model": config.init},
     )

@@ -58,6 +58,10 @@ class Path(Protocol):
     budget every token is revealed by `dsl.sample`, whatever the path answered.
     """
 
+    @property
+    def finite_snr(self) -> bool:
+        """Whether it takes tokens through finite SNR, or only between masked and revealed."""
+
     def init(self, state: State) -> Any:
         """The carry before the first call."""
 

@@ -4,7 +4,7 @@ Shapes: B rows, L positions.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class EntropyBounded:
 
     bound: float
     kind: Literal["entropy_bounded"] = "entropy_bounded"
+
+    finite_snr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.bound >= 0:

@@ -51,6 +51,11 @@ class Hybrid:
         if min(self.split) < 0 or sum(self.split) == 0:
             raise ValueError(f"split must be two counts of calls, not both 0, got {self.split}")
 
+    @property
+    def finite_snr(self) -> bool:
+        stages = zip((self.first, self.second), self.split, strict=True)
+        return any(stage.finite_snr for stage, calls in stages if calls)
+
     def init(self, state: State) -> Carry:
         second = self.split[0] == 0
         return Carry(second, self._stage(second).init(state), {})

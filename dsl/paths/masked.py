@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Masked:
 
     alpha: Literal["linear", "cosine"] = "linear"
     kind: Literal["masked"] = "masked"
+
+    finite_snr: ClassVar[bool] = False
 
     def init(self, state: State) -> None:
         return None

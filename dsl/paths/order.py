@@ -4,7 +4,7 @@ Shapes: B rows, L positions.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Order:
 
     order: Literal["random", "left_to_right"] | tuple[float, ...]
     kind: Literal["order"] = "order"
+
+    finite_snr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.order, str) and self.order not in ("random", "left_to_right"):

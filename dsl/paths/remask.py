@@ -6,7 +6,7 @@ Shapes: B rows, L positions, N positions revealed by the last call.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,8 @@ class Remask:
     eta: float | None = None
     alpha: Literal["linear", "cosine"] = "linear"
     kind: Literal["remask"] = "remask"
+
+    finite_snr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:

@@ -5,7 +5,7 @@ Shapes: B rows, L positions, D table dimension, N asked positions.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class SecondOrder:
 
     path: SentenceSDE | TokenSDE
     kind: Literal["second_order"] = "second_order"
+
+    finite_snr: ClassVar[bool] = True
 
     def init(self, state: State) -> Carry:
         return Carry(self.path.init(state), None, None, None)

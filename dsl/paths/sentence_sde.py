@@ -4,7 +4,7 @@ Shapes: B rows, L positions.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class SentenceSDE:
     gamma_max: float
     grid: Grid | Literal["linear", "log"] = LINEAR
     kind: Literal["sentence_sde"] = "sentence_sde"
+
+    finite_snr: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma_max < float("inf"):

@@ -7,7 +7,7 @@ Shapes: B rows, L positions, D table dimension.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class TokenSDE:
     delta: float
     curvature: Literal["secant", "jvp"] = "secant"
     kind: Literal["token_sde"] = "token_sde"
+
+    finite_snr: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma_max < float("inf"):

@@ -1,22 +1,16 @@
-"""Which texts an evaluation draws: paths and budgets, and who can walk them."""
+"""Which texts an evaluation draws: of which models, along which paths, at which budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from dsl.paths import (
-    LEFT_TO_RIGHT,
-    AnyPath,
-    Hybrid,
-    SecondOrder,
-    SentenceSDE,
-    TokenSDE,
-    choose,
-)
+from dsl.paths import AnyPath, Hybrid, choose
 from dsl.truncation import Nucleus
 
-CONTINUOUS = (SentenceSDE, TokenSDE, SecondOrder)
+# What stands beside the models: independent tokens, held-out text, and more of it to compare with.
+UNIGRAM, REAL, REFERENCES = "unigram", "real", "references"
+CHAMPION = "champion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,37 +86,3 @@ def longest(walked: Iterable[Cell]) -> list[Cell]:
         if cell.budget > known.budget:
             by_path[cell.model, cell.path] = cell
     return list(by_path.values())
-
-
-def refusal(kind: str, walk: AnyPath, budget: int, length: int) -> str | None:
-    """Why a model of this kind cannot walk a path; None where it can."""
-    return REFUSALS[kind](walk, budget, length)
-
-
-def _stages(walk: AnyPath) -> Iterator[AnyPath]:
-    """The paths that are given any calls."""
-    if not isinstance(walk, Hybrid):
-        yield walk
-        return
-    for stage, calls in zip((walk.first, walk.second), walk.split, strict=True):
-        if calls:
-            yield stage
-
-
-def _of_mdlm(walk: AnyPath, budget: int, length: int) -> str | None:
-    if any(isinstance(stage, CONTINUOUS) for stage in _stages(walk)):
-        return "mdlm was not trained on finite SNR"
-    return None
-
-
-def _of_ar(walk: AnyPath, budget: int, length: int) -> str | None:
-    if walk == LEFT_TO_RIGHT and budget >= length:
-        return None
-    return f"ar takes order left_to_right and {length} calls, nothing else"
-
-
-REFUSALS: Mapping[str, Callable[[AnyPath, int, int], str | None]] = {
-    "dsl": lambda walk, budget, length: None,
-    "mdlm": _of_mdlm,
-    "ar": _of_ar,
-}

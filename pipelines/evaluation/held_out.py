@@ -6,6 +6,7 @@ Shapes: N rows, L positions, T tokens of a text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,6 +30,11 @@ class HeldOut:
     unigram: Unigram
     words: frozenset[str]
 
+    @cached_property
+    def bytes_N(self) -> np.ndarray:
+        """UTF-8 bytes that each row stands for."""
+        return metrics.text_bytes(self.rows_NL, self.vocabulary)
+
 
 def read(url: str, split: str, rows: int, *, corpus_rows: int, seed: int) -> HeldOut:
     """A random subset of a split, the same for the same seed, and the words of the training split.
@@ -43,7 +49,7 @@ def read(url: str, split: str, rows: int, *, corpus_rows: int, seed: int) -> Hel
         manifest=manifest,
         vocabulary=vocabulary,
         rows_NL=stream.holdout(data, manifest, split, rows, seed),
-        unigram=Unigram.fit(corpus_T, vocabulary.size),
+        unigram=Unigram.of(corpus_T, vocabulary.size),
         words=frozenset(metrics.words(corpus_T, vocabulary)),
     )
 

@@ -6,138 +6,108 @@ counted again, and the published ones were measured by somebody else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
-from pipelines.evaluation import published as papers
-from pipelines.evaluation.published import Published, PublishedTable
-from pipelines.report.tables import BOUND, SKIPPED, STDERR, Column, Row, Rows, Table
+import yaml
+
+from pipelines.evaluation.question import Merit
+from pipelines.report import SKIPPED, STDERR, Column, Row, Rows, Table
+
+FILE = Path(__file__).with_name("published.yaml")
+Published = Literal["owt_mauve", "owt_hybrid_mauve", "text8_bpc"]
 
 OURS, THEIRS = "this run", "published, not run here"
 MODEL, PATH = Column("model", "Model"), Column("path", "Path")
 SOURCE = Column("source", "Source")
 
 
-class Metric(NamedTuple):
-    """What is said of texts under `key`; `bounds` are those of its axis, if it has any."""
+@dataclass(frozen=True, kw_only=True)
+class PublishedTable:
+    """Rows as a paper prints them, where they stand there, and what was measured how."""
 
-    key: str
-    title: str
-    show: str
-    bounds: tuple[float, float] | None = None
+    source: str
+    protocol: str
+    rows: tuple[Mapping[str, Any], ...]
 
-
-MAUVE = Metric("mauve", "MAUVE ↑", ".3f", (0, 1))
-PERPLEXITY = Metric("perplexity", "Generative perplexity ↓", ".1f")
-WORDS = Metric("words", "Words in corpus ↑", ".3f", (0, 1))
-ENTROPY = Metric("entropy", "Entropy of a text, nats", ".3f")
-QUALITY = (MAUVE, PERPLEXITY, WORDS)
-
-# Views that bound the likelihood, by what they begin with, and the one that is it.
-BOUNDS, EXACT = ("endpoint_bound", "hybrid_bound"), "exact"
+    @property
+    def note(self) -> str:
+        return f"Published, not run here: {self.source} ({self.protocol})."
 
 
-def lay_out(texts: Rows, likelihood: Rows, published: Sequence[Published]) -> dict[str, Table]:
-    """Every layout that there is something for, by name; the papers' tables where they belong."""
-    theirs = {name: papers.read(name) for name in published}
+@lru_cache
+def published_table(name: Published) -> PublishedTable:
+    """The papers' table of that name."""
+    table = yaml.safe_load(FILE.read_text(encoding="utf-8"))[name]
+    return PublishedTable(**table | {"rows": tuple(table["rows"])})
+
+
+def of_texts(
+    texts: Rows, merits: Sequence[Merit], published: Sequence[Published]
+) -> dict[str, Table]:
+    """Every layout of the table of texts that there is something for, by name, for the merits of
+    which one direction is better; the papers' tables where they belong."""
+    theirs = {name: published_table(name) for name in published}
+    merits = [merit for merit in merits if merit.better]
     made = {
-        f"{metric.key}_by_budget": by_budget(
-            texts, metric, theirs.get("owt_mauve") if metric is MAUVE else None
-        )
-        for metric in QUALITY
+        f"{merit.key}_by_budget": by_budget(texts, merit, theirs.get(merit.published))
+        for merit in merits
     }
-    made["hybrid_splits"] = hybrid_splits(texts, theirs.get("owt_hybrid_mauve"))
-    made["bits"] = bits(likelihood, theirs.get("text8_bpc"))
+    made["hybrid_splits"] = hybrid_splits(texts, merits, theirs.get("owt_hybrid_mauve"))
     return {name: table for name, table in made.items() if table is not None}
 
 
-def by_budget(texts: Rows, metric: Metric, published: PublishedTable | None = None) -> Table | None:
+def by_budget(texts: Rows, merit: Merit, published: PublishedTable | None = None) -> Table | None:
     """A line for each model and path, a column for each budget T (000, unconditional generation).
 
     Hybrid paths have a table of their own. None where there is nothing to show.
     """
-    rows = _ours(texts, hybrid=False, keys=(metric.key,))
+    rows = _ours(texts, hybrid=False, keys=(merit.key,))
     if published:
         rows += [
-            {**row, metric.key: value, "budget": budget, "source": THEIRS}
+            {**row, merit.key: value, "budget": budget, "source": THEIRS}
             for row in published.rows
-            for budget, value in row[metric.key].items()
+            for budget, value in row[merit.key].items()
         ]
-    budgets = sorted({row["budget"] for row in rows if metric.key in row})
+    budgets = sorted({row["budget"] for row in rows if merit.key in row})
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(_of(row), _labels(row))
-        if metric.key in row:
+        if merit.key in row:
             line.pop(SKIPPED, None)  # a path that can be walked at some budgets was not skipped
-            line |= _value(row, metric.key, to=f"T={row['budget']}")
+            line |= _value(row, merit.key, to=f"T={row['budget']}")
         elif not any(f"T={budget}" in line for budget in budgets):
             line[SKIPPED] = row[SKIPPED]
-    columns = tuple(Column(f"T={budget}", f"T={budget}", metric.show) for budget in budgets)
-    return _table(
-        f"{metric.title} by budget",
-        f"T: denoiser calls. {_anchors(texts, metric)}",
+    columns = tuple(Column(f"T={budget}", f"T={budget}", merit.show) for budget in budgets)
+    return with_sources(
+        f"{merit.title} by budget",
+        f"T: denoiser calls. {_anchors(texts, merit)}",
         (MODEL, PATH, *columns),
         list(lines.values()) if budgets else [],
         published,
     )
 
 
-def hybrid_splits(texts: Rows, published: PublishedTable | None = None) -> Table | None:
+def hybrid_splits(
+    texts: Rows, merits: Iterable[Merit], published: PublishedTable | None = None
+) -> Table | None:
     """A line for each split of a hybrid path (000, hybrid continuous-then-MDM sampler)."""
-    rows = _ours(texts, hybrid=True, keys=tuple(metric.key for metric in QUALITY))
+    rows = _ours(texts, hybrid=True, keys=[merit.key for merit in merits])
     if published:
         rows += [{**row, "source": THEIRS} for row in published.rows]
-    metrics = [metric for metric in QUALITY if any(metric.key in row for row in rows)]
-    return _table(
+    merits = [merit for merit in merits if any(merit.key in row for row in rows)]
+    return with_sources(
         "Hybrid paths by split",
         "Continuous calls first, endpoint calls then; NFE: denoiser calls that were made.",
         (
             *(MODEL, PATH, Column("t_cont", "T_cont"), Column("t_mdm", "T_MDM")),
             Column("nfe", "NFE", ".4g"),
-            *(Column(metric.key, metric.title, metric.show) for metric in metrics),
+            *(Column(merit.key, merit.title, merit.show) for merit in merits),
         ),
-        [_split(row, metrics) for row in rows] if metrics else [],
-        published,
-    )
-
-
-def ece(calibration: Rows) -> Table:
-    """A line for each model, a column for each SNR (004 figure 4)."""
-    lines: dict[str, dict[str, Any]] = {}
-    for row in calibration:
-        line = lines.setdefault(row["model"], {"model": row["model"]})
-        line[row["state"]] = row["ece"]
-    states = dict.fromkeys(row["state"] for row in calibration)
-    return Table(
-        title="Expected calibration error by SNR",
-        note="Of the likeliest token at every position, under teacher forcing.",
-        columns=(MODEL, *(Column(state, state, ".4f") for state in states)),
-        rows=list(lines.values()),
-    )
-
-
-def bits(likelihood: Rows, published: PublishedTable | None = None) -> Table | None:
-    """Bits per character and perplexity (003 table 1); what is no bound and not exact is left
-    out."""
-    rows: list[Row] = []
-    for row in likelihood:
-        bound = row["view"].startswith(BOUNDS)
-        if bound or row["view"] == EXACT:
-            signs = {key + BOUND: bound for key in ("bits_per_byte", "perplexity")}
-            rows.append({**row, **signs, "source": OURS})
-    for row in published.rows if published else ():
-        name = f"{row['model']}, {row['family']}"
-        rows.append({**row, "model": name, "source": THEIRS})
-    return _table(
-        "Bits per character and perplexity",
-        "≤: an upper bound. Bits per byte are bits per character where the text is ASCII; "
-        "perplexity is that of a token.",
-        (
-            *(MODEL, Column("view", "View")),
-            Column("bits_per_byte", "BPC ↓", ".3f"),
-            Column("perplexity", "PPL ↓", ".2f"),
-        ),
-        rows,
+        [_split(row, merits) for row in rows] if merits else [],
         published,
     )
 
@@ -167,7 +137,7 @@ def _value(row: Row, key: str, *, to: str) -> dict[str, Any]:
     return {to + end: row[key + end] for end in ("", STDERR) if key + end in row}
 
 
-def _split(row: Row, metrics: Iterable[Metric]) -> Row:
+def _split(row: Row, merits: Iterable[Merit]) -> Row:
     if SKIPPED in row:
         return {**_labels(row), SKIPPED: row[SKIPPED]}
     t_cont, t_mdm = row["split"]
@@ -177,23 +147,23 @@ def _split(row: Row, metrics: Iterable[Metric]) -> Row:
         "t_mdm": t_mdm,
         "nfe": row.get("calls", t_cont + t_mdm),
     }
-    for metric in metrics:
-        line |= _value(row, metric.key, to=metric.key)
+    for merit in merits:
+        line |= _value(row, merit.key, to=merit.key)
     return line
 
 
-def _anchors(texts: Rows, metric: Metric) -> str:
+def _anchors(texts: Rows, merit: Merit) -> str:
     """What stands beside the models."""
-    column = Column(metric.key, metric.title, metric.show)
+    column = Column(merit.key, merit.title, merit.show)
     said = [
         f"{row['model']} {column.cell(row)}"
         for row in texts
-        if "path" not in row and metric.key in row
+        if "path" not in row and merit.key in row
     ]
     return f"Beside the models: {', '.join(said)}." if said else ""
 
 
-def _table(
+def with_sources(
     title: str,
     note: str,
     columns: tuple[Column, ...],

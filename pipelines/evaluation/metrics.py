@@ -58,7 +58,7 @@ class Unigram:
     p_V: np.ndarray
 
     @classmethod
-    def fit(cls, tokens_T: np.ndarray, size: int) -> Unigram:
+    def of(cls, tokens_T: np.ndarray, size: int) -> Unigram:
         """The frequencies of a text, one added to every count so that no token is impossible."""
         counts_V = np.bincount(tokens_T, minlength=size) + 1.0
         return cls(counts_V / counts_V.sum())

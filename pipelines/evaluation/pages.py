@@ -1,20 +1,23 @@
-"""The report of an evaluation: all tables, the papers' layouts of them, plots and some texts."""
+"""The report of an evaluation: what every question says, the gate's decision, and some texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from infra import journal
-from infra.config import to_tree
-from pipelines.evaluation import layouts
+from pipelines.evaluation.cells import REFERENCES
+from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import Decision
-from pipelines.evaluation.layouts import ENTROPY, QUALITY, Metric
-from pipelines.evaluation.settings import REAL, UNIGRAM
+from pipelines.evaluation.question import Drawn
 from pipelines.evaluation.subjects import Subject
-from pipelines.evaluation.tables import Tables
-from pipelines.report import Column, Plot, Report, Row, Rows, Table, Text, plots, traces
+from pipelines.report import Column, Plot, Report, Table, Text
+from pipelines.report.plots import courses, losses
 
 TEXTS = 2  # of each source are shown; all of them are in the run directory
+# What tells the rows of a table apart, in the names of their figures.
+LABELS = ("model", "view", "state", "path", "split", "budget")
 DIAGNOSTICS = (
     Column("model", "Model"),
     Column("kind", "Trained as"),
@@ -34,43 +37,29 @@ GATE = (
 )
 
 
-def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
+class Made(NamedTuple):
+    """A report, and the figures in it that were measured, by the names that MLflow has them by."""
+
+    report: Report
+    figures: dict[str, float]
+
+
+def report(evaluation: Evaluation, decision: Decision | None, time: Table) -> Made:
     """Everything that an evaluation has to say."""
-    config, manifest = tables.found.config, tables.held_out.manifest
-    likelihood, states = tables.likelihood(), tables.states()
-    calibration, samples = tables.calibration(), tables.samples()
-    converter = tables.converter()
-    made = {
-        "samples": samples,
-        **layouts.lay_out(samples.rows, likelihood.rows, config.published),
-        **({"gate": _gate(decision)} if decision else {}),
-        "likelihood": likelihood,
-        "states": states,
-        "calibration": calibration,
-        "ece": layouts.ece(calibration.rows),
-        "converter": converter,
-        "diagnostics": _diagnostics(tables.subjects),
-        "time": time,
-    }
-    journals = {
-        subject.name: journal.read(subject.origin["run"])
-        for subject in tables.subjects
-        if "run" in subject.origin
-    }
-    drawn = {
-        **dict(_of_texts(samples.rows)),
-        "reliability": ("Reliability by SNR", plots.reliability(calibration.rows)),
-        "nll": ("Likelihood against the SNR of the bound", plots.nll(_bounds(likelihood.rows))),
-        "snr": ("Error over SNR", plots.by_snr(states.rows, plots.ERRORS)),
-        "converter": (
-            "What the converter gives to the backbone",
-            plots.by_snr(converter.rows, plots.CONVERTER),
-        ),
-        **dict(_of_traces(tables.traces())),
-        "loss": ("Loss of the runs that made the models", plots.losses(journals)),
-        "course": ("Converter and table in training", plots.courses(journals)),
-    }
-    return Report(
+    config, manifest = evaluation.config, evaluation.held_out.manifest
+    tables: dict[str, Table] = {"gate": _gate(decision)} if decision else {}
+    measured: dict[str, Table] = {}
+    drawn: list[Drawn] = []
+    facts: dict[str, Any] = {}
+    for question in config.questions:
+        own = question.tables(evaluation)
+        measured |= own
+        tables |= {**own, **question.layouts(evaluation, own)}
+        drawn += question.plots(evaluation, own)
+        facts |= question.facts(evaluation)
+    tables |= {"diagnostics": _diagnostics(evaluation.subjects), "time": time}
+    drawn += _training(evaluation.subjects)
+    made = Report(
         name="evaluation",
         title=f"Evaluation {config.name}",
         subtitle=f"{config.split} split of {manifest.source} (digest {manifest.digest[:12]}), "
@@ -83,47 +72,47 @@ def report(tables: Tables, decision: Decision | None, time: Table) -> Report:
                 "references": f"the first {config.samples.rows} of the split in the order of seed "
                 f"{config.seed}, kept in samples/references",
             },
-            "information": {name: to_tree(found) for name, found in tables.profiles().items()},
-            "models": {s.name: {**s.origin, **s.facts, "kind": s.kind} for s in tables.subjects},
+            **facts,
+            "models": {
+                subject.name: {**subject.origin, **subject.facts, "kind": subject.kind}
+                for subject in evaluation.subjects
+            },
         },
-        tables={name: table for name, table in made.items() if table.rows},
-        plots=[Plot(name, caption, png) for name, (caption, png) in drawn.items() if png],
-        texts=list(_texts(tables)),
+        tables={name: table for name, table in tables.items() if table.rows},
+        plots=[Plot(name, caption, png) for name, caption, png in drawn if png],
+        texts=list(_texts(evaluation)),
     )
+    return Made(made, figures(measured))
 
 
-def _of_texts(rows: Rows) -> Iterator[tuple[str, tuple[str, bytes | None]]]:
-    """Every figure of merit against calls; of hybrid paths by split."""
-    for metric in (*QUALITY, ENTROPY):
-        look = {"label": metric.title, "bounds": metric.bounds, "anchors": _anchors(rows, metric)}
-        yield (
-            f"{metric.key}_by_calls",
-            (
-                f"{metric.title} against calls",
-                plots.quality(rows, metric.key, **look),
-            ),
+def figures(tables: Mapping[str, Table]) -> dict[str, float]:
+    """Every finite number of tables of measurements, under a name that MLflow takes."""
+    return {
+        f"{'/'.join(_label(row[label]) for label in LABELS if label in row)}/{column.key}": float(
+            row[column.key]
         )
-        caption = f"{metric.title} of hybrid paths by split"
-        by_split = [row for row in rows if "split" in row]
-        if len({tuple(row["split"]) for row in by_split}) > 1:
-            png = plots.splits(by_split, metric.key, label=metric.title, show=metric.show)
-            yield f"{metric.key}_by_split", (caption, png)
+        for table in tables.values()
+        for row in table.rows
+        for column in table.columns
+        if column.key in row.keys() - set(LABELS)
+        and isinstance(row[column.key], int | float)
+        and math.isfinite(row[column.key])
+    }
 
 
-def _of_traces(rows: Rows) -> Iterator[tuple[str, tuple[str, bytes | None]]]:
-    yield "schedule", ("What each step leaves masked, evident and revealed", traces.schedule(rows))
-    yield "remasking", ("What each step takes back", traces.remasking(rows))
-    yield "sharpening", ("How sure the posterior is by step", traces.sharpening(rows))
+def _label(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _anchors(rows: Rows, metric: Metric) -> dict[str, float]:
-    beside = {row["model"]: row for row in rows if row["model"] in (UNIGRAM, REAL)}
-    return {name: row[metric.key] for name, row in beside.items() if metric.key in row}
-
-
-def _bounds(rows: Rows) -> list[Row]:
-    """The hybrid bound at every gamma*, and the bound at the endpoints to compare it with."""
-    return [row for row in rows if "gamma_star" in row or row["view"] == "endpoint_bound"]
+def _training(subjects: Sequence[Subject]) -> Iterator[Drawn]:
+    """What the journals of the runs say that made the models."""
+    journals = {
+        subject.name: journal.read(subject.origin["run"])
+        for subject in subjects
+        if "run" in subject.origin
+    }
+    yield "loss", "Loss of the runs that made the models", losses(journals)
+    yield "course", "Converter and table in training", courses(journals)
 
 
 def _diagnostics(subjects: Sequence[Subject]) -> Table:
@@ -137,15 +126,11 @@ def _diagnostics(subjects: Sequence[Subject]) -> Table:
 
 
 def _gate(decision: Decision) -> Table:
-    return Table(
-        title="Gate to champion",
-        note=decision.why,
-        columns=GATE,
-        rows=decision.rows(),
-    )
+    return Table(title="Gate to champion", note=decision.why, columns=GATE, rows=decision.rows())
 
 
-def _texts(tables: Tables) -> Iterator[Text]:
-    for source in (UNIGRAM, REAL, *(cell.name for cell in tables.found.walked)):
-        for text in tables.found.texts(source, TEXTS):
-            yield Text(source, text)
+def _texts(evaluation: Evaluation) -> Iterator[Text]:
+    for source in evaluation.sources:
+        if source != REFERENCES:
+            for text in evaluation.texts(source, TEXTS):
+                yield Text(source, text)

@@ -12,12 +12,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsl.vocabulary import Vocabulary
 from infra.errors import DataError
 from infra.storage import Folder
 
@@ -47,23 +49,21 @@ class Parts:
 
     def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a group as one table, in the order of their numbers."""
-        tables = self._each(group, lambda first: self._table(group, first, columns))
+        tables = self._each(group, columns)
         return pa.concat_tables(table.replace_schema_metadata() for table in tables)
-
-    def one(self, group: str, first: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A single part."""
-        return self._table(group, first, columns)
 
     def notes(self, group: str) -> list[dict[str, Any]]:
         """What is to be known of each part of a group."""
-        tables = self._each(group, lambda first: self._table(group, first, []))
+        tables = self._each(group, [])
         return [json.loads(table.schema.metadata[NOTES]) for table in tables]
 
-    def _each(self, group: str, read: Any) -> list[pa.Table]:
+    def _each(self, group: str, columns: Sequence[str] | None) -> list[pa.Table]:
         with ThreadPoolExecutor(READERS) as pool:
+            read = partial(self.one, group, columns=columns)
             return list(pool.map(read, sorted(self.present(group))))
 
-    def _table(self, group: str, first: int, columns: Sequence[str] | None) -> pa.Table:
+    def one(self, group: str, first: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A single part; DataError for a file that is none."""
         name = f"{group}/{first:08d}{SUFFIX}"
         content = io.BytesIO(self.folder.read_bytes(name))
         try:
@@ -89,6 +89,13 @@ def lists(rows_NK: np.ndarray) -> pa.Array:
     """The rows of a matrix as a column of lists."""
     width = rows_NK.shape[1]
     return pa.FixedSizeListArray.from_arrays(pa.array(rows_NK.reshape(-1)), width)
+
+
+def texts(tokens_BL: np.ndarray, first: int, vocabulary: Vocabulary) -> pa.Table:
+    """Texts as they are kept: their numbers from ``first`` on, their tokens, and what they say."""
+    words = [vocabulary.decode(row) for row in tokens_BL.tolist()]
+    numbers = np.arange(first, first + len(tokens_BL))
+    return pa.table({"row": numbers, "text": words, "tokens": lists(tokens_BL)})
 
 
 def chunks(rows: int, size: int) -> Iterable[tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""Before the first job: everything that could be wrong is looked at, and what jobs need is laid
-into the run directory, where a restart finds it as it was."""
+"""Before the first task: checks everything that could be wrong, and writes what tasks need into the
+run directory, where a restart finds it as it was."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-import pyarrow as pa
-
 from infra import documents, registry
 from infra.errors import ConfigError
 from infra.storage import Folder
-from pipelines.evaluation import held_out, jobs, promotion, subjects
-from pipelines.evaluation.bench import MODELS, WORDS, Bench, stranger
-from pipelines.evaluation.cells import cells, refusal
-from pipelines.evaluation.found import Found
+from pipelines.evaluation import held_out, promotion, subjects
+from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM
+from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.parts import Parts, chunks
-from pipelines.evaluation.settings import CHAMPION, REAL, REFERENCES, UNIGRAM, EvaluateConfig
+from pipelines.evaluation.parts import Parts, chunks, texts
+from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
+from pipelines.evaluation.workspace import MODELS, Workspace, copied
 
-SUBJECTS = "subjects.json"  # written last: what a restart needs is there
+SUBJECTS = "subjects.json"  # written last: where it is, all that a restart needs is there
 
 
 def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origin]:
@@ -51,7 +49,7 @@ def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origi
 
 def rows(config: EvaluateConfig) -> HeldOut:
     """The rows to be asked about, behind them others for `real`, if the split has so many."""
-    wanted = {"likelihood.rows": config.likelihood.rows, "samples.rows": config.samples.rows}
+    wanted = config.held_out_rows
     manifest = held_out.require(config.data, config.split, wanted)
     most = max(wanted.values()) + config.samples.rows
     return held_out.read(
@@ -65,47 +63,41 @@ def rows(config: EvaluateConfig) -> HeldOut:
 
 def prepare(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
-) -> list[Subject]:
-    """The models, once all are known to fit; their weights and the texts beside them are laid
-    into the run directory, unless an earlier attempt has done so.
+) -> Evaluation:
+    """The evaluation, once all models are known to fit; their weights and the texts beside them are
+    copied into the run directory, unless an earlier attempt has done so.
 
     Raises ConfigError where that attempt found other versions of the models.
     """
+
+    def evaluation(subjects: Sequence[Subject]) -> Evaluation:
+        return Evaluation(config=config, parts=Parts(folder), held_out=rows, subjects=subjects)
+
     if folder.exists(SUBJECTS):
         before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
-        return before
+        return evaluation(before)
     for reader in config.readers:
         reader.check(uri)
-    made = _lay(config, folder, origins, rows, uri)
-    promotion.require(config, found(config, folder, made, rows))
-    content = json.dumps([asdict(subject) for subject in made], indent=1)
+    made = evaluation(_copy_models(config, folder, origins, rows, uri))
+    promotion.require(made)
+    workspace = Workspace(config)
+    _write_texts(workspace, rows)
+    for question in config.questions:
+        question.prepare(workspace, rows)
+    content = json.dumps([asdict(subject) for subject in made.subjects], indent=1)
     folder.write_bytes(SUBJECTS, content.encode())
     return made
 
 
 def _before(folder: Folder) -> list[Subject]:
-    """The models as an earlier attempt has laid them into the run directory."""
+    """The models as an earlier attempt has copied them into the run directory."""
     fix = "Remove the file; the same command writes it anew"
     subjects: list[Subject] = documents.load(folder, SUBJECTS, list[Subject], fix)
     return subjects
 
 
-def found(
-    config: EvaluateConfig, folder: Folder, subjects: Sequence[Subject], rows: HeldOut
-) -> Found:
-    """Where the answers are going to be, and of which cells."""
-    kinds = {subject.name: subject.kind for subject in subjects}
-    length = rows.manifest.length
-    walked = [
-        cell
-        for cell in cells(kinds, config.paths, length)
-        if not refusal(kinds[cell.model], cell.walk, cell.budget, length)
-    ]
-    return Found(config, Parts(folder), tuple(walked), kinds)
-
-
-def _lay(
+def _copy_models(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
 ) -> list[Subject]:
     place, converter = folder / MODELS, config.converter
@@ -114,9 +106,8 @@ def _lay(
         made.append(subjects.freeze(name, origin, rows, place, converter=converter, uri=uri))
     for address in {address for reader in config.readers for address in reader.addresses()}:
         origin = {"address": address}
-        subjects.freeze(stranger(address), origin, rows, place, converter=converter, uri=uri)
+        subjects.freeze(copied(address), origin, rows, place, converter=converter, uri=uri)
     place.write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
-    _lay_texts(config, folder, rows)
     return made
 
 
@@ -130,26 +121,20 @@ def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder
         )
 
 
-def _lay_texts(config: EvaluateConfig, folder: Folder, rows: HeldOut) -> None:
+def _write_texts(workspace: Workspace, rows: HeldOut) -> None:
     """What stands beside the models, as if it had been drawn: the references, more real text, and
-    independent tokens; besides, the likelihood of the last and the words that there are."""
-    bench = Bench(config)
-    count, batch = config.samples.rows, config.batch
-    asked = max(config.likelihood.rows, count)
-    held_out_NL = rows.rows_NL
+    independent tokens."""
+    config, held_out_NL = workspace.config, rows.rows_NL
+    count, asked = config.samples.rows, max(config.held_out_rows.values())
     # Where the split has too few rows for both, the references are the real text as well.
     real_NL = held_out_NL[asked:] if len(held_out_NL) == asked + count else held_out_NL[:count]
+    length, independent = rows.manifest.length, count * config.samples.repeats
     sources = {
         REFERENCES: held_out_NL[:asked],
         REAL: real_NL,
-        UNIGRAM: rows.unigram.draw(
-            count * config.samples.repeats, rows.manifest.length, config.seed
-        ),
+        UNIGRAM: rows.unigram.draw(independent, length, config.seed),
     }
     for source, tokens_NL in sources.items():
-        for first, size in chunks(len(tokens_NL), batch):
-            table = jobs.texts(tokens_NL[first : first + size], first, bench)
-            bench.parts.write(f"samples/{source}", first, table, {})
-    nats_N = rows.unigram.nats(held_out_NL[: config.likelihood.rows])
-    bench.parts.write(f"parts/likelihood/{UNIGRAM}/exact", 0, pa.table({"nats": nats_N}), {})
-    bench.parts.write(WORDS, 0, pa.table({"word": sorted(rows.words)}), {})
+        for first, size in chunks(len(tokens_NL), config.batch):
+            table = texts(tokens_NL[first : first + size], first, rows.vocabulary)
+            workspace.parts.write(f"samples/{source}", first, table, {})

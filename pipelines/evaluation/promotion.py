@@ -11,19 +11,14 @@ from infra import documents, registry
 from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines.evaluation import gate
-from pipelines.evaluation.found import Found
+from pipelines.evaluation.cells import CHAMPION, UNIGRAM
+from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import Decision
-from pipelines.evaluation.settings import CHAMPION, UNIGRAM, EvaluateConfig
+from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.runs import say
 
 DECISION = "decision.json"
-
-
-def other(config: EvaluateConfig, origins: Mapping[str, Origin]) -> str:
-    """Whom the candidate is compared with: the champion or, as long as there is none, the floor
-    that any model must lie above."""
-    return CHAMPION if CHAMPION in origins else UNIGRAM
 
 
 def decided(folder: Folder) -> bool:
@@ -32,16 +27,13 @@ def decided(folder: Folder) -> bool:
 
 
 def decide(
-    config: EvaluateConfig,
-    folder: Folder,
-    found: Found,
-    origins: Mapping[str, Origin],
-    uri: str,
+    evaluation: Evaluation, folder: Folder, origins: Mapping[str, Origin], uri: str
 ) -> Decision | None:
     """Whether the candidate is to be champion; None where nobody asked, or where it is already.
 
-    Written down before the alias moves, for afterwards there is nobody to compare it with.
+    Written down before the alias moves: afterwards there would be nobody to compare it with.
     """
+    config = evaluation.config
     if not config.gate:
         return None
     if decided(folder):
@@ -52,10 +44,11 @@ def decide(
         say(f"{candidate['version']} is the champion already")
         return None
     made = gate.compare(
-        found,
+        evaluation,
         config.gate,
         candidate=config.gate.model,
-        other=other(config, origins),
+        # As long as there is no champion, the floor that any model must lie above.
+        other=CHAMPION if CHAMPION in origins else UNIGRAM,
         seed=config.seed,
     )
     folder.write_bytes(DECISION, json.dumps(asdict(made), indent=1).encode())
@@ -99,9 +92,8 @@ def conclude(
     return {"champion": {"moved": moved, "why": decision.why}}
 
 
-def require(config: EvaluateConfig, found: Found) -> None:
+def require(evaluation: Evaluation) -> None:
     """ConfigError for a gate that asks for what is not measured, before anything is."""
-    if not config.gate:
-        return
-    for metric in (config.gate.metric, *config.gate.guards):
-        metric.require(found, config.gate.model)
+    if wanted := evaluation.config.gate:
+        for metric in (wanted.metric, *wanted.guards):
+            metric.require(evaluation, wanted.model)

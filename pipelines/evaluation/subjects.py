@@ -16,6 +16,7 @@ from infra.errors import DataError, nearest
 from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation.held_out import HeldOut
+from pipelines.kinds import KINDS, ModelKind
 from pipelines.models import ConverterConfig
 
 Origin = Mapping[str, Any]
@@ -23,14 +24,17 @@ Origin = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model under evaluation; `kind` is what it was trained for: mdlm, ar or dsl."""
+    """A model under evaluation. `kind` is a name in `pipelines.kinds`; `facts` say how large it
+    is, what its table looks like, and the digest of its weights."""
 
     name: str
     kind: str
     origin: Origin
-    facts: Mapping[
-        str, Any
-    ]  # how large it is, what its table looks like, the digest of its weights
+    facts: Mapping[str, Any]
+
+    @property
+    def trained_as(self) -> ModelKind:
+        return KINDS[self.kind]
 
 
 def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
@@ -94,6 +98,6 @@ def freeze(
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "weights": hashlib.sha256((into / name).read_bytes(WEIGHTS)).hexdigest(),
     }
-    if kind == "dsl":
+    if KINDS[kind].finite_snr:
         facts |= geometry_report(denoiser.table_VD) | {"beta": denoiser.converter.beta.item()}
     return Subject(name=name, kind=kind, origin=origin, facts=facts)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipelines.evaluation.layouts import QUALITY
+from pipelines.evaluation.settings import QUALITY
 from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, plots
 from pipelines.report.drawing import curve, panels, styles, widen
 from pipelines.sweeping import against

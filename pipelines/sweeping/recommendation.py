@@ -10,6 +10,7 @@ from infra import tracking
 from infra.config import to_tree
 from infra.tracking import RunHandle
 from pipelines import models
+from pipelines.kinds import DSL
 from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.second import Walk
 from pipelines.sweeping.settings import TRIALS, SweepConfig
@@ -52,7 +53,7 @@ def register(config: SweepConfig, best: Trial, sweep: RunHandle) -> dict[str, An
     if not config.register or handle is None or handle.run_id is None:
         return {}
     tags = {
-        "objective": "dsl",
+        "objective": DSL.name,
         "sweep": config.folder.url,
         "sweep_run": sweep.run_id or "",
         "trial": best.name,

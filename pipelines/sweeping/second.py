@@ -12,7 +12,7 @@ from infra.shards import read_manifest
 from infra.tracking import RunHandle
 from pipelines import evaluate
 from pipelines.evaluation.cells import Cell, cells
-from pipelines.evaluation.layouts import QUALITY
+from pipelines.evaluation.settings import QUALITY
 from pipelines.report import SKIPPED, Row
 from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SweepConfig
@@ -64,11 +64,10 @@ def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
 
 
 def best(walks: Sequence[Walk], model: str) -> Walk | None:
-    """Where a model writes best, by the first that was measured of MAUVE and words in corpus.
-
-    Not by perplexity, which falls with entropy.
+    """Where a model writes best, by the first that was measured of the merits of which more is
+    better. Not by perplexity, which falls with entropy.
     """
-    for metric in (m for m in QUALITY if m.key != "perplexity"):
+    for metric in (merit for merit in QUALITY if merit.better > 0):
         own = [walk for walk in walks if walk.cell.model == model and metric.key in walk.row]
         if own:
             return max(own, key=lambda walk: float(walk.row[metric.key]))

@@ -51,6 +51,19 @@ class Finite:
         return self.states
 
 
+class Seen(Finite):
+    """Whether any state on the way holds evidence at finite SNR."""
+
+    name = "seen"
+    evidence = False
+
+    def observe(self, clock: Clock, before: State, posterior: Any, after: State) -> None:
+        self.evidence |= bool(after.evidence_BL.any())
+
+    def result(self) -> bool:
+        return self.evidence
+
+
 def check(path: AnyPath, state: State, budget: int, seed: int) -> None:
     made = sample(LAW.denoiser(), path, state, budget=budget, seed=seed, recorders=[Finite()])
     assert made.calls <= budget
@@ -116,6 +129,18 @@ def test_an_endpoint_path_makes_a_call_for_every_step_that_reveals(path: AnyPath
         LAW.denoiser(), path, State.masked(1, 4, 2), budget=12, seed=3, recorders=[recorder]
     )
     assert made.calls == sum(share > 0 for share in recorder.result()["reveals"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PATHS, *(Hybrid(*pair, split=n) for pair in HYBRIDS for n in ((3, 6), (0, 9), (9, 0)))],
+    ids=repr,
+)
+def test_a_path_says_whether_it_passes_through_finite_snr(path: AnyPath) -> None:
+    made = sample(
+        LAW.denoiser(), path, State.masked(16, 4, 2), budget=9, seed=1, recorders=[Seen()]
+    )
+    assert made.recorded["seen"] is path.finite_snr
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsl import paths
-from pipelines.evaluation.cells import REFUSALS, PathConfig, cells, longest, refusal
+from pipelines.evaluation.cells import PathConfig, cells, longest
+from pipelines.kinds import KINDS
 
 SDE, MASKED = paths.SentenceSDE(gamma_max=9.0), paths.Masked()
 HYBRID = paths.Hybrid(SDE, MASKED, split=(2, 3))
@@ -13,16 +14,16 @@ HYBRID = paths.Hybrid(SDE, MASKED, split=(2, 3))
 
 def test_who_can_walk_where() -> None:
     refused = {
-        (kind, name)
-        for kind in REFUSALS
-        for name, path in {
+        (name, walk)
+        for name, kind in KINDS.items()
+        for walk, path in {
             "sde": SDE,
             "masked": MASKED,
             "hybrid": HYBRID,
             "only_masked": paths.Hybrid(SDE, MASKED, split=(0, 4)),
             "in_order": paths.Order("left_to_right"),
         }.items()
-        if refusal(kind, path, 4, 4)
+        if kind.refusal(path, 4, 4)
     }
     assert refused == {
         ("mdlm", "sde"),
@@ -32,7 +33,7 @@ def test_who_can_walk_where() -> None:
         ("ar", "hybrid"),
         ("ar", "only_masked"),
     }
-    assert refusal("ar", paths.Order("left_to_right"), 3, 4)
+    assert KINDS["ar"].refusal(paths.Order("left_to_right"), 3, 4)
 
 
 def test_budgets_that_nobody_gave() -> None:

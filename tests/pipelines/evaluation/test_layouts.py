@@ -6,10 +6,14 @@ from typing import Any, get_args
 
 import pytest
 
-from pipelines.evaluation import layouts, published
-from pipelines.evaluation.layouts import MAUVE, OURS, PERPLEXITY, THEIRS
+from pipelines.evaluation import layouts
+from pipelines.evaluation.layouts import OURS, THEIRS, Published, published_table
+from pipelines.evaluation.questions.calibration import ece
+from pipelines.evaluation.questions.likelihood import bits
+from pipelines.evaluation.settings import MERITS, QUALITY
 from pipelines.report import Row, Table, markdown
 
+MAUVE, PERPLEXITY, WORDS, ENTROPY = MERITS
 REASON = "mdlm was not trained on finite SNR"
 TEXTS: list[Row] = [
     {"model": "unigram", "mauve": 0.01, "words": 0.2},
@@ -59,7 +63,7 @@ def test_a_path_that_is_walked_at_some_budgets_is_not_skipped(order: int) -> Non
 
 
 def test_published_rows_stand_below_ours_and_say_so() -> None:
-    table = layouts.by_budget(TEXTS, MAUVE, published.read("owt_mauve"))
+    table = layouts.by_budget(TEXTS, MAUVE, published_table("owt_mauve"))
     head, *lines = cells(table)
     assert head == ["Model", "Path", "T=16", "T=64", "T=128", "T=256", "T=512", "T=1024", "Source"]
     assert [line[-1] for line in lines] == [OURS, REASON, OURS] + 7 * [THEIRS]
@@ -80,7 +84,7 @@ def test_published_rows_stand_below_ours_and_say_so() -> None:
 
 
 def test_hybrid_paths_have_a_line_for_each_split() -> None:
-    table = layouts.hybrid_splits(TEXTS, published.read("owt_hybrid_mauve"))
+    table = layouts.hybrid_splits(TEXTS, QUALITY, published_table("owt_hybrid_mauve"))
     head, *lines = cells(table)
     metrics = ["MAUVE ↑", "Words in corpus ↑"]
     assert head == ["Model", "Path", "T_cont", "T_MDM", "NFE", *metrics, "Source"]
@@ -90,7 +94,7 @@ def test_hybrid_paths_have_a_line_for_each_split() -> None:
 
 
 def test_bits_have_their_bounds_marked_and_estimates_left_out() -> None:
-    head, *lines = cells(layouts.bits(LIKELIHOOD, published.read("text8_bpc")))
+    head, *lines = cells(bits(LIKELIHOOD, ["text8_bpc"]))
     assert head == ["Model", "View", "BPC ↓", "PPL ↓", "Source"]
     assert lines[:3] == [
         ["unigram", "exact", "4.100", "17.00", OURS],
@@ -103,16 +107,18 @@ def test_bits_have_their_bounds_marked_and_estimates_left_out() -> None:
 
 def test_a_layout_that_nothing_was_measured_for_is_not_there() -> None:
     assert layouts.by_budget(TEXTS, PERPLEXITY) is None
-    assert layouts.lay_out([], [], ()) == {}
+    assert layouts.of_texts([], MERITS, ()) == {}
+    assert bits([], ()) is None
     unwalked = [row for row in TEXTS if "path" not in row or "skipped" in row]
-    assert set(layouts.lay_out(unwalked, LIKELIHOOD, ())) == {"bits"}
-    every = layouts.lay_out(TEXTS, LIKELIHOOD, get_args(published.Published))
-    assert set(every) == {"mauve_by_budget", "words_by_budget", "hybrid_splits", "bits"}
+    assert layouts.of_texts(unwalked, MERITS, ()) == {}
+    every = layouts.of_texts(TEXTS, MERITS, get_args(Published))
+    assert set(every) == {"mauve_by_budget", "words_by_budget", "hybrid_splits"}
     assert all(map(markdown, every.values()))
 
 
 def test_every_table_can_be_shown_without_rows_of_ours() -> None:
-    alone = layouts.lay_out([], [], get_args(published.Published))
+    alone = layouts.of_texts([], MERITS, get_args(Published))
+    alone["bits"] = bits([], get_args(Published))
     assert {name: len(table.rows) for name, table in alone.items()} == {
         "mauve_by_budget": 7,
         "hybrid_splits": 6,
@@ -126,8 +132,8 @@ def test_no_published_value_is_a_number_that_could_be_counted_in() -> None:
             return [leaf for item in value.values() for leaf in leaves(item)]
         return [value]
 
-    for name in get_args(published.Published):
-        table = published.read(name)
+    for name in get_args(Published):
+        table = published_table(name)
         assert table.source.startswith(("000", "003"))
         for row in table.rows:
             values = {key: value for key, value in row.items() if key != "split"}
@@ -140,10 +146,10 @@ def test_calibration_has_a_line_for_each_model_and_a_column_for_each_snr() -> No
         for model, bias in (("atomic", 0.1), ("smoothed", 0.0))
         for snr in (1, 100)
     ]
-    table = layouts.ece(rows)
+    table = ece(rows)
     assert table.cells() == [
         ["Model", "SNR 1", "SNR 100"],
         ["atomic", "0.1100", "1.1000"],
         ["smoothed", "0.0100", "1.0000"],
     ]
-    assert layouts.ece([]).rows == []
+    assert ece([]).rows == []

@@ -49,14 +49,14 @@ def test_nothing_to_measure_is_not_a_number() -> None:
 
 
 def test_the_unigram_adds_one_to_every_count() -> None:
-    unigram = Unigram.fit(np.array([0, 0, 0, 1]), size=4)
+    unigram = Unigram.of(np.array([0, 0, 0, 1]), size=4)
     assert unigram.p_V == pytest.approx([4 / 8, 2 / 8, 1 / 8, 1 / 8])
     nats_N = unigram.nats(np.array([[0, 0], [1, 3]]))
     assert nats_N == pytest.approx([math.log(2), (math.log(4) + math.log(8)) / 2])
 
 
 def test_a_uniform_law_has_the_perplexity_of_its_size() -> None:
-    unigram = Unigram.fit(np.arange(28), size=28)
+    unigram = Unigram.of(np.arange(28), size=28)
     nats = metrics.mean(unigram.nats(rows("abcd", "zz z")))
     assert math.exp(nats.value) == pytest.approx(28)
     assert nats.stderr == pytest.approx(0, abs=1e-12)

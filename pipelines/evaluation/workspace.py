@@ -1,30 +1,32 @@
-"""What a process holds that works on an evaluation: its data, its parts and the models at hand."""
+"""What a process keeps open while it works on an evaluation: its parts, its rows and one model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dsl.denoiser import Denoiser
 from dsl.vocabulary import Vocabulary
 from infra.storage import Folder
 from pipelines import models
-from pipelines.evaluation.judge import Judged
+from pipelines.evaluation.cells import REFERENCES
 from pipelines.evaluation.parts import Parts, matrix
-from pipelines.evaluation.settings import REFERENCES, EvaluateConfig
+from pipelines.evaluation.readers import HubReader, OwnReader
 from pipelines.models import Model
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.settings import EvaluateConfig
 
 WORDS = "parts/words"  # the group of parts that holds those of the training split
 MODELS = "models"  # of the run directory: the weights as they were when the evaluation began
 
 
-class Bench:
-    """Opens what a job asks for, and keeps it for the next one.
+class Workspace:
+    """Opens what a task asks for, and keeps it for the next one.
 
-    Jobs of one model come one after another, so one model is kept and not all.
+    Tasks of one model come one after another, so only one model is kept.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -33,16 +35,25 @@ class Bench:
         self.parts = Parts(self.folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._opened: tuple[str, Model] | None = None
+        self._readers: dict[HubReader | OwnReader, Any] = {}
 
     def model(self, name: str) -> Model:
         """One of the evaluation's models, on the device."""
         if self._opened is None or self._opened[0] != name:
-            self._opened = None  # before the next takes its place in memory
+            self._opened = None  # frees the memory before the next is opened
             self._opened = (name, self._open(name))
         return self._opened[1]
 
-    def denoiser(self, name: str) -> Denoiser:
-        return self.model(name).denoiser
+    def reader(self, reader: HubReader | OwnReader) -> Any:
+        """What `load` of a reader answers: a function of texts and their tokens."""
+        if reader not in self._readers:
+            self._readers[reader] = reader.load(self.device, lambda own: self._open(copied(own)))
+        return self._readers[reader]
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Those of the training split."""
+        return frozenset(self.parts.read(WORDS)["word"].to_pylist())
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Held-out rows ``[B, L]``, the same for every model."""
@@ -53,21 +64,6 @@ class Bench:
         return Vocabulary.from_json((self.folder / MODELS).read_bytes("tokenizer.json").decode())
 
     @cached_property
-    def words(self) -> frozenset[str]:
-        """Those of the training split."""
-        return frozenset(self.parts.read(WORDS)["word"].to_pylist())
-
-    @cached_property
-    def featurize(self) -> Callable[[Sequence[str], np.ndarray], np.ndarray]:
-        assert self.config.mauve is not None
-        return self.config.mauve.featurizer.load(self.device, self._stranger)
-
-    @cached_property
-    def judge(self) -> Callable[[Sequence[str], np.ndarray], Judged]:
-        assert self.config.judge is not None
-        return self.config.judge.load(self.device, self._stranger)
-
-    @cached_property
     def _held_out_NL(self) -> np.ndarray:
         return matrix(self.parts.read(f"samples/{REFERENCES}", ["tokens"])["tokens"], np.int64)
 
@@ -76,11 +72,7 @@ class Bench:
         model.denoiser.to(self.device).eval()
         return model
 
-    def _stranger(self, address: str) -> Model:
-        """A model of ours that is asked about the texts of others."""
-        return self._open(stranger(address))
 
-
-def stranger(address: str) -> str:
-    """The name in `models` of one that judges or featurizes."""
+def copied(address: str) -> str:
+    """The name in `MODELS` of a model of our own that reads the texts of others."""
     return "judging-" + "".join(c if c.isalnum() else "-" for c in address)

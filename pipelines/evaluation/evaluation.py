@@ -1,0 +1,91 @@
+"""An evaluation under way: what is asked of which models, and the parts that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from infra.errors import ConfigError
+from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell, cells
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.parts import Parts
+from pipelines.evaluation.subjects import Subject
+from pipelines.kinds import ModelKind
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.settings import EvaluateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Which models walk which paths, the rows that they are asked about, and what was found."""
+
+    config: EvaluateConfig
+    parts: Parts
+    held_out: HeldOut
+    subjects: Sequence[Subject]
+
+    @cached_property
+    def kinds(self) -> Mapping[str, ModelKind]:
+        """What each model was trained on, by its name."""
+        return {subject.name: subject.trained_as for subject in self.subjects}
+
+    @cached_property
+    def walked(self) -> tuple[Cell, ...]:
+        """Every model on every path that it can walk."""
+        return tuple(cell for cell, refusal in self._cells() if refusal is None)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What there are texts of: all that stands beside the models, and every cell."""
+        return (UNIGRAM, REAL, REFERENCES, *(cell.name for cell in self.walked))
+
+    def refused(self) -> Iterator[tuple[str, str, str]]:
+        """(model, paths, reason) for the paths that a model cannot walk, one for each reason."""
+        reasons: dict[tuple[str, str], dict[str, None]] = {}
+        for cell, refusal in self._cells():
+            if refusal is not None:
+                reasons.setdefault((cell.model, refusal), {})[cell.path] = None
+        for (model, reason), paths in reasons.items():
+            yield model, ", ".join(paths), reason
+
+    def source(self, model: str, path: str, budget: int) -> str:
+        """The texts of a model at a path and budget; ConfigError unless that is one cell."""
+        if model == UNIGRAM:
+            return UNIGRAM
+        fitting = [c for c in self.walked if (c.model, c.path, c.budget) == (model, path, budget)]
+        if len(fitting) != 1:
+            there = ", ".join(f"{c.path} {c.budget}" for c in self.walked if c.model == model)
+            raise ConfigError(
+                "gate",
+                f"{len(fitting)} walks of {model} along {path} with {budget} calls",
+                f"Name one of: {there}",
+            )
+        return fitting[0].name
+
+    def columns(self, group: str, *names: str) -> dict[str, np.ndarray]:
+        """The columns of all parts of a group (these, or every one), each ``[N]``."""
+        table = self.parts.read(group, names or None)
+        return {name: _numbers(table[name]) for name in table.column_names}
+
+    def texts(self, source: str, rows: int) -> list[str]:
+        """The first texts of a source."""
+        return self.parts.one(f"samples/{source}", 0, ["text"])["text"][:rows].to_pylist()
+
+    def count(self, source: str) -> int:
+        """How many texts of a source there are."""
+        return len(self.parts.read(f"samples/{source}", ["row"]))
+
+    def _cells(self) -> Iterator[tuple[Cell, str | None]]:
+        length = self.held_out.manifest.length
+        for cell in cells(self.kinds, self.config.paths, length):
+            yield cell, self.kinds[cell.model].refusal(cell.walk, cell.budget, length)
+
+
+def _numbers(column: pa.ChunkedArray) -> Any:
+    return column.combine_chunks().to_numpy(zero_copy_only=False)

@@ -1,0 +1,25 @@
+"""The questions that an evaluation asks. A new one is a file here and an entry in the list."""
+
+from pipelines.evaluation.question import Question
+from pipelines.evaluation.questions.calibration import Calibration
+from pipelines.evaluation.questions.converter import Converter
+from pipelines.evaluation.questions.judge import Judge
+from pipelines.evaluation.questions.likelihood import Likelihood
+from pipelines.evaluation.questions.mauve import Mauve
+from pipelines.evaluation.questions.robustness import Robustness
+from pipelines.evaluation.questions.states import States
+from pipelines.evaluation.questions.texts import Texts
+from pipelines.evaluation.questions.traces import Traces
+
+# In the order of the report.
+QUESTIONS: tuple[Question, ...] = (
+    Mauve(),
+    Judge(),
+    Texts(),
+    Likelihood(),
+    States(),
+    Calibration(),
+    Converter(),
+    Robustness(),
+    Traces(),
+)

@@ -1,0 +1,275 @@
+"""What each model writes along every path at every budget: the texts, and what can be counted in
+them.
+
+Shapes: B rows of a task, L positions, N texts, M references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from dsl.denoiser import Denoiser
+from dsl.sampling import Sample, sample
+from dsl.state import State
+from dsl.truncation import Nucleus, Truncated, require_temperature
+from pipelines.evaluation import layouts, metrics
+from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell
+from pipelines.evaluation.evaluation import Evaluation
+from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.metrics import NGRAMS
+from pipelines.evaluation.parts import chunks, matrix, texts
+from pipelines.evaluation.question import (
+    Columns,
+    Drawn,
+    Merit,
+    Question,
+    Questions,
+    Task,
+    entries,
+    repeats,
+    tasks_of_texts,
+)
+from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.workspace import WORDS, Workspace
+from pipelines.report import SKIPPED, Column, Row, Rows, Table
+from pipelines.report.plots import quality, splits
+
+LABELS = (Column("model", "Model"), Column("path", "Path"))
+OWN = (Column("split", "Split"), Column("nucleus", "Nucleus"))  # of some paths only
+CALLS = (Column("budget", "Budget"), Column("calls", "Calls a text", ".1f"))
+SECONDS = Column("seconds", "Seconds a text", ".4f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """`rows` texts for each model, path and budget, at one temperature and nucleus for all.
+
+    `repeats`: all of it so many times, with other noise, for the spread of what is measured on
+    texts as a whole. `traced` of them are also watched step by step.
+    """
+
+    rows: int = 256
+    repeats: int = 1
+    traced: int = 16
+    temperature: float = 1.0
+    nucleus: Nucleus = field(default_factory=Nucleus)
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 2), ("repeats", 1), ("traced", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        require_temperature(self.temperature)
+
+    def sharpen(self, denoiser: Denoiser, nucleus: Nucleus | None) -> Truncated:
+        nucleus = nucleus or self.nucleus
+        return Truncated(denoiser, self.temperature, nucleus.p, nucleus.convention)
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+def draw(
+    workspace: Workspace, cell: Cell, first: int, count: int, recorders: Sequence[Any] = ()
+) -> Sample:
+    """Texts from nothing along the path of a cell."""
+    config, denoiser = workspace.config, workspace.model(cell.model).denoiser
+    length = workspace.rows(0, 1).shape[1]
+    return sample(
+        config.samples.sharpen(denoiser, cell.nucleus),
+        cell.walk,
+        State.masked(count, length, denoiser.config.embed_dim),
+        budget=cell.budget,
+        seed=config.seed,
+        first_row=first,
+        recorders=recorders,
+    )
+
+
+def _draw(workspace: Workspace, *, cell: Cell, first: int, count: int) -> pa.Table:
+    drawn = draw(workspace, cell, first, count)
+    table = texts(drawn.tokens_BL.cpu().numpy(), first, workspace.vocabulary)
+    return table.append_column("calls", pa.array(drawn.row_calls_B.numpy()))
+
+
+def _read(workspace: Workspace, texts: Sequence[str], tokens_BL: np.ndarray) -> Columns:
+    """What can be counted in each text by itself."""
+    known_B, words_B = metrics.word_counts(tokens_BL, workspace.vocabulary, workspace.words)
+    return {
+        "known": known_B,
+        "words": words_B,
+        "entropy": metrics.entropies(tokens_BL),
+        "repetition": metrics.repetitions(tokens_BL),
+    }
+
+
+def _distinct(workspace: Workspace, *, source: str, first: int) -> pa.Table:
+    """The share of n-grams that are different, in one repeat of a source."""
+    tokens = workspace.parts.read(f"samples/{source}", ["tokens"])["tokens"]
+    tokens_NL = matrix(tokens[first : first + workspace.config.samples.rows], np.int64)
+    return pa.table({f"distinct_{n}": [metrics.distinct(tokens_NL, n)] for n in NGRAMS})
+
+
+# --- what the gate may compare -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordShare(OfTexts):
+    """The share of words that occur in the corpus, over all words; higher is better."""
+
+    kind: Literal["words"] = "words"
+
+    sign: ClassVar[int] = 1
+
+    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
+        read = evaluation.columns(f"parts/read/{self.source(evaluation, model)}")
+        return ratios(read["known"], read["words"], draws.rows(len(read["words"])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyGap(OfTexts):
+    """How far the mean entropy of a text is from that of the references; lower is better."""
+
+    kind: Literal["entropy"] = "entropy"
+
+    sign: ClassVar[int] = -1
+
+    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
+        texts_N = evaluation.columns(f"parts/read/{self.source(evaluation, model)}")["entropy"]
+        references_M = evaluation.columns(f"parts/read/{REFERENCES}")["entropy"]
+        ours_R = means(texts_N, draws.rows(len(texts_N)))
+        return abs(ours_R - means(references_M, draws.references(len(references_M))))
+
+
+# --- the question ------------------------------------------------------------------------------
+
+
+class Texts(Question):
+    """Owns the table of texts, into which other questions put columns of their own."""
+
+    section, settings, gate_metrics = "samples", SamplesConfig, (WordShare, EntropyGap)
+    columns = (
+        Column("words", "Words in corpus", ".3f"),
+        *(Column(f"distinct_{n}", f"Distinct-{n}", ".3f") for n in NGRAMS),
+        Column("repetition", "Repetition", ".3f"),
+        Column("entropy", "Entropy", ".3f"),
+    )
+    merits = (
+        Merit("words", "Words in corpus ↑", ".3f", better=1, bounds=(0, 1)),
+        Merit("entropy", "Entropy of a text, nats", ".3f"),
+    )
+
+    def held_out_rows(self, config: Questions) -> Mapping[str, int]:
+        return {"samples.rows": config.samples.rows}
+
+    def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
+        words = pa.table({"word": sorted(held_out.words)})
+        workspace.parts.write(WORDS, 0, words, {})
+
+    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
+        config, samples = evaluation.config, evaluation.config.samples
+        for cell in evaluation.walked:
+            if cell.model == subject.name:
+                for first, count in chunks(samples.rows * samples.repeats, config.batch):
+                    work = partial(_draw, cell=cell, first=first, count=count)
+                    yield Task(group=f"samples/{cell.name}", first=first, work=work)
+
+    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
+        return tasks_of_texts(f"parts/read/{source}", source, texts, _read)
+
+    def of_corpus(self, evaluation: Evaluation, source: str, texts: int) -> Iterator[Task]:
+        for first in repeats(evaluation, texts):
+            work = partial(_distinct, source=source, first=first)
+            yield Task(group=f"parts/whole/{source}", first=first, work=work)
+
+    def of_source(self, evaluation: Evaluation, source: str) -> Row:
+        read = evaluation.columns(f"parts/read/{source}")
+        row = {
+            **entries("words", metrics.ratio(read["known"], read["words"])),
+            **entries("entropy", metrics.mean(read["entropy"])),
+            **entries("repetition", metrics.mean(read["repetition"])),
+        }
+        if evaluation.parts.present(f"parts/whole/{source}"):
+            whole = evaluation.columns(f"parts/whole/{source}")
+            row |= {name: float(values.mean()) for name, values in whole.items()}
+        return row
+
+    def note(self, config: Questions) -> str:
+        return (
+            "Words in corpus: the share of words that occur in the training split. Repetition: the "
+            f"share of {metrics.REPEATED}-grams of tokens that a text had before. Entropy: of the "
+            f"tokens of a text, in nats. Seconds a text: of one process, {config.batch} at a time."
+        )
+
+    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
+        """Every cell, what stands beside the models, and why other paths were not walked."""
+        config = evaluation.config
+        rows = [{"model": name, **_of_source(evaluation, name)} for name in (UNIGRAM, REAL)]
+        rows += [_of_cell(evaluation, cell) for cell in evaluation.walked]
+        for model, paths, reason in evaluation.refused():
+            rows.append({"model": model, "path": paths, SKIPPED: reason})
+        samples = config.samples
+        each = f"{samples.repeats} x " if samples.repeats > 1 else ""
+        said = (
+            f"{each}{samples.rows:,} texts each at temperature {samples.temperature:g} and "
+            f"nucleus {samples.nucleus.p:g} ({samples.nucleus.convention})."
+        )
+        notes = filter(None, (question.note(config) for question in config.questions))
+        own = (column for column in OWN if any(column.key in row for row in rows))
+        asked = (column for question in config.questions for column in question.columns)
+        columns = (*LABELS, *own, *CALLS, *asked, SECONDS)
+        made = Table(title="Texts", note=" ".join([said, *notes]), columns=columns, rows=rows)
+        return {"samples": made}
+
+    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+        config = evaluation.config
+        return layouts.of_texts(tables["samples"].rows, config.merits, config.published)
+
+    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+        """Every merit against calls; of hybrid paths by split."""
+        rows = tables["samples"].rows
+        by_split = [row for row in rows if "split" in row]
+        for merit in evaluation.config.merits:
+            look = {"label": merit.title, "bounds": merit.bounds, "anchors": _anchors(rows, merit)}
+            png = quality(rows, merit.key, **look)
+            yield f"{merit.key}_by_calls", f"{merit.title} against calls", png
+            if len({tuple(row["split"]) for row in by_split}) > 1:
+                png = splits(by_split, merit.key, label=merit.title, show=merit.show)
+                yield f"{merit.key}_by_split", f"{merit.title} of hybrid paths by split", png
+
+
+def _of_cell(evaluation: Evaluation, cell: Cell) -> Row:
+    calls_N = evaluation.columns(f"samples/{cell.name}", "calls")["calls"]
+    notes = evaluation.parts.notes(f"samples/{cell.name}")
+    return {
+        **labels(cell),
+        **({"nucleus": cell.nucleus.p} if cell.nucleus else {}),
+        "calls": float(calls_N.mean()),
+        **_of_source(evaluation, cell.name),
+        "seconds": sum(note["seconds"] for note in notes) / len(calls_N),
+    }
+
+
+def labels(cell: Cell) -> dict[str, Any]:
+    """What tells the row of a cell from others."""
+    split = {"split": list(cell.split)} if cell.split else {}
+    return {"model": cell.model, "path": cell.path, **split, "budget": cell.budget}
+
+
+def _of_source(evaluation: Evaluation, source: str) -> dict[str, Any]:
+    """What every question says of the texts of a source."""
+    row: dict[str, Any] = {}
+    for question in evaluation.config.questions:
+        row |= question.of_source(evaluation, source)
+    return row
+
+
+def _anchors(rows: Rows, merit: Merit) -> dict[str, float]:
+    """The merit of what stands beside the models."""
+    return {row["model"]: row[merit.key] for row in rows if "path" not in row and merit.key in row}

@@ -1,0 +1,62 @@
+"""What a path does step by step: the texts with most calls of each path, watched as they are drawn
+(004 figure 2)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from dsl.recorders import Rewrites, Schedule, Sharpening
+from pipelines.evaluation.cells import Cell, longest
+from pipelines.evaluation.evaluation import Evaluation
+from pipelines.evaluation.question import Drawn, Question, Task
+from pipelines.evaluation.questions.texts import draw, labels
+from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.workspace import Workspace
+from pipelines.report import Table
+from pipelines.report.traces import remasking, schedule, sharpening
+
+
+def _watch(workspace: Workspace, *, cell: Cell) -> pa.Table:
+    """A cell's first texts again, with recorders; what each has seen, as JSON."""
+    samples, recorders = workspace.config.samples, (Schedule(), Sharpening(), Rewrites())
+    recorded = draw(workspace, cell, 0, min(samples.traced, samples.rows), recorders).recorded
+    seen = {recorder.name: recorded[recorder.name] for recorder in recorders}
+    return pa.table({name: [json.dumps(_finite(values))] for name, values in seen.items()})
+
+
+class Traces(Question):
+    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
+        for cell in _watched(evaluation):
+            if cell.model == subject.name:
+                work = partial(_watch, cell=cell)
+                yield Task(group=f"parts/traces/{cell.name}", first=0, work=work)
+
+    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+        rows = []
+        for cell in _watched(evaluation):
+            (row,) = evaluation.parts.read(f"parts/traces/{cell.name}").to_pylist()
+            rows.append(labels(cell))
+            for seen in row.values():
+                rows[-1] |= json.loads(seen)
+        yield "schedule", "What each step leaves masked, evident and revealed", schedule(rows)
+        yield "remasking", "What each step takes back", remasking(rows)
+        yield "sharpening", "How sure the posterior is by step", sharpening(rows)
+
+
+def _watched(evaluation: Evaluation) -> list[Cell]:
+    return longest(evaluation.walked) if evaluation.config.samples.traced else []
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can hold: what is not a number is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
