@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dsl.denoiser import Denoiser
-from dsl.likelihood import Profile
-from dsl.posterior import Posterior, log_prob_of, summarise
+from dsl.likelihood import Profile, log_prob_of
+from dsl.posterior import Posterior
 from infra.config import to_tree
 from pipelines.evaluation.conditions import AtSNR, Condition, Revealed, shown
 from pipelines.evaluation.evaluation import Evaluation
@@ -75,7 +75,7 @@ def mean_errors(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> T
 
     at_A = hidden_BL.flatten().nonzero().squeeze(1)
     errors_BL2 = table_VD.new_zeros(*tokens_BL.shape, 2)
-    errors_BL2[hidden_BL] = summarise(posterior, both, at_A, tokens_BL.flatten()[at_A])
+    errors_BL2[hidden_BL] = posterior.summarise(both, at_A, tokens_BL.flatten()[at_A])
     return (errors_BL2.sum(1) / hidden_BL.sum(1, keepdim=True)).T
 
 
