@@ -60,7 +60,7 @@ class Lease:
     def confirm(self) -> None:
         """InfraError where another process has taken the run over: nothing may be written then.
 
-        A store that does not answer says nothing, and what it refuses is not written anyway.
+        Where the store does not answer, nothing is raised: a write would fail there as well.
         """
         try:
             names = _names(self.folder)
@@ -75,13 +75,6 @@ class Lease:
                 "Let that one go on; the same command resumes the run when it has ended",
             )
 
-    def ending(self) -> bool:
-        """Whether its holder wants the run to come to an end; True also once it is lost."""
-        try:
-            return bool(_read(self.folder, self.name).get("ending", True))
-        except InfraError:
-            return False
-
 
 class Held:
     """A lease in the hands of its holder, which gives signs of life until it is released."""
@@ -89,7 +82,7 @@ class Held:
     def __init__(self, lease: Lease, content: dict[str, Any]) -> None:
         self.lease = lease
         self._content = content
-        self._released, self._wake = False, threading.Event()
+        self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
@@ -98,16 +91,9 @@ class Held:
         """The run directory."""
         return self.lease.run
 
-    def end(self) -> None:
-        """Tell all who work under this lease that the run is to come to an end; returns at once,
-        so that a signal handler may call it."""
-        self._content["ending"] = True
-        self._wake.set()
-
     def release(self) -> None:
         """Let the next one in."""
-        self._released = True
-        self._wake.set()
+        self._released.set()
         self._thread.join()
         with suppress(Problem):
             self.lease.folder.remove(self.lease.name)
@@ -116,11 +102,7 @@ class Held:
                 os.rmdir(self.lease.folder.path)
 
     def _beat(self) -> None:
-        while True:
-            self._wake.wait(BEAT_S)
-            self._wake.clear()
-            if self._released:
-                return
+        while not self._released.wait(BEAT_S):
             try:
                 self.lease.confirm()
             except InfraError as problem:
@@ -166,7 +148,6 @@ def _take(run: Folder) -> Held:
             "job": job,
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "beat": 0,
-            "ending": False,
         }
         if not _create(folder, lease.name, _encode(content)):
             continue

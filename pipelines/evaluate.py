@@ -12,15 +12,13 @@ was; what has been drawn is never drawn again.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infra import pool, tracking
-from infra.lease import Held
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import held_out, jobs, preparation, promotion, stages
@@ -32,7 +30,7 @@ from pipelines.evaluation.stages import Stage
 from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.tables import Tables, figures, time_table
 from pipelines.report import Report, markdown
-from pipelines.runs import RESULT, say
+from pipelines.runs import Lineage, Made, Run, say
 
 SHOWN = 300  # characters of a text in the terminal
 
@@ -55,47 +53,60 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(kw_only=True)
+class Evaluation(runs.Task):
+    config: EvaluateConfig
+    verb: str = "evaluate"
+
+    keys = ("run", "models")
+
+    def stands(self, result: Mapping[str, Any]) -> bool:
+        folder = Folder.at(self.config.root) / self.config.name
+        origins = preparation.origins(self.config, folder, self._uri)
+        preparation.require_same(result["models"], origins, folder)
+        return True
+
+    def prepare(self, folder: Folder) -> Lineage:
+        config, self.began = self.config, time.monotonic()
+        self.origins = preparation.origins(config, folder, self._uri)
+        self.rows = preparation.rows(config)
+        self.subjects = preparation.prepare(config, folder, self.origins, self.rows, self._uri)
+        self.found = preparation.found(config, folder, self.subjects, self.rows)
+        return Lineage(self.rows.manifest, _lineage(self.origins))
+
+    def work(self, run: Run) -> None:
+        self.spent = _measure(self.config, self.found)
+
+    def conclude(self, run: Run) -> Made:
+        config, folder = self.config, run.folder
+        self.decision = promotion.decide(config, folder, self.found, self.origins, self._uri)
+        tables = Tables(found=self.found, held_out=self.rows, subjects=self.subjects)
+        spent = time_table(self.spent, wall=time.monotonic() - self.began, config=config)
+        made = report(tables, self.decision, spent)
+        _show(made)
+        result = {
+            "models": self.origins,
+            "report": folder.url_of("report/report.html"),
+            "tables": folder.url_of("report/evaluation.json"),
+            "samples": folder.url_of("samples"),
+            "metrics": figures(made.tables),
+        }
+        return Made(result, made.files())
+
+    def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+        page, handle = result["report"], run.handle
+        found = promotion.conclude(self.config, self.origins, self.decision, handle, page)
+        say(f"\nreport: {page}\nMLflow: {tracking.page(handle)}")
+        (run.folder / MODELS).remove()
+        return found
+
+    @property
+    def _uri(self) -> str:
+        return tracking.locate(self.config.tracking, self.config.root)
+
+
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    with runs.opened(config, "evaluate") as held:
-        return _execute(config, held)
-
-
-def _execute(config: EvaluateConfig, held: Held) -> dict[str, Any]:
-    began, folder = time.monotonic(), held.run
-    uri = tracking.locate(config.tracking, config.root)
-    origins = preparation.origins(config, folder, uri)
-    if folder.exists(RESULT):
-        return _finished(folder, origins)
-    rows = preparation.rows(config)
-    with runs.beginning(folder, config, "evaluate"):
-        subjects = preparation.prepare(config, folder, origins, rows, uri)
-        found = preparation.found(config, folder, subjects, rows)
-        handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
-    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-    with runs.ending(handle):
-        spent = _measure(config, found)
-        held.lease.confirm()
-        decision = promotion.decide(config, folder, found, origins, uri)
-        tables = Tables(found=found, held_out=rows, subjects=subjects)
-        spent_table = time_table(spent, wall=time.monotonic() - began, config=config)
-        made = report(tables, decision, spent_table)
-        metrics = figures(made.tables)
-        handle = runs.publish(folder, handle, made.files(), metrics)
-    _show(made)
-    result = {
-        "run": folder.url,
-        "run_id": handle.run_id,
-        "models": origins,
-        "report": folder.url_of("report/report.html"),
-        "tables": folder.url_of("report/evaluation.json"),
-        "samples": folder.url_of("samples"),
-        "metrics": metrics,
-    }
-    result |= promotion.conclude(config, origins, decision, handle, result["report"])
-    say(f"\nreport: {result['report']}\nMLflow: {tracking.page(handle)}")
-    folder.write_bytes(RESULT, json.dumps(result).encode())
-    (folder / MODELS).remove()
-    return result
+    return runs.carry_out(Evaluation(config=config))
 
 
 def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
@@ -113,14 +124,6 @@ def _measure(config: EvaluateConfig, found: Found) -> list[Stage]:
         spent.append(stages.run("texts", jobs.of_texts(config, rows), config, parts, workers))
         spent.append(stages.run("corpora", jobs.of_corpora(config, rows), config, parts, workers))
     return spent
-
-
-def _finished(folder: Folder, origins: Mapping[str, Origin]) -> dict[str, Any]:
-    """What an earlier evaluation of the very same models found."""
-    result = runs.result(folder, "run", "models")
-    preparation.require_same(result["models"], origins, folder)
-    say(f"{folder.url} is finished; existing=restart would make it anew")
-    return result
 
 
 def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:

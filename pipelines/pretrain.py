@@ -23,9 +23,10 @@ from dsl.vocabulary import Vocabulary
 from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
-from pipelines import models, verb
-from pipelines.launch import RunConfig, launch, plan
+from pipelines import models, runs, verb
 from pipelines.models import SCRATCH, BackboneConfig, ConverterConfig
+from pipelines.training.launch import TrainingTask, plan
+from pipelines.training.settings import RunConfig
 
 OBJECTIVES = {
     "mdlm": MDLMObjective,
@@ -91,14 +92,15 @@ def dry_run(config: PretrainConfig) -> dict[str, Any]:
 
 
 def execute(config: PretrainConfig) -> dict[str, Any]:
-    return launch(
-        config,
+    task = TrainingTask(
         verb="pretrain",
+        config=config,
         kind=kind(config),
         objective=OBJECTIVES[config.objective],
         initial=partial(initial, config),
         tags={} if config.init == SCRATCH else {"parent_model": config.init},
     )
+    return runs.carry_out(task)
 
 
 def main() -> int:

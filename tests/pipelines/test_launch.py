@@ -29,8 +29,10 @@ from infra.errors import ConfigError
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
-from pipelines import launch, models, pretrain, training
-from pipelines.training import Microbatches
+from pipelines import models, pretrain, runs
+from pipelines.training import launch, learner, worker
+from pipelines.training.learner import Microbatches
+from pipelines.training.settings import OptimizerConfig
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
 
@@ -91,14 +93,14 @@ def test_twelve_steps_are_six_a_stop_and_six(
 
 
 STAGES = {
-    "before the record": (launch.tracking, "start"),
+    "before the record": (runs.tracking, "start"),
     "the initial weights": (models.weights, "save"),
     "the first batch": (stream, "read_group"),
-    "a step": (training.Learner, "step"),
-    "the first validation": (training.Learner, "validate"),
+    "a step": (learner.Learner, "step"),
+    "the first validation": (learner.Learner, "validate"),
     "a checkpoint": (checkpoints.Checkpoints, "save"),
     "the model": (checkpoints, "consolidate"),
-    "the last report": (launch.tracking, "finish"),
+    "the last report": (runs.tracking, "finish"),
 }
 
 
@@ -133,7 +135,7 @@ def test_a_real_ctrl_c(
 
     On CPUs of any instruction set: what torch computes with is taken from it by name.
     """
-    root = Path(launch.__file__).parents[1]
+    root = Path(runs.__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root)}
     if instructions != "as is":
         env["ATEN_CPU_CAPABILITY"] = instructions
@@ -217,8 +219,8 @@ def test_what_is_logged_is_shown(tmp_path: Path, data: str) -> None:
     def show(step: int, metrics: Mapping[str, float]) -> None:
         shown.append({"step": step, **metrics})
 
-    fit = partial(launch.run_on_this_process, batches=stream.read, show=show)
-    with tiny.bare(), mock.patch.object(launch, "fit_on_cluster", fit):
+    fit = partial(worker.train, show=show)
+    with tiny.bare(), mock.patch.object(launch, "on_cluster", fit):
         argv = [f"data={data}", f"root={tmp_path}", "name=shown", "train.log_every=4"]
         pretrain.execute(tiny.load("pretrain", *argv))
     logged = journal.read(str(tmp_path / "shown"))
@@ -248,7 +250,7 @@ def test_validation_is_of_the_average_on_the_holdout(data: str, whole: dict[str,
     objective = DSLObjective(dsl.load(run / "model"), config.support)
     with torch.no_grad():
         losses = [
-            objective(torch.from_numpy(rows_RL), generator(0, training.VALIDATION, key)).value
+            objective(torch.from_numpy(rows_RL), generator(0, learner.VALIDATION, key)).value
             for key, rows_RL in enumerate(np.split(rows_NL, 2))
         ]
     loss = sum(losses).item() / 2
@@ -309,7 +311,7 @@ def test_a_finished_run_is_left_alone(data: str, whole: dict[str, Path]) -> None
     run = whole["pretrain"]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     made = tiny.execute("pretrain", *arguments("pretrain", data, run, whole))
-    assert made == json.loads((run / launch.RESULT).read_text())
+    assert made == json.loads((run / runs.RESULT).read_text())
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -391,13 +393,13 @@ def test_a_dry_run_touches_nothing(
 
 
 def test_the_learning_rate_rises_then_stays_or_falls() -> None:
-    constant = partial(training.OptimizerConfig(lr=2.0, warmup=4).lr_at, steps=12)
+    constant = partial(OptimizerConfig(lr=2.0, warmup=4).lr_at, steps=12)
     assert [constant(step) for step in (1, 2, 4, 5, 12)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    cosine = partial(training.OptimizerConfig(lr=2.0, warmup=4, schedule="cosine").lr_at, steps=12)
+    cosine = partial(OptimizerConfig(lr=2.0, warmup=4, schedule="cosine").lr_at, steps=12)
     assert [cosine(step) for step in (2, 4, 8, 12)] == pytest.approx([1.0, 2.0, 1.1, 0.2])
     falling = [cosine(step) for step in range(4, 13)]
     assert falling == sorted(falling, reverse=True)
-    assert training.OptimizerConfig(lr=2.0, warmup=0).lr_at(1, 9) == 2.0
+    assert OptimizerConfig(lr=2.0, warmup=0).lr_at(1, 9) == 2.0
 
 
 def test_a_folder_of_dsl_save_is_a_model(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from infra import journal, parallel, ranklog
 from infra.checkpoints import committed, consolidate
 from infra.errors import InfraError
-from infra.notices import Notice, Notices
+from infra.preemption import Notice, Notices, Terminated, terminable
 from infra.storage import Folder
-from infra.termination import Terminated, noticed
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
 
@@ -83,14 +82,14 @@ def test_the_ranks_agree_on_what_the_highest_has_heard() -> None:
 
 
 def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> None:
-    answers = {"ending": False, "going": True}
-    notices = Notices(ending=lambda: answers["ending"], going=lambda: answers["going"])
+    answers = {"stop": False, "leaving": True}
+    notices = Notices(stop=lambda: answers["stop"], leaving=lambda: answers["leaving"])
     seen = []
     with notices.listening():
         while notices.latest is Notice.NONE:
             time.sleep(0.01)
         seen.append(notices.latest)
-        answers["ending"] = True
+        answers["stop"] = True
         while notices.latest is not Notice.END:
             time.sleep(0.01)
     assert seen == [Notice.SAVE]
@@ -104,7 +103,7 @@ def test_the_first_sigterm_is_a_notice_the_second_an_end() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated), noticed(lambda: heard.append(1)):
+    with pytest.raises(Terminated), terminable(lambda: heard.append(1)):
         twice()
     assert heard == [1]
     assert signal.getsignal(signal.SIGTERM) is before

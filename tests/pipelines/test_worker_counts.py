@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infra.errors import ConfigError
-from pipelines.workers import WorkersConfig
+from pipelines.training.settings import WorkersConfig
 from tests.pipelines import tiny
 
 

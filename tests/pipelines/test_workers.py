@@ -25,11 +25,12 @@ from infra import journal
 from infra.checkpoints import consolidate
 from infra.config import load
 from infra.tracking import connect
-from pipelines import launch
+from pipelines import runs as ritual
 from pipelines.finetune import FinetuneConfig, initial
+from pipelines.training.launch import TrainingTask
+from pipelines.verb import PRESETS
 
 STEPS, KILLED_IN = 20, 13
-PRESETS = Path(launch.__file__).with_name("presets")
 SETTINGS = [
     "init=scratch",
     "backbone.width=32", "backbone.blocks=2", "backbone.heads=2", "backbone.cond_dim=8",
@@ -63,14 +64,15 @@ SUPPORT = Mixed(continuous=LogNormal(mu=1.0, sigma=1.0), roar_share=0.5)
 def run(root: Path, data: Path, name: str, workers: int, objective: Any) -> dict[str, Any]:
     argv = [f"name={name}", f"root={root}", f"data={data}", f"workers.count={workers}", *SETTINGS]
     config = load(FinetuneConfig, verb="finetune", argv=argv, presets=PRESETS)
-    return launch.launch(
-        config,
+    task = TrainingTask(
+        config=config,
         verb="finetune",
         kind="dsl",
         objective=objective,
         initial=partial(initial, config),
         tags={},
     )
+    return ritual.carry_out(task)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from infra import config, journal, notices, stream
+from infra import config, journal, preemption, stream
 from infra.storage import Folder
 from infra.stream import Plan
-from pipelines import finetune, launch, prepare, pretrain
+from pipelines import finetune, prepare, pretrain
+from pipelines.training import launch, worker
+from pipelines.verb import PRESETS
 
 VERBS = {"prepare": prepare, "pretrain": pretrain, "finetune": finetune}
 CONFIGS = {
@@ -49,7 +51,6 @@ SETTINGS = {
     "pretrain": TRAIN,
     "finetune": [*TRAIN, "converter.embed_dim=8", "converter.mask_prior=0.5"],
 }
-PRESETS = Path(launch.__file__).with_name("presets")
 
 NAMES = """
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
@@ -127,9 +128,9 @@ def outcome(capsys: pytest.CaptureFixture[str], verb: str, *argv: str) -> Outcom
 @contextmanager
 def bare(batches: Any = stream.read) -> Iterator[None]:
     """This process in the place of Ray's workers, and no patience with the MLflow server."""
-    fit = partial(launch.run_on_this_process, batches=batches)
+    train = partial(worker.train, batches=batches)
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-    with mock.patch.object(launch, "fit_on_cluster", fit), mock.patch.dict(os.environ, patience):
+    with mock.patch.object(launch, "on_cluster", train), mock.patch.dict(os.environ, patience):
         yield
 
 
@@ -142,7 +143,7 @@ def signalled_at(step: int, number: signal.Signals) -> Any:
             if this == step:
                 os.kill(os.getpid(), number)
             if this == step + 1:
-                time.sleep(3 * notices.ASK_S)
+                time.sleep(3 * preemption.ASK_S)
             yield batch
 
     return read

@@ -1,0 +1,84 @@
+"""What a training run tells the outside, and what it is told: one object for the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from infra import parallel, stall, tracking
+from infra.lease import Lease
+from infra.preemption import Notice, Notices, node_is_leaving, stop_requested
+from infra.tracking import RunHandle
+
+Show = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(kw_only=True)
+class Monitor:
+    """One rank's view of a run. Rank 0 writes the journal and asks whether the run is to stop;
+    every rank reports validations, asks for its own machine, and says what it is doing.
+
+    began: when the run was first started, seconds since the epoch. stall_s: how long a step may
+    take. reports: called with each validation, on every rank at the same steps. show: called with
+    all that is logged, on rank 0.
+    """
+
+    handle: RunHandle
+    lease: Lease
+    began: float
+    stall_s: float
+    reports: Callable[[dict[str, float]], None] = lambda metrics: None
+    show: Show = lambda step, metrics: None
+
+    @contextmanager
+    def following(self, done: int | None) -> Iterator[None]:
+        """Around all steps after `done` (None: from the start), in a process group.
+
+        Raises InfraError where another process has taken the run over, or a rank hangs.
+        """
+        first = parallel.world()[0] == 0
+        self._logger = self._open(done) if first else None
+        self._notices = Notices(
+            stop=(lambda: stop_requested(self.lease.run)) if first else (lambda: False),
+            leaving=node_is_leaving,
+        )
+        try:
+            with self._notices.listening(), stall.watched(self.stall_s, done or 0) as self._watch:
+                yield
+        finally:
+            if self._logger:
+                self._logger.close()
+
+    def _open(self, done: int | None) -> tracking.Logger:
+        self.lease.confirm()
+        return tracking.Logger(tracking.Journal(self.lease.run, resume=done), self.handle)
+
+    def doing(self, what: str) -> None:
+        """What this rank does from now on, for whoever asks when it hangs."""
+        self._watch.doing(what)
+
+    def finished(self, step: int) -> None:
+        """This rank has finished a step."""
+        self._watch.finished(step)
+
+    def notice(self) -> Notice:
+        """The highest notice of any rank, the same on all: they save, or end, after one step."""
+        return Notice(parallel.highest(self._notices.latest))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a step into the journal, and show them."""
+        if self._logger:
+            self._logger.log(step, metrics)
+            self.show(step, metrics)
+
+    def sync(self) -> None:
+        """Bring the journal up to date, before a checkpoint that relies on it is committed."""
+        if self._logger:
+            self.lease.confirm()
+            self._logger.sync()
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report a validation, when the journal holds it."""
+        self.sync()
+        self.reports({**metrics, "step": step})
