@@ -93,33 +93,31 @@ class Notice(IntEnum):
     END = 2  # the run is to stop: make a last checkpoint, then end
 
 
-class Notices:
-    """The latest notice. A thread asks for it, since a store or a cluster may answer slowly."""
+@contextmanager
+def notices(
+    *, stop: Callable[[], bool], leaving: Callable[[], bool]
+) -> Iterator[Callable[[], Notice]]:
+    """A function that tells the latest notice, inside the block.
 
-    def __init__(self, *, stop: Callable[[], bool], leaving: Callable[[], bool]) -> None:
-        """stop: whether the run is to stop. leaving: whether this machine is about to go."""
-        self.latest = Notice.NONE
-        self._stop, self._leaving = stop, leaving
+    stop: whether the run is to stop. leaving: whether this machine is about to go. A thread calls
+    both, since a store or a cluster may answer slowly.
+    """
+    latest, closed = [Notice.NONE], threading.Event()
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Keep `latest` up to date inside the block."""
-        closed = threading.Event()
-        thread = threading.Thread(target=self._listen, args=[closed], name="notices", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            closed.set()
-            thread.join()
+    def listen() -> None:
+        while latest[0] is not Notice.END and not closed.wait(ASK_S):
+            if stop():
+                latest[0] = Notice.END
+            elif latest[0] is Notice.NONE and leaving():
+                latest[0] = Notice.SAVE
 
-    def _listen(self, closed: threading.Event) -> None:
-        while not closed.wait(ASK_S):
-            if self._stop():
-                self.latest = Notice.END
-                return
-            if self.latest is Notice.NONE and self._leaving():
-                self.latest = Notice.SAVE
+    thread = threading.Thread(target=listen, name="notices", daemon=True)
+    thread.start()
+    try:
+        yield lambda: latest[0]
+    finally:
+        closed.set()
+        thread.join()
 
 
 def stop_requested(run: Folder) -> bool:

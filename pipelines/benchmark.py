@@ -30,7 +30,7 @@ from pipelines import runs, verb
 from pipelines.benchmarks import machine, timing
 from pipelines.benchmarks.settings import BenchmarkConfig
 from pipelines.report import Report, Table, markdown
-from pipelines.runs import Lineage, Made, Run, say
+from pipelines.runs import Made, Run, say
 
 
 def plan(config: BenchmarkConfig) -> dict[str, Any]:
@@ -56,10 +56,10 @@ class Benchmark(runs.Task):
     config: BenchmarkConfig
     verb: str = "benchmark"
 
-    def prepare(self, folder: Folder) -> Lineage:
+    def prepare(self, folder: Folder) -> tuple[None, Mapping[str, str]]:
         _pin(self.config)
         self.host = machine.facts()
-        return Lineage(None, {f"machine.{key}": str(value) for key, value in self.host.items()})
+        return None, {f"machine.{key}": str(value) for key, value in self.host.items()}
 
     def work(self, run: Run) -> None:
         say(machine.line(self.host))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from infra import pool, tracking
+from infra.shards import Manifest
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import held_out, jobs, preparation, promotion, stages
@@ -30,7 +31,7 @@ from pipelines.evaluation.stages import Stage
 from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.tables import Tables, figures, time_table
 from pipelines.report import Report, markdown
-from pipelines.runs import Lineage, Made, Run, say
+from pipelines.runs import Made, Run, say
 
 SHOWN = 300  # characters of a text in the terminal
 
@@ -66,13 +67,13 @@ class Evaluation(runs.Task):
         preparation.require_same(result["models"], origins, folder)
         return True
 
-    def prepare(self, folder: Folder) -> Lineage:
+    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
         config, self.began = self.config, time.monotonic()
         self.origins = preparation.origins(config, folder, self._uri)
         self.rows = preparation.rows(config)
         self.subjects = preparation.prepare(config, folder, self.origins, self.rows, self._uri)
         self.found = preparation.found(config, folder, self.subjects, self.rows)
-        return Lineage(self.rows.manifest, _lineage(self.origins))
+        return self.rows.manifest, _lineage(self.origins)
 
     def work(self, run: Run) -> None:
         self.spent = _measure(self.config, self.found)

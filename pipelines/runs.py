@@ -34,16 +34,11 @@ DATA_ERRORS = (WeightsError, VocabularyError)
 class Settings(Protocol):
     """What the configuration of every such verb holds; `data` only where the verb takes any."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def root(self) -> str: ...
-    @property
-    def data(self) -> str: ...
-    @property
-    def existing(self) -> Literal["resume", "restart"]: ...
-    @property
-    def tracking(self) -> TrackingConfig: ...
+    name: str
+    root: str
+    data: str
+    existing: Literal["resume", "restart"]
+    tracking: TrackingConfig
 
 
 class Run(NamedTuple):
@@ -52,13 +47,6 @@ class Run(NamedTuple):
     folder: Folder
     lease: Lease
     handle: RunHandle
-
-
-class Lineage(NamedTuple):
-    """Where a run comes from, for MLflow: its data, if it takes any, and tags."""
-
-    manifest: Manifest | None
-    tags: Mapping[str, str]
 
 
 class Made(NamedTuple):
@@ -87,9 +75,9 @@ class Task(ABC):
         return True
 
     @abstractmethod
-    def prepare(self, folder: Folder) -> Lineage:
-        """Check all that is given, and write what `work` starts from. An error here leaves no
-        run directory behind."""
+    def prepare(self, folder: Folder) -> tuple[Manifest | None, Mapping[str, str]]:
+        """Check all that is given, and write what `work` starts from; (the manifest of the data,
+        if there is any; tags), for MLflow. An error here leaves no run directory behind."""
 
     @abstractmethod
     def work(self, run: Run) -> None:
@@ -119,7 +107,7 @@ def carry_out(task: Task) -> dict[str, Any]:
                 say(f"{folder.url} is finished; existing=restart would make it anew")
                 return before
         with _beginning(folder, config, task.verb):
-            handle = _start(task, task.prepare(folder))
+            handle = _start(task, *task.prepare(folder))
         run = Run(folder, holder.lease, handle)
         say(f"run {folder.url}; metrics: {tracking.page(handle)}")
         with _ending(handle):
@@ -202,15 +190,12 @@ def _beginning(folder: Folder, config: Settings, verb: str) -> Iterator[None]:
         raise
 
 
-def _start(task: Task, lineage: Lineage) -> RunHandle:
+def _start(task: Task, manifest: Manifest | None, tags: Mapping[str, str]) -> RunHandle:
     """Open the MLflow run of a run directory, with all that says where it came from."""
     config, commit, dataset = task.config, cluster.commit(), None
-    if lineage.manifest is not None:
-        dataset = {
-            "name": lineage.manifest.source,
-            "digest": lineage.manifest.digest,
-            "source": Folder.at(config.data).url,
-        }
+    if manifest is not None:
+        source = Folder.at(config.data).url
+        dataset = {"name": manifest.source, "digest": manifest.digest, "source": source}
     return tracking.start(
         config.tracking,
         root=config.root,
@@ -222,7 +207,7 @@ def _start(task: Task, lineage: Lineage) -> RunHandle:
             "dirty": str(bool(commit and commit.dirty)).lower(),
             "config_hash": digest(config),
             "ray_job_id": cluster.job_id() or "none",
-            **lineage.tags,
+            **tags,
         },
         config_yaml=to_yaml(config, task.verb),
         dataset=dataset,

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from infra.shards import read_manifest
+from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.report import markdown
-from pipelines.runs import Lineage, Made, Run, say
+from pipelines.runs import Made, Run, say
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.estimate import plan
@@ -37,8 +37,8 @@ class Sweep(runs.Task):
 
     free = ("existing", "register", "concurrent", "tracking.", "finetune.workers.cluster.")
 
-    def prepare(self, folder: Folder) -> Lineage:
-        return Lineage(read_manifest(self.config.data), {"parent_model": self.config.finetune.init})
+    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
+        return read_manifest(self.config.data), {"parent_model": self.config.finetune.init}
 
     def work(self, run: Run) -> None:
         """Both levels."""

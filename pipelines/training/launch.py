@@ -21,7 +21,7 @@ from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
 from pipelines import models, runs
-from pipelines.runs import Lineage, Made, Run
+from pipelines.runs import Made, Run
 from pipelines.training import worker
 from pipelines.training.settings import RunConfig
 from pipelines.training.worker import Assignment
@@ -71,7 +71,7 @@ class TrainingTask(runs.Task):
     def stands(self, result: Mapping[str, Any]) -> bool:
         return bool(result["register"] == self.config.register)
 
-    def prepare(self, folder: Folder) -> Lineage:
+    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
         config, data = self.config, Folder.at(self.config.data)
         self.manifest = read_manifest(config.data)
         self.vocabulary = models.vocabulary_of(self.manifest, data)
@@ -80,7 +80,7 @@ class TrainingTask(runs.Task):
         worker.validation_rows(data, self.manifest, config.train)
         if not models.exists(folder / "init"):
             self._save(folder / "init", self.initial(self.manifest, self.vocabulary))
-        return Lineage(manifest=self.manifest, tags=self.tags)
+        return self.manifest, self.tags
 
     def work(self, run: Run) -> None:
         if self._is_trained(run.folder):

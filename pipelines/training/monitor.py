@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from infra import parallel, stall, tracking
 from infra.lease import Lease
-from infra.preemption import Notice, Notices, node_is_leaving, stop_requested
+from infra.preemption import Notice, node_is_leaving, notices, stop_requested
 from infra.tracking import RunHandle
 
 Show = Callable[[int, Mapping[str, float]], None]
@@ -39,12 +39,11 @@ class Monitor:
         """
         first = parallel.world()[0] == 0
         self._logger = self._open(done) if first else None
-        self._notices = Notices(
-            stop=(lambda: stop_requested(self.lease.run)) if first else (lambda: False),
-            leaving=node_is_leaving,
+        listening = notices(
+            stop=lambda: first and stop_requested(self.lease.run), leaving=node_is_leaving
         )
         try:
-            with self._notices.listening(), stall.watched(self.stall_s, done or 0) as self._watch:
+            with listening as self._latest, stall.detected(self.stall_s, done or 0) as self._rank:
                 yield
         finally:
             if self._logger:
@@ -56,15 +55,15 @@ class Monitor:
 
     def doing(self, what: str) -> None:
         """What this rank does from now on, for whoever asks when it hangs."""
-        self._watch.doing(what)
+        self._rank.doing(what)
 
     def finished(self, step: int) -> None:
         """This rank has finished a step."""
-        self._watch.finished(step)
+        self._rank.finished(step)
 
     def notice(self) -> Notice:
         """The highest notice of any rank, the same on all: they save, or end, after one step."""
-        return Notice(parallel.highest(self._notices.latest))
+        return Notice(parallel.highest(self._latest()))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step into the journal, and show them."""

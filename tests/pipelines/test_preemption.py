@@ -17,7 +17,7 @@ import torch.distributed as dist
 from infra import journal, parallel, ranklog
 from infra.checkpoints import committed, consolidate
 from infra.errors import InfraError
-from infra.preemption import Notice, Notices, Terminated, terminable
+from infra.preemption import Notice, Terminated, notices, terminable
 from infra.storage import Folder
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
@@ -83,16 +83,14 @@ def test_the_ranks_agree_on_what_the_highest_has_heard() -> None:
 
 def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> None:
     answers = {"stop": False, "leaving": True}
-    notices = Notices(stop=lambda: answers["stop"], leaving=lambda: answers["leaving"])
-    seen = []
-    with notices.listening():
-        while notices.latest is Notice.NONE:
+    listening = notices(stop=lambda: answers["stop"], leaving=lambda: answers["leaving"])
+    with listening as latest:
+        while latest() is Notice.NONE:
             time.sleep(0.01)
-        seen.append(notices.latest)
+        assert latest() is Notice.SAVE
         answers["stop"] = True
-        while notices.latest is not Notice.END:
+        while latest() is not Notice.END:
             time.sleep(0.01)
-    assert seen == [Notice.SAVE]
 
 
 def test_the_first_sigterm_is_a_notice_the_second_an_end() -> None:
