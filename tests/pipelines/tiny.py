@@ -23,8 +23,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from infra import config, journal, preemption, stream
+from infra.checkpoints import consolidate
 from infra.storage import Folder
 from infra.stream import Plan
 from pipelines import finetune, prepare, pretrain
@@ -37,10 +40,11 @@ CONFIGS = {
     "pretrain": pretrain.PretrainConfig,
     "finetune": finetune.FinetuneConfig,
 }
+STEPS = 12
 SIZE = ["backbone.width=16", "backbone.blocks=2", "backbone.heads=2", "backbone.cond_dim=8"]
 TRAIN = [
     *SIZE,
-    "train.steps=12", "train.validate_every=6", "train.validation_microbatches=1",
+    f"train.steps={STEPS}", "train.validate_every=6", "train.validation_microbatches=1",
     "train.stream.num_lanes=2", "train.stream.rows_per_microbatch=4",
     "train.optimizer.lr=0.003", "train.optimizer.warmup=4", "train.optimizer.ema=0.9",
     "train.checkpoint.every=3", "workers.parallel.threads=1",
@@ -166,6 +170,21 @@ def curve(run: Path | str) -> list[dict[str, float]]:
         {k: v for k, v in row.items() if k != "time" and not k.startswith("speed/")}
         for row in journal.read(Folder.at(str(run)))
     ]
+
+
+def tensors(run: Path | str, step: int = STEPS) -> dict[str, Tensor]:
+    """All that a checkpoint holds: weights, average, optimizer."""
+    return consolidate(f"{run}/checkpoints", step, "")
+
+
+def assert_same(run: Path | str, reference: Path | str, steps: int = STEPS) -> None:
+    """Two runs hold the same bit for bit: weights, average, optimizer, and each step once."""
+    ours, theirs = tensors(run, steps), tensors(reference, steps)
+    assert ours.keys() == theirs.keys()
+    assert {"model", "ema", "optimizer"} <= {name.partition(".")[0] for name in ours}
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert curve(run) == curve(reference)
+    assert [row["step"] for row in curve(run)] == list(range(1, steps + 1))
 
 
 if __name__ == "__main__":
