@@ -53,6 +53,8 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Benchmark(runs.Task):
+    """Time what is asked for, and write the report."""
+
     config: BenchmarkConfig
     verb: str = "benchmark"
 

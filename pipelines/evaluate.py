@@ -56,6 +56,8 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Evaluation(runs.Task):
+    """Measure all models, decide whether the candidate is to be champion, and write the report."""
+
     config: EvaluateConfig
     verb: str = "evaluate"
 

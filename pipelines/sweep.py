@@ -32,6 +32,8 @@ PRESET = "best.yaml"
 
 @dataclass(kw_only=True)
 class Sweep(runs.Task):
+    """Train the trials, evaluate the best of them, and recommend one."""
+
     config: SweepConfig
     verb: str = "sweep"
 

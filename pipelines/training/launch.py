@@ -90,8 +90,7 @@ class TrainingTask(runs.Task):
             kind=self.kind,
             manifest=self.manifest,
             objective=self.objective,
-            handle=run.handle,
-            lease=run.lease,
+            run=run,
             began=time.time(),
         )
         with stoppable(run.folder):

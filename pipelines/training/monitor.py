@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from infra import parallel, stall, tracking
-from infra.lease import Lease
 from infra.preemption import Notice, node_is_leaving, notices, stop_requested
-from infra.tracking import RunHandle
+from pipelines.runs import Run
 
 Show = Callable[[int, Mapping[str, float]], None]
 
@@ -19,13 +18,14 @@ class Monitor:
     """One rank's view of a run. Rank 0 writes the journal and asks whether the run is to stop;
     every rank reports validations, asks for its own machine, and says what it is doing.
 
-    began: when the run was first started, seconds since the epoch. stall_s: how long a step may
-    take. reports: called with each validation, on every rank at the same steps. show: called with
-    all that is logged, on rank 0.
+    Args:
+        began: when the run was first started, seconds since the epoch.
+        stall_s: the longest that a step, a validation or the wait for a checkpoint may take.
+        reports: called with each validation, on every rank at the same steps.
+        show: called with all that is logged, on rank 0.
     """
 
-    handle: RunHandle
-    lease: Lease
+    run: Run
     began: float
     stall_s: float
     reports: Callable[[dict[str, float]], None] = lambda metrics: None
@@ -40,7 +40,7 @@ class Monitor:
         first = parallel.world()[0] == 0
         self._logger = self._open(done) if first else None
         listening = notices(
-            stop=lambda: first and stop_requested(self.lease.run), leaving=node_is_leaving
+            stop=lambda: first and stop_requested(self.run.folder), leaving=node_is_leaving
         )
         try:
             with listening as self._latest, stall.detected(self.stall_s, done or 0) as self._rank:
@@ -50,8 +50,8 @@ class Monitor:
                 self._logger.close()
 
     def _open(self, done: int | None) -> tracking.Logger:
-        self.lease.confirm()
-        return tracking.Logger(tracking.Journal(self.lease.run, resume=done), self.handle)
+        self.run.lease.confirm()
+        return tracking.Logger(tracking.Journal(self.run.folder, resume=done), self.run.handle)
 
     def doing(self, what: str) -> None:
         """What this rank does from now on, for whoever asks when it hangs."""
@@ -74,7 +74,7 @@ class Monitor:
     def sync(self) -> None:
         """Bring the journal up to date, before a checkpoint that relies on it is committed."""
         if self._logger:
-            self.lease.confirm()
+            self.run.lease.confirm()
             self._logger.sync()
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -13,13 +13,12 @@ from dsl.denoiser import Denoiser
 from dsl.objective import Objective
 from infra import parallel, ranklog, stream
 from infra.errors import DataError
-from infra.lease import Lease
 from infra.shards import Manifest
 from infra.storage import Folder
 from infra.stream import Plan
-from infra.tracking import RunHandle
 from pipelines import models
 from pipelines.bounds import BOUNDS
+from pipelines.runs import Run
 from pipelines.training import loop
 from pipelines.training.gauges import Gauges
 from pipelines.training.learner import Microbatches
@@ -42,8 +41,7 @@ class Assignment:
     kind: str
     manifest: Manifest
     objective: Callable[[Denoiser], Objective]
-    handle: RunHandle
-    lease: Lease
+    run: Run
     began: float
 
 
@@ -69,19 +67,19 @@ def train(
     them."""
     from infra.checkpoints import Checkpoints  # half a second that `--help` is not to pay
 
-    config, run = assignment.config, assignment.lease.run
+    config, run = assignment.config, assignment.run
     settings, data = config.train, Folder.at(config.data)
     order = Plan.of(data, assignment.manifest, "train", settings.stream)
     checkpoints = Checkpoints(
-        run / "checkpoints",
+        run.folder / "checkpoints",
         keep=settings.checkpoint.keep,
         milestone_every=settings.checkpoint.milestone_every,
         max_failures=settings.checkpoint.max_failures,
-        permit=assignment.lease.confirm,
+        permit=run.lease.confirm,
     )
-    with ranklog.kept(run):
+    with ranklog.kept(run.folder):
         loop.train(
-            assignment.objective(models.load_folder(run / "init").denoiser),
+            assignment.objective(models.load_folder(run.folder / "init").denoiser),
             settings,
             config.workers.parallel,
             data=loop.Data(
@@ -92,8 +90,7 @@ def train(
             bounds=BOUNDS[assignment.kind],
             checkpoints=checkpoints,
             monitor=Monitor(
-                handle=assignment.handle,
-                lease=assignment.lease,
+                run=run,
                 began=assignment.began,
                 stall_s=config.workers.parallel.stall_s,
                 reports=reports,
