@@ -15,18 +15,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from infra.errors import ConfigError, DataError, InfraError, Problem, causes
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20
 DATA_CPUS = 2  # Ray Data's tasks need CPUs of their own beside the training workers
-START_ATTEMPTS = 10  # of a minute each: the time an autoscaler has to bring machines
+START_S = 600.0  # the longest wait for workers: the time an autoscaler has to bring machines
+SAY_S = 30.0  # between two lines about that wait
+# The states of Ray Train's controller in which no worker runs yet, or none any more.
+STARTING = ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState")
 COMMIT_VARIABLE = "SUBMITTED_COMMIT"
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -128,31 +134,36 @@ def _its_address_known() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def fit(
-    worker: Callable[[dict[str, Any]], Any],
-    payload: dict[str, Any],
+def run_group(
+    worker: Callable[[T], Any],
+    payload: T,
     *,
     name: str,
     num_workers: int | tuple[int, int],
     resources_per_worker: dict[str, float] | None = None,
     use_gpu: bool = False,
-    storage: str | None = None,
     max_failures: int = 0,
     resize_s: float = 60.0,
+    fatal: tuple[type[Exception], ...] = (),
     callbacks: Sequence[Any] = (),
 ) -> Any:
-    """Run `worker(payload)` on `num_workers` processes of one group and return rank 0's result.
+    """Run `worker(payload)` in each process of one group under Ray Train; rank 0's result.
 
     When a process dies or raises, the whole group starts again, up to `max_failures` times; the
-    worker resumes from checkpoints of its own. A ConfigError or a DataError ends it at once: a
-    second attempt would meet the same. Ray's bookkeeping gets a name and, unless `storage` names a
-    folder, a temporary place per call, so it never resumes anything by itself.
+    worker resumes from checkpoints of its own. A ConfigError, a DataError or one of `fatal` ends
+    it at once, because a second attempt would fail in the same way. Ray keeps its own records in
+    a temporary folder, so it never resumes anything by itself.
 
-    num_workers: or (least, most): a group that starts again with as many as there is room for when
-    a node is lost, and, looking every `resize_s` seconds, when there is room for more.
-    callbacks: Ray Train's.
+    Args:
+        num_workers: a number, or (least, most). With a range, the group goes on with as many
+            workers as there is room for when a node is lost, and looks every `resize_s` seconds
+            whether there is room for more.
+        callbacks: of Ray Train.
 
-    A worker's Problem is raised as it is; InfraError where the workers died or found no room.
+    Raises:
+        Problem: what a worker raised.
+        InfraError: workers died too often, or there was no room for the least number of them
+            within `START_S` seconds.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -160,24 +171,24 @@ def fit(
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    place = storage or tempfile.mkdtemp(prefix="ray-train-")
+    place = tempfile.mkdtemp(prefix="ray-train-")
+    resources = resources_per_worker or {"CPU": 1.0}
+    least = num_workers if isinstance(num_workers, int) else num_workers[0]
+    own = [_fatal_errors((ConfigError, DataError, *fatal)), _waiting(name, least, resources)]
     trainer = TorchTrainer(
-        worker,
-        train_loop_config=payload,
+        partial(worker, payload),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=use_gpu,
-            resources_per_worker=resources_per_worker,
+            resources_per_worker=resources,
             elastic_resize_monitor_interval_s=resize_s,
         ),
         run_config=RunConfig(
             name=f"{name}-{secrets.token_hex(4)}",
             storage_path=place,
-            failure_config=FailureConfig(
-                max_failures=max_failures, controller_failure_limit=START_ATTEMPTS
-            ),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=-1),
             logging_config=LoggingConfig(log_level="CRITICAL"),
-            callbacks=[_last_words(), *callbacks],
+            callbacks=[*own, *callbacks],
         ),
     )
     try:
@@ -194,22 +205,58 @@ def fit(
             ) from error
         raise
     finally:
-        if not storage:
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _last_words() -> Any:
-    """A callback of Ray Train that raises, in its controller, what no restart can mend."""
+def _fatal_errors(kinds: tuple[type[Exception], ...]) -> Any:
+    """A callback of Ray Train that ends training for errors of these kinds.
+
+    What a callback raises in Train's controller is never retried.
+    """
     from ray.train import UserCallback
 
-    class LastWords(UserCallback):
+    class FatalErrors(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
             for error in worker_exceptions.values():
                 for cause in causes(error):
-                    if isinstance(cause, ConfigError | DataError):
+                    if isinstance(cause, kinds):
                         raise cause
 
-    return LastWords()
+    return FatalErrors()
+
+
+def _waiting(name: str, least: int, resources: dict[str, float]) -> Any:
+    """A callback of Ray Train that says what the group waits for, and ends the wait in time.
+
+    By itself, Ray waits for ever for the least number of an elastic group, and in silence.
+    """
+    # Private: the public UserCallback hears of nothing as long as no worker runs.
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    each = ", ".join(f"{value:g} {key}" for key, value in resources.items())
+    what = f"{least} worker{'s' * (least > 1)} of {each}{' each' * (least > 1)}"
+    limit_s, say_s = START_S, SAY_S  # as they are here: the controller is another process
+
+    class Waiting(ControllerCallback):
+        def __init__(self) -> None:
+            self.since: float | None = None
+            self.said = 0.0
+
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if type(current_state).__name__ not in STARTING:
+                self.since = None
+                return
+            now = time.monotonic()
+            if self.since is None:
+                self.since = self.said = now
+            if now - self.since > limit_s:
+                why = f"{what} could not be started within {limit_s:.0f} s"
+                raise InfraError(name, why, "Ask for fewer or smaller ones, or add machines")
+            if now - self.said > say_s:
+                self.said, so_far = now, f"{now - self.since:.0f} s of {limit_s:.0f} s"
+                print(f"{name}: waiting for {what}, {so_far}", file=sys.stderr, flush=True)
+
+    return Waiting()
 
 
 @contextmanager

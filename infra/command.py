@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from infra import config
 from infra.credentials import refuse_credentials, scrub
 from infra.errors import ConfigError, InfraError, Problem, causes, nearest
-from infra.termination import Terminated, noticed
+from infra.preemption import Terminated, terminable
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def run(
             result = plan(settings)
             sys.stdout.write(_table(result))
         else:
-            with noticed():
+            with terminable():
                 result = execute(settings)
         sys.stdout.write(json.dumps(_json(result), default=str) + "\n")
         sys.stdout.flush()

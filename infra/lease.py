@@ -76,13 +76,6 @@ class Lease:
                 "Let that one go on; the same command resumes the run when it has ended",
             )
 
-    def ending(self) -> bool:
-        """Whether its holder wants the run to come to an end; True also once it is lost."""
-        try:
-            return bool(_read(self.folder, self.name).get("ending", True))
-        except InfraError:
-            return False
-
 
 class Held:
     """A lease as its holder knows it; a thread renews it until it is released."""
@@ -90,7 +83,7 @@ class Held:
     def __init__(self, lease: Lease, content: dict[str, Any]) -> None:
         self.lease = lease
         self._content = content
-        self._released, self._wake = False, threading.Event()
+        self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
@@ -99,16 +92,9 @@ class Held:
         """The run directory."""
         return self.lease.run
 
-    def end(self) -> None:
-        """Tell all who work under this lease that the run is to come to an end; returns at once,
-        so that a signal handler may call it."""
-        self._content["ending"] = True
-        self._wake.set()
-
     def release(self) -> None:
         """End the lease, so that another process can take one."""
-        self._released = True
-        self._wake.set()
+        self._released.set()
         self._thread.join()
         with suppress(Problem):
             self.lease.folder.remove(self.lease.name)
@@ -117,11 +103,7 @@ class Held:
                 os.rmdir(self.lease.folder.path)
 
     def _beat(self) -> None:
-        while True:
-            self._wake.wait(BEAT_S)
-            self._wake.clear()
-            if self._released:
-                return
+        while not self._released.wait(BEAT_S):
             try:
                 self.lease.confirm()
             except InfraError as problem:
@@ -167,7 +149,6 @@ def _take(run: Folder) -> Held:
             "job": job,
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "beat": 0,
-            "ending": False,
         }
         if not _create(folder, lease.name, _encode(content)):
             continue

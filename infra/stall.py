@@ -1,10 +1,13 @@
-"""A watch over a group of processes that step together: one that hangs would hang them all.
+"""Detects that a group of processes that step together stands still, and names the rank to blame.
 
-Each rank tells a store, once a second, which step it has finished and what it is at. Where a rank
-has finished no step for `timeout_s`, it asks the store about all of them and says so in one
-message. The collective that it is stuck in fails a little later, through the timeout of its
-process group, and the error becomes that message; what does not fail (a collective of NCCL, a
-thread that nobody answers) is ended with its process.
+Each rank tells the group's store, once a second, which step it has finished and what it does.
+Where a rank has finished no step for `timeout_s`, it reads what all have told and says so in one
+message. The collective that it waits in fails a little later, through the timeout of its process
+group, and that error becomes the message. What does not fail by itself (a collective of NCCL, a
+wait without a timeout) is ended with its process.
+
+A barrier with a timeout of its own would name ranks too, but only at the barrier: NCCL ends a
+process in whatever collective it waits, before that process could ask which rank is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -25,49 +28,69 @@ import torch.distributed as dist
 from infra.errors import InfraError
 
 BEAT_S = 1.0
-MARGIN_S = 5.0  # for what the others know, before the store may go with the first process to end
+MARGIN_S = 5.0  # to read what others have told, before the store ends with the process it is in
 
 log = logging.getLogger(__name__)
 
 
-class Word(NamedTuple):
-    """What a rank says of itself."""
+class Status(NamedTuple):
+    """What a rank tells of itself; `beats` rises for as long as its process runs."""
 
     beats: int
     finished: int
     doing: str
 
 
-class Watch:
-    """One rank's part in the watch."""
+class Rank:
+    """This process, as a member of its group."""
 
     def __init__(self, timeout_s: float, finished: int) -> None:
         self.report: str | None = None
         self._timeout_s = timeout_s
         self._finished, self._doing = finished, "starting"
         self._since = time.monotonic()
-        self._closed = threading.Event()
+        self._closed, self._asks = threading.Event(), threading.Event()
+        self._heard: list[list[Status | None]] = []  # of all ranks, once a second while it asks
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        # A connection of its own: the other one may be in use by what is stuck.
+        # Private: torch gives the store of a group that another library has made in no other way.
+        # A connection of its own, because what stands still may be using the other one.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=MARGIN_S))
-        # Whoever talks to the store may wait for ever: a process that is stopped closes nothing.
+        # The store may never answer (a stopped process closes nothing), so a thread that nobody
+        # waits for talks to it, and another keeps the time.
         threading.Thread(target=self._talk, name="stall-talk", daemon=True).start()
-        self._thread = threading.Thread(target=self._run, name="stall", daemon=True)
-        self._thread.start()
+        self._clock = threading.Thread(target=self._run, name="stall", daemon=True)
+        self._clock.start()
 
     def doing(self, what: str) -> None:
-        """What this rank is at from now on, in a word or two."""
+        """What this rank does from now on, in a word or two."""
         self._doing = what
 
     def finished(self, step: int) -> None:
-        """A step is done; the time runs anew."""
+        """A step is done; the time starts anew."""
         self._finished, self._since = step, time.monotonic()
         self.report = None
+        self._asks.clear()
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
+        self._clock.join()
+
+    def _talk(self) -> None:
+        for beat in itertools.count():
+            try:
+                status = Status(beat, self._finished, self._doing)
+                self._store.set(_key(self._rank), json.dumps(status))
+                if self._asks.is_set():
+                    self._heard.append([self._told_by(rank) for rank in range(self._size)])
+            except RuntimeError:  # the process that holds the store has ended
+                return
+            if self._closed.wait(BEAT_S):
+                return
+
+    def _told_by(self, rank: int) -> Status | None:
+        key = _key(rank)
+        return Status(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _run(self) -> None:
         while not self._closed.wait(BEAT_S):
@@ -80,70 +103,50 @@ class Watch:
                     handler.flush()
                 os._exit(InfraError.exit_code)
 
-    def _talk(self) -> None:
-        for beat in itertools.count():
-            word = Word(beat, self._finished, self._doing)
-            try:
-                self._store.set(_key(self._rank), json.dumps(word))
-            except RuntimeError:  # the store is gone, with the process that keeps it
-                return
-            if self._closed.wait(BEAT_S):
-                return
-
     def _ask(self) -> str:
-        """Which rank last finished which step, and what it is at."""
+        """Which rank has finished which step, and what it does."""
         why = f"no step was finished for {self._timeout_s:.0f} s"
-        heard: list[list[Word | None]] = []
-
-        def listen() -> None:
-            with suppress(RuntimeError):
-                heard.append(self._hear())
-                time.sleep(3 * BEAT_S)
-                heard.append(self._hear())
-
-        listening = threading.Thread(target=listen, name="stall-listen", daemon=True)
-        listening.start()
-        listening.join(2 * MARGIN_S)
-        if len(heard) < 2:
-            own = _state(None, Word(0, self._finished, self._doing))
+        self._heard.clear()
+        self._asks.set()
+        until = time.monotonic() + 2 * MARGIN_S
+        while len(self._heard) < 3 and time.monotonic() < until:  # some beats apart
+            time.sleep(BEAT_S / 4)
+        if len(self._heard) < 3:
+            own = _state(None, Status(0, self._finished, self._doing))
             return f"{why}: rank 0 does not answer for all; rank {self._rank} {own}"
-        said: dict[str, list[int]] = {}
-        for rank, words in enumerate(zip(*heard, strict=True)):
-            said.setdefault(_state(*words), []).append(rank)
-        ranks = [
-            f"{'ranks' if len(who) > 1 else 'rank'} {', '.join(map(str, who))} {what}"
-            for what, who in said.items()
+        ranks_in: dict[str, list[int]] = {}
+        for rank, statuses in enumerate(zip(self._heard[0], self._heard[2], strict=True)):
+            ranks_in.setdefault(_state(*statuses), []).append(rank)
+        shown = [
+            f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks))} {state}"
+            for state, ranks in ranks_in.items()
         ]
-        return f"{why}: {'; '.join(ranks)}"
-
-    def _hear(self) -> list[Word | None]:
-        """What each rank said last, if anything."""
-        keys = [_key(rank) for rank in range(self._size)]
-        there = [key if self._store.check([key]) else None for key in keys]
-        return [Word(*json.loads(self._store.get(key))) if key else None for key in there]
+        return f"{why}: {'; '.join(shown)}"
 
 
 @contextmanager
-def watched(timeout_s: float, finished: int) -> Iterator[Watch]:
-    """Watch over this group's steps, from the step `finished` on; in the block, a process group.
+def detected(timeout_s: float, finished: int) -> Iterator[Rank]:
+    """Detect a stall of this group inside the block, from the step `finished` on.
 
-    What is raised inside once a report was made becomes an InfraError of it.
+    Needs a process group. What is raised inside, once a report was made, becomes an InfraError of
+    that report.
     """
+    # Private: torch's public functions take a timeout only when they make a group.
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + 2 * MARGIN_S))
-    watch = Watch(timeout_s, finished)
+    rank = Rank(timeout_s, finished)
     try:
-        yield watch
+        yield rank
     except Exception as error:
-        watch.close()  # where the error is that of a timeout, the rank is just now asking around
-        if watch.report is None:
+        rank.close()  # where a collective timed out, the report is just being made
+        if rank.report is None:
             raise
         fix = "Look at that process and its machine; the same command resumes"
-        raise InfraError("workers", watch.report, fix) from error
+        raise InfraError("workers", rank.report, fix) from error
     finally:
-        watch.close()
+        rank.close()
 
 
-def _state(before: Word | None, after: Word | None) -> str:
+def _state(before: Status | None, after: Status | None) -> str:
     if after is None:
         return "has not begun"
     silent = before is not None and before.beats == after.beats

@@ -14,23 +14,23 @@ defaults; at others the figure is only shown.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from infra import parallel, tracking
+from infra import parallel
 from infra.config import to_tree
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.benchmarks import machine, timing
 from pipelines.benchmarks.settings import BenchmarkConfig
 from pipelines.report import Report, Table, markdown
-from pipelines.runs import RESULT, say
+from pipelines.runs import Made, Run, say
 
 
 def plan(config: BenchmarkConfig) -> dict[str, Any]:
@@ -51,36 +51,35 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
-def execute(config: BenchmarkConfig) -> dict[str, Any]:
-    with runs.opened(config, "benchmark") as held:
-        return _execute(config, held.run)
+@dataclass(kw_only=True)
+class Benchmark(runs.Task):
+    """Time what is asked for, and write the report."""
 
+    config: BenchmarkConfig
+    verb: str = "benchmark"
 
-def _execute(config: BenchmarkConfig, folder: Folder) -> dict[str, Any]:
-    if folder.exists(RESULT):
-        say(f"{folder.url} is finished; existing=restart would measure anew")
-        return runs.result(folder, "run")
-    _pin(config)
-    host = machine.facts()
-    tags = {f"machine.{key}": str(value) for key, value in host.items()}
-    handle = runs.start(config, "benchmark", None, tags)
-    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-    say(machine.line(host))
-    with runs.ending(handle):
+    def prepare(self, folder: Folder) -> tuple[None, Mapping[str, str]]:
+        _pin(self.config)
+        self.host = machine.facts()
+        return None, {f"machine.{key}": str(value) for key, value in self.host.items()}
+
+    def work(self, run: Run) -> None:
+        say(machine.line(self.host))
         with parallel.flushed():  # as workers have it
-            tables = dict(_measured(config))
-        found = metrics(tables)
-        handle = runs.publish(folder, handle, _report(config, tables, host).files(), found)
-    result = {
-        "run": folder.url,
-        "run_id": handle.run_id,
-        "tables": folder.url_of("report/benchmark.json"),
-        "report": folder.url_of("report/report.html"),
-        "bars": _bars(tables),
-        "metrics": found,
-    }
-    folder.write_bytes(RESULT, json.dumps(result).encode())
-    return result
+            self.tables = dict(_measured(self.config))
+
+    def conclude(self, run: Run) -> Made:
+        result = {
+            "tables": run.folder.url_of("report/benchmark.json"),
+            "report": run.folder.url_of("report/report.html"),
+            "bars": _bars(self.tables),
+            "metrics": metrics(self.tables),
+        }
+        return Made(result, _report(self.config, self.tables, self.host).files())
+
+
+def execute(config: BenchmarkConfig) -> dict[str, Any]:
+    return runs.carry_out(Benchmark(config=config))
 
 
 def _measured(config: BenchmarkConfig) -> Iterator[tuple[str, Table]]:

@@ -12,14 +12,14 @@ was; what has been drawn is never drawn again.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from infra import tracking
-from infra.lease import Held
+from infra.shards import Manifest
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import engine, held_out, preparation, promotion
@@ -28,7 +28,7 @@ from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.workspace import MODELS
 from pipelines.report import Report, markdown
-from pipelines.runs import RESULT, say
+from pipelines.runs import Made, Run, say
 
 SHOWN = 300  # characters of a text in the terminal
 
@@ -50,52 +50,61 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(kw_only=True)
+class EvaluationTask(runs.Task):
+    """Measure all models, decide whether the candidate is to be champion, and write the report."""
+
+    config: EvaluateConfig
+    verb: str = "evaluate"
+
+    keys = ("run", "models")
+
+    def stands(self, result: Mapping[str, Any]) -> bool:
+        folder = Folder.at(self.config.root) / self.config.name
+        origins = preparation.origins(self.config, folder, self._uri)
+        preparation.require_same(result["models"], origins, folder)
+        return True
+
+    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
+        config, self.began = self.config, time.monotonic()
+        self.origins = preparation.origins(config, folder, self._uri)
+        rows = preparation.rows(config)
+        self.evaluation = preparation.prepare(config, folder, self.origins, rows, self._uri)
+        return rows.manifest, _lineage(self.origins)
+
+    def work(self, run: Run) -> None:
+        self.costs = engine.measure(self.evaluation)
+
+    def conclude(self, run: Run) -> Made:
+        folder = run.folder
+        self.decision = promotion.decide(self.evaluation, folder, self.origins, self._uri)
+        wall = time.monotonic() - self.began
+        spent = engine.time_table(self.costs, wall=wall, config=self.config)
+        made, metrics = report(self.evaluation, self.decision, spent)
+        _show(made)
+        result = {
+            "models": self.origins,
+            "report": folder.url_of("report/report.html"),
+            "tables": folder.url_of("report/evaluation.json"),
+            "samples": folder.url_of("samples"),
+            "metrics": metrics,
+        }
+        return Made(result, made.files())
+
+    def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+        page, handle = result["report"], run.handle
+        found = promotion.conclude(self.config, self.origins, self.decision, handle, page)
+        say(f"\nreport: {page}\nMLflow: {tracking.page(handle)}")
+        (run.folder / MODELS).remove()
+        return found
+
+    @property
+    def _uri(self) -> str:
+        return tracking.locate(self.config.tracking, self.config.root)
+
+
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    with runs.opened(config, "evaluate") as held:
-        return _execute(config, held)
-
-
-def _execute(config: EvaluateConfig, held: Held) -> dict[str, Any]:
-    began, folder = time.monotonic(), held.run
-    uri = tracking.locate(config.tracking, config.root)
-    origins = preparation.origins(config, folder, uri)
-    if folder.exists(RESULT):
-        return _finished(folder, origins)
-    rows = preparation.rows(config)
-    with runs.beginning(folder, config, "evaluate"):
-        evaluation = preparation.prepare(config, folder, origins, rows, uri)
-        handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
-    say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-    with runs.ending(handle):
-        costs = engine.measure(evaluation)
-        held.lease.confirm()
-        decision = promotion.decide(evaluation, folder, origins, uri)
-        spent = engine.time_table(costs, wall=time.monotonic() - began, config=config)
-        made, metrics = report(evaluation, decision, spent)
-        handle = runs.publish(folder, handle, made.files(), metrics)
-    _show(made)
-    result = {
-        "run": folder.url,
-        "run_id": handle.run_id,
-        "models": origins,
-        "report": folder.url_of("report/report.html"),
-        "tables": folder.url_of("report/evaluation.json"),
-        "samples": folder.url_of("samples"),
-        "metrics": metrics,
-    }
-    result |= promotion.conclude(config, origins, decision, handle, result["report"])
-    say(f"\nreport: {result['report']}\nMLflow: {tracking.page(handle)}")
-    folder.write_bytes(RESULT, json.dumps(result).encode())
-    (folder / MODELS).remove()
-    return result
-
-
-def _finished(folder: Folder, origins: Mapping[str, Origin]) -> dict[str, Any]:
-    """What an earlier evaluation of the very same models found."""
-    result = runs.result(folder, "run", "models")
-    preparation.require_same(result["models"], origins, folder)
-    say(f"{folder.url} is finished; existing=restart would make it anew")
-    return result
+    return runs.carry_out(EvaluationTask(config=config))
 
 
 def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:

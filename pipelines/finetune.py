@@ -26,15 +26,16 @@ from dsl.vocabulary import Vocabulary
 from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
-from pipelines import models, verb
+from pipelines import models, runs, verb
 from pipelines.kinds import DSL, KINDS
-from pipelines.launch import Job, RunConfig, launch, plan
 from pipelines.models import SCRATCH, Model
-from pipelines.workers import Training
+from pipelines.training.launch import TrainingTask, plan
+from pipelines.training.settings import RunConfig, TrainingConfig
+from pipelines.training.worker import Assignment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Training):
+class Recipe(TrainingConfig):
     """`support` is what SNR the training rows see.
 
     `backbone` is that of `init: scratch`. Any other `init` brings its own, dropout included, and
@@ -96,19 +97,20 @@ def execute(
     config: FinetuneConfig,
     *,
     parent: str | None = None,
-    fit: Callable[[Job], None] | None = None,
+    start: Callable[[Assignment], None] | None = None,
 ) -> dict[str, Any]:
-    """Train; `parent` and `fit` as `launch` takes them."""
-    return launch(
-        config,
+    """Train. parent: id of the MLflow run to show this one under. start: as TrainingTask has it."""
+    task = TrainingTask(
         verb="finetune",
+        config=config,
         kind=DSL.name,
         objective=partial(DSLObjective, support=config.support),
         initial=partial(initial, config),
         tags={"parent_model": config.init},
         parent=parent,
-        fit=fit,
+        start=start,
     )
+    return runs.carry_out(task)
 
 
 def main() -> int:

@@ -23,10 +23,11 @@ from dsl.vocabulary import Vocabulary
 from infra import tracking
 from infra.errors import ConfigError
 from infra.shards import Manifest, read_manifest
-from pipelines import models, verb
+from pipelines import models, runs, verb
 from pipelines.kinds import MDLM, PRETRAINED, ModelKind
-from pipelines.launch import RunConfig, launch, plan
 from pipelines.models import SCRATCH, Model
+from pipelines.training.launch import TrainingTask, plan
+from pipelines.training.settings import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +96,15 @@ def dry_run(config: PretrainConfig) -> dict[str, Any]:
 
 
 def execute(config: PretrainConfig) -> dict[str, Any]:
-    return launch(
-        config,
+    task = TrainingTask(
         verb="pretrain",
+        config=config,
         kind=kind(config).name,
         objective=kind(config).objectives[config.objective],
         initial=partial(initial, config),
         tags={} if config.init == SCRATCH else {"parent_model": config.init},
     )
+    return runs.carry_out(task)
 
 
 def main() -> int:

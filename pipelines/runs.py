@@ -1,21 +1,25 @@
-"""Run directories: opened, resumed or refused, and shown in MLflow. What every verb that makes a
-run has in common."""
+"""Runs: what every verb that makes a run directory has in common, as one function, `carry_out`."""
 
 from __future__ import annotations
 
+import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from dsl.errors import VocabularyError, WeightsError
 from infra import cluster, documents, tracking
 from infra.config import digest, flatten, parse, to_tree, to_yaml
 from infra.errors import ConfigError, DataError, Problem
-from infra.lease import Held, held
+from infra.lease import Held, Lease, held
 from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle, TrackingConfig
+from pipelines import models
 
 RESULT = "result.json"
 # What may differ when a run is continued: where it runs, how it is shown, and how often it
@@ -26,28 +30,108 @@ DATA_ERRORS = (WeightsError, VocabularyError)
 
 
 class Settings(Protocol):
-    """What the configuration of a verb that makes a run holds; `data` where it is given any."""
+    """What the configuration of every such verb holds; `data` only where the verb takes any."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def root(self) -> str: ...
-    @property
-    def data(self) -> str: ...
-    @property
-    def existing(self) -> Literal["resume", "restart"]: ...
-    @property
-    def tracking(self) -> TrackingConfig: ...
+    name: str
+    root: str
+    data: str
+    existing: Literal["resume", "restart"]
+    tracking: TrackingConfig
+
+
+class Run(NamedTuple):
+    """A run directory into which this process alone may write, and the run in MLflow."""
+
+    folder: Folder
+    lease: Lease
+    handle: RunHandle
+
+
+class Made(NamedTuple):
+    """What a run has made. `files` are its report; with one, `result["metrics"]` go to MLflow."""
+
+    result: dict[str, Any]
+    files: Mapping[str, bytes] = MappingProxyType({})
+
+
+@dataclass(kw_only=True)
+class Task(ABC):
+    """What one verb does in its run directory. `carry_out` calls the methods in this order.
+
+    Any of them may be cut off; the next attempt calls all of them again, in the same directory.
+    """
+
+    verb: str
+    config: Settings
+    parent: str | None = None  # id of the MLflow run to show this one under
+
+    free: ClassVar[tuple[str, ...]] = FREE  # how the keys begin that a resumed run may change
+    keys: ClassVar[tuple[str, ...]] = ("run",)  # what every result holds
+
+    def stands(self, result: Mapping[str, Any]) -> bool:
+        """Whether the result of an earlier attempt is all that is asked for now."""
+        return True
+
+    @abstractmethod
+    def prepare(self, folder: Folder) -> tuple[Manifest | None, Mapping[str, str]]:
+        """Check all that is given, and write what `work` starts from; (the manifest of the data,
+        if there is any; tags), for MLflow. An error here leaves no run directory behind."""
+
+    @abstractmethod
+    def work(self, run: Run) -> None:
+        """The part that takes long."""
+
+    @abstractmethod
+    def conclude(self, run: Run) -> Made:
+        """Write what was made. The right to write has just been confirmed."""
+
+    def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Act on the registry, after the MLflow run has ended; what to add to the result.
+
+        None where the server does not answer: then the result is not kept, so that the same
+        command tries again.
+        """
+        return {}
+
+
+def carry_out(task: Task) -> dict[str, Any]:
+    """Run a task to its end, from wherever an earlier attempt left it; what was made."""
+    config = task.config
+    with opened(config, task.verb, task.free) as holder:
+        folder = holder.run
+        if folder.exists(RESULT):
+            before = result(folder, *task.keys)
+            if task.stands(before):
+                say(f"{folder.url} is finished; existing=restart would make it anew")
+                return before
+        with _beginning(folder, config, task.verb):
+            handle = _start(task, *task.prepare(folder))
+        run = Run(folder, holder.lease, handle)
+        say(f"run {folder.url}; metrics: {tracking.page(handle)}")
+        with _ending(handle):
+            task.work(run)
+            holder.lease.confirm()
+            made = task.conclude(run)
+            if made.files:
+                _publish(run, made)
+        run = run._replace(handle=tracking.finish(handle))
+        found = {"run": folder.url, "run_id": run.handle.run_id, **made.result}
+        registered = task.register(run, found)
+        if registered is None:
+            return found | {"model_uri": None}
+        found |= registered
+        folder.write_bytes(RESULT, json.dumps(found).encode())
+        return found
 
 
 @contextmanager
 def opened(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Iterator[Held]:
     """The run directory, `.run` of what is yielded: new, wiped, or the one of an earlier attempt
-    with the same settings; this process's alone for the duration.
+    with the same settings. Inside the block this process alone may write into it.
 
-    free: how the keys of settings begin that may differ from those of before. Raises ConfigError
-    where the directory holds a run of other settings, or no run at all, and InfraError where
-    another process is at work there.
+    free: how the keys begin whose values may differ from those of the earlier attempt. Raises
+    ConfigError where the directory holds a run with other settings, or is no run, and InfraError
+    where another process has the right to write there.
     """
     folder = Folder.at(config.root) / config.name
     with held(folder) as holder:
@@ -80,7 +164,7 @@ def _open(folder: Folder, config: Settings, verb: str, free: tuple[str, ...]) ->
 
 
 def result(folder: Folder, *keys: str) -> dict[str, Any]:
-    """What a finished run has made, under these keys among others; DataError where none says so."""
+    """The result of a finished run; DataError where it lacks one of these keys."""
     fix = "Remove the file; the same command writes it anew"
     made: dict[str, Any] = documents.load(folder, RESULT, dict[str, Any], fix)
     if missing := [key for key in keys if key not in made]:
@@ -89,8 +173,9 @@ def result(folder: Folder, *keys: str) -> dict[str, Any]:
 
 
 @contextmanager
-def beginning(folder: Folder, config: Settings, verb: str) -> Iterator[None]:
-    """Around what a run does up to `start`: a kill leaves a run to resume, a mistake nothing."""
+def _beginning(folder: Folder, config: Settings, verb: str) -> Iterator[None]:
+    """Around all that comes before the MLflow run: a kill leaves a run to resume, an error
+    nothing."""
     if folder.exists(tracking.RECORD):
         yield
         return
@@ -103,19 +188,9 @@ def beginning(folder: Folder, config: Settings, verb: str) -> Iterator[None]:
         raise
 
 
-def start(
-    config: Settings,
-    verb: str,
-    manifest: Manifest | None,
-    tags: Mapping[str, str],
-    parent: str | None = None,
-) -> RunHandle:
-    """Open the MLflow run of a run directory, with all that says where it came from.
-
-    manifest: of the data, None where a verb takes none.
-    """
-    commit = cluster.commit()
-    dataset = None
+def _start(task: Task, manifest: Manifest | None, tags: Mapping[str, str]) -> RunHandle:
+    """Open the MLflow run of a run directory, with all that says where it came from."""
+    config, commit, dataset = task.config, cluster.commit(), None
     if manifest is not None:
         source = Folder.at(config.data).url
         dataset = {"name": manifest.source, "digest": manifest.digest, "source": source}
@@ -125,22 +200,22 @@ def start(
         name=config.name,
         params=to_tree(config),
         tags={
-            "verb": verb,
+            "verb": task.verb,
             "commit": commit.sha if commit else "unknown",
             "dirty": str(bool(commit and commit.dirty)).lower(),
             "config_hash": digest(config),
             "ray_job_id": cluster.job_id() or "none",
             **tags,
         },
-        config_yaml=to_yaml(config, verb),
+        config_yaml=to_yaml(config, task.verb),
         dataset=dataset,
-        parent=parent,
+        parent=task.parent,
     )
 
 
 @contextmanager
-def ending(handle: RunHandle) -> Iterator[None]:
-    """Show in MLflow how a run ends that does not come to its end."""
+def _ending(handle: RunHandle) -> Iterator[None]:
+    """Show in MLflow that a run was cut off, if it was."""
     try:
         yield
     except BaseException as error:
@@ -149,18 +224,29 @@ def ending(handle: RunHandle) -> Iterator[None]:
         raise
 
 
-def publish(
-    folder: Folder, handle: RunHandle, files: Mapping[str, bytes], metrics: Mapping[str, float]
-) -> RunHandle:
-    """Keep a report in the run directory, show it and its figures in MLflow, and finish the run."""
-    for name, content in files.items():
-        (folder / "report").write_bytes(name, content)
-    log = tracking.Logger(tracking.Journal(folder), handle)
-    log.log(0, metrics)
+def _publish(run: Run, made: Made) -> None:
+    """Keep a report in the run directory, and show it and its figures in MLflow."""
+    place = run.folder / "report"
+    for name, content in made.files.items():
+        place.write_bytes(name, content)
+    log = tracking.Logger(tracking.Journal(run.folder), run.handle)
+    log.log(0, made.result["metrics"])
     log.close()
-    with (folder / "report").local() as place:
-        tracking.log_artifacts(handle, place)
-    return tracking.finish(handle)
+    with place.local() as local:
+        tracking.log_artifacts(run.handle, local)
+
+
+def register(
+    model: Folder, name: str | None, handle: RunHandle, tags: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Register a model folder as a candidate, if a name is given; as `Task.register` returns it."""
+    if name is None:
+        return {}
+    if handle.run_id is None:
+        say(f"not registered: {handle.uri} does not answer; the same command tries again")
+        return None
+    version = models.register(model, name, handle, tags=tags)
+    return {"model_uri": version.uri, "alias_uri": version.alias_uri("candidate")}
 
 
 def say(line: str) -> None:

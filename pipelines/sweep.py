@@ -11,99 +11,74 @@ a preset of the recommendation.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from infra import tracking
-from infra.lease import Held
-from infra.shards import read_manifest
+from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
-from infra.tracking import RunHandle
 from pipelines import runs, verb
-from pipelines.report import Report, markdown
-from pipelines.runs import RESULT, say
+from pipelines.report import markdown
+from pipelines.runs import Made, Run, say
 from pipelines.sweeping import pages, recommendation, second
-from pipelines.sweeping.arms import Arm, ranked
+from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.estimate import plan
 from pipelines.sweeping.settings import TRIALS, SweepConfig
-from pipelines.sweeping.trials import Trial, Trials
+from pipelines.sweeping.trials import Trials
 
 PRESET = "best.yaml"
-# What may differ when a sweep is continued.
-FREE = ("existing", "register", "concurrent", "tracking.", "finetune.workers.cluster.")
+
+
+@dataclass(kw_only=True)
+class Sweep(runs.Task):
+    """Train the trials, evaluate the best of them, and recommend one."""
+
+    config: SweepConfig
+    verb: str = "sweep"
+
+    free = ("existing", "register", "concurrent", "tracking.", "finetune.workers.cluster.")
+
+    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
+        return read_manifest(self.config.data), {"parent_model": self.config.finetune.init}
+
+    def work(self, run: Run) -> None:
+        """Both levels."""
+        from pipelines.sweeping import tuning  # Ray takes seconds to import
+
+        tuning.run(self.config, run.handle.run_id)
+        self.trials = Trials(folder=run.folder / TRIALS).all()
+        self.arms = ranked(self.trials)
+        self.second = second.run(self.config, self.arms, run.handle)
+
+    def conclude(self, run: Run) -> Made:
+        config, folder, arms = self.config, run.folder, self.arms
+        best = arms[0]
+        walk = second.best(self.second.walks, best.trial.name)
+        folder.write_bytes(PRESET, recommendation.preset(config, best, walk).encode())
+        made = pages.report(config, self.trials, arms, self.second.rows)
+        for table in made.tables.values():
+            say(f"\n{table.title}. {table.note}\n{markdown(table)}")
+        states = [trial.state for trial in self.trials]
+        counts = {f"trials/{state}": states.count(state) for state in dict.fromkeys(states)}
+        result = {
+            "best": best.trial.name,
+            "settings": best.settings,
+            "model": (folder / TRIALS / best.trial.name / "model").url,
+            "preset": folder.url_of(PRESET),
+            "report": folder.url_of("report/report.html"),
+            "failed": {t.name: t.why for t in self.trials if t.state in ("failed", "lost")},
+            "metrics": {"trials": len(states), **counts, "best/bound": best.bound},
+        }
+        say(f"\nreport: {result['report']}\npreset: {result['preset']}")
+        return Made(result, made.files())
+
+    def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any] | None:
+        return recommendation.register(self.config, self.arms[0].trial, run.handle)
 
 
 def execute(config: SweepConfig) -> dict[str, Any]:
-    with runs.opened(config, "sweep", FREE) as held:
-        return _execute(config, held)
-
-
-def _execute(config: SweepConfig, held: Held) -> dict[str, Any]:
-    folder = held.run
-    if folder.exists(RESULT):
-        say(f"{folder.url} is finished; existing=restart would make it anew")
-        return runs.result(folder, "run")
-    manifest = read_manifest(config.data)
-    with runs.beginning(folder, config, "sweep"):
-        handle = runs.start(config, "sweep", manifest, {"parent_model": config.finetune.init})
-    say(f"sweep {folder.url}; metrics: {tracking.page(handle)}")
-    with runs.ending(handle):
-        trials, made = _levels(config, folder, handle)
-        held.lease.confirm()
-        best = ranked(trials)[0]
-        result = _result(config, trials, best)
-        log = tracking.Logger(tracking.Journal(folder), handle)
-        log.log(0, result["metrics"])
-        log.close()
-        _keep(made, folder / "report", handle)
-    handle = tracking.finish(handle)
-    result |= {"run_id": handle.run_id}
-    result |= recommendation.register(config, best.trial, handle)
-    for table in made.tables.values():
-        say(f"\n{table.title}. {table.note}\n{markdown(table)}")
-    say(f"\nreport: {result['report']}\npreset: {result['preset']}")
-    folder.write_bytes(RESULT, json.dumps(result).encode())
-    return result
-
-
-def _levels(
-    config: SweepConfig, folder: Folder, handle: RunHandle
-) -> tuple[Sequence[Trial], Report]:
-    """Both levels, to their end; writes the preset."""
-    from pipelines.sweeping import tuning  # Ray takes seconds to import
-
-    tuning.run(config, handle.run_id)
-    trials = Trials(folder=folder / TRIALS).all()
-    arms = ranked(trials)
-    found = second.run(config, arms, handle)
-    walk = second.best(found.walks, arms[0].trial.name)
-    folder.write_bytes(PRESET, recommendation.preset(config, arms[0], walk).encode())
-    return trials, pages.report(config, trials, arms, found.rows)
-
-
-def _result(config: SweepConfig, trials: Sequence[Trial], best: Arm) -> dict[str, Any]:
-    folder = config.folder
-    states = [trial.state for trial in trials]
-    counts = {f"trials/{state}": states.count(state) for state in dict.fromkeys(states)}
-    return {
-        "run": folder.url,
-        "best": best.trial.name,
-        "settings": best.settings,
-        "model": (folder / TRIALS / best.trial.name / "model").url,
-        "preset": folder.url_of(PRESET),
-        "report": folder.url_of("report/report.html"),
-        "failed": {t.name: t.why for t in trials if t.state in ("failed", "lost")},
-        "metrics": {"trials": len(trials), **counts, "best/bound": best.bound},
-    }
-
-
-def _keep(report: Report, folder: Folder, handle: RunHandle) -> None:
-    for name, content in report.files().items():
-        folder.write_bytes(name, content)
-    with folder.local() as place:
-        tracking.log_artifacts(handle, place)
+    return runs.carry_out(Sweep(config=config))
 
 
 def main() -> int:

@@ -19,7 +19,8 @@ from infra.parallel import ParallelConfig
 from pipelines.benchmarks import flops, reference
 from pipelines.benchmarks.settings import BenchmarkConfig, build
 from pipelines.benchmarks.timing import Procedure
-from pipelines.training import Learner, TrainConfig
+from pipelines.training.learner import Learner
+from pipelines.training.settings import TrainConfig
 
 DECAY = 0.999
 STEP, LANE = 1, 0  # the key of the noise, the same for all and in every round

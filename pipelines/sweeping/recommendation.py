@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
 from infra import tracking
 from infra.config import to_tree
+from infra.errors import DataError, InfraError
 from infra.tracking import RunHandle
-from pipelines import models
+from pipelines import runs
 from pipelines.kinds import DSL
 from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.second import Walk
@@ -45,18 +47,23 @@ def preset(config: SweepConfig, best: Arm, walk: Walk | None) -> str:
     return head + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
-def register(config: SweepConfig, best: Trial, sweep: RunHandle) -> dict[str, Any]:
-    """The best trial's model as a candidate, with the way back to the sweep, if it is asked for
-    and a server is there."""
-    run = config.folder / TRIALS / best.name
-    handle = tracking.opened(run.url)
-    if not config.register or handle is None or handle.run_id is None:
-        return {}
+def register(config: SweepConfig, best: Trial, sweep: RunHandle) -> dict[str, Any] | None:
+    """The best trial's model as a candidate, with the way back to the sweep, if that is asked
+    for; None where no server answers, as `Task.register` has it.
+
+    A trial whose MLflow run could not be made while it trained gets it now.
+    """
+    trial = config.folder / TRIALS / best.name
+    handle = tracking.opened(trial.url)
+    if handle is None:
+        raise DataError(trial.url, "has no run.json", "Remove the trial; the sweep repeats it")
+    if config.register and handle.run_id is None:
+        with suppress(InfraError):
+            handle = tracking.replay(trial.url)
     tags = {
         "objective": DSL.name,
         "sweep": config.folder.url,
         "sweep_run": sweep.run_id or "",
         "trial": best.name,
     }
-    version = models.register(run / "model", config.register, handle, tags=tags)
-    return {"model_uri": version.uri, "alias_uri": version.alias_uri("candidate")}
+    return runs.register(trial / "model", config.register, handle, tags)

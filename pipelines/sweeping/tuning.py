@@ -20,17 +20,18 @@ from pathlib import Path
 import ray
 from ray import tune
 
-from infra import cluster, stream
+from infra import cluster
 from infra.cluster import DATA_CPUS
 from infra.command import explain
 from infra.errors import InfraError
-from pipelines import finetune, launch
-from pipelines.launch import Job
+from pipelines import finetune
 from pipelines.runs import DATA_ERRORS
 from pipelines.sweeping.driver import Proposals, Watch, close, scheduler
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trials
-from pipelines.workers import WorkersConfig
+from pipelines.training import launch, worker
+from pipelines.training.settings import WorkersConfig
+from pipelines.training.worker import Assignment
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journals have it all
@@ -123,7 +124,7 @@ def _trial(chosen: Mapping[str, str], config: SweepConfig, parent: str | None) -
     recipe = config.trial(name, trials.read(name).settings)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the driver tells of all trials
-            finetune.execute(recipe, parent=parent, fit=_fit(recipe.workers))
+            finetune.execute(recipe, parent=parent, start=_start(recipe.workers))
     except Exception as error:
         why, code = explain(error, DATA_ERRORS)
         if code == InfraError.exit_code:
@@ -131,10 +132,10 @@ def _trial(chosen: Mapping[str, str], config: SweepConfig, parent: str | None) -
         trials.end(name, "failed", why)
 
 
-def _fit(workers: WorkersConfig) -> Callable[[Job], None]:
-    """One process trains in the trial's own, which saves the start of another."""
+def _start(workers: WorkersConfig) -> Callable[[Assignment], None]:
+    """How to train. One process trains in the trial's own, which saves the start of another."""
     if workers.most == 1:
-        return partial(launch.run_on_this_process, batches=stream.read, report=tune.report)
+        return partial(worker.train, reports=tune.report)
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    return partial(launch.fit_on_cluster, callbacks=[TuneReportCallback()])
+    return partial(launch.on_cluster, callbacks=[TuneReportCallback()])

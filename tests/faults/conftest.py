@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -15,25 +14,16 @@ from tests.faults import processes
 from tests.faults.nodes import Nodes
 from tests.pipelines import tiny
 
-
-class Row(NamedTuple):
-    fault: str
-    injected: str
-    lost: str
-    recovered_s: float
-    test: str
-
-
-ROWS = pytest.StashKey[list[Row]]()
-Report = Callable[..., None]
+ROWS = pytest.StashKey[list[str]]()
+Cost = Callable[[str, str, float], None]
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Report:
-    """`report(fault, injected=, lost=, recovered_s=)`: a row of the table."""
+def cost(request: pytest.FixtureRequest) -> Cost:
+    """`cost(fault, what was lost, seconds to recover)`: a row of the table."""
 
-    def add(fault: str, *, injected: str, lost: str, recovered_s: float) -> None:
-        row = Row(fault, injected, lost, recovered_s, request.path.name)
+    def add(fault: str, lost: str, recovered_s: float) -> None:
+        row = f"| {fault} | {lost} | {recovered_s:.1f} | {request.path.name} |"
         request.config.stash.setdefault(ROWS, []).append(row)
 
     return add
@@ -44,11 +34,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not rows:
         return
     terminalreporter.section("faults")
-    terminalreporter.line("| fault | how injected | what was lost | seconds to recover | test |")
-    terminalreporter.line("|---|---|---|---|---|")
-    for row in rows:
-        cells = (row.fault, row.injected, row.lost, f"{row.recovered_s:.1f}", row.test)
-        terminalreporter.line(f"| {' | '.join(cells)} |")
+    for row in (
+        "| fault | what was lost | seconds to recover | test |",
+        "|---|---|---|---|",
+        *rows,
+    ):
+        terminalreporter.line(row)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from infra import journal
-from infra.checkpoints import committed, consolidate
+from infra.checkpoints import committed
 from tests.conftest import ROOT
+from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
 
 STEPS, EVERY = 120, 20  # steps of a run, and from one checkpoint to the next
@@ -115,23 +115,14 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-def tensors(run: Path) -> dict[str, Tensor]:
-    """All of the last checkpoint: weights, average, optimizer."""
-    return consolidate(str(run / "checkpoints"), STEPS, "")
-
-
 def assert_equal(run: Path, reference: Path) -> None:
     """Weights, average, optimizer and metrics, bit for bit; each step once."""
-    ours, theirs = tensors(run), tensors(reference)
-    assert ours.keys() == theirs.keys()
-    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert curve(run) == curve(reference)
-    assert [row["step"] for row in curve(run)] == list(range(1, STEPS + 1))
+    tiny.assert_same(run, reference, STEPS)
 
 
 def assert_close(run: Path, reference: Path) -> None:
     """The same to rounding, where another number of workers added up the gradients."""
-    ours, theirs = tensors(run), tensors(reference)
+    ours, theirs = tiny.tensors(run, STEPS), tiny.tensors(reference, STEPS)
     assert ours.keys() == theirs.keys()
     for name in ours:
         if name.startswith(("model.", "ema.")):

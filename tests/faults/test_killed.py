@@ -1,4 +1,7 @@
-"""SIGKILL of a rank at three moments of one run, and of the driver."""
+"""SIGKILL of a rank at two moments of one run, and of the driver.
+
+For a rank that dies between two checkpoints see `tests/pipelines/test_workers.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +11,24 @@ import time
 from pathlib import Path
 
 from tests.faults import nodes, processes
-from tests.faults.conftest import Report
+from tests.faults.conftest import Cost
 from tests.faults.processes import EVERY, Begin, Run
 
 
-def kill_a_rank(run: Run) -> tuple[float, int]:
-    """When, and the last step that was done then."""
-    os.kill(nodes.workers()[-1], signal.SIGKILL)
-    return time.time(), run.step
-
-
-def test_a_rank(undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report) -> None:
-    """Before the first checkpoint, between two, and while one is being written."""
+def test_a_rank(undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost) -> None:
+    """Before the first checkpoint, and while one is being written."""
     with finetune(tmp_path, "workers.max_failures=9") as run:
         run.until(lambda: run.step >= EVERY // 4)
-        when, step = kill_a_rank(run)
+        os.kill(nodes.workers()[-1], signal.SIGKILL)
+        when, step = time.time(), run.step
         assert not run.checkpoints
-        report(
-            "a rank dies before the first checkpoint", injected="SIGKILL",
-            lost=f"{step} steps, redone", recovered_s=run.recovered(step, when),
-        )  # fmt: skip
-
-        run.until(lambda: run.step >= EVERY + 5 and run.checkpoints)
-        when, step = kill_a_rank(run)
-        kept = max(run.checkpoints)
-        report(
-            "a rank dies between checkpoints", injected="SIGKILL",
-            lost=f"{step - kept} steps, redone", recovered_s=run.recovered(step, when),
-        )  # fmt: skip
+        again_s = run.recovered(step, when)
+        cost("a rank dies before the first checkpoint", f"{step} steps, redone", again_s)
 
         when, step, torn = kill_in_a_write(run)
-        kept = max(run.checkpoints)
+        lost = f"that checkpoint; {step - max(run.checkpoints, default=0)} steps, redone"
         assert not (torn / "commit.json").exists()
-        report(
-            "a rank dies while a checkpoint is written", injected="SIGKILL",
-            lost=f"that checkpoint; {step - kept} steps, redone",
-            recovered_s=run.recovered(step, when),
-        )  # fmt: skip
+        cost("a rank dies while a checkpoint is written", lost, run.recovered(step, when))
         assert run.wait() == 0, run.said
     processes.assert_equal(run.folder, undisturbed)
 
@@ -65,7 +49,7 @@ def kill_in_a_write(run: Run) -> tuple[float, int, Path]:
         run.recovered(step, when)
 
 
-def test_the_driver(undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report) -> None:
+def test_the_driver(undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost) -> None:
     """Its workers go with it, and the same command at once goes on from the last checkpoint."""
     with finetune(tmp_path) as killed:
         killed.until(lambda: killed.step >= EVERY + 5 and killed.checkpoints)
@@ -78,9 +62,9 @@ def test_the_driver(undisturbed: Path, finetune: Begin, tmp_path: Path, report: 
         gone_s = time.time() - when
         again = run.recovered(step, when)
         assert run.wait() == 0, run.said
-    report(
-        "the driver dies", injected="SIGKILL, then the same command at once",
-        lost=f"at most {EVERY} steps, redone; its workers live {gone_s:.0f} s longer",
-        recovered_s=again,
-    )  # fmt: skip
+    cost(
+        "the driver dies",
+        f"at most {EVERY} steps, redone; its workers live {gone_s:.0f} s longer",
+        again,
+    )
     processes.assert_equal(run.folder, undisturbed)

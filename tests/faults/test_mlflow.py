@@ -14,9 +14,10 @@ from pathlib import Path
 from infra import journal
 from infra.tracking import connect, replay
 from tests.faults import processes
-from tests.faults.conftest import Report
+from tests.faults.conftest import Cost
 from tests.faults.nodes import free_port
 from tests.faults.processes import EVERY, STEPS, Begin
+from tests.pipelines import tiny
 
 
 class Server:
@@ -53,7 +54,7 @@ class Server:
 
 
 def test_a_server_that_dies_and_comes_back(
-    undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
+    undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost
 ) -> None:
     """Training takes no notice; one run, each metric of each step once."""
     server = Server(tmp_path)
@@ -63,7 +64,7 @@ def test_a_server_that_dies_and_comes_back(
         with finetune(tmp_path, f"tracking.uri={server.uri}", slowly) as run:
             run.until(lambda: run.step >= EVERY)
             server.kill()
-            died, missed = time.time(), run.step
+            died = time.time()
             run.until(lambda: run.step >= 2 * EVERY)
             server.start()
             assert run.wait() == 0, run.said
@@ -79,11 +80,8 @@ def test_a_server_that_dies_and_comes_back(
             assert [metric.value for metric in history] == [row[name] for row in rows]
     finally:
         server.kill()
-    report(
-        "the MLflow server dies and comes back",
-        injected=f"SIGKILL after step {missed}, started again after step {2 * EVERY}",
-        lost="nothing; training never waits",
-        recovered_s=time.time() - died,
+    cost(
+        "the MLflow server dies and comes back", "nothing; training never waits", time.time() - died
     )
-    ours, theirs = processes.tensors(run.folder), processes.tensors(undisturbed)
+    ours, theirs = tiny.tensors(run.folder, STEPS), tiny.tensors(undisturbed, STEPS)
     assert all(ours[name].equal(theirs[name]) for name in theirs)

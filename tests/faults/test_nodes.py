@@ -6,29 +6,30 @@ import time
 from pathlib import Path
 
 from tests.faults import processes
-from tests.faults.conftest import Report
+from tests.faults.conftest import Cost
 from tests.faults.nodes import Nodes, workers
 from tests.faults.processes import EVERY, Begin
 
 
 def test_a_node_with_another_to_take_its_place(
-    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
+    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost
 ) -> None:
     with finetune(tmp_path) as run:
         run.until(lambda: run.step >= EVERY + 5 and run.checkpoints)
         nodes.add()
         nodes.lose(workers()[-1])
         when, step, kept = time.time(), run.step, max(run.checkpoints)
-        report(
-            "a node dies, another has room", injected="SIGKILL of all its processes",
-            lost=f"{step - kept} steps, redone", recovered_s=run.recovered(step, when),
-        )  # fmt: skip
+        cost(
+            "a node dies, another has room",
+            f"{step - kept} steps, redone",
+            run.recovered(step, when),
+        )
         assert run.wait() == 0, run.said
     processes.assert_equal(run.folder, undisturbed)
 
 
 def test_a_node_that_comes_back(
-    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, report: Report
+    nodes: Nodes, undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost
 ) -> None:
     """Two workers, one, two again: the same data and noise all along, so the same weights."""
     settings = [
@@ -49,13 +50,14 @@ def test_a_node_that_comes_back(
         run.until(lambda: len(workers()) == 2 and not before & set(workers()))
         together_s = run.recovered(run.step + 1, back)
         assert run.wait() == 0, run.said
-    report(
+    cost(
         "a node dies, none has room: [1, 2] workers go on as one",
-        injected="SIGKILL of all its processes",
-        lost=f"{step - kept} steps, redone", recovered_s=alone_s,
-    )  # fmt: skip
-    report(
-        "the node comes back: one worker becomes two", injected="a node joins",
-        lost="the steps since the last checkpoint, redone", recovered_s=together_s,
-    )  # fmt: skip
+        f"{step - kept} steps, redone",
+        alone_s,
+    )
+    cost(
+        "the node comes back: one worker becomes two",
+        "the steps since the last checkpoint, redone",
+        together_s,
+    )
     processes.assert_close(run.folder, undisturbed)

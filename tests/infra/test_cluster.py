@@ -42,7 +42,9 @@ def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Pat
         dist.all_reduce(torch.ones(1))
 
     with pytest.raises(DataError) as caught:
-        cluster.fit(worker, {"folder": str(tmp_path)}, name="killed", num_workers=2, max_failures=5)
+        cluster.run_group(
+            worker, {"folder": str(tmp_path)}, name="killed", num_workers=2, max_failures=5
+        )
     assert str(caught.value) == "part-0.parquet, row 3: token 9 of 8. Prepare it again"
     started = sorted(path.name for path in tmp_path.iterdir())
     assert started == ["rank0-0", "rank0-1", "rank1-0", "rank1-1"], "bad data is not tried again"

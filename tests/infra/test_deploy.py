@@ -16,7 +16,7 @@ import yaml
 
 from infra import cluster, config
 from infra.errors import ConfigError
-from pipelines.gauges import GAUGES, Gauges
+from pipelines.training.gauges import GAUGES, Gauges
 from pipelines.verb import PRESETS
 from tests.infra import manifests
 from tests.infra.manifests import DEPLOY, JOBS, ROOT, Object, complaints, everything

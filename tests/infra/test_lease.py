@@ -59,7 +59,7 @@ def other(run: Folder, **content: Any) -> None:
     """Leave the lease of a process elsewhere."""
     whole = {
         "holder": "x", "host": "elsewhere", "machine": "other", "pid": 7, "started": "1",
-        "job": None, "since": "2026-01-01T00:00:00+00:00", "beat": 0, "ending": False, **content,
+        "job": None, "since": "2026-01-01T00:00:00+00:00", "beat": 0, **content,
     }  # fmt: skip
     lease._folder(run).write_bytes("000004.json", json.dumps(whole).encode())
 
@@ -147,7 +147,6 @@ def test_a_holder_that_was_passed_over_writes_no_more(run: Folder) -> None:
         for known in (mine.lease, pickle.loads(pickle.dumps(mine.lease))):
             with pytest.raises(InfraError, match="taken over by process 7 on elsewhere"):
                 known.confirm()
-            assert known.ending()
     assert lease._folder(run).names() == ["000004.json"]
 
 
@@ -166,18 +165,6 @@ def test_a_stopped_holder_wakes_up_and_finds_its_run_taken(
 
 def _refuse(folder: Folder, name: str, content: bytes) -> None:
     raise InfraError(folder.url, "stands still")
-
-
-def test_the_end_is_heard_by_all_who_hold_a_copy(run: Folder) -> None:
-    with held(run) as mine:
-        copy = pickle.loads(pickle.dumps(mine.lease))
-        assert not copy.ending()
-        mine.end()
-        until = time.monotonic() + 60
-        while not copy.ending() and time.monotonic() < until:
-            time.sleep(0.01)
-        assert copy.ending()
-        copy.confirm()
 
 
 def test_a_store_that_does_not_answer_says_nothing(

@@ -22,17 +22,17 @@ store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 stall.MARGIN_S = 2.0
 try:
-    with stall.watched({timeout}, 38) as watch:
+    with stall.detected({timeout}, 38) as this:
         for step in range(39, 10_000):
-            watch.doing(f"in step {{step}}")
+            this.doing(f"in step {{step}}")
             if (rank, step) == (victim, 41):
                 print("hangs", flush=True)
                 if how == "stopped":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                watch.doing("waiting for the data of step 41")
+                this.doing("waiting for the data of step 41")
                 sys.stdin.readline()
             dist.all_reduce(torch.ones(1))
-            watch.finished(step)
+            this.finished(step)
 except InfraError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)

@@ -206,7 +206,7 @@ def test_a_corrupt_shard_that_is_skipped(
     main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
 ) -> None:
     """With a sound one to fill in, the run goes on and counts the rows; else it stops, and says
-    which file and where."""
+    which file and where. With the shard mended, the same command goes on."""
     copy = shutil.copytree(data, tmp_path / "shards")
     (shard,) = (copy / "train").glob("part-*")
     content = bytearray(shard.read_bytes())
@@ -219,3 +219,5 @@ def test_a_corrupt_shard_that_is_skipped(
     skipped = [row["data/skipped_rows"] for row in curve(tmp_path / "skip")]
     assert skipped[-1] > 0
     assert skipped == sorted(skipped)
+    shutil.copy(data / "train" / shard.name, shard)
+    assert main("pretrain", *argv, "name=stop").code == 0

@@ -11,15 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from infra import journal, parallel, ranklog
-from infra.checkpoints import committed, consolidate
+from infra import journal, parallel, preemption, ranklog
+from infra.checkpoints import committed
 from infra.errors import InfraError
-from infra.notices import Notice, Notices
+from infra.preemption import Notice, Terminated, notices, stop_requested, stoppable
 from infra.storage import Folder
-from infra.termination import Terminated, noticed
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
 
@@ -64,10 +62,7 @@ def test_the_same_command_goes_on_with_the_next_step(
     tiny.execute("pretrain", *arguments(data, terminated.parent))
     after = journal.read(str(terminated))
     assert after[:step] == before  # to the millisecond: no step was made again
-    assert tiny.curve(terminated) == tiny.curve(finished)
-    whole = consolidate(str(finished / "checkpoints"), 12, "")
-    resumed = consolidate(str(terminated / "checkpoints"), 12, "")
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    tiny.assert_same(terminated, finished)
     goodput = [row["speed/goodput_percent"] for row in after]
     assert all(0 < percent <= 100 for percent in goodput)
     kept = (terminated / "logs" / "rank_00000.log").read_text()
@@ -83,30 +78,45 @@ def test_the_ranks_agree_on_what_the_highest_has_heard() -> None:
 
 
 def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> None:
-    answers = {"ending": False, "going": True}
-    notices = Notices(ending=lambda: answers["ending"], going=lambda: answers["going"])
-    seen = []
-    with notices.listening():
-        while notices.latest is Notice.NONE:
+    answers = {"stop": False, "leaving": True}
+    listening = notices(stop=lambda: answers["stop"], leaving=lambda: answers["leaving"])
+    with listening as latest:
+        while latest() is Notice.NONE:
             time.sleep(0.01)
-        seen.append(notices.latest)
-        answers["ending"] = True
-        while notices.latest is not Notice.END:
+        assert latest() is Notice.SAVE
+        answers["stop"] = True
+        while latest() is not Notice.END:
             time.sleep(0.01)
-    assert seen == [Notice.SAVE]
 
 
-def test_the_first_sigterm_is_a_notice_the_second_an_end() -> None:
-    heard: list[int] = []
+def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a store that fails twice, and that holds what a killed attempt has left."""
+    run = Folder.at("memory://stopped/run")
+    run.write_bytes(preemption.STOP, b"")
+    write, answers = Folder.write_bytes, [False, False, True]
+
+    def now_and_then(folder: Folder, name: str, content: bytes) -> None:
+        if not answers.pop(0):
+            raise InfraError(folder.url, "does not answer")
+        write(folder, name, content)
+
+    monkeypatch.setattr(Folder, "write_bytes", now_and_then)
+    monkeypatch.setattr(preemption, "ASK_S", 0.01)
     before = signal.getsignal(signal.SIGTERM)
 
     def twice() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop_requested(run)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stop_requested(run):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated), noticed(lambda: heard.append(1)):
+    with pytest.raises(Terminated), stoppable(run):
         twice()
-    assert heard == [1]
+    assert answers == []
+    assert not stop_requested(run)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

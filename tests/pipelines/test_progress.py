@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pipelines.gauges import GAUGES
-from pipelines.progress import Progress
+from pipelines.training.gauges import GAUGES
+from pipelines.training.progress import Progress
 
 
 class Clock:
@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def progress(done: int = 0, **given: object) -> Progress:
     settings = {
-        "tokens": 100, "flops": 2e12, "peak": 10e12, "before": {}, "began": 1000.0, **given
+        "tokens": 100, "flops": 2e12, "peak": 10e12, "saved": {"began": 1000.0}, **given
     }  # fmt: skip
     return Progress(20, done, **settings)
 
@@ -62,7 +62,7 @@ def test_goodput_counts_what_was_lost_and_what_was_waited_for(clock: Clock) -> N
             kept = first.saving()
     assert first.metrics(None)["speed/goodput_percent"] == pytest.approx(100)
     clock.now += 4  # killed at 6, started again from 4
-    second = progress(4, before=kept, began=clock.now)
+    second = progress(4, saved=kept)
     for _ in range(10):
         step(second, clock, 1.0)
     assert second.metrics(4)["speed/goodput_percent"] == pytest.approx(100 * 14 / 20)

@@ -21,24 +21,20 @@ from torch import Tensor
 from dsl.denoiser import Denoiser
 from dsl.objective import DSLObjective, Loss
 from dsl.support import LogNormal, Mixed
-from infra import journal
-from infra.checkpoints import consolidate
-from infra.config import load
 from infra.tracking import connect
-from pipelines import launch
-from pipelines.finetune import FinetuneConfig, initial
+from pipelines import runs as ritual
+from pipelines.finetune import initial
+from pipelines.training.launch import TrainingTask
+from tests.pipelines import tiny
+from tests.pipelines.tiny import curve
 
 STEPS, KILLED_IN = 20, 13
-PRESETS = Path(launch.__file__).with_name("presets")
 SETTINGS = [
-    "init=scratch",
-    "backbone.width=32", "backbone.blocks=2", "backbone.heads=2", "backbone.cond_dim=8",
-    "converter.embed_dim=8", "converter.mask_prior=0.5",
-    f"train.steps={STEPS}", "train.validate_every=10", "train.checkpoint.every=10",
-    "train.stream.num_lanes=2", "train.stream.rows_per_microbatch=4",
-    "train.optimizer.lr=0.001", "train.optimizer.warmup=5",
-    "workers.parallel.threads=1",
+    "init=scratch", "backbone.width=32", f"train.steps={STEPS}", "train.validate_every=10",
+    "train.validation_microbatches=4", "train.checkpoint.every=10", "train.optimizer.lr=0.001",
+    "train.optimizer.ema=0.999", "tracking.uri=null",
 ]  # fmt: skip
+SUPPORT = Mixed(continuous=LogNormal(mu=1.0, sigma=1.0), roar_share=0.5)
 
 
 class KilledOnce(DSLObjective):
@@ -57,20 +53,18 @@ class KilledOnce(DSLObjective):
         return super().forward(tokens_BL, generator)
 
 
-SUPPORT = Mixed(continuous=LogNormal(mu=1.0, sigma=1.0), roar_share=0.5)
-
-
 def run(root: Path, data: Path, name: str, workers: int, objective: Any) -> dict[str, Any]:
     argv = [f"name={name}", f"root={root}", f"data={data}", f"workers.count={workers}", *SETTINGS]
-    config = load(FinetuneConfig, verb="finetune", argv=argv, presets=PRESETS)
-    return launch.launch(
-        config,
+    config = tiny.load("finetune", *argv)
+    task = TrainingTask(
+        config=config,
         verb="finetune",
         kind="dsl",
         objective=objective,
         initial=partial(initial, config),
         tags={},
     )
+    return ritual.carry_out(task)
 
 
 @pytest.fixture(scope="module")
@@ -88,38 +82,18 @@ def runs(
     return {name: root / name for name in ("two", "killed", "one")}
 
 
-def tensors(run: Path) -> dict[str, Tensor]:
-    return consolidate(str(run / "checkpoints"), STEPS, "")
-
-
-def curve(run: Path) -> list[dict[str, float]]:
-    """Every metric of every step that does not measure time."""
-    rows = journal.read(str(run))
-    return [
-        {k: v for k, v in row.items() if k != "time" and not k.startswith("speed/")} for row in rows
-    ]
-
-
 def test_a_killed_worker_loses_nothing(runs: dict[str, Path]) -> None:
-    """20 steps = 10 + SIGKILL + 10: weights, average, optimizer and metrics, bit for bit."""
-    whole, killed = tensors(runs["two"]), tensors(runs["killed"])
-    assert whole.keys() == killed.keys()
-    assert any(name.startswith("ema.") for name in whole)
-    assert any(name.startswith("optimizer.") for name in whole)
-    different = [name for name in whole if not torch.equal(whole[name], killed[name])]
-    assert not different
-    assert curve(runs["two"]) == curve(runs["killed"])
-    assert [row["step"] for row in curve(runs["killed"])] == list(range(1, STEPS + 1))
+    """20 steps = 10 + SIGKILL + 10, bit for bit."""
+    tiny.assert_same(runs["killed"], runs["two"], STEPS)
 
 
 def test_a_killed_run_is_one_mlflow_run_with_each_step_once(runs: dict[str, Path]) -> None:
     client = connect(f"sqlite:///{runs['killed'].parent / 'mlflow.db'}")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "dsl"]
-    found = [
-        r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "killed"
-    ]
-    assert [r.info.status for r in found] == ["FINISHED"]
-    history = client.get_metric_history(found[0].info.run_id, "loss")
+    experiment = client.get_experiment_by_name("dsl")
+    named = "attributes.run_name = 'killed'"
+    (found,) = client.search_runs([experiment.experiment_id], named)
+    assert found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, "loss")
     assert [m.step for m in history] == list(range(1, STEPS + 1))
     assert [m.value for m in history] == [row["loss"] for row in curve(runs["killed"])]
 

@@ -23,11 +23,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from infra import config, journal, notices, stream
+from infra import config, journal, preemption, stream
+from infra.checkpoints import consolidate
 from infra.storage import Folder
 from infra.stream import Plan
-from pipelines import finetune, launch, prepare, pretrain
+from pipelines import finetune, prepare, pretrain
+from pipelines.training import launch, worker
+from pipelines.verb import PRESETS
 
 VERBS = {"prepare": prepare, "pretrain": pretrain, "finetune": finetune}
 CONFIGS = {
@@ -35,10 +40,11 @@ CONFIGS = {
     "pretrain": pretrain.PretrainConfig,
     "finetune": finetune.FinetuneConfig,
 }
+STEPS = 12
 SIZE = ["backbone.width=16", "backbone.blocks=2", "backbone.heads=2", "backbone.cond_dim=8"]
 TRAIN = [
     *SIZE,
-    "train.steps=12", "train.validate_every=6", "train.validation_microbatches=1",
+    f"train.steps={STEPS}", "train.validate_every=6", "train.validation_microbatches=1",
     "train.stream.num_lanes=2", "train.stream.rows_per_microbatch=4",
     "train.optimizer.lr=0.003", "train.optimizer.warmup=4", "train.optimizer.ema=0.9",
     "train.checkpoint.every=3", "workers.parallel.threads=1",
@@ -49,7 +55,6 @@ SETTINGS = {
     "pretrain": TRAIN,
     "finetune": [*TRAIN, "converter.embed_dim=8", "converter.mask_prior=0.5"],
 }
-PRESETS = Path(launch.__file__).with_name("presets")
 
 NAMES = """
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
@@ -127,9 +132,9 @@ def outcome(capsys: pytest.CaptureFixture[str], verb: str, *argv: str) -> Outcom
 @contextmanager
 def bare(batches: Any = stream.read) -> Iterator[None]:
     """This process in the place of Ray's workers, and no patience with the MLflow server."""
-    fit = partial(launch.run_on_this_process, batches=batches)
+    train = partial(worker.train, batches=batches)
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-    with mock.patch.object(launch, "fit_on_cluster", fit), mock.patch.dict(os.environ, patience):
+    with mock.patch.object(launch, "on_cluster", train), mock.patch.dict(os.environ, patience):
         yield
 
 
@@ -142,7 +147,7 @@ def signalled_at(step: int, number: signal.Signals) -> Any:
             if this == step:
                 os.kill(os.getpid(), number)
             if this == step + 1:
-                time.sleep(3 * notices.ASK_S)
+                time.sleep(3 * preemption.ASK_S)
             yield batch
 
     return read
@@ -165,6 +170,21 @@ def curve(run: Path | str) -> list[dict[str, float]]:
         {k: v for k, v in row.items() if k != "time" and not k.startswith("speed/")}
         for row in journal.read(Folder.at(str(run)))
     ]
+
+
+def tensors(run: Path | str, step: int = STEPS) -> dict[str, Tensor]:
+    """All that a checkpoint holds: weights, average, optimizer."""
+    return consolidate(f"{run}/checkpoints", step, "")
+
+
+def assert_same(run: Path | str, reference: Path | str, steps: int = STEPS) -> None:
+    """Two runs hold the same bit for bit: weights, average, optimizer, and each step once."""
+    ours, theirs = tensors(run, steps), tensors(reference, steps)
+    assert ours.keys() == theirs.keys()
+    assert {"model", "ema", "optimizer"} <= {name.partition(".")[0] for name in ours}
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert curve(run) == curve(reference)
+    assert [row["step"] for row in curve(run)] == list(range(1, steps + 1))
 
 
 if __name__ == "__main__":

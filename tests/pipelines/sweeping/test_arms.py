@@ -15,11 +15,10 @@ import pytest
 import yaml
 from ray.tune.search import Searcher
 
-from infra import stream
 from infra.config import load
 from infra.errors import ConfigError
 from infra.tracking import connect
-from pipelines import launch, sweep
+from pipelines import sweep
 from pipelines.finetune import FinetuneConfig
 from pipelines.sweeping import against, pages, recommendation, tuning
 from pipelines.sweeping.arms import NONE_SEEN, difference, paired, ranked
@@ -28,7 +27,8 @@ from pipelines.sweeping.estimate import plan
 from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import SEED, Trial, Trials
-from pipelines.workers import WorkersConfig
+from pipelines.training import worker
+from pipelines.training.settings import WorkersConfig
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
@@ -260,9 +260,9 @@ def test_a_sweep_of_arms_from_its_beginning_to_its_end(
             trained.append(chosen["trial"])
 
     def in_this_process(workers: WorkersConfig) -> Any:
-        return partial(launch.run_on_this_process, batches=stream.read)
+        return worker.train
 
-    monkeypatch.setattr(tuning, "_fit", in_this_process)
+    monkeypatch.setattr(tuning, "_start", in_this_process)
     argv = [f"data={tiny.shards(tmp_path / 'data')}", f"root={tmp_path}", SECOND, "register=tried"]
     space = "{converter.beta: {kind: choice, values: [3.0]}}"
     made = small.load("search={kind: one_at_a_time, repeats: 2}", *argv, space=space)

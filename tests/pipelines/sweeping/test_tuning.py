@@ -18,7 +18,7 @@ from pipelines.sweeping import driver, tuning
 from pipelines.sweeping.estimate import expected_steps
 from pipelines.sweeping.settings import Asha
 from pipelines.sweeping.trials import BOUND, Trials
-from pipelines.workers import WorkersConfig
+from pipelines.training.settings import WorkersConfig
 from tests.pipelines.sweeping import small
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP

@@ -23,9 +23,9 @@ RECENT = 100  # steps of which percentiles are taken
 class Progress:
     """Times the steps of one attempt at a run, from the one after `done` to `steps`.
 
-    tokens: of a step, all workers together. flops: of a step; and `peak`, of all workers' devices
-    a second, where that is known. before: what `kept` said when the checkpoint of `done` was made.
-    began: when the run was first started, where no checkpoint says so; seconds since the epoch.
+    tokens, flops: of one step, all workers together. peak: FLOP/s of all their devices, where that
+    is known. saved: what `saving` returned for the checkpoint of `done`; for a new run `began`
+    alone, when it was first started, in seconds since the epoch.
     """
 
     def __init__(
@@ -36,13 +36,12 @@ class Progress:
         tokens: int,
         flops: float,
         peak: float | None,
-        before: Mapping[str, Any],
-        began: float,
+        saved: Mapping[str, Any],
     ) -> None:
         self.steps, self.step, self.tokens = steps, done, tokens
         self.flops, self.peak = flops, peak
-        self.began = before.get("began", began)
-        self.useful = before.get("useful_s", 0.0)
+        self.began = saved.get("began", time.time())
+        self.useful = saved.get("useful_s", 0.0)
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.start, self.first = time.perf_counter(), done
         self.since, self.from_step, self.waited = self.start, done, 0.0
@@ -65,15 +64,15 @@ class Progress:
         self.step += 1
 
     def saving(self) -> dict[str, float]:
-        """The checkpoint of this step begins: what it must hold, for the next attempt to know."""
+        """Note that the checkpoint of this step begins; what it must hold for the next attempt."""
         self.saved_at[self.step] = time.perf_counter()
         return {"began": self.began, "useful_s": self.useful}
 
     def metrics(self, committed: int | None) -> dict[str, float]:
-        """Rates since the last line; what else is of now. committed: the last checkpoint's step.
+        """Rates since the last `line`, and totals so far. committed: the last checkpoint's step.
 
         Goodput is the share of the time since the run was first started that went into steps that
-        were not lost, by the clock of this machine. A peak of memory is this process's so far.
+        were not lost, by the clock of this machine. Peak memory is that of this process.
         """
         now = time.perf_counter()
         elapsed = max(now - self.since, 1e-9)

@@ -1,0 +1,143 @@
+"""How a process learns that it is to end, or that its machine is about to be taken away.
+
+SIGTERM, which a scheduler sends some time before it kills, reaches the process that started a run.
+That process writes the file `stop` into the run directory, the one place that every worker can
+read, whatever machine it is on; a worker finds it, makes a last checkpoint there, and ends. Ray
+announces separately that it drains a node: its worker makes a checkpoint early and goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+
+from infra.errors import Problem
+from infra.storage import Folder
+
+ASK_S = 2.0  # between two looks of a worker
+STOP = "stop"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has ended a run; the same command resumes it."""
+
+
+# --- in the process that got SIGTERM -----------------------------------------------------------
+
+
+@contextmanager
+def terminable(first: Callable[[], None] | None = None) -> Iterator[None]:
+    """Inside the block, SIGTERM raises Terminated.
+
+    first: called on the first SIGTERM instead of that; it must return at once. Only the main
+    thread of a process receives signals: in any other thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = [first] if first else []
+
+    def handle(*_: object) -> None:
+        if not pending:
+            raise Terminated
+        pending.pop()()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stoppable(run: Folder) -> Iterator[None]:
+    """Inside the block, the first SIGTERM asks the workers of a run to stop, a second raises
+    Terminated. Needs the sole right to write into the run directory."""
+    asked, closed = threading.Event(), threading.Event()
+
+    def write() -> None:  # in a thread, because a signal handler must not wait for a store
+        asked.wait()
+        while not closed.is_set():
+            try:
+                run.write_bytes(STOP, b"")
+                return
+            except Problem:  # the store does not answer; the last checkpoint needs it too
+                closed.wait(ASK_S)
+
+    run.remove(STOP)  # what an attempt left that was killed
+    thread = threading.Thread(target=write, name="stop", daemon=True)
+    thread.start()
+    try:
+        with terminable(asked.set):
+            yield
+    finally:
+        closed.set()
+        asked.set()
+        thread.join()
+        with suppress(Problem):  # the next attempt removes it as well
+            run.remove(STOP)
+
+
+# --- in a worker -------------------------------------------------------------------------------
+
+
+class Notice(IntEnum):
+    """What a worker was told. Where workers were told different things, the highest counts."""
+
+    NONE = 0
+    SAVE = 1  # this machine is about to go: make a checkpoint now, then go on
+    END = 2  # the run is to stop: make a last checkpoint, then end
+
+
+@contextmanager
+def notices(
+    *, stop: Callable[[], bool], leaving: Callable[[], bool]
+) -> Iterator[Callable[[], Notice]]:
+    """A function that tells the latest notice, inside the block.
+
+    stop: whether the run is to stop. leaving: whether this machine is about to go. A thread calls
+    both, since a store or a cluster may answer slowly.
+    """
+    latest, closed = [Notice.NONE], threading.Event()
+
+    def listen() -> None:
+        while latest[0] is not Notice.END and not closed.wait(ASK_S):
+            if stop():
+                latest[0] = Notice.END
+            elif latest[0] is Notice.NONE and leaving():
+                latest[0] = Notice.SAVE
+
+    thread = threading.Thread(target=listen, name="notices", daemon=True)
+    thread.start()
+    try:
+        yield lambda: latest[0]
+    finally:
+        closed.set()
+        thread.join()
+
+
+def stop_requested(run: Folder) -> bool:
+    """Whether the workers of a run have been asked to stop; False where its store is away."""
+    try:
+        return run.exists(STOP)
+    except Problem:
+        return False
+
+
+def node_is_leaving() -> bool:
+    """Whether Ray is draining the node of this process: a preemption was announced, or the
+    node's pod got SIGTERM. Always False outside of Ray."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    try:
+        # Private: the public `ray.train.get_preemption_info` is a barrier of all workers, and
+        # `ray.nodes` does not tell draining nodes from others.
+        draining = ray._private.state.state.get_draining_nodes()
+    except Exception:  # the head of the cluster does not answer at the moment
+        return False
+    return ray.get_runtime_context().get_node_id() in draining

@@ -1,0 +1,155 @@
+"""A training run, as its driver sees it: from a configuration to a registered model.
+
+The driver checks the data, writes the initial weights into the run directory, starts the workers,
+and turns the averaged weights of the last checkpoint into a model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsl.denoiser import Denoiser
+from dsl.objective import Objective
+from dsl.vocabulary import Vocabulary
+from infra import cluster, journal
+from infra.preemption import Terminated, stoppable
+from infra.shards import Manifest, read_manifest
+from infra.storage import Folder
+from infra.stream import Plan
+from pipelines import models, runs
+from pipelines.runs import Made, Run
+from pipelines.training import worker
+from pipelines.training.settings import RunConfig
+from pipelines.training.worker import Assignment
+
+H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
+
+
+def plan(config: RunConfig, denoiser: Denoiser) -> dict[str, Any]:
+    """What a run would take, for `--dry-run`."""
+    manifest = read_manifest(config.data)
+    rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
+    tokens = config.train.steps * rows * manifest.length
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    flops = denoiser.backbone.flops_per_token(manifest.length) * tokens
+    return {
+        "run": (Folder.at(config.root) / config.name).url,
+        "workers": config.workers.shown,
+        "parameters": parameters,
+        "steps": config.train.steps,
+        "tokens": tokens,
+        "epochs": round(config.train.steps * rows / manifest.rows("train"), 2),
+        # Weights, their average and AdamW's two moments, in float32.
+        "checkpoint_bytes": 4 * 4 * parameters,
+        "training_flops": flops,
+        "h100_hours_at_40_percent": round(flops / H100_FLOPS / 3600, 4),
+    }
+
+
+@dataclass(kw_only=True)
+class TrainingTask(runs.Task):
+    """Train a denoiser and register it, from wherever an earlier attempt left it.
+
+    kind: what the weights are trained for, written beside them. initial: the starting weights,
+    asked for once in the life of a run. tags: lineage for the MLflow run. start: starts the
+    workers and returns when they have ended; None: on the cluster, with Ray Train.
+    """
+
+    config: RunConfig
+    kind: str
+    objective: Callable[[Denoiser], Objective]
+    initial: Callable[[Manifest, Vocabulary], Denoiser]
+    tags: Mapping[str, str]
+    start: Callable[[Assignment], None] | None = None
+
+    keys = ("run", "register")
+
+    def stands(self, result: Mapping[str, Any]) -> bool:
+        return bool(result["register"] == self.config.register)
+
+    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
+        config, data = self.config, Folder.at(self.config.data)
+        self.manifest = read_manifest(config.data)
+        self.vocabulary = models.vocabulary_of(self.manifest, data)
+        # Errors in the data are found here, before any worker is started.
+        Plan.of(data, self.manifest, "train", config.train.stream)
+        worker.validation_rows(data, self.manifest, config.train)
+        if not models.exists(folder / "init"):
+            self._save(folder / "init", self.initial(self.manifest, self.vocabulary))
+        return self.manifest, self.tags
+
+    def work(self, run: Run) -> None:
+        from infra.checkpoints import drop_damaged  # half a second that `--help` is not to pay
+
+        if self.config.train.checkpoint.corrupt == "skip":
+            drop_damaged(run.folder / "checkpoints", self.config.train.steps)
+        if self._is_trained(run.folder):
+            return
+        assignment = Assignment(
+            config=self.config,
+            kind=self.kind,
+            manifest=self.manifest,
+            objective=self.objective,
+            run=run,
+            began=time.time(),
+        )
+        with stoppable(run.folder):
+            (self.start or on_cluster)(assignment)
+        if not self._is_trained(run.folder):
+            raise Terminated  # the workers were asked to stop, and did
+
+    def conclude(self, run: Run) -> Made:
+        """Turn the averaged weights of the last checkpoint into a model folder."""
+        from infra.checkpoints import consolidate
+
+        folder, step = run.folder, self.config.train.steps
+        if not models.exists(folder / "model"):
+            denoiser = models.load_folder(folder / "init").denoiser
+            denoiser.load_state_dict(consolidate(folder / "checkpoints", step, "ema.denoiser."))
+            self._save(folder / "model", denoiser)
+        last = journal.read(folder)[-1]
+        return Made(
+            result={
+                "checkpoint": (folder / "checkpoints" / f"step_{step:06d}").url,
+                "model": (folder / "model").url,
+                "metrics": {
+                    k: v for k, v in last.items() if k not in journal.CLOCK and math.isfinite(v)
+                },
+                "register": self.config.register,
+            }
+        )
+
+    def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any] | None:
+        name, tags = self.config.register, {"objective": self.kind}
+        return runs.register(run.folder / "model", name, run.handle, tags)
+
+    def _is_trained(self, folder: Folder) -> bool:
+        from infra.checkpoints import committed
+
+        return self.config.train.steps in committed(folder / "checkpoints")
+
+    def _save(self, folder: Folder, denoiser: Denoiser) -> None:
+        length = self.manifest.length
+        models.save(folder, denoiser, self.vocabulary, kind=self.kind, length=length)
+
+
+def on_cluster(assignment: Assignment, callbacks: Sequence[Any] = ()) -> None:
+    """Train in a group of workers on the cluster; callbacks: of Ray Train."""
+    workers = assignment.config.workers
+    with cluster.connected(workers.cluster, needed_cpus=workers.most):
+        cluster.run_group(
+            worker.in_ray,
+            assignment,
+            name=assignment.config.name,
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            resources_per_worker=workers.resources,
+            max_failures=workers.max_failures,
+            resize_s=workers.resize_s,
+            fatal=runs.DATA_ERRORS,
+            callbacks=callbacks,
+        )

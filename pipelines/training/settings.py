@@ -1,0 +1,161 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from infra.cluster import ClusterConfig
+from infra.parallel import ParallelConfig
+from infra.stream import StreamConfig
+from pipelines.verb import TrackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and the average of the weights that is evaluated and registered.
+
+    The learning rate rises linearly over `warmup` steps, then stays, or falls along a cosine to
+    a tenth of its peak at the last step.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    ema: float = 0.999
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of step 1 … `steps`."""
+        rise = min(step / max(self.warmup, 1), 1.0)
+        progress = max(step - self.warmup, 0) / max(steps - self.warmup, 1)
+        fall = {"constant": 1.0, "cosine": 0.55 + 0.45 * math.cos(math.pi * progress)}
+        return self.lr * rise * fall[self.schedule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps; the last `keep` stay, and every milestone.
+
+    A `corrupt` one stops a run that resumes; "skip" has it resume from the one before.
+    """
+
+    every: int = 500
+    keep: int = 2
+    milestone_every: int | None = None
+    max_failures: int = 3
+    corrupt: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`steps` global steps of `stream.num_lanes` microbatches; `stream.seed` seeds everything.
+
+    A validation looks at `validation_microbatches` of each lane, and takes `bound_samples` terms
+    of each bound on their likelihood (see `pipelines.bounds`).
+    """
+
+    steps: int = 1000
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 1
+    validate_every: int = 500
+    validation_microbatches: int = 4
+    bound_samples: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bound_samples < 2:
+            raise ValueError(f"bound_samples must be at least 2, got {self.bound_samples}")
+        for name in ("steps", "log_every", "validate_every", "validation_microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """How many processes train, and on what. Restarts go on from the last checkpoint.
+
+    `count` is a number, or [least, most]: as many as the cluster has room for, fewer when a node
+    is lost and more when one joins; every `resize_s` seconds the cluster is asked for more.
+    `gpu_share`: of a GPU, for a single process that leaves the rest to others.
+    """
+
+    count: int | tuple[int, int] = 1
+    resize_s: float = 300.0
+    gpu: bool = False
+    gpu_share: float = 1.0
+    max_failures: int = 3
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if not self.counts or self.counts[0] < 1:
+            raise ValueError(f"count must be at least 1, or [least, most], got {self.count}")
+        if not self.resize_s > 0:
+            raise ValueError(f"resize_s must be positive, got {self.resize_s}")
+        if not 0 < self.gpu_share <= 1:
+            raise ValueError(f"gpu_share must be in (0, 1], got {self.gpu_share}")
+        if self.gpu_share < 1 and self.most > 1:
+            raise ValueError(f"gpu_share is for one process, and count is {self.count}")
+
+    @property
+    def counts(self) -> range:
+        """Each number of processes that may train."""
+        least, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        return range(least, most + 1)
+
+    @property
+    def most(self) -> int:
+        return self.counts[-1]
+
+    @property
+    def shown(self) -> str:
+        """The number, or both ends of the range, for a person."""
+        return f"{self.counts[0]} to {self.most}" if len(self.counts) > 1 else f"{self.most}"
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What each process reserves."""
+        return {"CPU": 1.0, **({"GPU": self.gpu_share} if self.gpu else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How weights are trained, and on what."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        for count in self.workers.counts:
+            if self.train.stream.num_lanes % count:
+                raise ValueError(
+                    f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
+                    f"workers.count ({count}), or workers would hold unequal shares"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainingConfig):
+    """What every training run has.
+
+    `name` is its directory in `root`. If that exists, `existing` says whether to go on from there
+    or to wipe it. `register` names the model in the registry; null registers nothing.
+    """
+
+    name: str
+    data: str
+    root: str = "runs"
+    existing: Literal["resume", "restart"] = "resume"
+    register: str | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")

@@ -1,0 +1,120 @@
+"""What one training process does. Ray Train calls `in_ray`; without Ray, call `train`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from dsl.denoiser import Denoiser
+from dsl.objective import Objective
+from infra import parallel, ranklog, stream
+from infra.errors import DataError
+from infra.shards import Manifest
+from infra.storage import Folder
+from infra.stream import Plan
+from pipelines import models
+from pipelines.kinds import KINDS
+from pipelines.runs import Run
+from pipelines.training import loop
+from pipelines.training.gauges import Gauges
+from pipelines.training.learner import Microbatches
+from pipelines.training.monitor import Monitor, Show
+from pipelines.training.settings import RunConfig, TrainConfig
+
+# (order of the rows, lanes, steps done) -> the microbatches of the steps that follow
+Batches = Callable[[Plan, tuple[int, ...], int], Iterator[Microbatches]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What every training process of a run is sent.
+
+    kind: what the weights are trained for. began: when the run was first started, seconds since
+    the epoch.
+    """
+
+    config: RunConfig
+    kind: str
+    manifest: Manifest
+    objective: Callable[[Denoiser], Objective]
+    run: Run
+    began: float
+
+
+def in_ray(assignment: Assignment) -> None:
+    """Train as one process of the group that Ray Train has started."""
+    import ray.train
+
+    # Ray announces every report on the console, in a logger that its own setting does not reach.
+    logging.getLogger().setLevel(logging.WARNING)
+    shown = {} if parallel.world()[0] else {"show": Gauges(assignment.config.name).log}
+    with parallel.flushed():
+        train(assignment, batches=stream.ray_batches, reports=ray.train.report, **shown)
+
+
+def train(
+    assignment: Assignment,
+    *,
+    batches: Batches = stream.read,
+    reports: Callable[[dict[str, float]], None] = lambda metrics: None,
+    show: Show = lambda step, metrics: None,
+) -> None:
+    """Train as one process of a group, or as the only one; `reports` and `show` as Monitor has
+    them."""
+    from infra.checkpoints import Checkpoints  # half a second that `--help` is not to pay
+
+    config, run = assignment.config, assignment.run
+    settings, data = config.train, Folder.at(config.data)
+    order = Plan.of(data, assignment.manifest, "train", settings.stream)
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints",
+        keep=settings.checkpoint.keep,
+        milestone_every=settings.checkpoint.milestone_every,
+        max_failures=settings.checkpoint.max_failures,
+        permit=run.lease.confirm,
+        corrupt=settings.checkpoint.corrupt,
+    )
+    with ranklog.kept(run.folder):
+        loop.train(
+            assignment.objective(models.load_folder(run.folder / "init").denoiser),
+            settings,
+            config.workers.parallel,
+            data=loop.Data(
+                batches=partial(batches, order),
+                validation_NL=validation_rows(data, assignment.manifest, settings),
+                counts=partial(_skipped, order),
+            ),
+            bounds=KINDS[assignment.kind].bounds,
+            checkpoints=checkpoints,
+            monitor=Monitor(
+                run=run,
+                began=assignment.began,
+                stall_s=config.workers.parallel.stall_s,
+                reports=reports,
+                show=show,
+            ),
+        )
+
+
+def _skipped(order: Plan) -> Mapping[str, float]:
+    """How many rows this worker has skipped, where damaged shards do not stop the run."""
+    if order.config.corrupt == "stop":
+        return {}
+    return {"data/skipped_rows": sum(order.skipped.values())}
+
+
+def validation_rows(data: Folder, manifest: Manifest, config: TrainConfig) -> np.ndarray:
+    """Held-out rows ``[N, L]``: whole microbatches, equally many for every lane."""
+    share = config.stream.num_lanes * config.stream.rows_per_microbatch
+    wanted = min(config.validation_microbatches, manifest.rows("validation") // share) * share
+    if not wanted:
+        raise DataError(
+            (data / "validation").url,
+            f"{manifest.rows('validation')} rows, where the lanes take {share} at a time",
+            "Prepare a larger validation split, or train with fewer lanes or rows per microbatch",
+        )
+    return stream.holdout(data, manifest, "validation", wanted, config.stream.seed)

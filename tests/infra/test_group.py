@@ -1,0 +1,59 @@
+"""A group of workers that cannot start, or that fails in a way that no restart can mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra import cluster
+from infra.errors import InfraError
+
+
+class UnreadableWeights(ValueError):
+    """An error that infra does not know."""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_that_the_caller_calls_fatal_is_not_tried_again(tmp_path: Path) -> None:
+    def worker(folder: Path) -> None:
+        (folder / str(len(list(folder.iterdir())))).touch()
+        raise UnreadableWeights("model.safetensors: the file ends early")
+
+    with pytest.raises(Exception, match="the file ends early"):
+        cluster.run_group(
+            worker, tmp_path, name="fatal", num_workers=1, max_failures=5, fatal=(ValueError,)
+        )
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("count", [3, (3, 4)])
+def test_a_group_that_finds_no_room_gives_up(
+    count: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a number of workers or a range, for both of which Ray itself would wait for ever."""
+    monkeypatch.setattr(cluster, "START_S", 3.0)
+    with pytest.raises(InfraError, match="3 workers of 2 CPU each could not be started within 3 s"):
+        cluster.run_group(print, None, name="x", num_workers=count, resources_per_worker={"CPU": 2})
+
+
+def test_a_wait_says_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: clock[0])
+    waiting = cluster._waiting("run", 2, {"CPU": 1, "GPU": 0.5})
+    states = {name: type(name, (), {})() for name in (*cluster.STARTING, "RunningState")}
+
+    def at(seconds: float, state: str) -> str:
+        clock[0] = seconds
+        waiting.after_controller_state_update(None, states[state])
+        return capsys.readouterr().err
+
+    assert at(0, "InitializingState") == at(30, "SchedulingState") == ""
+    line = "run: waiting for 2 workers of 1 CPU, 0.5 GPU each, 31 s of 600 s\n"
+    assert at(31, "ReschedulingState") == line
+    assert at(60, "SchedulingState") == at(500, "RunningState") == at(700, "RestartingState") == ""
+    with pytest.raises(InfraError):
+        at(1301, "RestartingState")
