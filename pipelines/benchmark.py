@@ -4,51 +4,24 @@
     python pipelines/benchmark.py quickstart
     python pipelines/benchmark.py owt only=[ingest] ingest.source='s3://bucket/owt/*.parquet'
 
-Ours goes against the limit of the machine (the bare network, a matrix product, the Parquet
-library) and against a reference procedure that does per step what public samplers and losses do,
-turn by turn, so that a machine that slows down slows both. `paper` is computed and not measured.
-Memory is the peak of a fresh process. A bar is judged at the sizes it was set at, which are the
-defaults; at others the figure is only shown.
+Our code is compared with the limit of the machine (the bare network, a matrix product, the Parquet
+library) and with a reference procedure that does what public samplers and losses do. Both sides
+take turns, so that a machine that slows down slows both. Memory is the peak of a fresh process. A
+bar is judged only at the default sizes, for which it was set.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
-from infra import parallel, tracking
-from infra.config import to_tree
+from infra import tracking
 from infra.storage import Folder
 from pipelines import runs, verb
-from pipelines.benchmarks import machine, timing
+from pipelines.benchmarks import suite
 from pipelines.benchmarks.settings import BenchmarkConfig
-from pipelines.report import Report, Table, markdown
 from pipelines.runs import RESULT, say
-
-
-def plan(config: BenchmarkConfig) -> dict[str, Any]:
-    """What would be timed, for `--dry-run`; the time that its products alone take here."""
-    _pin(config)
-    product = machine.Matmul(parallel.device())
-    seconds_R = timing.interleaved({"product": product}, 3, parallel.device())["product"]
-    rate = product.flops / float(seconds_R.min())
-    rounds = config.rounds + 1  # one warms up
-    work = {name: rounds * _module(name).cost(config) for name in config.only}
-    return {
-        "run": (Folder.at(config.root) / config.name).url,
-        "machine": machine.line(machine.facts()),
-        "rounds": config.rounds,
-        **{f"{name}_flops": round(flops) for name, flops in work.items()},
-        "gflops_per_s_of_this_machine": round(rate / 1e9),
-        "minutes_at_least": round(sum(work.values()) / rate / 60, 2),
-    }
 
 
 def execute(config: BenchmarkConfig) -> dict[str, Any]:
@@ -60,85 +33,30 @@ def _execute(config: BenchmarkConfig, folder: Folder) -> dict[str, Any]:
     if folder.exists(RESULT):
         say(f"{folder.url} is finished; existing=restart would measure anew")
         return runs.result(folder, "run")
-    _pin(config)
-    host = machine.facts()
+    suite.pin(config)
+    host = suite.machine()
     tags = {f"machine.{key}": str(value) for key, value in host.items()}
     handle = runs.start(config, "benchmark", None, tags)
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-    say(machine.line(host))
+    say(suite.machine_line(host))
     with runs.ending(handle):
-        with parallel.flushed():  # as workers have it
-            tables = dict(_measured(config))
-        found = metrics(tables)
-        handle = runs.publish(folder, handle, _report(config, tables, host).files(), found)
+        tables = dict(suite.measured(config))
+        found = suite.figures(tables, "ratio")
+        handle = runs.publish(folder, handle, suite.report(config, tables, host).files(), found)
     result = {
         "run": folder.url,
         "run_id": handle.run_id,
         "tables": folder.url_of("report/benchmark.json"),
         "report": folder.url_of("report/report.html"),
-        "bars": _bars(tables),
+        "bars": suite.figures(tables, "verdict"),
         "metrics": found,
     }
     folder.write_bytes(RESULT, json.dumps(result).encode())
     return result
 
 
-def _measured(config: BenchmarkConfig) -> Iterator[tuple[str, Table]]:
-    """The tables one by one, each shown as soon as it is there."""
-    for name in config.only:
-        began = time.monotonic()
-        table = _module(name).run(config)
-        say(f"\n{table.title}. {table.note}\n{markdown(table)}")
-        say(f"{name}: {runs.clock(time.monotonic() - began)} min")
-        yield name, table
-
-
-def _module(name: str) -> Any:
-    """The room of a benchmark; imported late, for the networks are timed without Ray."""
-    return importlib.import_module(f"pipelines.benchmarks.{name}")
-
-
-def _pin(config: BenchmarkConfig) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-
-
-def _report(config: BenchmarkConfig, tables: Mapping[str, Table], host: dict[str, Any]) -> Report:
-    # What else ran is the first thing to ask of a figure that surprises.
-    facts = host | {"load_average_afterwards": machine.facts()["load_average"]}
-    return Report(
-        name="benchmark",
-        title=f"Benchmark {config.name}",
-        subtitle=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC. {machine.line(facts)}",
-        facts={"machine": facts, "config": to_tree(config)},
-        tables=tables,
-        plots=(),
-        texts=(),
-    )
-
-
-def metrics(tables: Mapping[str, Table]) -> dict[str, float]:
-    """The ratios of all tables, by benchmark and key."""
-    return {
-        f"{name}/{row['key']}": float(row["ratio"])
-        for name, table in tables.items()
-        for row in table.rows
-        if "ratio" in row
-    }
-
-
-def _bars(tables: Mapping[str, Table]) -> dict[str, str]:
-    """The verdict on every bar."""
-    return {
-        f"{name}/{row['key']}": row["verdict"]
-        for name, table in tables.items()
-        for row in table.rows
-        if "verdict" in row
-    }
-
-
 def main() -> int:
-    return verb.run("benchmark", BenchmarkConfig, plan=plan, execute=execute, doc=__doc__)
+    return verb.run("benchmark", BenchmarkConfig, plan=suite.plan, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class BPE:
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class TokenizerFile:
     """A `tokenizer.json`, or a folder that holds one or GPT-2's two files."""
 
     path: str
@@ -73,7 +73,7 @@ class PrepareConfig:
     blocks: Literal["eos", "bos_eos"] = "eos"
     validation: float = 0.05
     test: float = 0.05
-    vocabulary: Char | BPE | File = field(default_factory=BPE)
+    vocabulary: Char | BPE | TokenizerFile = field(default_factory=BPE)
     existing: Literal["resume", "restart"] = "resume"
 
     def __post_init__(self) -> None:
