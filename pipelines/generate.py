@@ -38,10 +38,11 @@ from infra.config import to_tree
 from infra.errors import ConfigError
 from infra.storage import Folder
 from infra.tracking import TrackingConfig
-from pipelines import models, prompts, toys, verb
+from pipelines import models, prompts, verb
+from pipelines.examples import toys
 from pipelines.film import Film
 from pipelines.models import ConverterConfig, Model
-from pipelines.watch import Watch, printable
+from pipelines.watch import TerminalRecorder, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,9 @@ def draw(
     network = model.denoiser.to(device)
     for first, batch in conditioning.batches(given, config.batch):
         path, budget = resolve(config, model, len(batch[0]))
-        recorders: list[Recorder] = [Watch(model.vocabulary, sys.stderr)] if config.watch else []
+        recorders: list[Recorder] = []
+        if config.watch:
+            recorders.append(TerminalRecorder(model.vocabulary, sys.stderr))
         if film and not first:
             recorders.append(film)
         began = time.perf_counter()

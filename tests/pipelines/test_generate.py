@@ -19,9 +19,10 @@ from dsl.paths.parse import from_dict
 from infra import command
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
-from pipelines import generate, models, prompts, toys
+from pipelines import generate, models, prompts
+from pipelines.examples import toys
 from pipelines.runs import DATA_ERRORS
-from pipelines.watch import Watch
+from pipelines.watch import TerminalRecorder
 from tests.pipelines.test_film import References
 
 LENGTH = 12
@@ -269,7 +270,9 @@ def test_a_terminal_is_redrawn_and_not_obeying_the_text() -> None:
     terminal = Terminal()
     state = dsl.State.masked(1, 7, 4)
     order = dsl.paths.Order("left_to_right")
-    dsl.sample(law, order, state, budget=7, seed=0, recorders=[Watch(vocabulary, terminal)])
+    dsl.sample(
+        law, order, state, budget=7, seed=0, recorders=[TerminalRecorder(vocabulary, terminal)]
+    )
     shown = terminal.getvalue()
     assert "\x1b[2J" not in shown
     assert shown.count("\x1b[2F\x1b[J") == 6
