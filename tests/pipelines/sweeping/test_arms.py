@@ -112,7 +112,11 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         SPACE,
         r"search\.arms\.odd\.support\.roar_share is no knob",
     ),
-    "an arm called base": (["search.arms={base: {converter.beta: 9}}"], SPACE, "there anyway"),
+    "an arm called base": (
+        ["search.arms={base: {converter.beta: 9}}"],
+        SPACE,
+        "finetune as it stands",
+    ),
 }
 
 

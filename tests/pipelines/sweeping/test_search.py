@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "a range in a grid": (
         "{converter.beta: {kind: uniform, low: 1, high: 2}}",
-        r"a grid is of choices, and space\.converter\.beta is uniform",
+        r"search grid is of choices, and space\.converter\.beta is uniform",
     ),
     "a range upside down": ("{converter.beta: {kind: uniform, low: 2, high: 1}}", "below high"),
     "no values": ("{converter.beta: {kind: choice, values: []}}", "at least one"),
