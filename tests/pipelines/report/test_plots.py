@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.report import Row, plots, traces
-from pipelines.report.drawing import Panels
+from pipelines.report.drawing import Panels, style
 from tests.pipelines.report import rows
 
 if TYPE_CHECKING:
