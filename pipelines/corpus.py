@@ -1,8 +1,8 @@
-"""Text from anywhere, as a stream of pieces: text, JSON lines or Parquet, plain or compressed.
+"""A corpus as a stream of pieces, from text, JSON lines or Parquet, plain or compressed.
 
-A document is one text file, one JSON line or one Parquet row. A piece is a document of at most
-2 `PIECE` characters, or so much of a longer one, cut where no tokenizer that splits words at spaces
-would notice (and, where a text has no spaces, anywhere). Memory holds one piece, never a corpus.
+A document is one text file, one JSON line or one Parquet row. It is cut into pieces of at most
+2 `PIECE` characters. The cuts do not change the tokens of a tokenizer that splits words at spaces,
+except in a text without spaces. Memory holds one piece of a text file at a time.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 EMBEDDED = "cpython"
 PIECE = 1 << 12
 LONGEST = 1 << 26  # characters of a document that is one line
-# How many times its compressed size a text may have, beyond FLOOR: archives made to fill the
-# memory or the disk have thousands, prose has five.
+# The largest ratio of a text to its compressed size, for texts above FLOOR. Prose has about 5;
+# archives that are made to fill memory or disk have thousands.
 EXPANSION, FLOOR = 250, 1 << 26
 COMPRESSED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
-# A single space between two words: cut in front of it and the words' tokens stay as they are.
+# A single space between two words: a cut in front of it does not change the tokens of the words.
 SEAM = re.compile(r"(?<=\S)(?= \S)")
 DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
@@ -72,10 +72,10 @@ def pieces(source: str, field: str) -> Iterator[Piece]:
 
 
 def embedded() -> Iterator[str]:
-    """The English reference text that comes with CPython: ~370 kB without its repetitions.
+    """The English reference text that comes with CPython: about 370 kB without repetitions.
 
-    Some topics quote others whole, so a paragraph is kept where it comes first; the order of the
-    topics is mixed, so that the end of the corpus is like its beginning.
+    Topics quote each other, so only the first of equal paragraphs is kept. The topics are in a
+    random but fixed order, so that all parts of the corpus are alike.
     """
     from pydoc_data.topics import topics
 
@@ -93,14 +93,14 @@ def embedded() -> Iterator[str]:
 
 def expand(source: str) -> list[str]:
     """The files that a URL names, sorted; DataError where there is none."""
-    Folder.at(source)  # a message of ours for credentials and unknown protocols
+    Folder.at(source)  # refuses credentials and unknown protocols
     with _explained(source):
         files = fsspec.open_files(source, mode="rb")
         filesystem = files.fs
         urls = sorted(
             filesystem.unstrip_protocol(file.path)
             for file in files
-            if filesystem.info(file.path)["type"] == "file"  # isfile() hides why it cannot say
+            if filesystem.info(file.path)["type"] == "file"  # isfile() hides errors
         )
     if not urls:
         raise DataError(scrub(source), "no such file", "Give a file, or a pattern with *")
@@ -115,7 +115,7 @@ def _suffix(url: str) -> str:
 
 
 def _most(url: str) -> float:
-    """Characters that a file can hold if it is text that somebody wrote."""
+    """The most characters that a file may hold."""
     folder, name = Folder.holding(url)
     return max(EXPANSION * (folder.size(name) or math.inf), FLOOR)
 
@@ -135,7 +135,7 @@ def _open(url: str) -> Iterator[TextIO]:
         return
     import pyarrow as pa
 
-    with fsspec.open(url, "rb") as file:  # whose own decompressor takes a torn file for a whole one
+    with fsspec.open(url, "rb") as file:  # fsspec's own decompressor does not notice a torn file
         whole = pa.CompressedInputStream(file, "zstd")
         yield io.TextIOWrapper(whole, encoding="utf-8", newline="")
 
@@ -176,7 +176,7 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
             if field not in there:
                 columns = ", ".join(there)
                 raise DataError(url, f"no column {field!r}; it has {columns}", "Set text_field=…")
-            # A text that is repeated is held once: a tiny file may repeat a large one for ever.
+            # As a dictionary, repetitions of a text take no memory.
             table = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=[field])
             _require_text(_claimed(table.metadata, field), _most(url), url)
             row = 0
@@ -211,7 +211,7 @@ def _field(row: Any, field: str, where: str) -> str:
 
 
 def _claimed(footer: pq.FileMetaData, field: str) -> int:
-    """Bytes of a Parquet column once unpacked, by its footer."""
+    """Unpacked bytes of a Parquet column, according to the footer."""
     groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
     columns = [group.column(at) for group in groups for at in range(group.num_columns)]
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
@@ -237,7 +237,7 @@ def _cut(chunks: Iterator[str]) -> Iterator[Piece]:
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """What reading a file can raise, as one Problem that names the file."""
+    """Turn the errors of reading a file into one Problem that names the file."""
     where = scrub(url)
     with explained(where):
         try:
@@ -247,11 +247,9 @@ def _explained(url: str) -> Iterator[None]:
             raise DataError(where, why, "Give text, .jsonl or .parquet") from None
         except FileNotFoundError:
             raise DataError(where, "no such file", "Check the URL") from None
-        except DAMAGED as error:
-            raise DataError(where, f"cannot be read ({error})", "Copy it again") from None
-        except OSError as error:
-            # Decoders raise it bare, whereas that of a disk or a network has a number or a class.
-            if type(error) is not OSError or error.errno is not None:
+        except (OSError, *DAMAGED) as error:
+            # Decoders raise OSError itself without a number; disks and networks do not.
+            if not isinstance(error, DAMAGED) and (type(error) is not OSError or error.errno):
                 raise
             raise DataError(where, f"cannot be read ({error})", "Copy it again") from None
         except (ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""One page that plays a sample being made.
+"""An HTML page that plays how texts are drawn, call by call.
 
 Shapes: B rows, L positions, V tokens, N asked positions.
 """
@@ -25,11 +25,11 @@ SLOT = "{{film}}"
 
 
 class Film:
-    """A recorder of every token's SNR, likeliest value and its probability, call by call.
+    """A recorder of each token's SNR, its likeliest value and the probability of that value.
 
-    It looks at every posterior: calls that nobody else would have made are made, and counted.
+    It reads every posterior, so `dsl.sample` cannot skip calls while nothing changes.
 
-    title: what the page says above the film, by name, e.g. the model and the path.
+    title: lines above the film, by name, e.g. the model and the path.
     """
 
     name = "film"
@@ -47,7 +47,7 @@ class Film:
         tokens_BL, sure_BL = before.tokens_BL, torch.ones_like(before.gamma_BL)
         unrevealed_BL = ~before.revealed_BL
         at_N = unrevealed_BL.flatten().nonzero().squeeze(1)
-        if len(at_N):  # else the posterior has nothing to add, and asking it would cost a call
+        if len(at_N):  # reading the posterior costs a call
             token_N = posterior.summarise(partial(torch.argmax, dim=1), at_N)
             tokens_BL = tokens_BL.masked_scatter(unrevealed_BL, token_N)
             sure_N = posterior.summarise(max_prob, at_N).to(sure_BL)
@@ -59,7 +59,7 @@ class Film:
         return len(self.frames)
 
     def page(self) -> str:
-        """The film as one HTML document that refers to nothing outside itself."""
+        """The film as one HTML document that loads nothing."""
         assert self.last is not None
         assert self.given_BL is not None
         end = _frame(self.last.tokens_BL, self.last.gamma_BL, torch.ones_like(self.last.gamma_BL))
@@ -71,13 +71,13 @@ class Film:
             "given": self.given_BL.int().tolist(),
             "frames": frames,
         }
-        # Inside <script>, JSON ends where "</" begins: without "<" no text can end it.
+        # "</script>" in a text would end the script; without "<" it cannot.
         content = json.dumps(film, separators=(",", ":")).replace("<", "\\u003c")
         return PAGE.read_text(encoding="utf-8").replace(SLOT, content)
 
 
 def _frame(tokens_BL: Tensor, gamma_BL: Tensor, sure_BL: Tensor) -> dict[str, Any]:
-    """As JSON holds it: no SNR where a token is revealed, confidence in percent."""
+    """A frame in JSON: the SNR is null where a token is revealed, confidence is in percent."""
     return {
         "tokens": tokens_BL.tolist(),
         "gamma": [

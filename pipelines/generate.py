@@ -7,10 +7,10 @@
         split: [16, 32]}' film=film.html
     python pipelines/generate.py toy=cyclic
 
-`text` is kept and continued to `length`; with a `_` in it, each `_` is one token to draw and the
-text is the whole row. `mode=prompt` takes `_` for a character like any other, `mode=correct` takes
-the text as evidence of the finite SNR `snr`, which may be overruled. `input` is a file of texts
-instead: one a line, or .jsonl with a `text`. Each text is drawn `rows` times.
+`text` is kept and continued to `length`. If it holds a `_`, it is the whole row, and each `_` is
+one token to draw. With `mode=prompt`, `_` is a character like any other; with `mode=correct`, the
+text is evidence at the finite SNR `snr`, and the model may replace its letters. `input` is a file
+of texts instead: one on each line, or .jsonl with a `text`. Each text is drawn `rows` times.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from infra import tracking
 from infra.config import to_tree
 from infra.errors import ConfigError
 from infra.storage import Folder
-from pipelines import models, prompts, toys, verb
+from pipelines import models, prompts, verb
+from pipelines.examples import toys
 from pipelines.film import Film
 from pipelines.models import ConverterConfig, Model
 from pipelines.verb import TrackingConfig
-from pipelines.watch import Watch, printable
+from pipelines.watch import TerminalRecorder, printable
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """What to draw, from what, and where it goes.
+    """What to draw, with which model, and where the texts go.
 
-    `model` is any address that finetune's `init` takes; an MDLM checkpoint needs a `tokenizer`.
-    `path`, `budget` and `length` have defaults that suit the model: see `dsl.paths.choose`.
-    The noise of a row is keyed by `seed` and its number, counted from `first_row`, so neither
-    `batch` nor the rows beside it change a text. `film` is a page that plays the first batch.
+    `model` is any address that `finetune.init` takes; an MDLM checkpoint needs a `tokenizer` too.
+    `path`, `budget` and `length` have defaults that suit the model. The noise of a row is keyed by
+    `seed` and the number of the row, counted from `first_row`: a text depends neither on `batch`
+    nor on other rows. `film` is the file of an HTML page that plays the first batch.
     """
 
     model: str | None = None
@@ -102,7 +103,11 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
     for row in draw(config, model, given, film):
         print(f"--- row {row['row']}, {row['calls']} calls\n{printable(row['text'])}", flush=True)
         drawn.append(row)
-    made = _write(out, drawn)
+    texts = "".join(f"--- row {row['row']}\n{row['text']}\n" for row in drawn)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn)
+    out.write_bytes("samples.txt", texts.encode())
+    out.write_bytes("samples.jsonl", lines.encode())
+    made = {name: out.url_of(f"samples.{name}") for name in ("txt", "jsonl")}
     if config.film and film:
         folder, name = Folder.holding(config.film)
         folder.write_bytes(name, film.page().encode())
@@ -129,7 +134,7 @@ def prepare(config: GenerateConfig) -> tuple[Model, list[Given]]:
 
 
 def title(config: GenerateConfig, model: Model, given: Sequence[Given]) -> dict[str, str]:
-    """What the film shows: the text it begins with, the model, the path and the budget."""
+    """The head of the film: the given text, the model, the path and the budget."""
     path, budget = resolve(config, model, len(given[0]))
     text = config.input or config.text or "(nothing: every token is drawn)"
     walk = json.dumps(to_tree(path), ensure_ascii=False)
@@ -148,19 +153,21 @@ def resolve(config: GenerateConfig, model: Model, length: int) -> tuple[AnyPath,
 def draw(
     config: GenerateConfig, model: Model, given: Sequence[Given], film: Film | None
 ) -> Iterator[dict[str, Any]]:
-    """Finished rows in order, each with what made it. A film is of the first batch."""
+    """Finished rows in order, each with its settings. The film records the first batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    nucleus = config.nucleus
     network = model.denoiser.to(device)
+    sharp = Truncated(network, config.temperature, config.nucleus.p, config.nucleus.convention)
     for first, batch in conditioning.batches(given, config.batch):
         path, budget = resolve(config, model, len(batch[0]))
-        recorders: list[Recorder] = [Watch(model.vocabulary, sys.stderr)] if config.watch else []
+        recorders: list[Recorder] = []
+        if config.watch:
+            recorders.append(TerminalRecorder(model.vocabulary, sys.stderr))
         if film and not first:
             recorders.append(film)
         began = time.perf_counter()
         try:
             sampled = dsl.sample(
-                Truncated(network, config.temperature, nucleus.p, nucleus.convention),
+                sharp,
                 path,
                 conditioning.state(batch, network.table_VD),
                 budget=budget,
@@ -182,14 +189,6 @@ def draw(
                 "seed": config.seed,
                 "batch_seconds": round(seconds, 4),
             }
-
-
-def _write(out: Folder, drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    texts = "".join(f"--- row {row['row']}\n{row['text']}\n" for row in drawn)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn)
-    out.write_bytes("samples.txt", texts.encode())
-    out.write_bytes("samples.jsonl", lines.encode())
-    return {name: out.url_of(f"samples.{name}") for name in ("txt", "jsonl")}
 
 
 def dry_run(config: GenerateConfig) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Turn text into shards of tokens: train, validation and test, with a manifest that vouches.
+"""Turn text into shards of tokens for train, validation and test, with a manifest.
 
     python pipelines/prepare.py quickstart
     python pipelines/prepare.py source='s3://bucket/owt/*.parquet' out=s3://bucket/owt-1024 \\
         length=1024 vocabulary.kind=file vocabulary.path=gpt2/
 
-The corpus is read three times at most (to measure it, to train a BPE, to encode), never held.
+The corpus is streamed up to three times: to measure it, to train a BPE, and to encode it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from infra.errors import ConfigError, DataError
 from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
 from pipelines import verb
-from pipelines.corpus import Piece, expand, pieces
+from pipelines.corpus import EMBEDDED, Piece, expand, pieces
 from pipelines.runs import say
 
 PIECES_AT_ONCE = 512  # some 2 MiB of text, which the tokenizer spreads over its threads
@@ -48,7 +48,7 @@ class BPE:
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class TokenizerFile:
     """A `tokenizer.json`, or a folder that holds one or GPT-2's two files."""
 
     path: str
@@ -57,7 +57,7 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Where text comes from, how it is cut, where the shards go.
+    """Where the text comes from, how it is cut, and where the shards go.
 
     `validation` and `test` are the shares of characters at the end of the corpus. `blocks` is
     `eos` (documents joined with an end mark and cut to `length`) or `bos_eos` (each row opened by
@@ -65,13 +65,13 @@ class PrepareConfig:
     """
 
     out: str
-    source: str = "cpython"
+    source: str = EMBEDDED
     text_field: str = "text"
     length: int = 1024
     blocks: Literal["eos", "bos_eos"] = "eos"
     validation: float = 0.05
     test: float = 0.05
-    vocabulary: Char | BPE | File = field(default_factory=BPE)
+    vocabulary: Char | BPE | TokenizerFile = field(default_factory=BPE)
     existing: Literal["resume", "restart"] = "resume"
 
     def __post_init__(self) -> None:
@@ -102,8 +102,9 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     ) as writer:
         out.write_bytes(TOKENIZER, vocabulary.to_json().encode())
         writer.extra |= {"config": _identity(config), "text": {}}
-        for split, stream in _splits(config, sizes):
-            text = _encode(stream, vocabulary, config, split, writer)
+        stream = pieces(config.source, config.text_field)
+        for split in (split for split, size in sizes.items() if size):
+            text = _encode(islice(stream, sizes[split]), vocabulary, config, split, writer)
             writer.extra["text"][split] = text
             say(f"{split}: {text['rows']:,} rows, {text['tokens']:,} tokens")
     assert writer.manifest is not None
@@ -111,7 +112,7 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _finished(config: PrepareConfig, manifest: Manifest) -> dict[str, Any]:
-    """What an earlier `prepare` with the same settings made; ConfigError for other settings."""
+    """The result of an earlier `prepare` with these settings; ConfigError for other settings."""
     if manifest.extra.get("config") != _identity(config):
         raise ConfigError(
             "out",
@@ -143,13 +144,14 @@ def _train_share(config: PrepareConfig) -> float:
 
 
 def _measure(config: PrepareConfig) -> dict[str, int]:
-    """How many pieces each split has, by characters."""
+    """The number of pieces in each split, which has its share of the characters."""
     ends = np.cumsum([len(piece.text) for piece in pieces(config.source, config.text_field)])
     if not len(ends):
         raise DataError(config.source, "the corpus is empty", "Give some text")
-    train = int(np.searchsorted(ends, _train_share(config) * ends[-1])) + 1
-    validation = int(np.searchsorted(ends, (1 - config.test) * ends[-1])) + 1
-    train, validation = min(train, len(ends)), min(validation, len(ends))
+    train, validation = (
+        min(int(np.searchsorted(ends, share * ends[-1])) + 1, len(ends))
+        for share in (_train_share(config), 1 - config.test)
+    )
     sizes = {"train": train, "validation": validation - train, "test": len(ends) - validation}
     for split, share in (("validation", config.validation), ("test", config.test)):
         if share and not sizes[split]:
@@ -159,13 +161,6 @@ def _measure(config: PrepareConfig) -> dict[str, int]:
                 f"Give more text or {split}=0",
             )
     return sizes
-
-
-def _splits(config: PrepareConfig, sizes: dict[str, int]) -> Iterator[tuple[str, Iterator[Piece]]]:
-    stream = pieces(config.source, config.text_field)
-    for split, size in sizes.items():
-        if size:
-            yield split, islice(stream, size)
 
 
 def _vocabulary(config: PrepareConfig, sizes: dict[str, int]) -> Vocabulary:
@@ -188,11 +183,9 @@ def _encode(
     split: str,
     writer: ShardWriter,
 ) -> dict[str, int]:
-    """Write a split's rows; how much text they hold."""
-    before, after = {"eos": ([], []), "bos_eos": ([vocabulary.bos], [vocabulary.eos])}[
-        config.blocks
-    ]
-    body = config.length - len(before) - len(after)
+    """Write the rows of a split; returns counts of their text."""
+    framed = config.blocks == "bos_eos"
+    body = config.length - 2 * framed
     rest = np.empty(0, np.int64)
     text = {"rows": 0, "tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "dropped": 0}
     for batch, begun in _encodings(stream, vocabulary):
@@ -212,8 +205,9 @@ def _encode(
         rest = rest[rows_NL.size :]
         text["rows"] += len(rows_NL)
         text["tokens"] += len(ids)
-        framed = [np.tile(np.array(ids, np.int64), (len(rows_NL), 1)) for ids in (before, after)]
-        rows_NL = np.concatenate([framed[0], rows_NL, framed[1]], axis=1)
+        if framed:
+            rows_NL = np.pad(rows_NL, ((0, 0), (1, 1)))
+            rows_NL[:, 0], rows_NL[:, -1] = vocabulary.bos, vocabulary.eos
         writer.write(split, rows_NL)
     text["dropped"] = len(rest)  # tokens behind the last whole row
     return text
@@ -222,7 +216,7 @@ def _encode(
 def _encodings(
     stream: Iterator[Piece], vocabulary: Vocabulary
 ) -> Iterator[tuple[list[Piece], Future[list[list[int]]]]]:
-    """The pieces, many at a time, and their ids to be: the next are read and encoded meanwhile."""
+    """Batches of pieces and their future ids; the next batch is read and encoded meanwhile."""
     waiting = None
     with ThreadPoolExecutor(1) as ahead:
         while batch := list(islice(stream, PIECES_AT_ONCE)):
@@ -235,9 +229,13 @@ def _encodings(
 
 
 def dry_run(config: PrepareConfig) -> dict[str, Any]:
-    files = [config.source] if config.source == "cpython" else expand(config.source)
-    return {"source": config.source, "files": len(files), "out": config.out} | {
-        key: value for key, value in to_tree(config).items() if key in ("length", "vocabulary")
+    files = [config.source] if config.source == EMBEDDED else expand(config.source)
+    return {
+        "source": config.source,
+        "files": len(files),
+        "out": config.out,
+        "length": config.length,
+        "vocabulary": to_tree(config.vocabulary),
     }
 
 

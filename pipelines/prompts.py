@@ -1,4 +1,4 @@
-"""What generation starts from: texts, and the vocabulary that spells them."""
+"""The inputs of `generate`: texts, and the vocabulary that encodes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.models import Model
 
 
 def read(address: str) -> list[tuple[str, str]]:
-    """(where, text) of each line of a file at any fsspec URL.
+    """(place, text) of each line of a file at any fsspec URL.
 
-    address: `….jsonl` holds an object with a `text` a line; of any other file each line is one.
+    address: each line of a `….jsonl` file is an object with a `text`; of another file, a text.
 
-    Raises DataError naming the line.
+    Raises DataError, which names the line.
     """
     folder, name = Folder.holding(address)
     try:
@@ -32,15 +32,15 @@ def read(address: str) -> list[tuple[str, str]]:
     places = [(f"{address}, line {number}", line) for number, line in enumerate(lines, 1)]
     if not name.endswith(".jsonl"):
         return places
-    return [(where, _text(line, where)) for where, line in places]
+    return [(place, _text(line, place)) for place, line in places]
 
 
 def given(
     texts: Iterable[tuple[str, str]], model: Model, *, mode: Mode, snr: float, length: int | None
 ) -> list[Given]:
-    """What each of the (where, text) says before sampling; see `dsl.conditioning.read`.
+    """The row of each (place, text) before sampling; see `dsl.conditioning.read`.
 
-    Raises DataError where a text is too long or has a character that the vocabulary lacks.
+    Raises DataError for a text that is too long or has a character that the vocabulary lacks.
     """
     assert model.vocabulary is not None
     rows = []
@@ -49,16 +49,16 @@ def given(
             row = conditioning.read(
                 text, model.vocabulary, mode=mode, snr=snr, length=length, otherwise=model.length
             )
-        except (TextError, VocabularyError) as error:  # neither knows the place
+        except (TextError, VocabularyError) as error:
             raise DataError(where, str(error)) from error
         rows.append(row)
     return rows
 
 
 def with_vocabulary(model: Model, tokenizer: str | None) -> Model:
-    """The model with a vocabulary: its own, or the one at `tokenizer` where it came with none.
+    """The model with its own vocabulary, or with that at `tokenizer` if it came without one.
 
-    Raises ConfigError where there is none, or one too many; DataError for another size.
+    Raises ConfigError if there is no vocabulary or are two; DataError if the size is another.
     """
     if model.vocabulary and tokenizer:
         raise ConfigError("tokenizer", f"{model.address} has its own", "Leave it out")

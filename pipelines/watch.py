@@ -1,4 +1,4 @@
-"""Text localising in a terminal, one frame a call.
+"""Show a text in a terminal while it is drawn, one frame for each call.
 
 Shapes: L positions.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import IO
@@ -19,17 +18,17 @@ from dsl.state import State
 from dsl.vocabulary import Vocabulary
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-UNKNOWN = "\ue000"  # for private use: no text to print has it
-REDRAW = "\x1b[{lines}F\x1b[J"  # up to where the last frame began, and clear from there
+UNKNOWN = "\ue000"  # a private-use character, which no printed text contains
+REDRAW = "\x1b[{lines}F\x1b[J"  # go up to the start of the last frame and clear from there
 
 
-class Watch:
-    """A recorder that draws the first row of a batch: what is revealed, and `_` for the rest.
+class TerminalRecorder:
+    """A recorder that shows the first row of a batch: revealed text, and `_` for other tokens.
 
-    It never looks at the posterior, so watching costs no calls.
+    It does not read the posterior, so it costs no calls.
     """
 
-    name = "watch"
+    name = "terminal"
 
     def __init__(self, vocabulary: Vocabulary, terminal: IO[str]) -> None:
         self.vocabulary = vocabulary
@@ -54,19 +53,15 @@ class Watch:
         return None
 
     def _text(self, state: State) -> str:
-        """On one line. Revealed stretches are decoded whole: a character may be many tokens."""
+        """On one line. Neighbours are decoded together, as a character may be several tokens."""
         tokens = zip(state.tokens_BL[0].tolist(), state.revealed_BL[0].tolist(), strict=True)
         text = ""
         for revealed, stretch in groupby(tokens, key=itemgetter(1)):
             ids = [token for token, _ in stretch]
-            text += self._decode(ids) if revealed else UNKNOWN * len(ids)
-        return text
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text = self.vocabulary.decode(ids)
-        return printable(text.replace("\n", "⏎").replace("\t", " "))
+            text += printable(self.vocabulary.decode(ids)) if revealed else UNKNOWN * len(ids)
+        return text.replace("\n", "⏎").replace("\t", " ")
 
 
 def printable(text: str) -> str:
-    """Text that no terminal obeys: control characters but line ends and tabs become `·`."""
+    """Text without terminal commands: control characters but line ends and tabs become `·`."""
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)

@@ -1,4 +1,4 @@
-"""MAUVE's features: ours against mauve-text's own way, one text at a time.
+"""MAUVE's features by our batched featurizer, against mauve-text's own, one text at a time.
 
 Shapes: N texts, L positions, F features.
 """
@@ -16,40 +16,27 @@ import torch
 
 from dsl.vocabulary import END_OF_TEXT, Vocabulary
 from infra import parallel
-from pipelines.benchmarks import timing
+from pipelines.benchmarks.measure import interleaved
 from pipelines.benchmarks.results import Bar, ratio, table
 from pipelines.benchmarks.settings import BenchmarkConfig, FeaturesConfig
 from pipelines.corpus import embedded
 from pipelines.evaluation.questions.mauve import HubFeaturizer
 from pipelines.report import Table
 
-VOCABULARY = 512
-
-
-def cost(config: BenchmarkConfig) -> float:
-    """FLOPs of one round: both sides read texts of half the longest length on average."""
-    size = config.evaluate
-    tokens = size.texts * size.max_tokens / 2
-    return 2 * tokens * size.blocks * (24 * size.width**2 + 2 * size.max_tokens * size.width)
-
 
 def run(config: BenchmarkConfig) -> Table:
     size, device = config.evaluate, parallel.device()
     with tempfile.TemporaryDirectory() as folder:
-        network, encoder = save(Path(folder), size)
+        network, tokenizer = save(Path(folder), size)
         network = network.to(device).eval()
-        texts = written(encoder, size)
+        texts = written(tokenizer, size)
         ours = HubFeaturizer(model=folder, max_tokens=size.max_tokens, batch=size.batch)
         featurize = ours.load(device, lambda address: None)
-        unused_NL = np.empty((len(texts), 0))
-        timed = timing.interleaved(
-            {
-                "ours": lambda number: featurize(texts, unused_NL),
-                "mauve_text": lambda number: one_by_one(network, encoder, texts),
-            },
-            config.rounds,
-            device,
-        )
+        sides = {
+            "ours": lambda number: featurize(texts, np.empty((len(texts), 0))),
+            "mauve_text": lambda number: one_by_one(network, tokenizer, texts),
+        }
+        timed = interleaved(sides, config.rounds, device)
     bar = Bar("≥", 5.0 if device.type == "cuda" else 1.5, here=size == FeaturesConfig())
     ours_R, theirs_R = (len(texts) / timed[name] for name in ("ours", "mauve_text"))
     what, against = "MAUVE features", "mauve-text, one at a time"
@@ -61,49 +48,47 @@ def run(config: BenchmarkConfig) -> Table:
     return table("Evaluate", note, [row])
 
 
-def one_by_one(network: Any, encoder: Any, texts: list[str]) -> np.ndarray:
+def one_by_one(network: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
     """Features ``[N, F]`` by mauve-text's own function, without its progress bar."""
     from mauve import utils
 
-    ids = [torch.tensor([encoder.encode(text)]) for text in texts]
+    ids = [torch.tensor([tokenizer.encode(text)]) for text in texts]
     with redirect_stderr(io.StringIO()):
         return utils.featurize_tokens_from_model(network, ids, batch_size=1).numpy()
 
 
 def save(folder: Path, size: FeaturesConfig) -> tuple[Any, Any]:
-    """A random GPT-2 and a byte-level BPE, and both in a folder as strangers save them."""
+    """A random GPT-2 and a byte-level BPE, and both saved in a folder as `transformers` does."""
     from tokenizers import Tokenizer
     from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-    content = Vocabulary.train_bpe(embedded(), VOCABULARY).to_json()
-    encoder = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(content),
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(Vocabulary.train_bpe(embedded(), 512).to_json()),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         model_max_length=size.max_tokens,
     )
-    torch.manual_seed(0)
-    network = GPT2Model(
-        GPT2Config(
-            vocab_size=len(encoder),
-            n_positions=size.max_tokens,
-            n_embd=size.width,
-            n_layer=size.blocks,
-            n_head=size.heads,
-            bos_token_id=encoder.bos_token_id,
-            eos_token_id=encoder.eos_token_id,
-            use_cache=False,
-        )
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=size.max_tokens,
+        n_embd=size.width,
+        n_layer=size.blocks,
+        n_head=size.heads,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=False,
     )
+    torch.manual_seed(0)
+    network = GPT2Model(config)
     network.save_pretrained(folder)
-    encoder.save_pretrained(folder)
-    return network, encoder
+    tokenizer.save_pretrained(folder)
+    return network, tokenizer
 
 
-def written(encoder: Any, size: FeaturesConfig) -> list[str]:
-    """Texts of 1, …, `max_tokens` tokens in random order."""
-    ids = [token for text in embedded() for token in encoder.backend_tokenizer.encode(text).ids]
+def written(tokenizer: Any, size: FeaturesConfig) -> list[str]:
+    """Texts of 1 to `max_tokens` tokens in random order."""
+    ids = [id for text in embedded() for id in tokenizer.backend_tokenizer.encode(text).ids]
     lengths_N = np.linspace(1, size.max_tokens, size.texts).astype(int)
     np.random.default_rng(0).shuffle(lengths_N)
     starts_N = np.cumsum(lengths_N) - lengths_N
-    return [encoder.decode(ids[a : a + n]) for a, n in zip(starts_N, lengths_N, strict=True)]
+    return [tokenizer.decode(ids[a : a + n]) for a, n in zip(starts_N, lengths_N, strict=True)]

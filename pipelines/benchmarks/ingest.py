@@ -1,4 +1,4 @@
-"""Shards to microbatches, and text to shards, beside the libraries that do the bare work.
+"""Shards to microbatches, and text to shards, against the libraries that do the bare work.
 
 Shapes: N rows, L positions.
 """
@@ -8,95 +8,95 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dsl.vocabulary import TOKENIZER
 from infra import cluster, shards, stream
 from infra.cluster import ClusterConfig
 from infra.shards import ROWS_PER_FILE, ROWS_PER_GROUP, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan, StreamConfig
-from pipelines.benchmarks import timing, tokenizing
+from pipelines import prepare
+from pipelines.benchmarks.measure import interleaved
 from pipelines.benchmarks.results import Bar, ratio, table
 from pipelines.benchmarks.settings import BenchmarkConfig, IngestConfig
-from pipelines.benchmarks.timing import Procedure
+from pipelines.corpus import pieces
+from pipelines.prepare import PrepareConfig, TokenizerFile
 from pipelines.report import Row, Table
 
 CPU = torch.device("cpu")
 IDS = shards.VocabularyRecord(kind="bpe", sha256="0" * 64, size=50257)
-LARGER = 4  # times as many rows
 FACTS = {"source": "random", "split_rule": "all", "blocks": "eos"}
-FAST = 5.0  # million tokens a second, of one worker
 DEEP = 1_000_000  # the step to resume from
 
 
-def cost(config: BenchmarkConfig) -> float:
-    return 0.0
-
-
 def run(config: BenchmarkConfig) -> Table:
-    size = config.ingest
+    size, rounds = config.ingest, config.rounds
     with tempfile.TemporaryDirectory() as place:
-        rows = [
-            *_of_reading(size, config.rounds, Path(place)),
-            _of_planning(size, config.rounds, Path(place) / "planned"),
-            tokenizing.row(size, config.rounds, Path(place)),
-        ]
+        rows = [step(size, rounds, Path(place)) for step in (reading, planning, preparing)]
     note = (
-        f"{size.rows:,} rows of {size.length} random tokens, and {LARGER} times as many, on this "
-        f"machine's disk, read in the shuffled order of training by one worker. Text: "
-        f"{size.megabytes} MB of {size.source}."
+        f"{size.rows:,} rows of {size.length} random tokens on this machine's disk, read in the "
+        f"shuffled order of training by one worker. Text: {size.megabytes} MB of {size.source}."
     )
     return table("Ingest", note, rows)
 
 
-def _of_reading(size: IngestConfig, rounds: int, place: Path) -> Iterator[Row]:
+def reading(size: IngestConfig, rounds: int, place: Path) -> Row:
+    """The stream by Ray Data, against a scan of the same files by the Parquet library."""
     import ray
 
-    small, large = place / "small", place / "large"
-    write(small, size.rows, size.length)
-    write(large, size.rows * LARGER, size.length)
+    draws = np.random.default_rng(0)
+    with ShardWriter(str(place), vocabulary=IDS, length=size.length, **FACTS) as writer:
+        for first in range(0, size.rows, ROWS_PER_GROUP):
+            count = min(ROWS_PER_GROUP, size.rows - first)
+            writer.write("train", draws.integers(IDS.size, size=(count, size.length)))
     with cluster.connected(ClusterConfig()):
-        # In a worker, where training reads, and where Ray ends what still reads ahead.
-        timed = ray.get(ray.remote(read_all).remote(small, large, size.rows, rounds))
-    speed = {name: size.rows * size.length / 1e6 / seconds_R for name, seconds_R in timed.items()}
-    peaks = [timing.peak_gib(read_rows, folder, size.rows) for folder in (large, small)]
+        # In a worker, as in training; Ray ends the read-ahead together with it.
+        timed = ray.get(ray.remote(_read).remote(place, size.rows, rounds))
+    ours_R, theirs_R = (size.rows * size.length / 1e6 / timed[name] for name in ("ray", "parquet"))
     here = (size.rows, size.length) == (IngestConfig.rows, IngestConfig.length)
-    fast = Bar("≥", FAST, here, unit="M tokens/s")
-    rate = partial(ratio, unit=fast.unit, bar=fast)
-    again = f"stream of {LARGER} x the rows"
-    yield rate("stream", "stream", "bare Parquet", speed["small"], speed["parquet"])
-    yield rate("ray", "stream by Ray Data", "bare Parquet", speed["ray"], speed["parquet"])
-    yield rate("flat", again, "stream", speed["large"], speed["small"])
-    yield ratio("flat_memory", f"{again}, peak", "stream, peak", *peaks, unit="GiB")
+    bar = Bar("≥", 5.0, here, unit="M tokens/s")
+    what, against = "stream by Ray Data", "bare Parquet"
+    return ratio("ray", what, against, ours_R, theirs_R, unit=bar.unit, bar=bar)
 
 
-def read_all(small: Path, large: Path, rows: int, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each way to read so many rows."""
-    streams = {
-        "small": stream.read(plan(small), (0,)),
-        "large": stream.read(plan(large), (0,)),
-        "ray": stream.ray_batches(plan(small), (0,)),
-    }
-    readers: dict[str, Procedure] = {"parquet": lambda number: scan(small)}
-    for name, microbatches in streams.items():
-        readers[name] = lambda number, of=microbatches: take(of, rows)
-    return timing.interleaved(readers, rounds, CPU)
+def _read(place: Path, rows: int, rounds: int) -> dict[str, np.ndarray]:
+    import pyarrow.parquet as pq
+
+    folder = Folder.at(str(place))
+    plan = Plan.of(folder, read_manifest(folder), "train", StreamConfig())
+    microbatches = stream.ray_batches(plan, (0,))
+
+    def scan(number: int) -> None:
+        for file in sorted((place / "train").iterdir()):
+            pq.read_table(file, columns=["tokens"], use_threads=False)
+
+    sides = {"ray": lambda number: take(microbatches, rows), "parquet": scan}
+    return interleaved(sides, rounds, CPU)
 
 
-def _of_planning(size: IngestConfig, rounds: int, place: Path) -> Row:
-    """From the manifest to the first window. Reading the footers waits for the store: left out."""
-    name = "train/part-{:05d}.parquet"
+def take(microbatches: Iterator[dict[int, np.ndarray]], rows: int) -> None:
+    """Read on until so many more rows have come."""
+    while rows > 0:
+        rows -= len(next(microbatches)[0])
+
+
+def planning(size: IngestConfig, rounds: int, place: Path) -> Row:
+    """From the manifest to the first window of a resumed run, without reading the footers."""
     files = [
-        shards.Shard(name=name.format(i), rows=ROWS_PER_FILE, bytes=1, sha256="0" * 64)
+        shards.Shard(
+            name=f"train/part-{i:05d}.parquet", rows=ROWS_PER_FILE, bytes=1, sha256="0" * 64
+        )
         for i in range(size.shards)
     ]
     splits = {"train": tuple(files)}
     manifest = Manifest(vocabulary=IDS, length=size.length, splits=splits, commit="", **FACTS)
-    folder, content = Folder.at(str(place)), manifest.to_json()
+    folder, content = Folder.at(str(place / "planned")), manifest.to_json()
     folder.write_bytes(shards.MANIFEST, content)
     groups = ROWS_PER_FILE // ROWS_PER_GROUP
 
@@ -113,39 +113,56 @@ def _of_planning(size: IngestConfig, rounds: int, place: Path) -> Row:
         return next(order.windows((0,), DEEP))
 
     sides = {"resume": resume, "json": lambda number: json.loads(content)}
-    timed = timing.interleaved(sides, rounds, CPU)
+    timed = interleaved(sides, rounds, CPU)
     what = f"planning a resume, {size.shards:,} shards"
     bar = Bar("≤", 2.0, here=size.shards == IngestConfig.shards, unit="s")
     return ratio("plan", what, "reading its JSON", timed["resume"], timed["json"], bar=bar)
 
 
-def write(folder: Path, rows: int, length: int) -> None:
-    """Shards of random tokens."""
-    draws = np.random.default_rng(0)
-    with ShardWriter(str(folder), vocabulary=IDS, length=length, **FACTS) as writer:
-        for first in range(0, rows, ROWS_PER_GROUP):
-            count = min(ROWS_PER_GROUP, rows - first)
-            writer.write("train", draws.integers(IDS.size, size=(count, length)))
+def preparing(size: IngestConfig, rounds: int, place: Path) -> Row:
+    """Everything that `prepare` does, against the tokenizer library on the same documents."""
+    from tokenizers import Tokenizer
+
+    texts = documents(size)
+    source, vocabulary = place / "text.jsonl", place / "vocabulary"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = PrepareConfig(
+        source=str(source),
+        out=str(vocabulary),
+        length=size.length,
+        validation=0,
+        test=0,
+        vocabulary=size.vocabulary,
+        existing="restart",
+    )
+    prepare.execute(config)
+    tokenizer = Tokenizer.from_file(str(vocabulary / TOKENIZER))
+    given = TokenizerFile(path=str(vocabulary))
+    again = replace(config, out=str(place / "prepared"), vocabulary=given)
+    timed = interleaved(
+        {
+            "prepare": lambda number: prepare.execute(again),
+            "library": lambda number: tokenizer.encode_batch_fast(texts, add_special_tokens=False),
+        },
+        rounds,
+        CPU,
+    )
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    ours_R, theirs_R = (megabytes / timed[name] for name in ("prepare", "library"))
+    bar = Bar("≥", 0.8, here=isinstance(size.vocabulary, TokenizerFile))
+    against = "the tokenizer library's batches"
+    return ratio("prepare", "prepare", against, ours_R, theirs_R, unit="MB/s", bar=bar)
 
 
-def plan(folder: Path) -> Plan:
-    place = Folder.at(str(folder))
-    return Plan.of(place, read_manifest(place), "train", StreamConfig())
-
-
-def take(microbatches: Iterator[dict[int, np.ndarray]], rows: int) -> None:
-    """Read on until so many more rows have come."""
-    while rows > 0:
-        rows -= len(next(microbatches)[0])
-
-
-def read_rows(folder: Path, rows: int) -> None:
-    take(stream.read(plan(folder), (0,)), rows)
-
-
-def scan(folder: Path) -> None:
-    """The same rows in the order of the files, by the Parquet library alone."""
-    import pyarrow.parquet as pq
-
-    for file in sorted((folder / "train").iterdir()):
-        pq.read_table(file, columns=["tokens"], use_threads=False)
+def documents(size: IngestConfig) -> list[str]:
+    """The first documents of a corpus, which begins again where it is too short."""
+    texts, parts, room = [], [], size.megabytes * 10**6
+    for piece in chain.from_iterable(map(pieces, repeat(size.source), repeat(size.text_field))):
+        parts.append(piece.text[:room])
+        room -= len(parts[-1])
+        if piece.ends or not room:
+            texts.append("".join(parts))
+            parts.clear()
+        if not room:
+            break
+    return texts

@@ -1,16 +1,15 @@
-"""The reference procedure: what public samplers and losses of masked diffusion do per step.
+"""The reference procedure: what public samplers and losses of masked diffusion do in each step.
 
-Written from their description, so that a comparison with them needs none of their code: the head
-at every position of every step, the nucleus by sorting all V tokens of each, one float64 noise for
-every token and position, and no state that is not evaluated again. Slow on purpose, and of the
-same law as `dsl`.
+Written from their description, so that a comparison needs none of their code: they compute the
+head at every position, sort all V tokens for the nucleus, draw one float64 noise for every token
+and position, and evaluate the network even where nothing has changed. The procedure is slow on
+purpose and has the same law as `dsl`.
 
 Shapes: B rows, L positions, V tokens, U = V + 1 outcomes (the last is to be masked).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,7 +23,7 @@ from dsl.posterior import Denoises
 from dsl.state import State
 from dsl.support import stratified
 
-UNLIKELY = -1e6  # a log-probability that no sum of them notices
+IMPOSSIBLE = -1e6  # a log-probability whose exponential is 0
 
 
 def nucleus(probs_BLV: Tensor, p: float) -> Tensor:
@@ -43,8 +42,8 @@ def outcomes(denoiser: Denoises, state: State, reveal: float, remask: float, p: 
     """``[B, L, U]`` probabilities of what each token becomes in one step.
 
     Args:
-        reveal: chance of an unrevealed token to be drawn.
-        remask: chance of a revealed one to be masked again (arXiv 2503.00307).
+        reveal: chance that an unrevealed token is drawn.
+        remask: chance that a revealed one is masked again (arXiv 2503.00307).
         p: nucleus; 1 cuts nothing.
     """
     probs_BLV = denoiser(state).log_probs().exp()  # one-hot where revealed
@@ -55,7 +54,7 @@ def outcomes(denoiser: Denoises, state: State, reveal: float, remask: float, p: 
 
 
 def draw(probs_BLU: Tensor, generator: torch.Generator) -> Tensor:
-    """Outcomes ``[B, L]``: Gumbel-argmax in float64, as a race of exponential clocks."""
+    """Outcomes ``[B, L]`` by Gumbel-argmax in float64, in its form as a race of exponentials."""
     noise_BLU = torch.rand(
         probs_BLU.shape, generator=generator, dtype=torch.float64, device=probs_BLU.device
     )
@@ -70,7 +69,7 @@ def step(
     p: float,
     generator: torch.Generator,
 ) -> State:
-    """The state after one call; ``chances`` to reveal and to mask again as in `outcomes`."""
+    """The state after one call; ``chances`` are `reveal` and `remask` of `outcomes`."""
     outcome_BL = draw(outcomes(denoiser, state, *chances, p), generator)
     masked_BL = outcome_BL == len(denoiser.table_VD)
     return replace(
@@ -80,30 +79,10 @@ def step(
     )
 
 
-def sample(
-    denoiser: Denoises,
-    chances: Callable[[int], tuple[float, float]],
-    state: State,
-    *,
-    budget: int,
-    p: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Tokens ``[B, L]`` after ``budget`` calls, of which none is spared.
-
-    Args:
-        chances: to reveal and to mask again, of a call counted from 0.
-        state: of endpoints only, nothing frozen.
-    """
-    for call in range(budget):
-        state = step(denoiser, state, chances(call), p, generator)
-    return state.tokens_BL
-
-
 def mdlm_loss(denoiser: Denoiser, tokens_BL: Tensor, generator: torch.Generator) -> Tensor:
-    """`dsl.objective.MDLMObjective`'s loss, of the same draws, by way of ``[B, L, V]``.
+    """The loss of `dsl.objective.MDLMObjective` with the same draws, computed over ``[B, L, V]``.
 
-    What is known is written over what the head said of it, which takes two passes more.
+    Log-probabilities at known positions are overwritten, which takes two more passes.
     """
     t_B1 = 1 - (1 - EPS) * stratified(len(tokens_BL), generator)[:, None]
     uniform_BL = torch.rand(
@@ -114,7 +93,7 @@ def mdlm_loss(denoiser: Denoiser, tokens_BL: Tensor, generator: torch.Generator)
     logits_BLV = F.linear(denoiser.hidden(state), *denoiser.head).float()
     log_probs_BLV = logits_BLV - logits_BLV.logsumexp(-1, keepdim=True)
     known_BL = state.revealed_BL
-    log_probs_BLV[known_BL] = UNLIKELY
+    log_probs_BLV[known_BL] = IMPOSSIBLE
     log_probs_BLV[known_BL, tokens_BL[known_BL]] = 0.0
     nats_BL = -log_probs_BLV.gather(-1, tokens_BL[..., None]).squeeze(-1)
     return (nats_BL / t_B1.to(nats_BL)).sum() / tokens_BL.numel()

@@ -1,4 +1,4 @@
-"""A result: a ratio measured in one run, the bar it is to clear, and whether it does.
+"""Rows of the result tables: a ratio measured in one run, and the bar that it should clear.
 
 Shapes: R rounds.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.report import SKIPPED, Column, Row, Table
+from pipelines.report import Column, Row, Table
 
 COLUMNS = (
     Column("what", "What"),
@@ -23,14 +23,13 @@ COLUMNS = (
     Column("bar", "Bar"),
     Column("verdict", "Verdict"),
 )
-UNJUDGED = "not measured here"
 
 
 class Bar(NamedTuple):
-    """What is to be reached, of the ratio or, where there is a `unit`, of our own figure.
+    """A limit for the ratio or, where there is a `unit`, for our own figure.
 
-    `here` says whether this machine and these sizes are those that the bar is about: where they
-    are not, the figure is shown and not judged.
+    here: whether this run has the sizes and the machine for which the bar was set. Elsewhere the
+        figure is shown without a verdict.
     """
 
     sign: Literal["≤", "≥"]
@@ -44,7 +43,7 @@ class Bar(NamedTuple):
 
     def verdict(self, value: float) -> str:
         if not self.here:
-            return UNJUDGED
+            return "not judged at these sizes"
         met = value <= self.limit if self.sign == "≤" else value >= self.limit
         return "met" if met else "not met"
 
@@ -59,13 +58,13 @@ def ratio(
     unit: str = "s",
     bar: Bar | None = None,
 ) -> Row:
-    """Ours over theirs, round by round: the median and the quartiles over the rounds.
+    """Ours divided by theirs in each round: the median and the quartiles over rounds.
 
     key: the figure's name in JSON and MLflow.
     """
     ours_R, theirs_R = np.atleast_1d(ours_R), np.atleast_1d(theirs_R)
-    ratio_R = ours_R / theirs_R
-    median, ours = float(np.median(ratio_R)), float(np.median(ours_R))
+    low, median, high = np.quantile(ours_R / theirs_R, (0.25, 0.5, 0.75)).tolist()
+    ours = float(np.median(ours_R))
     row: dict[str, Any] = {
         "key": key,
         "what": what,
@@ -75,17 +74,11 @@ def ratio(
         "theirs": float(np.median(theirs_R)),
         "unit": unit,
     }
-    if len(ratio_R) > 1:
-        low, high = np.quantile(ratio_R, (0.25, 0.75))
-        row |= {"low": float(low), "high": float(high), "spread": f"{low:.3g} to {high:.3g}"}
+    if len(ours_R) > 1:
+        row |= {"low": low, "high": high, "spread": f"{low:.3g} to {high:.3g}"}
     if bar:
         row |= {"bar": str(bar), "verdict": bar.verdict(ours if bar.unit else median)}
     return row
-
-
-def unmeasured(key: str, what: str, why: str) -> Row:
-    """A bar of which this run says nothing."""
-    return {"key": key, "what": what, SKIPPED: f"{UNJUDGED}: {why}"}
 
 
 def table(title: str, note: str, rows: Sequence[Row]) -> Table:

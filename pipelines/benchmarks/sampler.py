@@ -1,74 +1,58 @@
-"""One denoiser call of every kind of sampler, beside the bare network and the reference procedure.
+"""One denoiser call of each kind of sampler, against the bare network and the reference procedure.
 
 Shapes: B rows, L positions, D table dimension, W backbone width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import dsl
 from dsl.channel import transition
-from dsl.denoiser import BackboneShape, Denoiser
+from dsl.denoiser import Denoiser
 from dsl.noise import Draws
 from dsl.paths.clock import Clock, Path
-from dsl.posterior import Denoises, Posterior
+from dsl.posterior import Denoises
+from dsl.recorders import Schedule
 from dsl.state import State
 from dsl.truncation import Truncated
 from infra import parallel
-from pipelines.benchmarks import flops, reference, timing
+from pipelines.benchmarks import reference
+from pipelines.benchmarks.measure import Procedure, interleaved
 from pipelines.benchmarks.results import Bar, ratio, table
-from pipelines.benchmarks.settings import (
-    BenchmarkConfig,
-    ModelConfig,
-    SamplerConfig,
-    build,
-)
-from pipelines.benchmarks.timing import Procedure
+from pipelines.benchmarks.settings import BenchmarkConfig, ModelConfig, SamplerConfig
+from pipelines.benchmarks.settings import build as build_denoiser
 from pipelines.report import Row, Table
 
+MASKED = dsl.paths.Masked()
 REMASK = dsl.paths.Remask(rule="cap")
 SDE = dsl.paths.SentenceSDE(gamma_max=100.0)
-MEASURED_IN_MEMORY = ("backbone", "remask", "sde", "reference")
-
-
-def cost(config: BenchmarkConfig) -> float:
-    """FLOPs of one round."""
-    model, size = config.model.dsl(), config.sampler
-    whole = flops.backbone(model, size.length) + flops.head(model)
-    sde = whole + flops.converter(model) + flops.mean(model)
-    # The bare backbone and the two paths of endpoints; with a head; the reference; two SDE calls.
-    calls = 3 * flops.backbone(model, size.length) + 2 * whole + 2 * sde
-    return size.rows * size.length * calls
 
 
 def run(config: BenchmarkConfig) -> Table:
-    device = parallel.device()
-    with _inference(device):
-        timed = timing.interleaved(procedures(config, device), config.rounds, device)
-        rows = [*_of_time(config, timed), *_of_calls(config.sampler)]
-    peaks = {name: timing.peak_gib(once, config, name) for name in MEASURED_IN_MEMORY}
-    rows += _of_memory(peaks)
-    size = config.sampler
+    device, size = parallel.device(), config.sampler
+    # On a GPU, matrix products are in bf16.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+        timed = interleaved(procedures(config, device), config.rounds, device)
     note = (
-        f"One call at the middle of {size.budget}, B={size.rows}, L={size.length}, "
-        f"V={config.model.tokens}, nucleus {size.nucleus}. Reference: ReMDM cap by the procedure "
-        "of public code."
+        f"One call halfway through {size.budget}, B={size.rows}, L={size.length}, "
+        f"V={config.model.tokens}, nucleus {size.nucleus}. The reference call is ReMDM cap by the "
+        "procedure of public code."
     )
+    rows = [*_calls(config, timed), _budget(size)]
     return table("Sampler", note, rows)
 
 
 def procedures(config: BenchmarkConfig, device: torch.device) -> dict[str, Procedure]:
-    """What is timed, by name; each takes the number of the round."""
+    """What is timed, by name."""
     size = config.sampler
-    denoiser = build(config.model.dsl(), device).eval()
+    denoiser = build_denoiser(config.model.dsl(), device).eval()
     sharp = Truncated(denoiser, 1.0, size.nucleus, "drop")
-    endpoints, evidence = _states(denoiser, size)
+    endpoints, evidence = states(denoiser, size)
     inputs_BLW = denoiser.converter(endpoints, denoiser.table_VD, denoiser.backbone.values_UW)
     draws = torch.Generator(device)
 
@@ -81,7 +65,7 @@ def procedures(config: BenchmarkConfig, device: torch.device) -> dict[str, Proce
 
     return {
         "backbone": lambda number: denoiser.backbone(inputs_BLW),
-        "masked": call(sharp, dsl.paths.Masked(), endpoints),
+        "masked": call(sharp, MASKED, endpoints),
         "remask": call(sharp, REMASK, endpoints),
         "head": lambda number: F.linear(denoiser.backbone(inputs_BLW), *denoiser.backbone.head),
         "sde": call(denoiser, SDE, evidence),
@@ -93,26 +77,31 @@ def procedures(config: BenchmarkConfig, device: torch.device) -> dict[str, Proce
 
 
 def one_call(denoises: Denoises, path: Path, state: State, clock: Clock) -> State:
-    """One step of `dsl.sample`, whose network is evaluated whether a token moves or not."""
+    """One step of `dsl.sample`, except that the network is evaluated even if no token moves."""
     posterior = denoises(state)
     gamma_next_BL, _ = path.target(state, posterior, path.init(state), clock)
     return transition(state, gamma_next_BL, posterior, clock.draws)
 
 
-def once(config: BenchmarkConfig, name: str) -> None:
-    """One procedure by itself, for its memory."""
-    device = parallel.device()
-    with _inference(device):
-        procedures(config, device)[name](0)
+def states(denoiser: Denoiser, size: SamplerConfig) -> tuple[State, State]:
+    """A state with half of the tokens revealed, and one with all of them at the SNR that the SDE
+    has reached halfway."""
+    draws, shape = torch.Generator().manual_seed(0), (size.rows, size.length)
+    tokens_BL = torch.randint(len(denoiser.table_VD), shape, generator=draws)
+    gamma_BL = torch.where(torch.rand(shape, generator=draws) < 0.5, torch.inf, 0.0)
+    nothing_BL = torch.zeros(shape, dtype=torch.bool)
+    halfway_BL = torch.full(shape, SDE.gamma(0.5))
+    return (
+        State.from_tokens(denoiser.table_VD, tokens_BL, nothing_BL, gamma_BL),
+        State.from_tokens(denoiser.table_VD, tokens_BL, nothing_BL, halfway_BL),
+    )
 
 
-def _of_time(config: BenchmarkConfig, timed: Mapping[str, Any]) -> Iterator[Row]:
+def _calls(config: BenchmarkConfig, timed: dict[str, np.ndarray]) -> Iterator[Row]:
     here = (config.model, config.sampler) == (ModelConfig(), SamplerConfig())
     gpu = parallel.device().type == "cuda"
     bare, head, public = timed["backbone"], timed["head"], timed["reference"]
-    limit = "backbone without head"
-    endpoint = Bar("≤", 1.1, here)
-    full = Bar("≤", 1.5, here)
+    limit, endpoint, full = "backbone without head", Bar("≤", 1.1, here), Bar("≤", 1.5, here)
     yield ratio("masked", "Masked call", limit, timed["masked"], bare, bar=endpoint)
     yield ratio("remask", "Remask call", limit, timed["remask"], bare, bar=endpoint)
     yield ratio("reference", "reference call", limit, public, bare)
@@ -122,67 +111,12 @@ def _of_time(config: BenchmarkConfig, timed: Mapping[str, Any]) -> Iterator[Row]
     yield ratio("remask_public", "Remask call", "reference call", timed["remask"], public, bar=bar)
 
 
-def _of_calls(size: SamplerConfig) -> Iterator[Row]:
-    """Calls of a whole run, which do not depend on the network: any will do."""
-    tiny = ModelConfig(
-        backbone=BackboneShape(width=8, blocks=1, heads=1, cond_dim=4),
-        tokens=16,
-        embed_dim=4,
-    )
-    denoiser = build(tiny.dsl(), torch.device("cpu")).eval()
-    reveals = Reveals()
-    state = State.masked(1, size.length, 4)
-    budget = size.budget
-    path = dsl.paths.Masked()
-    made = dsl.sample(denoiser, path, state, budget=budget, seed=0, recorders=[reveals])
+def _budget(size: SamplerConfig) -> Row:
+    """Calls of a whole run against steps that reveal a token. Any law will do."""
+    law = dsl.ExactDenoiser(torch.eye(2), torch.zeros(1, size.length, dtype=torch.long))
+    state = State.masked(1, size.length, 2)
+    made = dsl.sample(law, MASKED, state, budget=size.budget, seed=0, recorders=[Schedule()])
+    steps = np.count_nonzero(made.recorded["schedule"]["reveals"])
+    what, against = f"calls of Masked, T={size.budget}", "steps with a reveal"
     bar = Bar("≤", 1.0, here=True)
-    what, steps = f"calls of Masked, T={budget}", float(made.recorded[reveals.name])
-    yield ratio("calls", what, "steps with a reveal", made.calls, steps, unit="calls", bar=bar)
-    yield ratio("calls_public", what, "reference", made.calls, budget, unit="calls")
-
-
-def _of_memory(peaks: Mapping[str, float]) -> Iterator[Row]:
-    sides = {"": ("backbone, peak", "backbone"), "_public": ("reference, peak", "reference")}
-    for name, what in (("remask", "Remask call, peak"), ("sde", "SDE call, peak")):
-        for end, (against, other) in sides.items():
-            key = f"{name}_memory{end}"
-            yield ratio(key, what, against, peaks[name], peaks[other], unit="GiB")
-
-
-class Reveals:
-    """Counts the steps at which a token is revealed."""
-
-    name = "reveals"
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
-        self.steps += bool((after.revealed_BL & ~before.revealed_BL).any())
-
-    def result(self) -> int:
-        return self.steps
-
-
-def _states(denoiser: Denoiser, size: SamplerConfig) -> tuple[State, State]:
-    """Half of the tokens revealed, and all of them at an SNR in the middle of the grid."""
-    table_VD = denoiser.table_VD
-    shape = (size.rows, size.length)
-    draws = torch.Generator().manual_seed(0)
-    tokens_BL = torch.randint(len(table_VD), shape, generator=draws)
-    revealed_BL = torch.rand(shape, generator=draws) < 0.5
-    nothing_BL = torch.zeros_like(revealed_BL)
-    gamma_BL = torch.where(revealed_BL, torch.inf, 0.0)
-    # The next call is the first of the second half, which goes on from here.
-    midway_BL = torch.full(shape, SDE.gamma(0.5))
-    return (
-        State.from_tokens(table_VD, tokens_BL, nothing_BL, gamma_BL),
-        State.from_tokens(table_VD, tokens_BL, nothing_BL, midway_BL),
-    )
-
-
-@contextmanager
-def _inference(device: torch.device) -> Iterator[None]:
-    """No gradients; on a GPU, products in bf16."""
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-        yield
+    return ratio("calls", what, against, made.calls, steps, unit="calls", bar=bar)

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
-from pipelines.prepare import BPE, File
+from pipelines.prepare import BPE, TokenizerFile
 from pipelines.verb import TrackingConfig
 
-Name = Literal["sampler", "train", "converter", "ingest", "startup", "evaluate", "paper"]
+Name = Literal["sampler", "train", "converter", "ingest", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Counts):
-    """The denoiser that is timed, with random weights. By default DiT small over GPT-2's BPE."""
+    """The size of the denoiser that is timed. By default DiT small over GPT-2's BPE."""
 
     backbone: BackboneShape = field(default_factory=BackboneShape)
     tokens: int = 50257
@@ -42,14 +42,17 @@ class ModelConfig(Counts):
         return DenoiserConfig(backbone=dit, embed_dim=self.embed_dim, mask_prior=0.99)
 
     def mdlm(self) -> DenoiserConfig:
-        """As `pretrain` makes it: no token is ever at a finite SNR."""
+        """As `pretrain` makes it, whose tokens are never at a finite SNR."""
         dit = self.backbone.config(self.tokens, causal=False)
         return DenoiserConfig(backbone=dit, embed_dim=1, mask_prior=1.0, skip=False)
 
 
 def build(config: DenoiserConfig, device: torch.device) -> Denoiser:
-    """A denoiser that is not the identity, as a fresh one is, and whose posterior is about as
-    sharp as a trained one's: some 3 nats at V = 50257."""
+    """A denoiser with random weights.
+
+    No layer is zero, as layers of a fresh network are, and the entropy of its posterior is that of
+    a trained one: about 3 nats at V = 50257.
+    """
     torch.manual_seed(0)
     with device:
         denoiser = Denoiser(config)
@@ -64,7 +67,7 @@ def build(config: DenoiserConfig, device: torch.device) -> Denoiser:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig(Counts):
-    """One call in the middle of a run of `budget` calls, half of the tokens revealed."""
+    """One call halfway through a budget of `budget` calls, with half of the tokens revealed."""
 
     rows: int = 1
     length: int = 1024
@@ -94,8 +97,8 @@ class EvidenceConfig(Counts):
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig(Counts):
-    """Shards of random tokens: `rows` of them, and four times as many; a synthetic manifest of
-    `shards` files; and `megabytes` of the text of `source`, repeated if need be, to tokenize."""
+    """What is read and prepared: shards of `rows` random rows, a manifest of `shards` files, and
+    `megabytes` of the text of `source`, which is repeated if it is shorter."""
 
     rows: int = 16_384
     length: int = 1024
@@ -103,13 +106,13 @@ class IngestConfig(Counts):
     source: str = "cpython"
     text_field: str = "text"
     megabytes: int = 32
-    vocabulary: BPE | File = field(default_factory=BPE)
+    vocabulary: BPE | TokenizerFile = field(default_factory=BPE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(Counts):
-    """Texts of 1 to `max_tokens` tokens for a GPT-2 of this size with random weights, `batch` at
-    a time in our featurizer."""
+    """`texts` of 1 to `max_tokens` tokens, and the size of the GPT-2 with random weights that reads
+    them. Our featurizer reads `batch` texts at a time."""
 
     width: int = 768
     blocks: int = 12
@@ -120,47 +123,14 @@ class FeaturesConfig(Counts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperConfig(Counts):
-    """What is assumed of `gpus` GPUs: an H100 each, eight to a node and its NVLink, the network
-    and one object store between the nodes.
-
-    `latency_us` is one hop of a ring. `rows` of `length` tokens are on a GPU at a time, `lanes` of
-    them to an optimizer step. `store_gbytes` is what the store takes and gives, of one node.
-    """
-
-    gpus: tuple[int, ...] = (1, 8, 64, 1024)
-    tflops: float = 989.0
-    mfu: float = 0.4
-    nvlink_gbytes: float = 450.0
-    network_gbits: float = 400.0
-    latency_us: float = 2.0
-    store_gbytes: float = 2.0
-    rows: int = 8
-    lanes: int = 1
-    length: int = 1024
-    checkpoint_every: int = 500
-    trials: int = 64
-    trial_steps: int = 10_000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.gpus or min(self.gpus) < 1:
-            raise ValueError(f"gpus are numbers of GPUs, got {list(self.gpus)}")
-        if self.mfu > 1:
-            raise ValueError(f"mfu is a share, got {self.mfu}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(Counts):
-    """`only` these benchmarks, each procedure timed in `rounds` rounds.
-
-    `threads` of the CPU; None leaves torch's choice.
-    """
+    """Which benchmarks run (`only`), the rounds that each procedure is timed for, and the threads
+    of the CPU (None: torch's choice)."""
 
     name: str = "benchmark"
     root: str = "runs"
     existing: Literal["resume", "restart"] = "resume"
-    only: tuple[Name, ...] = ("sampler", "train", "converter", "startup", "paper")
+    only: tuple[Name, ...] = ("sampler", "train", "converter")
     rounds: int = 5
     threads: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -169,7 +139,6 @@ class BenchmarkConfig(Counts):
     converter: EvidenceConfig = field(default_factory=EvidenceConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
     evaluate: FeaturesConfig = field(default_factory=FeaturesConfig)
-    paper: PaperConfig = field(default_factory=PaperConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

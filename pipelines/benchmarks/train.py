@@ -1,60 +1,163 @@
-"""One optimizer step of every objective, beside the reference loss and the limit of the machine.
+"""One optimizer step of each objective, against the reference loss and the machine's arithmetic.
 
-Shapes: R rounds.
+Shapes: R rounds, B rows, L positions, V tokens, D table dimension, W backbone width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from dsl.noise import generator
+from dsl.objective import DSLObjective, MDLMObjective, Objective
+from dsl.support import Mixed
 from infra import parallel
 from infra.parallel import ParallelConfig
-from pipelines.benchmarks import flops, steps, timing
-from pipelines.benchmarks.machine import Matmul
-from pipelines.benchmarks.results import Bar, ratio, table, unmeasured
-from pipelines.benchmarks.settings import BenchmarkConfig, ModelConfig, StepConfig
+from pipelines.benchmarks import measure, reference
+from pipelines.benchmarks.measure import Matmul, Procedure, interleaved
+from pipelines.benchmarks.results import Bar, ratio, table
+from pipelines.benchmarks.settings import BenchmarkConfig, ModelConfig, StepConfig, build
 from pipelines.report import Row, Table
+from pipelines.training.learner import Learner
+from pipelines.training.settings import TrainConfig
 
 LOSSES = ("mdlm", "reference", "dsl")
-Timed = Mapping[str, np.ndarray]
-
-
-def cost(config: BenchmarkConfig) -> float:
-    """FLOPs of one round: MDLM thrice (bare twice, then sharded), the reference, DSL."""
-    mdlm, dsl, length = config.model.mdlm(), config.model.dsl(), config.train.length
-    per_token = (
-        3 * flops.forward(mdlm, length, predicted=0.5)
-        + flops.forward(mdlm, length)
-        + flops.forward(dsl, length, predicted=0.875, evidence=0.75)
-    )
-    return flops.STEP * config.train.rows * length * per_token
+DECAY = 0.999
+STEP, LANE = 1, 0  # the key of the noise: the same noise in every round
 
 
 def run(config: BenchmarkConfig) -> Table:
     device = parallel.device()
-    # All in one process group, whose settings of determinism then hold for all of them.
+    # All in one process group, so that its settings of determinism hold for all of them.
     with parallel.join(ParallelConfig(threads=config.threads)) as mesh:
-        work = {name: steps.work(config, name, device) for name in ("mdlm", "dsl")}
-        bare = {name: steps.procedure(config, name, device) for name in LOSSES}
-        timed = timing.interleaved({**bare, "matmul": Matmul(device)}, config.rounds, device)
+        work = {name: flops(config, name, device) for name in ("mdlm", "dsl")}
+        bare = {name: procedure(config, name, device) for name in LOSSES}
+        timed = interleaved({**bare, "matmul": Matmul(device)}, config.rounds, device)
         del bare["reference"], bare["dsl"]  # room for one more set of weights
-        sides = {**bare, "sharded": steps.sharded(config, mesh)}
-        sharded = timing.interleaved(sides, config.rounds, device)
-    peaks = {name: timing.peak_gib(steps.once, config, name) for name in LOSSES}
+        workers = {**bare, "sharded": sharded(config, mesh)}
+        looped = interleaved(workers, config.rounds, device)
+    peaks = {name: measure.peak_gib(two_steps, config, name) for name in LOSSES}
     size = config.train
     note = (
-        f"B={size.rows}, L={size.length}, V={config.model.tokens}; a step is one microbatch's loss "
-        "and gradient, clipping, AdamW and the average of the weights. FLOPs are the loss's: what "
-        "its backward pass computes again is not counted."
+        f"B={size.rows}, L={size.length}, V={config.model.tokens}. A step is the loss and gradient "
+        "of one microbatch, clipping, AdamW and the average of the weights. FLOPs are those of the "
+        "loss, without what its backward pass recomputes."
     )
-    rows = [*_of_steps(config, timed, work), *_of_memory(config, peaks)]
-    return table("Training step", note, [*rows, *_of_sharding(config, sharded, work["mdlm"])])
+    rows = [*_steps(config, timed, work), *_memory(config, peaks)]
+    return table("Training step", note, [*rows, *_worker(config, looped, work["mdlm"])])
 
 
-def _of_steps(config: BenchmarkConfig, timed: Timed, work: Mapping[str, float]) -> Iterator[Row]:
+def procedure(config: BenchmarkConfig, name: str, device: torch.device) -> Procedure:
+    """One step of a bare loop: one device, nothing sharded, always the same microbatch."""
+    tokens_BL = torch.from_numpy(microbatch(config)).to(device)
+    objective = _objective(config, name, device)
+    public = name == "reference"
+    bare = BareLoop(objective, device, fused=not public)
+
+    def loss() -> Tensor:
+        if public:
+            return reference.mdlm_loss(objective.denoiser, tokens_BL, _draws(device))
+        return objective(tokens_BL, _draws(device)).value
+
+    return lambda number: bare.step(loss)
+
+
+class BareLoop:
+    """Weights, their average and AdamW as workers have them, and nothing else.
+
+    fused: one kernel each for AdamW and the average; otherwise several passes, as in public code.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, *, fused: bool) -> None:
+        self.module, self.device, self.fused = module, device, fused
+        self.average = parallel.averaged(module, DECAY)
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=3e-4, weight_decay=0.0, fused=fused or None
+        )
+
+    def step(self, loss: Callable[[], Tensor]) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.fused:
+            self.average.update_parameters(self.module)
+            return
+        pairs = zip(self.average.module.parameters(), self.module.parameters(), strict=True)
+        with torch.no_grad():
+            for average, parameter in pairs:
+                average.sub_((1 - DECAY) * (average - parameter))
+
+
+def two_steps(config: BenchmarkConfig, name: str) -> None:
+    """For their memory: during the first step, AdamW's moments and the average do not exist."""
+    step = procedure(config, name, parallel.device())
+    step(0)
+    step(1)
+
+
+def sharded(config: BenchmarkConfig, mesh: object) -> Procedure:
+    """The step that runs under Ray Train, in this one process; compiled where there is a GPU."""
+    device = parallel.device()
+    sharding = ParallelConfig(compile=device.type == "cuda")
+    learner = Learner(_objective(config, "mdlm", device), TrainConfig(), mesh, sharding)
+    microbatch_BL = microbatch(config)
+    return lambda number: learner.step(STEP, {LANE: microbatch_BL})
+
+
+@torch.no_grad()
+def flops(config: BenchmarkConfig, name: str, device: torch.device) -> float:
+    """Floating-point operations of a step: matrix products, 2 for a multiply and an add.
+
+    Only predicted positions need logits, and only those with evidence need the converter; how many
+    there are depends on the draws.
+    """
+    objective = _objective(config, name, device)
+    tokens_BL = torch.from_numpy(microbatch(config)).to(device)
+    metrics = objective(tokens_BL, _draws(device)).metrics
+    evidence = float(metrics.get("evidence_share", 0.0))
+    predicted = evidence + float(metrics["masked_share"])
+    given = objective.denoiser.config
+    width, dim = given.backbone.width, given.embed_dim
+    # Forward and backward take three times the products of a forward pass.
+    head, logits, converter = (
+        6 * given.backbone.tokens * inner
+        for inner in (width, width + dim * given.skip, width + dim)
+    )
+    per_token = objective.denoiser.backbone.flops_per_token(config.train.length) - head
+    per_token += predicted * logits + evidence * converter
+    return tokens_BL.numel() * per_token
+
+
+def microbatch(config: BenchmarkConfig) -> np.ndarray:
+    shape = (config.train.rows, config.train.length)
+    return np.random.default_rng(0).integers(config.model.tokens, size=shape)
+
+
+def _objective(config: BenchmarkConfig, name: str, device: torch.device) -> Objective:
+    if name == "dsl":
+        return DSLObjective(build(config.model.dsl(), device), Mixed())
+    return MDLMObjective(build(config.model.mdlm(), device))
+
+
+def _draws(device: torch.device) -> torch.Generator:
+    return generator(TrainConfig().stream.seed, STEP, LANE, device)
+
+
+def _here(config: BenchmarkConfig) -> bool:
+    """Whether these are the sizes for which the bars were set."""
+    return (config.model, config.train) == (ModelConfig(), StepConfig())
+
+
+def _steps(
+    config: BenchmarkConfig, timed: Mapping[str, np.ndarray], work: Mapping[str, float]
+) -> Iterator[Row]:
     here = _here(config)
     mdlm, dsl, public = timed["mdlm"], timed["dsl"], timed["reference"]
     extra = work["dsl"] / work["mdlm"]
@@ -65,31 +168,23 @@ def _of_steps(config: BenchmarkConfig, timed: Timed, work: Mapping[str, float]) 
     yield ratio("matmul", "MDLM step's FLOPs", "a bare product's", rate, most, unit="GFLOP/s")
 
 
-def _of_memory(config: BenchmarkConfig, peaks: Mapping[str, float]) -> Iterator[Row]:
-    here = _here(config)
-    memory = partial(ratio, unit="GiB")
-    less, equal = Bar("≤", 0.75, here), Bar("≤", 1.1, here)
-    mdlm, public = peaks["mdlm"], peaks["reference"]
-    yield memory("dsl_memory", "DSL step, peak", "MDLM step", peaks["dsl"], mdlm, bar=equal)
-    yield memory("mdlm_memory", "MDLM step, peak", "reference step", mdlm, public, bar=less)
+def _memory(config: BenchmarkConfig, peaks: Mapping[str, float]) -> Iterator[Row]:
+    mdlm, here = peaks["mdlm"], _here(config)
+    for name, what, other, most in (
+        ("dsl", "MDLM step", mdlm, 1.1),
+        ("mdlm", "reference step", peaks["reference"], 0.75),
+    ):
+        title, bar = f"{name.upper()} step, peak", Bar("≤", most, here)
+        yield ratio(f"{name}_memory", title, what, peaks[name], other, unit="GiB", bar=bar)
 
 
-def _of_sharding(config: BenchmarkConfig, timed: Timed, work: float) -> Iterator[Row]:
+def _worker(config: BenchmarkConfig, timed: Mapping[str, np.ndarray], work: float) -> Iterator[Row]:
     tokens = config.train.rows * config.train.length
     bare_R, sharded_R = (tokens / timed[name] / 1e3 for name in ("mdlm", "sharded"))
     what, bar = "FSDP2 on one worker", Bar("≥", 0.98, _here(config))
     yield ratio("sharded", what, "bare loop", sharded_R, bare_R, unit="k tokens/s", bar=bar)
-    yield unmeasured("data_wait", "data wait ≤ 1 %", "every run logs speed/data_wait_percent")
-    peak = parallel.peak_flops()
-    if peak is None:
-        yield unmeasured("mfu", "MFU ≥ 40 %, compiled", "no GPU whose peak is known")
-        return
-    here = config.model == ModelConfig() and config.train.length == 1024
-    rate_R = work / timed["sharded"] / 1e12
-    mfu = Bar("≥", 0.4, here)
-    yield ratio("mfu", "MFU, compiled", "data sheet", rate_R, peak / 1e12, unit="TFLOP/s", bar=mfu)
-
-
-def _here(config: BenchmarkConfig) -> bool:
-    """Whether these are the sizes of the bars."""
-    return (config.model, config.train) == (ModelConfig(), StepConfig())
+    if peak := parallel.peak_flops():  # of a GPU that is known
+        rate_R = work / timed["sharded"] / 1e12
+        bar = Bar("≥", 0.4, config.model == ModelConfig() and config.train.length == 1024)
+        what, most = "MFU, compiled", peak / 1e12
+        yield ratio("mfu", what, "data sheet", rate_R, most, unit="TFLOP/s", bar=bar)

@@ -1,6 +1,6 @@
-"""What all plots share: paper, panels, curves that can be told apart, and curves with errors.
+"""What all plots share: panels, distinguishable styles, and curves with error bars.
 
-Figures are made without pyplot, so nothing is global and any thread may draw.
+Figures are made without pyplot, so that there is no global state and any thread may draw.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Hashable)
 
-# The colours of Okabe and Ito, which the colour-blind can tell apart, without the yellow that
-# nobody can see on white. Markers and dashes tell the curves apart in grey, and beyond seven.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, without yellow, which is
+# faint on white. Markers and dashes help in greyscale and beyond seven curves.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", ":")
 GREY = "0.45"
-CURVES = 8  # in one panel; more are parted
-COLUMNS = 4  # panels side by side
-SPAN = 8  # the ratio of values from which an axis is logarithmic
+CURVES = 8  # the most in one panel
+COLUMNS = 4  # the most panels side by side
+SPAN = 8  # an axis is logarithmic if its values span a larger ratio
 
 
 class Panels(NamedTuple):
@@ -41,7 +41,7 @@ class Panels(NamedTuple):
         return buffer.getvalue()
 
     def legend(self) -> None:
-        """One for all panels, beside them: it can cover nothing. Each name stands there once."""
+        """One legend beside all panels, which names each curve once."""
         handles = {
             label: handle
             for axes in self.axes
@@ -63,9 +63,10 @@ def panels(
     beside: float = 0.0,
     share: bool | str = True,
 ) -> Panels:
-    """A panel of `width` x `height` inches for each title, with room `beside` them for a legend.
+    """A panel of `width` x `height` inches for each title.
 
-    `share` is what panels have in common of both axes, as matplotlib names it.
+    beside: inches to the right of them, for a legend.
+    share: which axes the panels share, as in matplotlib's `sharex` and `sharey`.
     """
     from matplotlib.figure import Figure
 
@@ -84,7 +85,7 @@ def panels(
 
 
 def style(index: int) -> dict[str, Any]:
-    """Line and marker of a curve; different ones for the first 56."""
+    """Line and marker of a curve; the first 56 differ."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -95,7 +96,7 @@ def style(index: int) -> dict[str, Any]:
 
 
 def styles(names: Iterable[T]) -> dict[T, dict[str, Any]]:
-    """One for each name, in order of appearance."""
+    """A style for each name, in order of appearance."""
     return {name: style(index) for index, name in enumerate(dict.fromkeys(names))}
 
 
@@ -117,18 +118,16 @@ def numbers(values: Iterable[Any]) -> list[float]:
 
 
 def curve(axes: Axes, rows: Rows, x: str, y: str, **line: Any) -> None:
-    """``y`` against ``x``, in order of ``x``, with standard errors where there are any."""
+    """``y`` against ``x``, in order of ``x``, with standard errors if there are any."""
     rows = sorted(rows, key=lambda row: number(row[x]))
     errors = numbers(row.get(y + STDERR) for row in rows)
-    # All errors missing would still draw a bar of no height into the legend.
-    given = (
-        {"yerr": errors, "capsize": 2.5, "elinewidth": 1} if any(map(math.isfinite, errors)) else {}
-    )
-    axes.errorbar(numbers(row[x] for row in rows), numbers(row[y] for row in rows), **given, **line)
+    if any(map(math.isfinite, errors)):  # else the legend would show an error bar
+        line |= {"yerr": errors, "capsize": 2.5, "elinewidth": 1}
+    axes.errorbar(numbers(row[x] for row in rows), numbers(row[y] for row in rows), **line)
 
 
 def widen(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
-    """Make an axis logarithmic where its values are positive and span more than `SPAN`."""
+    """Make an axis logarithmic if its values are positive and span more than `SPAN`."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     values = list(values)

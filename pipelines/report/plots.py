@@ -1,7 +1,6 @@
-"""The plots of models and samplers, as PNG bytes; None where there is nothing to draw.
+"""Plots of models and samplers, as PNG bytes; None if there is nothing to draw.
 
-Rows are those of the tables: a value that is absent, None or NaN was not measured and leaves a
-gap. Standard errors lie under the value's key and `_stderr`.
+Rows are those of the tables. A value that is absent, None or NaN was not measured and is left out.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from pipelines.report.tables import Column, Row, Rows, number
 Bounds = tuple[float, float]
 ECE = Column("ece", "ECE", ".3f")
 
-# What of a journal is drawn, and how.
+# The losses in a journal, and their lines.
 JOURNAL = MappingProxyType(
     {
         "loss": {"color": COLOURS[0], "lw": 0.7, "alpha": 0.7},
         "validation/loss": {"color": COLOURS[1], "marker": "o", "ms": 4},
     }
 )
-# What is drawn against SNR, and its label.
+# What is drawn against SNR, and the labels of the axes.
 ERRORS = MappingProxyType(
     {"nats": "cross-entropy, nats per token", "squared_error": "E(SNR) = |x - x̂|²"}
 )
@@ -48,7 +47,7 @@ CONVERTER = MappingProxyType(
         "token_weight": "weight of the token",
     }
 )
-# What of a journal says how converter and table fared.
+# The state of converter and table in a journal, and the labels of the axes.
 COURSE = MappingProxyType(
     {
         "converter/beta": "beta",
@@ -78,12 +77,12 @@ def losses(journals: Mapping[str, Rows]) -> bytes | None:
 
 
 def courses(journals: Mapping[str, Rows]) -> bytes | None:
-    """The converter's scale and the spread of the table by step: a curve for each run."""
+    """The converter's scale and the table's spread by step: a curve for each run."""
     return _curves(journals, "step", "step", COURSE)
 
 
 def by_snr(rows: Rows, ways: Mapping[str, str]) -> bytes | None:
-    """What stands under the keys of `ways`, against positive SNR: a curve for each model."""
+    """The values under the keys of `ways` against positive SNR: a curve for each model."""
     rows = [row for row in measured(rows, "gamma") if row["gamma"] > 0]
     return _curves(groups(rows, lambda row: row["model"]), "gamma", "SNR", ways)
 
@@ -119,12 +118,14 @@ def quality(
     bounds: Bounds | None = None,
     anchors: Mapping[str, float] = MappingProxyType({}),
 ) -> bytes | None:
-    """A figure of merit against calls, with standard errors: a curve for each model and path, and
-    for a hybrid path (rows with a `split`) one for each number of continuous calls.
+    """A figure of merit against calls: a curve for each model and path, and of a hybrid path (rows
+    with a `split`) for each number of continuous calls.
 
-    Where one panel would be crowded there is one for each model, or for each path if those are
-    fewer: many models are compared path by path. `anchors` are lines across. Without `bounds` an
-    axis of values that span much is logarithmic.
+    More than `CURVES` curves are divided into a panel for each model, or for each path if there
+    are fewer paths.
+
+    anchors: values drawn as horizontal lines, by name.
+    bounds: of the axis of values; None may make it logarithmic.
     """
     rows = measured(rows, "calls", key)
     if not rows:
@@ -161,8 +162,8 @@ def quality(
 
 
 def splits(rows: Rows, key: str, *, label: str, show: str = ".3g") -> bytes | None:
-    """A figure of merit of hybrid paths, in the format `show`: continuous calls down, endpoint
-    calls across."""
+    """A figure of merit of hybrid paths, in the format `show`: continuous calls in rows, endpoint
+    calls in columns."""
     import numpy as np
 
     rows = [row for row in measured(rows, key) if row.get("split")]
@@ -179,7 +180,7 @@ def splits(rows: Rows, key: str, *, label: str, show: str = ".3g") -> bytes | No
         for row in part:
             at = continuous.index(row["split"][0]), endpoint.index(row["split"][1])
             grid[at] = number(row[key])
-            # White on the dark half of the colours, black on the light one.
+            # White text on dark colours, black on light ones.
             ink = "white" if grid[at] <= (low + high) / 2 else "black"
             axes.text(at[1], at[0], f"{grid[at]:{show}}", ha="center", va="center", color=ink)
         image = axes.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
@@ -191,10 +192,10 @@ def splits(rows: Rows, key: str, *, label: str, show: str = ".3g") -> bytes | No
 
 
 def reliability(rows: Rows) -> bytes | None:
-    """Accuracy against confidence by SNR, models side by side; the diagonal is honest (004 fig. 4).
+    """Accuracy against confidence, a panel for each SNR (004 fig. 4).
 
-    The area of a dot is the share of predictions in its bin; legends hold the expected
-    calibration error.
+    The diagonal is perfect calibration, the area of a dot the share of predictions in its bin.
+    Legends give the expected calibration error.
     """
     rows = [row for row in measured(rows, "gamma") if _bins(row)]
     if not rows:
@@ -227,8 +228,7 @@ def _bins(row: Row) -> list[tuple[float, ...]]:
 def nll(rows: Rows) -> bytes | None:
     """Nats per token against gamma* of the hybrid bound, with standard errors (003 eq. 5).
 
-    Rows without a `gamma_star` are lines across, in the colour of their model: give those that
-    the bound is to be compared with.
+    Rows without a `gamma_star` are drawn as horizontal lines, to compare the bound with.
     """
     rows = measured(rows, "nats_per_token")
     bounds = measured(rows, "gamma_star")
@@ -253,7 +253,6 @@ def nll(rows: Rows) -> bytes | None:
 
 
 def _name(row: Row, keys: Sequence[str]) -> str:
-    """A curve by what tells it apart; a hybrid's by its continuous calls, too, since walks of one
-    sum may differ."""
+    """The name of a curve: the values under the keys, and a hybrid path's continuous calls."""
     names = [row[key] for key in keys]
     return " ".join([*names, *([f"{row['split'][0]} + …"] if row.get("split") else [])])

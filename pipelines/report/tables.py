@@ -1,4 +1,4 @@
-"""Tables: plain rows, and columns that say how a value is shown."""
+"""Tables: plain rows, and columns that say how their values are shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-STDERR = "_stderr"  # ends the key of a value's standard error
-BOUND = "_bound"  # ends the key that says whether a value is an upper bound
+STDERR = "_stderr"  # suffix of the key of a value's standard error
+BOUND = "_bound"  # suffix of the key that says whether a value is an upper bound
 SKIPPED = "skipped"  # the key of the reason why a row has no values
 NOTHING = "–"
 
@@ -17,12 +17,12 @@ Rows = Sequence[Row]
 
 
 def number(value: Any) -> float:
-    """NaN for what was not measured."""
+    """The value as a float, NaN for None."""
     return math.nan if value is None else float(value)
 
 
 class Column(NamedTuple):
-    """The values under `key`, shown in the format `show`, each with its error if it has one."""
+    """The values under `key` in the format `show`, with their standard errors."""
 
     key: str
     title: str
@@ -39,7 +39,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under a title. A row that was skipped has its reason where its values would begin."""
+    """Rows under a title. A skipped row shows its labels and then the reason."""
 
     title: str
     note: str
@@ -47,7 +47,7 @@ class Table:
     rows: Rows
 
     def cells(self) -> list[list[str]]:
-        """Heads first. A reason is the last cell of its row and stands for all the others."""
+        """The text of the cells, heads first. A skipped row is shorter: its reason comes last."""
         return [[column.title for column in self.columns], *map(self._cells, self.rows)]
 
     def _cells(self, row: Row) -> list[str]:
@@ -57,7 +57,7 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """A Markdown table whose columns are aligned, so that a terminal can show it too."""
+    """A Markdown table with aligned columns, which is legible in a terminal too."""
     head, *rows = [[_plain(cell) for cell in cells] for cells in table.cells()]
     whole = [head, *(row for row in rows if len(row) == len(head))]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
@@ -66,7 +66,7 @@ def markdown(table: Table) -> str:
 
 
 def _plain(cell: str) -> str:
-    """On one line, and without what Markdown would take for the end of the cell."""
+    """On one line, with the bar escaped, which ends a cell in Markdown."""
     return " ".join(cell.replace("|", "\\|").splitlines())
 
 

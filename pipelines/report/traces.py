@@ -1,7 +1,7 @@
-"""Plots of samples being made, step by step, as PNG bytes; None where there is nothing to draw.
+"""Plots of sampling step by step, as PNG bytes; None if there is nothing to draw.
 
-A row is a trace: lists of one number a step, None where there was nothing to measure. Of very
-many traces only the one with the largest budget is drawn for each model and path.
+A row is a trace: lists with one number for each step, None where there was nothing to measure. Of
+more than `TRACES` traces, only that of the largest budget is drawn for each model and path.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pipelines.report.drawing import COLOURS, CURVES, groups, numbers, panels, s
 from pipelines.report.tables import Row, Rows
 
 SHARES = MappingProxyType({"masked": "0.82", "evidence": COLOURS[5], "revealed": COLOURS[0]})
-TRACES = 24  # in one plot; of more, only the longest of each path are drawn
+TRACES = 24  # the most in one plot
 
 
 class Series(NamedTuple):
-    """A number a step of each trace; `wide` ones may need a logarithmic axis."""
+    """One number for each step of a trace; `wide` ones may need a logarithmic axis."""
 
     label: str
     of: Callable[[Row], list[float]]
@@ -39,7 +39,7 @@ SHARPENING = (
 
 
 def schedule(rows: Rows) -> bytes | None:
-    """The shares of masked, evident and revealed tokens that each step leaves (004 fig. 2a)."""
+    """The shares of masked, evidence and revealed tokens after each step (004 fig. 2a)."""
     rows = _few([row for row in rows if all(row.get(key) for key in SHARES)])
     if not rows:
         return None
@@ -56,18 +56,18 @@ def schedule(rows: Rows) -> bytes | None:
 
 
 def remasking(rows: Rows) -> bytes | None:
-    """The share of revealed tokens that each step takes back, and the rewrites that came of it up
-    to then (004 fig. 2b). Of paths that take something back."""
+    """The share of revealed tokens that each step masks again, and the cumulative rewrites per
+    token (004 fig. 2b). Only of paths that mask tokens again."""
     return _by_step([row for row in rows if any(row.get("remasked") or ())], REMASKING)
 
 
 def sharpening(rows: Rows) -> bytes | None:
-    """How sure the posterior is of what is not revealed yet (004 fig. 2c)."""
+    """How sharp the posterior of unrevealed tokens is by step (004 fig. 2c)."""
     return _by_step(rows, SHARPENING)
 
 
 def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
-    """A panel for each series, and a line of panels for each model where one would be crowded."""
+    """A panel for each series; with many traces, a line of panels for each model."""
     rows = _few([row for row in rows if any(map(_points, (of(row) for _, of, _ in series)))])
     if not rows:
         return None
@@ -92,7 +92,7 @@ def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
                 axes.plot(*zip(*points, strict=True), label=name(row), **line)
         axes.set(xlabel="share of the steps", ylabel=label, xlim=(0, 1))
         axes.grid(alpha=0.3)
-        # Panels below each other share the axis: what is in none of them yet has to fit as well.
+        # Panels below each other share the axis, which must fit the values of all models.
         values = [value for row in rows for _, value in _points(of(row))]
         if wide:
             widen(axes, "y", values)
@@ -103,7 +103,7 @@ def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
 
 
 def _points(values: Sequence[float]) -> list[tuple[float, float]]:
-    """What was measured, against the share of the steps, so that walks of any length compare."""
+    """Finite values against the share of the steps, so that samples of any budget compare."""
     steps = [(step + 1) / len(values) for step in range(len(values))]
     return [point for point in zip(steps, values, strict=True) if math.isfinite(point[1])]
 

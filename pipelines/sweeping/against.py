@@ -1,5 +1,5 @@
-"""What a search of one knob at a time has to say: each arm against the base, and each knob's
-recommendation, with intervals."""
+"""How much each knob matters in a search that changes one knob at a time: each arm against the
+base, and a recommendation for each knob, with intervals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORDS, NAME = 60, 30  # characters of a value in a table, in a plot
 
 
 def short(value: Any) -> Any:
-    """A value as a cell shows it."""
+    """A value as a cell of a table shows it."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         return value
     text = label(value)
@@ -49,7 +49,7 @@ def short(value: Any) -> Any:
 
 
 def compare(config: SweepConfig, search: OneAtATime, arms: Sequence[Arm]) -> list[Row]:
-    """A row for every arm but the base, the most promising first."""
+    """A row for each arm but the base, the most promising first."""
     finished = {label(arm.settings): arm for arm in arms}
     base = finished.get(label({}))
     rows = []
@@ -59,29 +59,20 @@ def compare(config: SweepConfig, search: OneAtATime, arms: Sequence[Arm]) -> lis
         arm = finished.get(label(settings))
         ((knob, value),) = [(name, SEVERAL)] if name in search.arms else settings.items()
         row = {"knob": knob, "value": short(value)}
-        rows.append(row | (_figures(arm, base) if arm and base else _none(arm)))
+        if arm and base:
+            found = difference(arm, base)
+            figures = {"difference": found.mean, "difference" + STDERR: found.stderr}
+            row |= {"repeats": found.pairs, **figures, "low": found.low, "high": found.high}
+            row["verdict"] = found.verdict
+        else:
+            row[SKIPPED] = "the base did not finish" if arm else "no repeat finished"
+        rows.append(row)
     return sorted(rows, key=lambda row: row.get("difference", math.inf))
 
 
-def _figures(arm: Arm, base: Arm) -> dict[str, Any]:
-    found = difference(arm, base)
-    return {
-        "repeats": found.pairs,
-        "difference": found.mean,
-        "difference" + STDERR: found.stderr,
-        "low": found.low,
-        "high": found.high,
-        "verdict": found.verdict,
-    }
-
-
-def _none(arm: Arm | None) -> dict[str, str]:
-    return {SKIPPED: "the base did not finish" if arm else "no repeat finished"}
-
-
 def recommend(config: SweepConfig, compared: Rows) -> list[Row]:
-    """What each knob should be: its best value that is better than the base's, or else the
-    base's, which is confirmed where every other value is worse."""
+    """The recommended value of each knob: the best of those that are better than the base's, or
+    else the base's, which is confirmed if every other value is worse."""
     rows = []
     for key in config.space:
         own = [row for row in compared if row["knob"] == key and SKIPPED not in row]
@@ -105,17 +96,17 @@ def tables(config: SweepConfig, compared: Rows) -> dict[str, Table]:
     return {
         "against": Table(
             title="Against the base",
-            note="The bound of each arm less that of the base, nats per token: less than nothing "
-            "is better. Mean over repeats of the same seed, ± one standard error, and the "
-            f"{LEVEL:.0%} interval of Student's t; each arm by itself, so that of twenty "
-            "differences that are none about one is seen all the same.",
+            note="The bound of each arm minus that of the base, in nats per token; negative is "
+            "better. Mean over pairs of the same seed, ± one standard error, and the "
+            f"{LEVEL:.0%} interval of Student's t, without a correction for many comparisons: "
+            "about one in twenty arms without any effect is reported as different.",
             columns=AGAINST,
             rows=compared,
         ),
         "recommendation": Table(
             title="Recommendation",
-            note="By knob, everything else as in the base. Figures are of the value that came "
-            "nearest to being better, or was.",
+            note="By knob, everything else as in the base. Figures are those of the best other "
+            "value.",
             columns=RECOMMENDED,
             rows=recommend(config, compared),
         ),
@@ -138,6 +129,6 @@ def plot(compared: Rows) -> bytes | None:
     names = [f"{row['knob'].rpartition('.')[2]}: {str(row['value'])[:NAME]}" for row in shown]
     axes.set_yticks(range(len(shown)), names)
     axes.invert_yaxis()
-    axes.set(xlabel=f"bound less that of the base, nats per token, {LEVEL:.0%} intervals")
+    axes.set(xlabel=f"bound minus that of the base, nats per token, {LEVEL:.0%} intervals")
     axes.grid(alpha=0.3, axis="x")
     return made.png()

@@ -1,12 +1,13 @@
-"""What Ray Tune asks of the driver: which trial is next, which goes on, and what to tell of it."""
+"""The objects through which Ray Tune runs a sweep: which trial is next, which goes on, and what is
+recorded and said about them."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from infra import tracking
@@ -38,70 +39,41 @@ class Proposals(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """The trial's directory has it."""
+        """Nothing to do: results are read from the trial's directory."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep."""
+        """Nothing to do: `Trials` is the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing is kept."""
+        """Nothing to do."""
 
 
-class _Named(NamedTuple):
-    """A trial under the name of its run directory, which outlives Tune's own."""
-
-    trial_id: str
-
-    @classmethod
-    def of(cls, trial: Any) -> _Named:
-        return cls(trial.config["trial"])
-
-
-class Halving(ASHAScheduler):
-    """Ray's ASHA with the memory of a sweep: what earlier trials reported counts, and what has
-    been let through a rung is not judged there again."""
+class Halving(FIFOScheduler):
+    """Stops trials as `Asha.stops` decides, which also sees the validations before a restart."""
 
     def __init__(self, asha: Asha, steps: int, known: list[Trial]) -> None:
-        super().__init__(
-            time_attr="step",
-            metric=BOUND,
-            mode="min",
-            max_t=steps,
-            grace_period=asha.grace,
-            reduction_factor=asha.reduction,
-            stop_last_trials=False,
-        )
-        self.steps = steps
-        for trial in known:
-            named = _Named(trial.name)
-            super().on_trial_add(None, named)
-            for report in trial.reports:
-                super().on_trial_result(None, named, {"step": report.step, BOUND: report.bound})
-
-    def on_trial_add(self, controller: Any, trial: Any) -> None:
-        super().on_trial_add(controller, _Named.of(trial))
+        super().__init__()
+        self.asha, self.steps = asha, steps
+        self.bounds = {t.name: [(v.step, v.bound) for v in t.validations] for t in known}
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["step"] >= self.steps:
-            return self.CONTINUE  # only the model is left to be written
-        return super().on_trial_result(controller, _Named.of(trial), result)
-
-    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """All that it said has been heard."""
-
-    def on_trial_remove(self, controller: Any, trial: Any) -> None:
-        """A trial that is gone has said what it has said."""
+        if BOUND not in result:
+            return self.CONTINUE
+        name = trial.config["trial"]  # Tune's own id does not outlive this process
+        own = self.bounds.setdefault(name, [])
+        own.append((result["step"], result[BOUND]))
+        others = [bounds for other, bounds in self.bounds.items() if other != name]
+        return self.STOP if self.asha.stops(own, others, self.steps) else self.CONTINUE
 
 
 def scheduler(config: SweepConfig, trials: Trials) -> FIFOScheduler:
-    """What judges reports."""
     if config.asha is None:
         return FIFOScheduler()
     return Halving(config.asha, config.finetune.train.steps, trials.all())
 
 
-class Watch(tune.Callback):
-    """Says how trials fare, and records how they ended."""
+class SweepCallback(tune.Callback):
+    """Prints the progress of the trials, and records how each ended."""
 
     def __init__(self, config: SweepConfig, trials: Trials) -> None:
         self.config, self.trials = config, trials
@@ -121,7 +93,7 @@ class Watch(tune.Callback):
         if found.state == "running":
             self._stopped(found)
             found = self.trials.read(name)
-        bound = f", bound {found.bound:.4f}" if found.reports else ""
+        bound = f", bound {found.bound:.4f}" if found.validations else ""
         say(f"{name}  {found.state} at step {found.step}{bound}  {found.why}".rstrip())
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -131,7 +103,7 @@ class Watch(tune.Callback):
         say(f"{name}  lost  {self.trials.read(name).why}")
 
     def _stopped(self, trial: Trial) -> None:
-        """Tune has halted it in its report, and ends its process next."""
+        """Record that ASHA stopped a trial; Tune ends its process next."""
         assert self.config.asha is not None
         rung = self.config.asha.rungs(trial.step + 1)[-1]
         why = f"not among the best 1/{self.config.asha.reduction} at step {rung}"
@@ -143,7 +115,7 @@ class Watch(tune.Callback):
         return sum(trial.step for trial in self.trials.all())
 
     def _rest(self) -> str:
-        """How many trials have ended and how, and how long all steps of the rest would take."""
+        """How many trials have ended and how, and the time that the rest takes at most."""
         known = self.trials.all()
         states = [trial.state for trial in known]
         ended = "".join(
@@ -160,7 +132,7 @@ class Watch(tune.Callback):
 
 
 def close(trials: Trials) -> None:
-    """End the MLflow runs of trials that were interrupted with the sweep."""
+    """End the MLflow runs of trials that did not end by themselves."""
     for trial in trials.all():
         handle = tracking.opened((trials.folder / trial.name).url)
         if handle and trial.state in ("running", "lost"):

@@ -8,14 +8,12 @@ from typing import Any
 
 from pipelines.evaluation.settings import QUALITY
 from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, plots
-from pipelines.report.drawing import curve, panels, styles, widen
-from pipelines.sweeping import against
+from pipelines.report.drawing import curve, panels, styles
+from pipelines.sweeping import against, knobs
 from pipelines.sweeping.against import short
 from pipelines.sweeping.arms import LEVEL, Arm, difference
-from pipelines.sweeping.importance import at, effects, importance
 from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import SweepConfig
-from pipelines.sweeping.space import Choice, label
 from pipelines.sweeping.trials import SEED, Trial
 
 Drawn = tuple[str, str, bytes | None]  # name, caption, PNG
@@ -27,18 +25,6 @@ MEASURED = (
     Column("hybrid", "along finite SNR", ".4f"),
 )
 ENDED = (Column("step", "Step", ","), Column("state", "State"), Column("why", "Why"))
-IMPORTANCE = (
-    Column("knob", "Knob"),
-    Column("early", "Importance at the first rung", ".2f"),
-    Column("late", "Importance at the end", ".2f"),
-)
-EFFECTS = (
-    Column("knob", "Knob"),
-    Column("value", "Value"),
-    Column("trials", "Trials"),
-    Column("bound", "Mean bound", ".4f"),
-    Column("best", "Best", ".4f"),
-)
 WALKS = (
     Column("model", "Trial"),
     Column("path", "Path"),
@@ -48,16 +34,19 @@ WALKS = (
 )
 ENTROPY = Column("entropy", "Entropy of a text, nats", ".3f")
 MEANING = (
-    "Nats per token of validation rows, the same ones for the same seed, with the same noise: the "
-    "mean of two upper bounds on -log P, one at masked and revealed tokens, one along finite SNR."
+    "Nats per token of validation rows: the mean of two upper bounds on -log P, one at masked and "
+    "revealed tokens, one along finite SNR. Trials of one seed have the same rows and noise."
 )
 
 
 def report(
     config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm], walks: Rows
 ) -> Report:
-    """Everything that a sweep has to say: of its trials, of its arms as they rank, and of the
-    rows of the second level's texts."""
+    """The report of a sweep.
+
+    arms: in the order of their rank.
+    walks: the rows of the second level's table of samples.
+    """
     best = arms[0]
     tables, drawn = _of_knobs(config, trials, arms)
     tables |= {"trials": _trials(config, trials), "walks": _walks(walks)}
@@ -81,7 +70,7 @@ def report(
 
 
 def _next(arms: Sequence[Arm]) -> str:
-    """How far the best of the others is."""
+    """The difference between the second-best arm and the best."""
     if len(arms) == 1 or not (found := difference(arms[1], arms[0])).pairs:
         return ""
     interval = f" ({LEVEL:.0%} interval {found.low:+.4f} to {found.high:+.4f})"
@@ -92,59 +81,32 @@ def _next(arms: Sequence[Arm]) -> str:
 def _of_knobs(
     config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm]
 ) -> tuple[dict[str, Table], list[Drawn]]:
-    """What can be said of the knobs, which depends on how settings were chosen."""
+    """What is known of the knobs, which depends on how settings were chosen."""
     if isinstance(config.search, OneAtATime):
         compared = against.compare(config, config.search, arms)
         drawn = ("against", "Arms against the base", against.plot(compared))
         return against.tables(config, compared), [drawn]
-    first = config.asha.grace if config.asha else config.finetune.train.steps
-    early, late = at(trials, first), at(trials, config.finetune.train.steps)
-    tables = {
-        "importance": _importance(config, early, late),
-        "effects": _effects(config, early, first),
-    }
-    return tables, [("knobs", f"Bound by knob at step {first}", _knobs(config, early))]
+    last = config.finetune.train.steps
+    first = config.asha.grace if config.asha else last
+    png = knobs.plot(config.space, knobs.at(trials, first))
+    tables = knobs.tables(config.space, trials, first, last)
+    return tables, [("knobs", f"Bound by knob at step {first}", png)]
 
 
 def _trials(config: SweepConfig, trials: Sequence[Trial]) -> Table:
     def row(trial: Trial) -> dict[str, Any]:
-        measured = trial.reports[-1]._asdict() if trial.reports else {"step": 0}
+        measured = trial.validations[-1]._asdict() if trial.validations else {"step": 0}
         settings = {key: short(value) for key, value in trial.settings.items()}
         return {"trial": trial.name, **settings, **measured, "state": trial.state, "why": trial.why}
 
     keys = [*config.space, *([SEED] if any(SEED in trial.settings for trial in trials) else [])]
-    knobs = tuple(Column(key, key.rpartition(".")[2], ".4g") for key in keys)
+    columns = tuple(Column(key, key.rpartition(".")[2], ".4g") for key in keys)
     return Table(
         title="Trials",
-        note=f"{MEANING} Those that were stopped were measured when they were. What is "
-        "not given is as in finetune.",
-        columns=(TRIAL, *knobs, *MEASURED, *ENDED),
+        note=f"{MEANING} Stopped trials show their last validation. What a trial does not "
+        "set is as in finetune.",
+        columns=(TRIAL, *columns, *MEASURED, *ENDED),
         rows=sorted(map(row, trials), key=lambda r: (-r["step"], r.get("bound", math.inf))),
-    )
-
-
-def _importance(config: SweepConfig, early: Sequence[Trial], late: Sequence[Trial]) -> Table:
-    found = importance(config.space, early), importance(config.space, late)
-    return Table(
-        title="Importance of the knobs",
-        note="Functional ANOVA: the share of the variance of the bound among trials that a knob "
-        f"explains, of {len(early)} trials at the first rung and {len(late)} at the end.",
-        columns=IMPORTANCE,
-        rows=[
-            {"knob": key, "early": found[0].get(key), "late": found[1].get(key)}
-            for key in config.space
-            if any(found)
-        ],
-    )
-
-
-def _effects(config: SweepConfig, early: Sequence[Trial], step: int) -> Table:
-    return Table(
-        title="Effect of the knobs",
-        note=f"Over all trials with such a value at step {step}, whatever their other settings; "
-        "± is one standard error.",
-        columns=EFFECTS,
-        rows=effects(config.space, early),
     )
 
 
@@ -153,22 +115,22 @@ def _walks(rows: Rows) -> Table:
     columns = tuple(Column(m.key, m.title, m.show) for m in measured)
     return Table(
         title="The second level: paths of the trials that were kept",
-        note="No training: splits, SNR at the hand-over, eta and nucleus. The evaluation of its "
-        "own in the folder `second` has the details.",
+        note="No training: splits, SNR at the hand-over, eta and nucleus. The folder `second` has "
+        "the whole evaluation.",
         columns=(*WALKS, *columns, ENTROPY),
         rows=[row for row in rows if "path" in row],
     )
 
 
 def _bounds(trials: Sequence[Trial]) -> bytes | None:
-    shown = [trial for trial in trials if trial.reports]
+    shown = [trial for trial in trials if trial.validations]
     if not shown:
         return None
     made = panels([""], width=6.5, height=4.0, beside=1.4)
     (axes,) = made.axes
     lines = styles(trial.name for trial in shown)
     for trial in shown:
-        rows = [report._asdict() for report in trial.reports]
+        rows = [validation._asdict() for validation in trial.validations]
         curve(axes, rows, "step", "bound", label=trial.name, **lines[trial.name])
     axes.set(xlabel="step", ylabel="bound, nats per token")
     axes.grid(alpha=0.3)
@@ -176,26 +138,8 @@ def _bounds(trials: Sequence[Trial]) -> bytes | None:
     return made.png()
 
 
-def _knobs(config: SweepConfig, trials: Sequence[Trial]) -> bytes | None:
-    """A dot for each trial in a panel for each knob."""
-    if not trials:
-        return None
-    made = panels(list(config.space), width=3.0, share=False)
-    for axes, (key, knob) in zip(made.axes, config.space.items(), strict=True):
-        values = [trial.settings[key] for trial in trials]
-        if isinstance(knob, Choice):
-            axes.set_xticks(range(len(knob.values)), [text[:18] for text in knob.labels])
-            values = [knob.labels.index(label(value)) for value in values]
-        axes.plot(values, [trial.bound for trial in trials], "o", ms=4, alpha=0.7)
-        if not isinstance(knob, Choice):
-            widen(axes, "x", values)
-        axes.set(ylabel="bound, nats per token")
-        axes.grid(alpha=0.3)
-    return made.png()
-
-
 def _quality(walks: Rows) -> Iterator[Drawn]:
-    """Every figure of merit against calls, and of hybrid paths by split."""
+    """Plots of each figure of merit against calls, and of hybrid paths by split."""
     rows: list[Row] = [row for row in walks if "path" in row and SKIPPED not in row]
     for metric in QUALITY:
         png = plots.quality(rows, metric.key, label=metric.title, bounds=metric.bounds)

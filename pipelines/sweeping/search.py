@@ -1,14 +1,14 @@
-"""How the settings of the next trial are found.
+"""Searches: how the settings of the next trial are chosen.
 
-A proposal is a function of the space, the seed and the trials so far: a sweep that was killed
-makes the proposals that it would have made, and no searcher needs a memory of its own.
+A proposal is a function of the space, the seed and the trials so far. A sweep that was killed
+therefore goes on with the same proposals, and a search keeps no state.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,58 +19,61 @@ from pipelines.sweeping.trials import SEED, Trial
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
 
 BASE = "base"
-ATTEMPTS = 100  # at settings that no trial has had
+ATTEMPTS = 100  # draws for each trial, until its settings are new
+
+
+class Planned:
+    """A search whose proposals are all known before it begins."""
+
+    def planned(self, space: Space, seed: int) -> list[Settings]:
+        """All proposals, in order."""
+        raise NotImplementedError
+
+    def count(self, space: Space) -> int:
+        return len(self.planned(space, 0))
+
+    def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
+        """The settings of the next trial; None where there is none."""
+        planned = self.planned(space, seed)
+        return planned[len(trials)] if len(trials) < len(planned) else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class Grid(Planned):
     """Every combination of choices."""
 
     kind: Literal["grid"] = "grid"
 
     def require(self, space: Space) -> None:
-        for key, knob in space.items():
-            if not isinstance(knob, Choice):
-                raise ValueError(f"a grid is of choices, and space.{key} is {knob.kind}")
-
-    def count(self, space: Space) -> int:
-        return len(self.planned(space, 0))
+        _require_choices(self.kind, space)
 
     def planned(self, space: Space, seed: int) -> list[Settings]:
-        """All that will be proposed, in order."""
         values = (knob.probes for knob in space.values())
         return [dict(zip(space, row, strict=True)) for row in itertools.product(*values)]
 
-    def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
-        """The settings of the next trial; None where there is none."""
-        return _next(self.planned(space, seed), trials)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(Planned):
     """Independent draws, no two of them equal."""
 
     trials: int = 12
     kind: Literal["random"] = "random"
 
     def require(self, space: Space) -> None:
-        _positive(self.trials)
-
-    def count(self, space: Space) -> int:
-        return len(self.planned(space, 0))
+        _require_positive(self.trials)
 
     def planned(self, space: Space, seed: int) -> list[Settings]:
         different: dict[str, Settings] = {}
-        for settings in itertools.islice(_draws(space, seed), ATTEMPTS * self.trials):
+        for number in range(ATTEMPTS * self.trials):
+            rng = np.random.default_rng([seed, number])
+            settings = {key: knob.draw(rng) for key, knob in space.items()}
             different.setdefault(label(settings), settings)
             if len(different) == self.trials:
                 break
         return list(different.values())
-
-    def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
-        return _next(self.planned(space, seed), trials)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class Optuna:
     kind: Literal["optuna"] = "optuna"
 
     def require(self, space: Space) -> None:
-        _positive(self.trials)
+        _require_positive(self.trials)
 
     def count(self, space: Space) -> int:
         return self.trials
@@ -101,12 +104,12 @@ class Optuna:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneAtATime:
-    """`finetune` as it stands, the base, against itself with one knob at a time at another value.
+class OneAtATime(Planned):
+    """`finetune` as it stands (the base) against variants that differ in the value of one knob.
 
-    `arms` are further settings by name, of several knobs at once. Each arm is trained `repeats`
-    times with other seeds, and the same ones as the base, so that differences are paired: data,
-    noise and held-out rows are equal within a repeat.
+    `arms` are further variants by name, which may change several knobs. The base and each variant
+    are trained `repeats` times, with the same seeds, so that differences are paired: data, noise
+    and held-out rows are equal within a repeat.
     """
 
     repeats: int = 3
@@ -117,13 +120,9 @@ class OneAtATime:
         if self.repeats < 2:
             why = "differences need a spread, which takes two"
             raise ValueError(f"search.repeats must be at least 2, got {self.repeats}: {why}")
-        for key, knob in space.items():
-            if not isinstance(knob, Choice):
-                raise ValueError(
-                    f"search one_at_a_time is of choices, and space.{key} is {knob.kind}"
-                )
+        _require_choices(self.kind, space)
         if BASE in self.arms:
-            raise ValueError(f"search.arms.{BASE}: that is finetune as it stands, and there anyway")
+            raise ValueError(f"search.arms.{BASE}: this is the name of finetune as it stands")
         for name, settings in self.arms.items():
             for key in settings:
                 if key not in space:
@@ -138,9 +137,6 @@ class OneAtATime:
         }
         return {BASE: {}, **single, **self.arms}
 
-    def count(self, space: Space) -> int:
-        return self.repeats * len(self.named(space))
-
     def planned(self, space: Space, seed: int) -> list[Settings]:
         """Repeat by repeat, so that whatever changes with time changes for all arms alike."""
         return [
@@ -149,15 +145,12 @@ class OneAtATime:
             for settings in self.named(space).values()
         ]
 
-    def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
-        return _next(self.planned(space, seed), trials)
-
 
 Search = Grid | Random | Optuna | OneAtATime
 
 
 def study(space: Space, trials: Sequence[Trial], sampler: object = None) -> optuna.Study:
-    """The trials as Optuna keeps them: what was stopped is pruned, what failed has failed."""
+    """The trials as an Optuna study, in which stopped trials are pruned."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -168,14 +161,14 @@ def study(space: Space, trials: Sequence[Trial], sampler: object = None) -> optu
     }
     made = optuna.create_study(direction="minimize", sampler=sampler)
     for trial in trials:
-        measured = trial.state in states and bool(trial.reports)
+        measured = trial.state in states and bool(trial.validations)
         made.add_trial(
             optuna.trial.create_trial(
                 state=states[trial.state] if measured else optuna.trial.TrialState.FAIL,
-                params={key: knob.internal(trial.settings[key]) for key, knob in space.items()},
-                distributions={key: knob.distribution() for key, knob in space.items()},
+                params={key: knob.to_optuna(trial.settings[key]) for key, knob in space.items()},
+                distributions=_distributions(space),
                 value=trial.bound if measured else None,
-                intermediate_values={r.step: r.bound for r in trial.reports},
+                intermediate_values={r.step: r.bound for r in trial.validations},
             )
         )
     return made
@@ -185,20 +178,21 @@ def _ask(space: Space, key: Sequence[int], trials: Sequence[Trial]) -> Settings:
     import optuna
 
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    asked = study(space, trials, optuna.samplers.TPESampler(seed=seed, multivariate=True)).ask()
-    return {name: knob.ask(asked, name) for name, knob in space.items()}
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    asked = study(space, trials, sampler).ask(_distributions(space))
+    return {name: knob.from_optuna(asked.params[name]) for name, knob in space.items()}
 
 
-def _draws(space: Space, seed: int) -> Iterator[Settings]:
-    for number in itertools.count():
-        rng = np.random.default_rng([seed, number])
-        yield {key: knob.draw(rng) for key, knob in space.items()}
+def _distributions(space: Space) -> dict[str, BaseDistribution]:
+    return {key: knob.distribution() for key, knob in space.items()}
 
 
-def _next(planned: Sequence[Settings], trials: Sequence[Trial]) -> Settings | None:
-    return planned[len(trials)] if len(trials) < len(planned) else None
+def _require_choices(kind: str, space: Space) -> None:
+    for key, knob in space.items():
+        if not isinstance(knob, Choice):
+            raise ValueError(f"search {kind} is of choices, and space.{key} is {knob.kind}")
 
 
-def _positive(trials: int) -> None:
+def _require_positive(trials: int) -> None:
     if trials < 1:
         raise ValueError(f"search.trials must be at least 1, got {trials}")

@@ -1,9 +1,9 @@
-"""The second level: what needs no training, of the trials that are worth it."""
+"""The second level of a sweep: the best trials are evaluated on many paths, without training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from infra import tracking
@@ -16,34 +16,33 @@ from pipelines.evaluation.settings import QUALITY
 from pipelines.report import SKIPPED, Row
 from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SweepConfig
-from pipelines.sweeping.trials import Trial
 
 PARENT = "mlflow.parentRunId"
 
 
 class Walk(NamedTuple):
-    """A path that a trial's model walked, and what was found."""
+    """A path along which a trial's model was sampled, and its row of figures."""
 
     cell: Cell
     row: Row
 
 
 class Second(NamedTuple):
-    """`rows` are the evaluation's, of what stands beside the models too."""
+    """`rows` are all rows of the evaluation's samples, with those of real text and unigrams."""
 
     rows: Sequence[Row]
     walks: Sequence[Walk]
 
 
 def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
-    """Evaluate the best arms on every path; nothing where no second level is asked for.
+    """Evaluate the best arms on every path; empty if the configuration has no second level.
 
-    Shows the evaluation under the sweep, and each walk under its trial.
+    In MLflow, the evaluation is a child of the sweep, and each walk a child of its trial.
     """
     if config.second is None:
         return Second((), ())
     kept = [arm.trial for arm in ranked[: config.second.keep]]
-    models = {trial.name: _url(config, trial) for trial in kept}
+    models = {trial.name: (config.folder / TRIALS / trial.name).url for trial in kept}
     settings = config.evaluation(models)
     made = evaluate.execute(settings)
     folder = config.folder / SECOND
@@ -74,10 +73,6 @@ def best(walks: Sequence[Walk], model: str) -> Walk | None:
     return None
 
 
-def _url(config: SweepConfig, trial: Trial) -> str:
-    return (config.folder / TRIALS / trial.name).url
-
-
 def _is(cell: Cell, row: Row) -> bool:
     split = list(cell.split) if cell.split else None
     there = (row["model"], row.get("path"), row.get("budget"), row.get("split"))
@@ -85,7 +80,7 @@ def _is(cell: Cell, row: Row) -> bool:
 
 
 def _show(config: SweepConfig, walk: Walk, report: str) -> None:
-    """A walk as an MLflow run under its trial's: its settings, and what was found."""
+    """Make an MLflow run of a walk, with its settings and figures."""
     trial = tracking.opened((config.folder / TRIALS / walk.cell.model).url)
     settings = to_tree(walk.cell)
     handle = tracking.start(
@@ -98,15 +93,10 @@ def _show(config: SweepConfig, walk: Walk, report: str) -> None:
         parent=trial.run_id if trial else None,
     )
     journal = tracking.Journal(handle.folder)
-    journal.append(0, _figures(walk.row))
+    journal.append(0, {key: value for key, value in walk.row.items() if _is_figure(key, value)})
     journal.close()
     tracking.finish(handle)
 
 
-def _figures(row: Row) -> Mapping[str, Any]:
-    labels = ("budget", "split", "nucleus")
-    return {
-        key: value
-        for key, value in row.items()
-        if isinstance(value, int | float) and key not in labels
-    }
+def _is_figure(key: str, value: Any) -> bool:
+    return isinstance(value, int | float) and key not in ("budget", "split", "nucleus")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import getitem
 from typing import Any, Literal
+
+import numpy as np
 
 from infra import tracking
 from infra.config import overridden, to_tree
@@ -21,7 +23,8 @@ from pipelines.sweeping.space import Knob, Settings, label
 from pipelines.verb import TrackingConfig
 
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
-# What decides how trials are measured, or for how long, or where, is the same for all of them.
+Bounds = Sequence[tuple[int, float]]  # (step, bound) of the validations of a trial, in order
+# What decides how trials are measured, how long and where they run is the same for all of them.
 COMMON = ("train.stream.", "train.steps", "train.validat", "train.bound_samples", "workers.")
 
 
@@ -29,8 +32,8 @@ COMMON = ("train.stream.", "train.steps", "train.validat", "train.bound_samples"
 class Asha:
     """Asynchronous successive halving (arXiv 1810.05934).
 
-    At `grace` steps and each time `reduction` times as many, a trial goes on if its bound is among
-    the best 1 / `reduction` of those that came so far.
+    At `grace` steps and each time `reduction` times as many (the rungs), a trial goes on if its
+    bound is among the best 1 / `reduction` of the trials that were there before it.
     """
 
     grace: int
@@ -50,13 +53,27 @@ class Asha:
             rung *= self.reduction
         return found
 
+    def stops(self, own: Bounds, others: Iterable[Bounds], steps: int) -> bool:
+        """Whether a trial of `steps` steps is stopped after the last of its `own` validations.
+
+        It is judged once at each rung, by the first validation there, against the first of each
+        other trial that has reached the rung. No trial is stopped when it has trained to the end.
+        """
+        *before, (step, bound) = own
+        rung = max((rung for rung in self.rungs(steps) if rung <= step), default=None)
+        if rung is None or step >= steps or any(earlier >= rung for earlier, _ in before):
+            return False
+        first = (next((bound for step, bound in other if step >= rung), None) for other in others)
+        there = [bound for bound in first if bound is not None]
+        return bool(there) and bound > np.nanpercentile(there, 100 / self.reduction)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SecondConfig(Questions):
-    """What needs no training: paths, splits, SNR at the hand-over, eta, nucleus.
+    """The second level, which needs no training: paths, splits, SNR at the hand-over, eta, nucleus.
 
-    The `keep` best of the finished trials walk all `paths`. Everything else is as `evaluate`
-    takes it.
+    The models of the `keep` best trials walk all `paths`. The other settings are those of
+    `evaluate`.
     """
 
     paths: dict[str, PathConfig]
@@ -71,10 +88,11 @@ class SecondConfig(Questions):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Every trial is `finetune` with some of its settings replaced, as `space` has them.
+    """Each trial is `finetune` with some settings replaced by values from `space`, whose keys are
+    dotted keys of `finetune`.
 
-    `space` goes by dotted keys of `finetune`. `concurrent`: trials at a time; by default as many
-    as the cluster has room for. `register` names the winner in the registry.
+    `concurrent` is the number of trials at a time, by default as many as the cluster has room for.
+    `register` is the name of the best model in the registry.
     """
 
     name: str
@@ -120,12 +138,12 @@ class SweepConfig:
 
     @property
     def shown(self) -> TrackingConfig:
-        """Where all runs of the sweep are shown, whatever folder they are in."""
+        """The MLflow server of all runs of the sweep, whatever folder they are in."""
         uri = tracking.locate(self.tracking, self.root)
         return TrackingConfig(uri=uri, experiment=self.tracking.experiment)
 
     def recipe(self, settings: Settings) -> Recipe:
-        """What a trial follows; ConfigError where a setting is none or cannot be."""
+        """The recipe of a trial; ConfigError for an unknown key or an impossible value."""
         return overridden(self.finetune, settings, "space")
 
     def own(self, key: str) -> Any:
@@ -133,7 +151,7 @@ class SweepConfig:
         return reduce(getitem, key.split("."), to_tree(self.finetune))
 
     def _require_different(self, trials: Sequence[Settings]) -> None:
-        """ConfigError where a setting cannot be, or where two lead to one and the same recipe."""
+        """ConfigError for impossible settings, and for two that make the same recipe."""
         had: dict[str, Settings] = {}
         for settings in trials:
             other = had.setdefault(label(to_tree(self.recipe(settings))), settings)

@@ -1,4 +1,4 @@
-"""What a sweep may choose from: knobs, each the set or the range of a setting's values."""
+"""The search space: for each knob, which is a setting of a recipe, its set or range of values."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from optuna import Trial
     from optuna.distributions import BaseDistribution
 
 Settings = Mapping[str, Any]  # dotted key of a recipe -> value
@@ -34,23 +33,22 @@ class Choice:
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        """Values that show whether all others can be."""
+        """Values that are possible only if all values are."""
         return self.values
 
     def draw(self, rng: np.random.Generator) -> Any:
         return self.values[rng.integers(len(self.values))]
-
-    def ask(self, trial: Trial, key: str) -> Any:
-        return self.values[self.labels.index(trial.suggest_categorical(key, self.labels))]
 
     def distribution(self) -> BaseDistribution:
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(self.labels)
 
-    def internal(self, value: Any) -> Any:
-        """The value as Optuna knows it."""
+    def to_optuna(self, value: Any) -> str:
         return label(value)
+
+    def from_optuna(self, value: str) -> Any:
+        return self.values[self.labels.index(value)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +57,7 @@ class Range:
 
     low: int | float
     high: int | float
+    log: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
@@ -72,19 +71,16 @@ class Range:
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
-    def _between(self, low: float, high: float, rng: np.random.Generator) -> float:
-        return float(low + (high - low) * rng.random())
-
-    def _suggest(self, trial: Trial, key: str, *, log: bool) -> int | float:
-        suggest = trial.suggest_int if self.whole else trial.suggest_float
-        return suggest(key, self.low, self.high, log=log)
-
-    def _distribution(self, *, log: bool) -> BaseDistribution:
+    def distribution(self) -> BaseDistribution:
         from optuna.distributions import FloatDistribution, IntDistribution
 
-        return (IntDistribution if self.whole else FloatDistribution)(self.low, self.high, log=log)
+        kind = IntDistribution if self.whole else FloatDistribution
+        return kind(self.low, self.high, log=self.log)
 
-    def internal(self, value: int | float) -> int | float:
+    def to_optuna(self, value: int | float) -> int | float:
+        return value
+
+    def from_optuna(self, value: int | float) -> int | float:
         return value
 
 
@@ -97,13 +93,7 @@ class Uniform(Range):
     def draw(self, rng: np.random.Generator) -> int | float:
         if self.whole:
             return int(rng.integers(self.low, self.high, endpoint=True))
-        return self._between(self.low, self.high, rng)
-
-    def ask(self, trial: Trial, key: str) -> int | float:
-        return self._suggest(trial, key, log=False)
-
-    def distribution(self) -> BaseDistribution:
-        return self._distribution(log=False)
+        return float(self.low + (self.high - self.low) * rng.random())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +101,7 @@ class LogUniform(Range):
     """Evenly on a logarithmic scale."""
 
     kind: Literal["log_uniform"] = "log_uniform"
+    log: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,14 +109,9 @@ class LogUniform(Range):
             raise ValueError(f"low must be positive on a logarithmic scale, got {self.low}")
 
     def draw(self, rng: np.random.Generator) -> int | float:
-        value = math.exp(self._between(math.log(self.low), math.log(self.high), rng))
+        low, high = math.log(self.low), math.log(self.high)
+        value = math.exp(low + (high - low) * rng.random())
         return round(value) if self.whole else min(max(value, self.low), self.high)
-
-    def ask(self, trial: Trial, key: str) -> int | float:
-        return self._suggest(trial, key, log=True)
-
-    def distribution(self) -> BaseDistribution:
-        return self._distribution(log=True)
 
 
 Knob = Choice | Uniform | LogUniform

@@ -1,7 +1,6 @@
 """The trials of a sweep, on disk: a run directory each, and beside it a record of its settings.
 
-These files are all that a sweep knows of itself. Ray Tune's own state forgets the rungs of its
-scheduler and does not outlive its cluster.
+A sweep is continued from these files alone: the state of Ray Tune does not outlive its cluster.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from pipelines.runs import RESULT
 
 BOUND = "validation/bound"
 PARTS = ("validation/endpoint_bound", "validation/hybrid_bound")
-# Set by the search and by no knob: trials that differ in it alone are repeats of one arm.
+# Set by the search and not by a knob: trials that differ in it alone are repeats of one arm.
 SEED = "train.stream.seed"
-# failed: by its own settings, for good. lost: its processes died; the same command tries again.
+# failed: its settings are to blame, and it is not tried again. lost: its processes died; the same
+# command tries it again.
 State = Literal["running", "finished", "stopped", "failed", "lost"]
 
 
-class Report(NamedTuple):
-    """A validation: nats per token, upper bounds all three (see `pipelines.bounds`)."""
+class Validation(NamedTuple):
+    """What a trial reports at a step: upper bounds in nats per token (see `pipelines.bounds`)."""
 
     step: int
     bound: float
@@ -34,13 +34,14 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is known of a trial; `why` it has ended, unless it has finished."""
+    """What is known of a trial. `why` says why it ended, and is empty while it runs and where it
+    finished."""
 
     name: str
     settings: Mapping[str, Any]
     state: State
     why: str
-    reports: tuple[Report, ...]
+    validations: tuple[Validation, ...]
 
     @property
     def arm(self) -> dict[str, Any]:
@@ -49,13 +50,13 @@ class Trial:
 
     @property
     def step(self) -> int:
-        """Of the last validation."""
-        return self.reports[-1].step if self.reports else 0
+        """That of the last validation, 0 before the first."""
+        return self.validations[-1].step if self.validations else 0
 
     @property
     def bound(self) -> float:
-        """At the last validation; only for a trial that had one."""
-        return self.reports[-1].bound
+        """That of the last validation, which there must be."""
+        return self.validations[-1].bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class _Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """The trials in a folder. A name is given once, in order of numbers."""
+    """The trials in a folder. Names are numbered, and none is given twice."""
 
     folder: Folder
 
@@ -87,8 +88,8 @@ class Trials:
             settings=record.settings,
             state=state,
             why=record.why,
-            reports=tuple(
-                Report(int(row["step"]), row[BOUND], *(row[part] for part in PARTS))
+            validations=tuple(
+                Validation(int(row["step"]), row[BOUND], *(row[part] for part in PARTS))
                 for row in journal.read(run)
                 if {BOUND, *PARTS} <= row.keys()
             ),
@@ -101,7 +102,7 @@ class Trials:
         return name
 
     def end(self, name: str, state: State, why: str) -> None:
-        """Record how a trial ended; one that is resumed is running again, for no reason."""
+        """Record the state of a trial and the reason for it."""
         self._write(name, self.read(name).settings, state, why)
 
     def _write(self, name: str, settings: Mapping[str, Any], state: State, why: str) -> None:

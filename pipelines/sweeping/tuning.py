@@ -1,7 +1,7 @@
-"""Ray Tune: runs trials side by side, stops the bad ones, and keeps nothing that would be missed.
+"""Runs the trials of a sweep side by side with Ray Tune.
 
-Tune is told of earlier trials by the run directories (see `pipelines.sweeping.trials`), so a sweep
-that was killed goes on whatever has become of its cluster.
+Earlier trials are read from their run directories (see `pipelines.sweeping.trials`) and not from
+Tune's own state, so a sweep that was killed goes on even on another cluster.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from infra.command import explain
 from infra.errors import InfraError
 from pipelines import finetune
 from pipelines.runs import DATA_ERRORS
-from pipelines.sweeping.driver import Proposals, Watch, close, scheduler
+from pipelines.sweeping.driver import Proposals, SweepCallback, close, scheduler
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import Trials
 from pipelines.training import launch, worker
@@ -42,7 +42,7 @@ QUIET = {
 
 
 def run(config: SweepConfig, parent: str | None) -> None:
-    """Run every trial that is missing, from wherever it is, to its end.
+    """Run every trial that has not ended to its end, from its last checkpoint.
 
     parent: id of the MLflow run of the sweep.
     """
@@ -69,7 +69,7 @@ def run(config: SweepConfig, parent: str | None) -> None:
                     name=f"{config.name}-{secrets.token_hex(4)}",
                     storage_path=str(place),
                     verbose=0,
-                    callbacks=[Watch(config, trials)],
+                    callbacks=[SweepCallback(config, trials)],
                     failure_config=tune.FailureConfig(max_failures=workers.max_failures),
                 ),
             ).fit()
@@ -79,21 +79,21 @@ def run(config: SweepConfig, parent: str | None) -> None:
 
 
 def workplace(config: SweepConfig) -> Path:
-    """Where Tune keeps what nobody will ask it for: the same place for the same sweep."""
+    """Where Tune keeps its own files, which are deleted: the same place for the same sweep."""
     name = hashlib.sha256(config.folder.url.encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"ray-tune-{name}"
 
 
 def reserved(workers: WorkersConfig) -> dict[str, float]:
-    """What Tune reserves for a trial's own process, which is the one that trains if there is but
-    one; several workers reserve for themselves."""
+    """What Tune reserves for a trial's own process. With one worker this process trains; several
+    workers reserve their own resources."""
     if workers.most > 1:
         return {"CPU": 1.0}
     return {**workers.resources, "CPU": float(workers.parallel.threads or 1)}
 
 
 def takes(workers: WorkersConfig) -> dict[str, float]:
-    """All that a trial takes. One process reads its own rows; Ray's tasks read those of several."""
+    """All resources of a trial. With several workers, tasks of Ray Data read the rows."""
     own = reserved(workers)
     if workers.most == 1:
         return own
@@ -102,7 +102,7 @@ def takes(workers: WorkersConfig) -> dict[str, float]:
 
 
 def concurrent(config: SweepConfig, there: Mapping[str, float]) -> int:
-    """How many trials run at a time, of what resources there are."""
+    """How many trials run at a time on these resources."""
     whole = takes(config.finetune.workers)
     room = min(int(there.get(key, 0) / value) for key, value in whole.items())
     if not room:
@@ -118,12 +118,15 @@ def concurrent(config: SweepConfig, there: Mapping[str, float]) -> int:
 
 
 def _trial(chosen: Mapping[str, str], config: SweepConfig, parent: str | None) -> None:
-    """Fine-tune as one trial does. What its settings are to blame for ends it for good; anything
-    else is raised, and Tune starts it again."""
+    """Fine-tune with the settings of a trial.
+
+    An error that its settings are to blame for is recorded, and the trial is not tried again. An
+    error of the infrastructure is raised, and Tune starts the trial again.
+    """
     name, trials = chosen["trial"], Trials(folder=config.folder / TRIALS)
     recipe = config.trial(name, trials.read(name).settings)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the driver tells of all trials
+        with contextlib.redirect_stderr(io.StringIO()):  # the driver prints progress
             finetune.execute(recipe, parent=parent, start=_start(recipe.workers))
     except Exception as error:
         why, code = explain(error, DATA_ERRORS)

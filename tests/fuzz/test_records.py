@@ -243,7 +243,7 @@ def test_a_trial(tried: Path, tmp_path: Path, seed: str) -> None:
     for trial in judge(lambda: Trials(folder=Folder.at(str(folder))).all(), name) or []:
         assert trial.state in ("running", "finished", "stopped", "failed", "lost")
         assert isinstance(trial.settings, dict)
-        assert all(type(report.bound) is float for report in trial.reports)
+        assert all(type(report.bound) is float for report in trial.validations)
 
 
 def test_a_trials_report_is_whole_or_none(tried: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_trials_report_is_whole_or_none(tried: Path, tmp_path: Path) -> None:
     log.append(25, {BOUND: 9.0, PARTS[0]: 9.0})
     log.close()
     trial = Trials(folder=Folder.at(str(folder))).read("trial-000")
-    assert [report.step for report in trial.reports] == [10, 20]
+    assert [report.step for report in trial.validations] == [10, 20]
 
 
 # --- models of the registry --------------------------------------------------------------------

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -36,35 +34,33 @@ REPOSITORY = Path(pretrain.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("verb", "argv", "message"),
+    ("verb", "argv", "where"),
     [
-        ("pretrain", ["train.optimizer.lrr=1"], "train.optimizer.lrr (command line): no such key. "
-         "Did you mean `lr`?"),
-        ("pretrain", ["trian.steps=1"], "trian (command line): no such key. Did you mean `train`?"),
-        ("finetune", ["support.kind=raor"], "support.kind (command line): no kind 'raor'. "
-         "Did you mean `roar`?"),
-        ("prepare", ["length=many"], "length (command line): expected int, got 'many'"),
-        ("prepare", ["length=2.5"], "length (command line): expected int, got 2.5"),
-        ("pretrain", ["train=fast"], "train (command line): expected a mapping, got 'fast'"),
-        ("pretrain", ["objective=dsl"], "expected 'mdlm' | 'mdlm_flat' | 'ar', got 'dsl'"),
-        ("pretrain", ["quikstart"], "quikstart: no such preset. Did you mean `quickstart`?"),
-        ("pretrain", ["nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        ("pretrain", ["--dryrun"], "--dryrun: no such flag. Did you mean --dry-run?"),
-        ("prepare", ["out=null"], "out (command line): expected str, got None"),
+        # A misspelled key, section, kind, preset, file and flag; their messages are pinned in
+        # tests/infra.
+        ("pretrain", ["train.optimizer.lrr=1"], "train.optimizer.lrr (command line)"),
+        ("pretrain", ["trian.steps=1"], "trian (command line)"),
+        ("finetune", ["support.kind=raor"], "support.kind (command line)"),
+        ("pretrain", ["quikstart"], "quikstart"),
+        ("pretrain", ["nowhere.yaml"], "nowhere.yaml"),
+        ("pretrain", ["--dryrun"], "--dryrun"),
+        # Values of another type, and impossible ones.
+        ("prepare", ["length=2.5"], "length (command line)"),
+        ("pretrain", ["train=fast"], "train (command line)"),
+        ("prepare", ["out=null"], "out (command line)"),
+        ("pretrain", ["objective=dsl"], "objective (command line)"),
         ("pretrain", ["train.steps=0"], "steps must be at least 1, got 0"),
-        ("finetune", ["support.roar_share=2"],
-         "roar_share must be in [0, 1]"),
-        ("pretrain", ["data=ss3://bucket/x"], "unknown protocol ss3://. "
-         "Did you mean s3://?"),
+        ("finetune", ["support.roar_share=2"], "roar_share"),
+        ("pretrain", ["data=ss3://bucket/x"], "ss3://"),
     ],
-)  # fmt: skip
+)
 def test_a_mistyped_command_line(
-    main: Callable[..., tiny.Outcome], verb: str, argv: list[str], message: str
+    main: Callable[..., tiny.Outcome], verb: str, argv: list[str], where: str
 ) -> None:
     given = {"name": "x", "data": "x", "out": "x", "init": "x"}
     wanted = [f.name for f in dataclasses.fields(tiny.CONFIGS[verb]) if f.name in given]
     code, said = main(verb, *(f"{name}={given[name]}" for name in wanted), *argv)
-    assert (code, message in said) == (2, True), said
+    assert (code, where in said) == (2, True), said
 
 
 def test_the_real_command_line(tmp_path: Path) -> None:
@@ -86,26 +82,13 @@ def test_the_real_command_line(tmp_path: Path) -> None:
 
 # --- text --------------------------------------------------------------------------------------
 
-TABLE = pa.table({"text": ["some words"] * 99})
-
-
-def parquet() -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(TABLE, sink)
-    return sink.getvalue().to_pybytes()
-
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "the corpus is empty"),
         ("empty.jsonl.gz", gzip.compress(b"\n\n"), "the corpus is empty"),
         ("short.txt", b"a few words", "11 characters are too few for a validation share of 0.05"),
-        ("garbage.txt", bytes(range(256)) * 99, "garbage.txt: not UTF-8 text"),
-        ("garbage", b"\0\1\2\3" * 99, "holds NUL bytes: this is not text"),
-        ("torn.parquet", parquet()[:-99], "torn.parquet: not a whole Parquet file"),
-        ("torn.txt.gz", gzip.compress(b"word " * 9_999)[:-9], "torn.txt.gz: cannot be read"),
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "a.jsonl line 2: no text in field 'text'"),
+        ("garbage.txt", bytes(range(256)) * 99, "not UTF-8 text"),  # more in test_corpus.py
         ("Upper.jsonl", b'{"text": "lower UPPER"}\n' * 99, "'U' is not in this vocabulary of 28"),
     ],
 )

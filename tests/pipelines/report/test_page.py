@@ -131,19 +131,6 @@ def _opened(browser: str, file: Path, profile: Path) -> tuple[Page, str]:
     return Page(done.stdout), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("broken", "fault"),
-    [
-        ("<p><b>text</p></b>", "</p> inside ['p', 'b']"),
-        ("<section>", "<section> is left open"),
-        ('<i id="x"></i><i id="x"></i>', "id x twice"),
-        ('<a href="#nowhere">link</a>', "#nowhere leads nowhere"),
-    ],
-)
-def test_the_parser_sees_faults(broken: str, fault: str) -> None:
-    assert fault in Page(broken).faults
-
-
 def test_what_there_is_nothing_of_has_no_part_in_the_page(report: Report) -> None:
     bare = replace(report, tables={}, plots=[], texts=[], facts={})
     page = Page(bare.html())

@@ -49,10 +49,6 @@ def test_a_bound_says_so_and_only_where_there_is_a_value() -> None:
     assert column.cell({"bits": None, "bits_bound": True}) == "–"
 
 
-def test_whole_numbers_have_a_format_too() -> None:
-    assert Column("parameters", "", ",").cell({"parameters": 1234567}) == "1,234,567"
-
-
 def test_markdown_is_aligned_and_a_reason_spans_the_rest(report: Report) -> None:
     rows = [row for row in ROWS if "skipped" not in row] + [{"model": "x", "skipped": "why"}]
     table = Table(title="", note="", columns=COLUMNS, rows=rows)

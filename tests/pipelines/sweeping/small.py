@@ -13,7 +13,7 @@ from pathlib import Path
 from infra import config
 from pipelines import sweep
 from pipelines.sweeping.settings import SweepConfig
-from pipelines.sweeping.trials import BOUND, PARTS, Report, State, Trial
+from pipelines.sweeping.trials import BOUND, PARTS, State, Trial, Validation
 from tests.pipelines import tiny
 
 COMMON = [*tiny.SIZE, *(s for s in tiny.TRAIN if s.startswith(("train.", "workers.")))]
@@ -37,13 +37,13 @@ def trial(
     number: int, settings: dict[str, object], state: State = "finished", *bounds: float
 ) -> Trial:
     """One that reported a bound every 10 steps."""
-    reports = [Report(10 * n, b, b + 0.1, b - 0.1) for n, b in enumerate(bounds, 1)]
+    validations = [Validation(10 * n, b, b + 0.1, b - 0.1) for n, b in enumerate(bounds, 1)]
     return Trial(
         name=f"trial-{number:03d}",
         settings=settings,
         state=state,
         why="" if state == "finished" else "because",
-        reports=tuple(reports),
+        validations=tuple(validations),
     )
 
 

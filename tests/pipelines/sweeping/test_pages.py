@@ -12,7 +12,7 @@ from infra.errors import ConfigError
 from pipelines.evaluation.cells import Cell
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
-from pipelines.sweeping.importance import at, effects, importance
+from pipelines.sweeping.knobs import at, effects, importance
 from pipelines.sweeping.second import Walk
 from pipelines.sweeping.space import Choice, Knob, LogUniform
 from pipelines.sweeping.trials import Trial

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.tune.schedulers import TrialScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from infra.errors import ConfigError, InfraError
@@ -25,13 +27,11 @@ CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
 def of_tune(name: str) -> Any:
-    return SimpleNamespace(trial_id="an id of Tune's", config={"trial": name})
+    return SimpleNamespace(trial_id=name, config={"trial": name})
 
 
 def judge(halving: driver.Halving, name: str, step: int, bound: float) -> str:
-    trial = of_tune(name)
-    halving.on_trial_add(None, trial)
-    return halving.on_trial_result(None, trial, {"step": step, BOUND: bound})
+    return halving.on_trial_result(None, of_tune(name), {"step": step, BOUND: bound})
 
 
 def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
@@ -44,14 +44,44 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
     halving = driver.Halving(asha, 40, known)
     assert judge(halving, "trial-003", 10, 2.6) == STOP  # the median is 2.5
     assert judge(halving, "trial-004", 10, 1.9) == CONTINUE
-    # It was let through both rungs, and is not asked again, whoever has come since.
+    # It passed both rungs, and is not judged there again when it resumes from a checkpoint.
+    assert judge(halving, "trial-002", 10, 9.0) == CONTINUE
     assert judge(halving, "trial-002", 30, 9.0) == CONTINUE
-    # It has trained to the end: there is nothing left to save.
+    # It has trained to the end: stopping would save nothing.
     assert judge(halving, "trial-004", 40, 9.0) == CONTINUE
 
 
-def test_without_that_memory_the_first_to_come_back_would_go_on() -> None:
+def test_without_others_at_the_rung_a_trial_goes_on() -> None:
     assert judge(driver.Halving(Asha(grace=10), 40, []), "trial-003", 10, 99.0) == CONTINUE
+
+
+@given(
+    order=st.permutations([f"trial-{n:03d}" for n in range(6)] * 8),
+    bounds=st.lists(st.integers(0, 20), min_size=48, max_size=48),
+    grace=st.integers(1, 4),
+    reduction=st.integers(2, 4),
+)
+def test_the_rule_is_that_of_rays_asha(
+    order: list[str], bounds: list[int], grace: int, reduction: int
+) -> None:
+    """For any order in which trials report, each at every tenth step."""
+    halving = driver.Halving(Asha(grace=10 * grace, reduction=reduction), 80, [])
+    rays = ASHAScheduler(
+        time_attr="step", metric=BOUND, mode="min", max_t=80, grace_period=10 * grace,
+        reduction_factor=reduction, stop_last_trials=False,
+    )  # fmt: skip
+    steps: dict[str, int] = {}
+    stopped = set()
+    for name, bound in zip(order, bounds, strict=True):
+        if name not in steps:
+            rays.on_trial_add(None, of_tune(name))
+        steps[name] = steps.get(name, 0) + 10
+        if name in stopped or steps[name] == 80:
+            continue
+        result = {"step": steps[name], BOUND: float(bound)}
+        verdict = halving.on_trial_result(None, of_tune(name), result)
+        assert verdict == rays.on_trial_result(None, of_tune(name), result)
+        stopped |= {name} if verdict == STOP else set()
 
 
 def test_rungs_and_what_they_save() -> None:

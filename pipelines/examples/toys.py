@@ -1,8 +1,8 @@
-"""Laws small enough to enumerate, where the exact denoiser shows what every path should do.
+"""Laws small enough to enumerate, whose exact denoiser shows what each path should do.
 
-`cyclic` corrects `__CDBFF` to a rotation of ABCDEFG (003 C.1, figures 1b and 2; 004 figure 3);
-`two_bit` shows that the posterior of (0,0) against (1,1) reads the sum of both tokens (000);
-`windows` shows what each path makes of few calls where no network is to blame.
+`cyclic` corrects `__CDBFF` to a rotation of ABCDEFG (003 C.1, figures 1b and 2; 004 figure 3).
+`two_bit` shows that the posterior of (0,0) against (1,1) depends on the sum of both tokens (000).
+`windows` shows what each path reaches in few calls when the network makes no error.
 
 Shapes: B rows, L positions, V tokens, D table dimension, S sequences of the law, T calls.
 """
@@ -20,16 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dsl
-from dsl.paths import (
-    Clock,
-    Hybrid,
-    Masked,
-    Path,
-    Remask,
-    SecondOrder,
-    SentenceSDE,
-    TokenSDE,
-)
+from dsl.paths import Clock, Hybrid, Masked, Path, Remask, SecondOrder, SentenceSDE, TokenSDE
 from dsl.posterior import Posterior
 from dsl.state import State
 from infra.storage import Folder
@@ -44,15 +35,15 @@ GARBLED = "__CDBFF"
 ROWS = 2000
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 WINDOWS, WINDOW = 1000, 16  # texts and letters of `windows`
-AT_ONCE = 125  # rows that are held against all of them
+BATCH = 125  # rows of `windows` at a time: each is compared with all texts
 ADAPTIVE = TokenSDE(gamma_max=20.0, delta=0.2)
 FINE = SecondOrder(SentenceSDE(gamma_max=20.0, grid="log"))
 
 
-class Trace:
+class EvidenceRecorder:
     """A recorder of the first row's z before each call: ``[T, L, D]``."""
 
-    name = "trace"
+    name = "evidence"
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -67,12 +58,10 @@ class Trace:
 def cyclic(out: Folder, seed: int) -> dict[str, Any]:
     """Draw freely, correct soft evidence at several SNR, and correct visible wrong letters.
 
-    ``share_exact`` is the probability of the original that the evidence leaves, which the
-    share of samples that equal it should meet.
+    ``share_exact`` is the probability of the original word given the evidence, which
+    ``share_original`` of the samples should meet.
     """
-    free = dsl.sample(
-        rotations(5), ADAPTIVE, State.masked(ROWS, 5, 2), budget=51, seed=seed, recorders=[Trace()]
-    )
+    free = _recorded(rotations(5), ADAPTIVE, State.masked(ROWS, 5, 2), 51, seed)
     law = rotations(7)
     garbled_L = torch.tensor([max(LETTERS.find(letter), 0) for letter in GARBLED])
     visible_L = torch.tensor([letter in LETTERS for letter in GARBLED])
@@ -82,20 +71,20 @@ def cyclic(out: Folder, seed: int) -> dict[str, Any]:
         tokens_BL = garbled_L.expand(ROWS, -1)
         return State.from_tokens(law.table_VD, tokens_BL, torch.zeros_like(gamma_BL), gamma_BL)
 
-    traces, corrected = [], []
+    samples, corrected = [], []
     for snr in (0.5, 1.0, 2.0):
         start = given(snr)
         exact = float(law(start.rows(torch.tensor([0]))).weights_BS[0, 0])
         for path, budget in ((ADAPTIVE, 51), (FINE, 201)):
-            drawn = dsl.sample(law, path, start, budget=budget, seed=seed, recorders=[Trace()])
-            of = {"snr": snr, "path": path.kind, "calls": drawn.calls, "share_exact": exact}
-            corrected.append(of | judge(law, drawn.tokens_BL))
-            traces.append(drawn)
+            drawn = _recorded(law, path, start, budget, seed)
+            row = {"snr": snr, "path": path.kind, "calls": drawn.calls, "share_exact": exact}
+            corrected.append(row | judge(law, drawn.tokens_BL))
+            samples.append(drawn)
     remask = dsl.sample(law, Remask(rule="conf"), given(math.inf), budget=10, seed=seed)
 
     figure, (left, middle, right) = _figure(3)
     _plane(left, free, LETTERS[:5], "003 fig. 1b: free, K = 5")
-    _plane(middle, traces[0], LETTERS, f"003 fig. 2: {GARBLED} at SNR 0.5")
+    _plane(middle, samples[0], LETTERS, f"003 fig. 2: {GARBLED} at SNR 0.5")
     _shares(right, corrected)
     return {
         "figure": _save(figure, out, "cyclic.png"),
@@ -106,76 +95,79 @@ def cyclic(out: Folder, seed: int) -> dict[str, Any]:
 
 
 def two_bit(out: Folder, seed: int) -> dict[str, Any]:
-    """Start from pairs of evidence that disagree; the law of the outcome reads their sum."""
+    """Start from pairs of evidence that disagree; the outcome depends on their sum."""
     table_VD = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     law = dsl.ExactDenoiser(table_VD, torch.tensor([[0, 0], [1, 1]]))
-    pairs, traces = [], []
-    for first, second in ((1.5, -0.5), (0.5, -1.5), (1.0, -1.0), (0.25, -1.0)):
-        z_L = torch.tensor([first, second], dtype=torch.float64)
-        start = State.from_tokens(
-            table_VD,
-            (z_L > 0).long().expand(ROWS, -1),
-            torch.zeros(ROWS, 2),
-            z_L.abs().expand(ROWS, -1),
-        )
-        drawn = dsl.sample(law, FINE, start, budget=201, seed=seed, recorders=[Trace()])
+    figure, (axes,) = _figure(1)
+    axis = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    posterior = torch.sigmoid(2 * (axis[:, None] + axis[None]))
+    shown = axes.contourf(axis, axis, posterior, levels=21, cmap="coolwarm")
+    figure.colorbar(shown, label="p(11 | z)")
+    axes.set(xlabel="z of the first token", ylabel="z of the second", title="two bits, 00 or 11")
+    pairs = []
+    for pair in ((1.5, -0.5), (0.5, -1.5), (1.0, -1.0), (0.25, -1.0)):
+        z_L = torch.tensor(pair, dtype=torch.float64)
+        tokens_BL, gamma_BL = ((z_L > 0).long().expand(ROWS, -1), z_L.abs().expand(ROWS, -1))
+        start = State.from_tokens(table_VD, tokens_BL, torch.zeros(ROWS, 2), gamma_BL)
+        drawn = _recorded(law, FINE, start, 201, seed)
         ones_B = (drawn.tokens_BL == 1).all(1)
         pairs.append(
             {
-                "z": [first, second],
+                "z": list(pair),
                 "share_valid": judge(law, drawn.tokens_BL)["share_valid"],
                 "share_11": float(ones_B.double().mean()),
                 "share_exact": float(torch.sigmoid(2 * z_L.sum())),
             }
         )
-        traces.append(drawn.recorded["trace"].squeeze(-1))
-    figure, (axes,) = _figure(1)
-    axis = torch.linspace(-4, 4, 161, dtype=torch.float64)
-    field = torch.sigmoid(2 * (axis[:, None] + axis[None]))
-    shown = axes.contourf(axis, axis, field, levels=21, cmap="coolwarm")
-    figure.colorbar(shown, label="p(11 | z)")
-    for trace_TL in traces:
-        inside_T = (trace_TL.abs() <= 4).all(1).cummin(0).values
-        axes.plot(*trace_TL[inside_T].T, color="black", linewidth=0.8)
-        axes.plot(*trace_TL[0], "o", color="black")
-    axes.set(xlabel="z of the first token", ylabel="z of the second", title="two bits, 00 or 11")
+        z_TL = drawn.recorded["evidence"].squeeze(-1)
+        inside_T = (z_TL.abs() <= 4).all(1).cummin(0).values
+        axes.plot(*z_TL[inside_T].T, color="black", linewidth=0.8)
+        axes.plot(*z_TL[0], "o", color="black")
     return {"figure": _save(figure, out, "two_bit.png"), "pairs": pairs}
 
 
 def windows(out: Folder, seed: int) -> dict[str, Any]:
-    """Draw windows of real text, of a law that knows no others, along every path.
+    """Draw windows of real text along each path, from a law that knows only these windows.
 
-    A path that reveals several tokens of one posterior at a time draws them apart, and they need
-    not belong together; one that raises the SNR of all of them settles them together.
+    A path that reveals several tokens of one posterior draws them independently, and they need not
+    belong together; one that raises the SNR of all tokens settles them together.
     """
-    texts_SL = _windows(WINDOWS, WINDOW, seed)
+    texts_SL = _windows(seed)
     table_VD = torch.randn(len(ALPHABET), 16, generator=torch.Generator().manual_seed(seed))
     law = dsl.ExactDenoiser(F.normalize(table_VD, dim=-1), texts_SL)
-    rows = ROWS // 4
-    drawn = [
-        {"path": name, "calls": calls, **_distinct(law, _draw(law, path, calls, rows, seed))}
-        for calls in (WINDOW // 4, WINDOW // 2, WINDOW)
-        for name, path in _paths(calls).items()
-    ]
+    rows, drawn = ROWS // 4, []
     figure, (axes,) = _figure(1)
-    for name in _paths(WINDOW):
-        shares = [(row["calls"], row["share_valid"]) for row in drawn if row["path"] == name]
-        axes.plot(*zip(*shares, strict=True), "o-", label=name)
+    for name, path_of in PATHS.items():
+        calls = (WINDOW // 4, WINDOW // 2, WINDOW)
+        found = [_known(law, _drawn(law, path_of(budget), budget, rows, seed)) for budget in calls]
+        axes.plot(calls, [row["share_valid"] for row in found], "o-", label=name)
+        drawn += [
+            {"path": name, "calls": budget, **row} for budget, row in zip(calls, found, strict=True)
+        ]
     axes.set(xlabel=f"calls for {WINDOW} letters", ylabel="share of windows that the law knows")
     axes.set(ylim=(0, 1.05), title=f"{len(texts_SL)} windows of text, their exact posterior")
     axes.legend(fontsize="x-small")
-    # Of as many perfect draws.
-    expected = len(texts_SL) * (1 - (1 - 1 / len(texts_SL)) ** rows)
     return {
         "figure": _save(figure, out, "windows.png"),
         "drawn": drawn,
         "rows": rows,
-        "distinct_if_exact": expected,
+        "distinct_if_exact": len(texts_SL) * (1 - (1 - 1 / len(texts_SL)) ** rows),
     }
 
 
 TOYS: Mapping[str, Callable[[Folder, int], dict[str, Any]]] = MappingProxyType(
     {"cyclic": cyclic, "two_bit": two_bit, "windows": windows}
+)
+# The paths of `windows` by their number of calls.
+PATHS: Mapping[str, Callable[[int], Path]] = MappingProxyType(
+    {
+        "masked": lambda calls: Masked(),
+        "remask": lambda calls: Remask(rule="cap", eta=0.04),
+        "hybrid": lambda calls: Hybrid(
+            SentenceSDE(gamma_max=8.0), Masked(), (calls // 2, calls - calls // 2)
+        ),
+        "sentence_sde": lambda calls: SentenceSDE(gamma_max=16.0),
+    }
 )
 
 
@@ -196,44 +188,32 @@ def judge(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
     }
 
 
-def _windows(count: int, length: int, seed: int) -> Tensor:
+def _recorded(
+    law: dsl.ExactDenoiser, path: Path, start: State, budget: int, seed: int
+) -> dsl.Sample:
+    return dsl.sample(law, path, start, budget=budget, seed=seed, recorders=[EvidenceRecorder()])
+
+
+def _windows(seed: int) -> Tensor:
     """``[S, L]`` distinct windows of the embedded text, in letters and spaces."""
     letters = "".join(c if c in ALPHABET else " " for c in "\n".join(embedded()).lower())
     text = " ".join(letters.split())
-    places = torch.randperm(len(text) - length, generator=torch.Generator().manual_seed(seed))
-    found = {text[place : place + length] for place in places[: 2 * count].tolist()}
-    return torch.tensor([[ALPHABET.index(c) for c in line] for line in sorted(found)[:count]])
+    starts = torch.randperm(len(text) - WINDOW, generator=torch.Generator().manual_seed(seed))
+    found = {text[start : start + WINDOW] for start in starts[: 2 * WINDOWS].tolist()}
+    return torch.tensor([[ALPHABET.index(c) for c in line] for line in sorted(found)[:WINDOWS]])
 
 
-def _paths(calls: int) -> dict[str, Path]:
-    half = calls // 2
-    soft = SentenceSDE(gamma_max=8.0)
-    return {
-        "masked": Masked(),
-        "remask": Remask(rule="cap", eta=0.04),
-        "hybrid": Hybrid(soft, Masked(), (half, calls - half)),
-        "sentence_sde": SentenceSDE(gamma_max=16.0),
-    }
-
-
-def _draw(law: dsl.ExactDenoiser, path: Path, calls: int, rows: int, seed: int) -> Tensor:
-    """``[B, L]`` tokens, a part of the rows at a time: the law compares each with all it knows."""
-    length, dim = law.sequences_SL.shape[1], law.table_VD.shape[1]
-    parts = [
-        dsl.sample(
-            law,
-            path,
-            State.masked(min(AT_ONCE, rows - first), length, dim),
-            budget=calls,
-            seed=seed,
-            first_row=first,
-        ).tokens_BL
-        for first in range(0, rows, AT_ONCE)
-    ]
+def _drawn(law: dsl.ExactDenoiser, path: Path, calls: int, rows: int, seed: int) -> Tensor:
+    """``[B, L]`` tokens."""
+    parts = []
+    for first in range(0, rows, BATCH):
+        state = State.masked(min(BATCH, rows - first), WINDOW, law.table_VD.shape[1])
+        part = dsl.sample(law, path, state, budget=calls, seed=seed, first_row=first)
+        parts.append(part.tokens_BL)
     return torch.cat(parts)
 
 
-def _distinct(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
+def _known(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
     known_B = (tokens_BL[:, None] == law.sequences_SL).all(-1).any(1)
     return {
         "share_valid": float(known_B.double().mean()),
@@ -242,22 +222,20 @@ def _distinct(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * panels, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def _plane(axes: Axes, drawn: dsl.Sample, letters: str, title: str) -> None:
-    """Each token's way in the plane, to the letter that it becomes."""
-    trace_TLD = drawn.recorded["trace"]
-    reach = float(trace_TLD.norm(dim=-1).max())
+    """The z of each token in the plane from call to call, and the letter that it becomes."""
+    z_TLD = drawn.recorded["evidence"]
+    reach = float(z_TLD.norm(dim=-1).max())
     text = "".join(letters[token] for token in drawn.tokens_BL[0].tolist())
-    for position in range(trace_TLD.shape[1]):
-        axes.plot(*trace_TLD[:, position].T, linewidth=1, label=f"token {position + 1}")
-        axes.plot(*trace_TLD[0, position], "o", color="black", markersize=3)
+    for position in range(z_TLD.shape[1]):
+        axes.plot(*z_TLD[:, position].T, linewidth=1, label=f"token {position + 1}")
+        axes.plot(*z_TLD[0, position], "o", color="black", markersize=3)
     for index, letter in enumerate(letters):
         angle = 2 * math.pi * index / len(letters)
         place = (1.1 * reach * math.cos(angle), 1.1 * reach * math.sin(angle))
@@ -271,8 +249,7 @@ def _shares(axes: Axes, corrected: list[dict[str, Any]]) -> None:
     labels = [f"SNR {row['snr']:g}\n{row['calls']} calls" for row in corrected]
     for shift, name in ((-0.3, "valid"), (0, "original"), (0.3, "exact")):
         places = [index + shift for index in range(len(corrected))]
-        heights = [row[f"share_{name}"] for row in corrected]
-        axes.bar(places, heights, 0.28, label=name)
+        axes.bar(places, [row[f"share_{name}"] for row in corrected], 0.28, label=name)
     axes.set_xticks(range(len(corrected)), labels, fontsize="x-small")
     axes.set(title=f"{GARBLED}: a rotation, the original, and its exact share", ylim=(0, 1.1))
     axes.legend(fontsize="x-small", loc="upper center", ncols=3)

@@ -1,0 +1,102 @@
+"""Time and peak memory of procedures that are compared with each other.
+
+Shapes: R rounds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infra import parallel
+from infra.errors import InfraError
+
+GIB = 2**30
+STATUS = Path("/proc/self/status")
+MATMUL = 2048  # rows and columns
+
+Procedure = Callable[[int], object]  # takes the number of the round, counted from 0
+
+
+def interleaved(
+    procedures: Mapping[str, Procedure], rounds: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Seconds ``[R]`` of each procedure.
+
+    Every round runs all procedures once, so a machine that slows down slows all of them alike. A
+    warm-up round comes first and is not counted.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in procedures}
+    for number in range(-1, rounds):
+        for name, procedure in procedures.items():
+            _synchronize(device)
+            began = time.perf_counter()
+            procedure(max(number, 0))
+            _synchronize(device)
+            spent[name].append(time.perf_counter() - began)
+    return {name: np.array(seconds[1:]) for name, seconds in spent.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Matmul:
+    """A square matrix product in the dtype of training: the fastest arithmetic of this device."""
+
+    flops = 2 * MATMUL**3
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = parallel.ParallelConfig().dtype(device)
+        self.factor = torch.randn(MATMUL, MATMUL, device=device).to(dtype)
+
+    def __call__(self, number: int) -> torch.Tensor:
+        return self.factor @ self.factor
+
+
+def peak_gib(procedure: Callable[..., object], *arguments: Any) -> float:
+    """Peak memory of `procedure(*arguments)` in a fresh process, in GiB.
+
+    On a GPU it is the GPU's memory, otherwise that of the whole process with its libraries.
+    procedure: defined at the top level of a module, so that the process can import it.
+    Raises InfraError if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(sender, procedure, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() / GIB
+    except EOFError:
+        process.join()
+        why = f"ended with {process.exitcode} while its memory was measured"
+        fix = "Free some memory or take smaller sizes"
+        raise InfraError(procedure.__module__, why, fix) from None
+    finally:
+        process.join()
+
+
+def _measured(sender: Any, procedure: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    with parallel.flushed():
+        procedure(*arguments)
+    cuda = torch.cuda.is_available()
+    sender.send(torch.cuda.max_memory_allocated() if cuda else _peak_bytes())
+
+
+def _peak_bytes() -> int:
+    # On Linux, getrusage also counts the parent's memory, from between fork and exec.
+    if STATUS.exists():
+        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,1 @@
+"""Examples whose answers are known exactly: `python pipelines/generate.py toy=NAME`."""
