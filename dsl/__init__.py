@@ -7,6 +7,7 @@ otherwise MKL's last bit depends on where operands lie in memory.
 
 from dsl import calibration, likelihood, paths, recorders
 from dsl.backbone import DiT, DiTConfig
+from dsl.chain import ChainDenoiser
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.errors import PathError, TextError, VocabularyError, WeightsError
 from dsl.exact import ExactDenoiser
@@ -18,6 +19,7 @@ from dsl.vocabulary import Vocabulary
 from dsl.weights import load, save
 
 __all__ = [
+    "ChainDenoiser",
     "Denoiser",
     "DenoiserConfig",
     "DiT",
