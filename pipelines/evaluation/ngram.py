@@ -13,13 +13,16 @@ import numpy as np
 class Order(NamedTuple):
     """What the text says of n-grams of one order: ids of several tokens are digits of one number.
 
-    `gram_G` and `context_H` are sorted. A context was followed by `total_H` tokens, of `types_H`
-    different kinds.
+    `gram_G` and `context_H` are sorted, so the n-grams of a context lie side by side from `first_H`
+    on; `before_G` counts all that lie before each. A context was followed by `total_H` tokens, of
+    `types_H` different kinds.
     """
 
     gram_G: np.ndarray
     count_G: np.ndarray
+    before_G: np.ndarray
     context_H: np.ndarray
+    first_H: np.ndarray
     total_H: np.ndarray
     types_H: np.ndarray
 
@@ -69,7 +72,7 @@ class NGram:
         """Texts ``[rows, length]`` of the model itself, int64.
 
         A token is drawn from its longest context's counts with probability
-        ``total / (total + types)`` and else from the next shorter one's, which is the mixture above.
+        ``total / (total + types)`` and else from the next shorter one's: the mixture above.
         """
         generator = np.random.default_rng(seed)
         texts_BL = np.zeros((rows, length), np.int64)
@@ -84,14 +87,12 @@ class NGram:
                 total_B = np.where(order.context_H[at_B] == context_B, order.total_H[at_B], 0)
                 weight_B = total_B + order.types_H[at_B]
                 taken_B = open_B & (generator.random(rows) * weight_B < total_B)
-                # The k-th continuation of a context, for k uniform: its grams lie side by side.
-                before_B = np.searchsorted(order.gram_G, context_B * self.vocabulary)
-                cumulative_G = np.concatenate([[0], np.cumsum(order.count_G)])
-                nth_B = cumulative_G[before_B] + generator.integers(np.maximum(total_B, 1))
-                gram_B = order.gram_G[
-                    np.minimum(np.searchsorted(cumulative_G, nth_B, "right"), len(order.gram_G)) - 1
-                ]
-                texts_BL[:, place] = np.where(taken_B, gram_B % self.vocabulary, texts_BL[:, place])
+                # Any of the occurrences of the context, each alike.
+                nth_B = generator.integers(np.maximum(total_B, 1))
+                nth_B += order.before_G[order.first_H[at_B]]
+                gram_B = order.gram_G[np.searchsorted(order.before_G, nth_B, "right") - 1]
+                token_B = gram_B % self.vocabulary
+                texts_BL[:, place] = np.where(taken_B, token_B, texts_BL[:, place])
                 open_B &= ~taken_B
         return texts_BL
 
@@ -100,7 +101,15 @@ class NGram:
         context_H, first_H, types_H = np.unique(
             gram_G // self.vocabulary, return_index=True, return_counts=True
         )
-        return Order(gram_G, count_G, context_H, np.add.reduceat(count_G, first_H), types_H)
+        return Order(
+            gram_G=gram_G,
+            count_G=count_G,
+            before_G=np.cumsum(count_G) - count_G,
+            context_H=context_H,
+            first_H=first_H,
+            total_H=np.add.reduceat(count_G, first_H),
+            types_H=types_H,
+        )
 
     def _grams(self, tokens_NL: np.ndarray, n: int) -> np.ndarray:
         """The n-gram that ends at each position from n - 1 on, ``[N, L - n + 1]``."""
