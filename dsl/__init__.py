@@ -5,6 +5,7 @@ texts that docstrings cite: 000, 003 and 004.
 """
 
 from dsl import calibration, likelihood, paths, recorders
+from dsl.chain import ChainDenoiser
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiT, DiTConfig
 from dsl.errors import PathError, TextError, VocabularyError, WeightsError
@@ -17,6 +18,7 @@ from dsl.vocabulary import Vocabulary
 from dsl.weights import load, save
 
 __all__ = [
+    "ChainDenoiser",
     "Denoiser",
     "DenoiserConfig",
     "DiT",

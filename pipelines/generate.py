@@ -55,7 +55,7 @@ class GenerateConfig:
     """
 
     model: str | None = None
-    toy: Literal["cyclic", "two_bit", "windows"] | None = None
+    toy: Literal["cyclic", "two_bit", "windows", "chain"] | None = None
     text: str = ""
     input: str | None = None
     mode: Mode = "infill"

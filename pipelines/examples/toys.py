@@ -25,6 +25,7 @@ from dsl.posterior import Posterior
 from dsl.state import State
 from infra.storage import Folder
 from pipelines.corpus import embedded
+from pipelines.examples import chain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,7 +157,7 @@ def windows(out: Folder, seed: int) -> dict[str, Any]:
 
 
 TOYS: Mapping[str, Callable[[Folder, int], dict[str, Any]]] = MappingProxyType(
-    {"cyclic": cyclic, "two_bit": two_bit, "windows": windows}
+    {"cyclic": cyclic, "two_bit": two_bit, "windows": windows, "chain": chain.certify}
 )
 # The paths of `windows` by their number of calls.
 PATHS: Mapping[str, Callable[[int], Path]] = MappingProxyType(

@@ -1,0 +1,91 @@
+"""The likelihood of a text under the very procedure that would draw it by unmasking.
+
+A path that reveals every token once and decides by the posterior alone where to reveal next gives
+each text one order, so the probability of the text is the product of its reveals' probabilities
+(arXiv 2603.01367). No bound and no integral: what the sampler draws has exactly this law.
+
+Shapes: B rows, L positions, N asked positions (flat, in [0, B·L)), R rows.
+"""
+
+import torch
+from torch import Tensor
+
+from dsl.likelihood import Estimate
+from dsl.paths import Path
+from dsl.posterior import Denoises, Posterior
+from dsl.sampling import sample
+from dsl.state import State
+
+
+def estimate(
+    denoiser: Denoises, tokens_BL: Tensor, path: Path, *, budget: int, seed: int, first_row: int = 0
+) -> Estimate:
+    """``-log P(text)`` under `dsl.sample` along ``path``, in nats per token.
+
+    Exact, with a standard error of 0, where the path is deterministic (`Order` by keys or from
+    left to right, `EntropyBounded`). A path that draws its order (`Masked`, `Order("random")`) is a
+    mixture over orders: the one drawn by the key gives an upper bound in expectation.
+
+    Args:
+        tokens_BL: the texts, ids in [0, V).
+        budget: denoiser calls, as for `dsl.sample`: several tokens of one call are drawn apart, and
+            the procedure's own probability says so.
+
+    Raises:
+        ValueError: the path passes through finite SNR or hides a token that it has revealed.
+    """
+    told = _Told(denoiser, tokens_BL)
+    rows, length = tokens_BL.shape
+    start = State.masked(rows, length, denoiser.table_VD.shape[1])
+    sample(told, path, start, budget=budget, seed=seed, first_row=first_row)
+    return Estimate(told.nats_BL.mean(1).cpu(), torch.zeros(rows, dtype=torch.float64))
+
+
+class _Told:
+    """A denoiser whose draws are the tokens of a given text; it adds up what they cost."""
+
+    def __init__(self, denoiser: Denoises, tokens_BL: Tensor) -> None:
+        self.denoiser = denoiser
+        self.tokens_BL = tokens_BL.to(denoiser.table_VD.device, torch.int64)
+        self.nats_BL = torch.zeros_like(self.tokens_BL, dtype=torch.float64)
+        self.drawn_BL = torch.zeros_like(self.tokens_BL, dtype=torch.bool)
+
+    @property
+    def table_VD(self) -> Tensor:
+        return self.denoiser.table_VD
+
+    def __call__(self, state: State) -> Posterior:
+        return _ToldPosterior(self, self.denoiser(state))
+
+    def draw(self, posterior: Posterior, at_N: Tensor) -> Tensor:
+        if (posterior.state.gamma_BL.flatten()[at_N] != 0).any():
+            raise ValueError("the path passes through finite SNR, whose noise has no likelihood")
+        if self.drawn_BL.flatten()[at_N].any():
+            raise ValueError("the path reveals a token twice, so its texts have no single order")
+        tokens_N = self.tokens_BL.flatten()[at_N]
+        log_probs_N = posterior.log_probs_at(at_N).gather(1, tokens_N[:, None]).squeeze(1)
+        self.nats_BL.view(-1)[at_N] = -log_probs_N.double()
+        self.drawn_BL.view(-1)[at_N] = True
+        return tokens_N
+
+
+class _ToldPosterior(Posterior):
+    """A posterior of the whole batch whose draws are told. What it says is unchanged."""
+
+    def __init__(self, told: _Told, posterior: Posterior) -> None:
+        super().__init__(posterior.state, posterior.table_VD)
+        self.told = told
+        self.posterior = posterior
+
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self.posterior._log_probs_unrevealed(at_N)
+
+    def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self.posterior._probs_unrevealed(at_N)
+
+    def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
+        return self.told.draw(self.posterior, at_N)
+
+    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
+        assert isinstance(fresh, _ToldPosterior)
+        return _ToldPosterior(self.told, self.posterior.with_rows(state, rows_R, fresh.posterior))
