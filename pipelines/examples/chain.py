@@ -1,7 +1,7 @@
 """Samplers on trial before an exact judge: a Markov chain fitted to real text.
 
-The denoiser is exact, so whatever a sampler's texts lack is the sampler's own error in few calls: no
-network and no judge has a part in it (compare arXiv 2602.19619).
+The denoiser is exact, so whatever a sampler's texts lack is the sampler's own error in few calls:
+no network and no judge has a part in it (compare arXiv 2602.19619).
 
 Shapes: B rows, L positions, V tokens.
 """
