@@ -39,6 +39,10 @@ class Sweep(runs.Task):
 
     free = ("existing", "register", "concurrent", "tracking.", "finetune.workers.cluster.")
 
+    def stands(self, result: Mapping[str, Any]) -> bool:
+        name = self.config.register
+        return name is None or f"models:/{name}/" in str(result.get("model_uri"))
+
     def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
         return read_manifest(self.config.data), {"parent_model": self.config.finetune.init}
 

@@ -25,8 +25,9 @@ def test_a_rank(undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost) 
         again_s = run.recovered(step, when)
         cost("a rank dies before the first checkpoint", f"{step} steps, redone", again_s)
 
+        run.until(lambda: run.checkpoints)
         when, step, torn = kill_in_a_write(run)
-        lost = f"that checkpoint; {step - max(run.checkpoints, default=0)} steps, redone"
+        lost = f"that checkpoint; {step - max(run.checkpoints)} steps, redone"
         assert not (torn / "commit.json").exists()
         cost("a rank dies while a checkpoint is written", lost, run.recovered(step, when))
         assert run.wait() == 0, run.said

@@ -106,6 +106,9 @@ def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
     monkeypatch.setattr(preemption, "ASK_S", 0.01)
     before = signal.getsignal(signal.SIGTERM)
 
+    def refuse(folder: Folder, name: str) -> bool:
+        raise InfraError(folder.url, "does not answer")
+
     def twice() -> None:
         assert not stop_requested(run)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -116,6 +119,8 @@ def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
     with pytest.raises(Terminated), stoppable(run):
         twice()
     assert answers == []
+    assert not stop_requested(run)
+    monkeypatch.setattr(Folder, "exists", refuse)
     assert not stop_requested(run)
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def test_a_server_that_was_away_gets_the_winner_from_the_same_command(
         "alias_uri": "models:/tried@candidate",
     }
     assert json.loads(kept.read_text()) == second == sweep.execute(config)
+    renamed = sweep.execute(replace(config, register="other"))
+    assert renamed["model_uri"] == "models:/other/1"
     client = connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (version,) = client.search_model_versions("name = 'tried'")
     assert version.tags["sweep_run"] == second["run_id"]
