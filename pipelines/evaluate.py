@@ -63,15 +63,15 @@ def _execute(config: EvaluateConfig, held: Held) -> dict[str, Any]:
         return _finished(folder, origins)
     rows = preparation.rows(config)
     with runs.beginning(folder, config, "evaluate"):
-        evaluation = preparation.prepare(config, folder, origins, rows, uri)
+        survey = preparation.prepare(config, folder, origins, rows, uri)
         handle = runs.start(config, "evaluate", rows.manifest, _lineage(origins))
     say(f"run {folder.url}; metrics: {tracking.page(handle)}")
     with runs.ending(handle):
-        costs = engine.measure(evaluation)
+        costs = engine.measure(survey)
         held.lease.confirm()
-        decision = promotion.decide(evaluation, folder, origins, uri)
+        decision = promotion.decide(survey, folder, origins, uri)
         spent = engine.time_table(costs, wall=time.monotonic() - began, config=config)
-        made, metrics = report(evaluation, decision, spent)
+        made, metrics = report(survey, decision, spent)
         handle = runs.publish(folder, handle, made.files(), metrics)
     _show(made)
     result = {

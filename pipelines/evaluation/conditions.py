@@ -52,11 +52,6 @@ class AtSNR:
 Condition = Revealed | AtSNR
 
 
-def slug(condition: Condition) -> str:
-    """The name of a condition as that of a folder."""
-    return condition.name.replace(" ", "-")
-
-
 def shown(
     denoiser: Denoiser, tokens_BL: Tensor, condition: Condition, *, seed: int, first_row: int
 ) -> tuple[Tensor, State]:

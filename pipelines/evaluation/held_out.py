@@ -6,6 +6,7 @@ Shapes: N rows, L positions, T tokens of a text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,6 +29,11 @@ class HeldOut:
     rows_NL: np.ndarray
     unigram: Unigram
     words: frozenset[str]
+
+    @cached_property
+    def bytes_N(self) -> np.ndarray:
+        """UTF-8 bytes that each row stands for."""
+        return metrics.text_bytes(self.rows_NL, self.vocabulary)
 
 
 def read(url: str, split: str, rows: int, *, corpus_rows: int, seed: int) -> HeldOut:

@@ -1,7 +1,7 @@
-"""What an evaluation has found out so far: Parquet files in its run directory, one for each job.
+"""What an evaluation has measured so far: Parquet files in its run directory.
 
-A part appears whole or not at all and its name says what is in it, so the parts that are there
-are all the state that an evaluation has: after a kill, the missing ones are made.
+A part appears whole or not at all, and its name says what is in it. The parts are all the state
+that an evaluation has: after a kill, the missing ones are made.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,23 +49,21 @@ class Parts:
 
     def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a group as one table, in the order of their numbers."""
-        tables = self._each(group, lambda first: self._table(group, first, columns))
+        tables = self._each(group, columns)
         return pa.concat_tables(table.replace_schema_metadata() for table in tables)
-
-    def one(self, group: str, first: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A single part."""
-        return self._table(group, first, columns)
 
     def notes(self, group: str) -> list[dict[str, Any]]:
         """What is to be known of each part of a group."""
-        tables = self._each(group, lambda first: self._table(group, first, []))
+        tables = self._each(group, [])
         return [json.loads(table.schema.metadata[NOTES]) for table in tables]
 
-    def _each(self, group: str, read: Any) -> list[pa.Table]:
+    def _each(self, group: str, columns: Sequence[str] | None) -> list[pa.Table]:
         with ThreadPoolExecutor(READERS) as pool:
+            read = partial(self.one, group, columns=columns)
             return list(pool.map(read, sorted(self.present(group))))
 
-    def _table(self, group: str, first: int, columns: Sequence[str] | None) -> pa.Table:
+    def one(self, group: str, first: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A single part; DataError for a file that is none."""
         name = f"{group}/{first:08d}{SUFFIX}"
         content = io.BytesIO(self.folder.read_bytes(name))
         try:

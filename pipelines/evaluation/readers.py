@@ -1,12 +1,18 @@
-"""Models that read the texts of others: strangers from the hub, and our own as stand-ins."""
+"""Models that read the texts of others: from the Hugging Face hub, and our own as stand-ins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pipelines.models import Model
+import numpy as np
+import torch
+
+from dsl.denoiser import Denoiser
+from pipelines import models
+from pipelines.evaluation import hub
+from pipelines.models import ConverterConfig, Model
 
 # From the address of one of our own models to the model, which speaks the data's vocabulary.
 OpenModel = Callable[[str], Model]
@@ -22,6 +28,9 @@ class HubReader:
     batch: int = 8
     kind: Literal["hub"] = "hub"
 
+    head: ClassVar[hub.Head]
+    where: ClassVar[str]  # the dotted path of `model` in the configuration
+
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 2), ("batch", 1)):
             if getattr(self, name) < least:
@@ -34,6 +43,13 @@ class HubReader:
     def addresses(self) -> tuple[str, ...]:
         """The models of our own that it opens."""
         return ()
+
+    def check(self, uri: str) -> None:
+        """Have the model on this machine, or say what to do; see `hub.check`."""
+        hub.check(self.model, self.head, max_tokens=self.max_tokens, where=self.where)
+
+    def open(self, device: torch.device | str) -> hub.Opened:
+        return hub.open(self.model, self.head, device, where=self.where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +72,20 @@ class OwnReader:
     def addresses(self) -> tuple[str, ...]:
         """The models of our own that it opens."""
         return (self.model,)
+
+    def check(self, uri: str) -> None:
+        """DataError or dsl.WeightsError where there is no such model, or one that cannot be used;
+        `uri` of the registry."""
+        self.require(models.load(self.model, converter=ConverterConfig(), tracking_uri=uri))
+
+    def require(self, model: Model) -> None:
+        """DataError for a model that cannot be used."""
+
+    def open(self, device: torch.device | str, open_model: OpenModel) -> Denoiser:
+        model = open_model(self.model)
+        self.require(model)
+        return model.denoiser.to(device).eval()
+
+    def batches(self, tokens_NL: np.ndarray) -> Iterator[torch.Tensor]:
+        """``[B, L]``, `batch` rows at a time."""
+        yield from torch.from_numpy(tokens_NL.astype(np.int64)).split(self.batch)

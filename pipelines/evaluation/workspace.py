@@ -19,13 +19,14 @@ from pipelines.models import Model
 if TYPE_CHECKING:
     from pipelines.evaluation.settings import EvaluateConfig
 
+WORDS = "parts/words"  # the group of parts that holds those of the training split
 MODELS = "models"  # of the run directory: the weights as they were when the evaluation began
 
 
 class Workspace:
-    """Opens what a task asks for, and keeps it for the next one.
+    """Opens what a part needs, and keeps it for the next one.
 
-    Tasks of one model come one after another, so only one model is kept.
+    Parts of one model come one after another, so only one model is kept.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -35,7 +36,6 @@ class Workspace:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._opened: tuple[str, Model] | None = None
         self._readers: dict[HubReader | OwnReader, Any] = {}
-        self._sets: dict[tuple[str, str], frozenset[Any]] = {}
 
     def model(self, name: str) -> Model:
         """One of the evaluation's models, on the device."""
@@ -50,12 +50,10 @@ class Workspace:
             self._readers[reader] = reader.load(self.device, lambda own: self._open(copied(own)))
         return self._readers[reader]
 
-    def distinct(self, group: str, column: str) -> frozenset[Any]:
-        """The different values of a column of a group, read once."""
-        if (group, column) not in self._sets:
-            values = self.parts.read(group, [column])[column].to_pylist()
-            self._sets[group, column] = frozenset(values)
-        return self._sets[group, column]
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Those of the training split."""
+        return frozenset(self.parts.read(WORDS)["word"].to_pylist())
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Held-out rows ``[B, L]``, the same for every model."""

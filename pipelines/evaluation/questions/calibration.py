@@ -1,6 +1,6 @@
 """How far a model's confidence is from its accuracy, at each SNR of the states.
 
-Shapes: B rows of a task, L positions, K bins of confidence.
+Shapes: B rows of a part, L positions, K bins of confidence.
 """
 
 from __future__ import annotations
@@ -16,21 +16,15 @@ from torch import Tensor
 from dsl.calibration import calibration
 from dsl.denoiser import Denoiser
 from pipelines.evaluation.conditions import AtSNR
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.parts import matrix
-from pipelines.evaluation.question import Columns, Drawn, Question, Task, tasks_of_rows
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
+from pipelines.kinds import ModelKind
 from pipelines.report import Column, Row, Rows, Table
 from pipelines.report.plots import reliability
 
 BINS = ("count", "confidence", "right")
-TABLE = (
-    Column("model", "Model"),
-    Column("state", "State"),
-    Column("ece", "ECE", ".4f"),
-    Column("accuracy_of_all", "Accuracy", ".4f"),
-    Column("confidence_of_all", "Confidence", ".4f"),
-)
 
 
 def binned(
@@ -47,54 +41,50 @@ def binned(
     }
 
 
-def _group(model: str) -> str:
-    return f"parts/calibration/{model}"
+class Calibration(RowQuestion):
+    name, title = "calibration", "Calibration under teacher forcing"
+    text = (
+        "The likeliest token at every position, in ten bins of equal width. ECE: expected "
+        "calibration error."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("state", "State"),
+        Column("ece", "ECE", ".4f"),
+        Column("accuracy_of_all", "Accuracy", ".4f"),
+        Column("confidence_of_all", "Confidence", ".4f"),
+    )
 
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        if not kind.finite_snr or not config.states.gammas:
+            return {}
+        return {"": partial(binned, gammas=config.states.gammas, seed=config.seed)}
 
-class Calibration(Question):
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        config = evaluation.config
-        if subject.trained_as.finite_snr and config.states.gammas:
-            measure = partial(binned, gammas=config.states.gammas, seed=config.seed)
-            yield from tasks_of_rows(evaluation, subject.name, _group(subject.name), measure)
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        if not self.asked(survey.config, subject.trained_as):
+            return
+        parts = survey.parts.read(self.group(subject.name))
+        for gamma in survey.config.states.gammas:
+            of_gamma = parts.filter(pc.equal(parts["gamma"], gamma))
+            count_K, sure_K, right_K = (matrix(of_gamma[key], np.float64).sum(0) for key in BINS)
+            filled_K, empty_K = np.maximum(count_K, 1), count_K == 0
+            yield {
+                "model": subject.name,
+                "state": AtSNR(snr=gamma).name,
+                "gamma": gamma,
+                "ece": float(np.abs(right_K - sure_K).sum() / count_K.sum()),
+                "accuracy_of_all": float(right_K.sum() / count_K.sum()),
+                "confidence_of_all": float(sure_K.sum() / count_K.sum()),
+                "count": count_K.tolist(),
+                "confidence": _or_none(sure_K / filled_K, empty_K),
+                "accuracy": _or_none(right_K / filled_K, empty_K),
+            }
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        made = Table(
-            title="Calibration under teacher forcing",
-            note="The likeliest token at every position, in ten bins of equal width. ECE: expected "
-            "calibration error.",
-            columns=TABLE,
-            rows=[row for subject in evaluation.subjects for row in _rows(evaluation, subject)],
-        )
-        return {"calibration": made}
-
-    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
         return {"ece": ece(tables["calibration"].rows)}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         return [("reliability", "Reliability by SNR", reliability(tables["calibration"].rows))]
-
-
-def _rows(evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-    gammas = evaluation.config.states.gammas
-    if not subject.trained_as.finite_snr or not gammas:
-        return
-    parts = evaluation.parts.read(_group(subject.name))
-    for gamma in gammas:
-        of_gamma = parts.filter(pc.equal(parts["gamma"], gamma))
-        count_K, sure_K, right_K = (matrix(of_gamma[key], np.float64).sum(0) for key in BINS)
-        filled_K, empty_K = np.maximum(count_K, 1), count_K == 0
-        yield {
-            "model": subject.name,
-            "state": AtSNR(snr=gamma).name,
-            "gamma": gamma,
-            "ece": float(np.abs(right_K - sure_K).sum() / count_K.sum()),
-            "accuracy_of_all": float(right_K.sum() / count_K.sum()),
-            "confidence_of_all": float(sure_K.sum() / count_K.sum()),
-            "count": count_K.tolist(),
-            "confidence": _or_none(sure_K / filled_K, empty_K),
-            "accuracy": _or_none(right_K / filled_K, empty_K),
-        }
 
 
 def _or_none(values_K: np.ndarray, empty_K: np.ndarray) -> list[float | None]:

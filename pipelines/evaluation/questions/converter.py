@@ -1,6 +1,6 @@
 """How much of the evidence the converter lets through to the backbone, at each SNR of the states.
 
-Shapes: B rows of a task, L positions, D table dimension, N tokens.
+Shapes: B rows of a part, L positions, D table dimension, N tokens.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ import torch
 from torch import Tensor
 
 from dsl.denoiser import Denoiser
-from pipelines.evaluation.conditions import AtSNR, shown, slug
-from pipelines.evaluation.evaluation import Evaluation
+from pipelines.evaluation.conditions import AtSNR, shown
 from pipelines.evaluation.metrics import mean
-from pipelines.evaluation.question import Columns, Drawn, Question, Task, entries, tasks_of_rows
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
-from pipelines.report import Column, Table
+from pipelines.evaluation.survey import Survey
+from pipelines.kinds import ModelKind
+from pipelines.report import Column, Row, Table
 from pipelines.report.plots import CONVERTER, by_snr
-
-TABLE = (
-    Column("model", "Model"),
-    Column("state", "State"),
-    Column("converter_entropy", "Entropy, nats", ".3f"),
-    Column("mask_weight", "Weight of [MASK]", ".4f"),
-    Column("token_weight", "Weight of the token", ".4f"),
-)
 
 
 @torch.no_grad()
@@ -45,45 +38,43 @@ def reading(
     }
 
 
-def _conditions(evaluation: Evaluation, subject: Subject) -> tuple[AtSNR, ...]:
-    gammas = (0.0, *evaluation.config.states.gammas) if subject.trained_as.finite_snr else ()
-    return tuple(AtSNR(snr=gamma) for gamma in gammas)
+class Converter(RowQuestion):
+    name, title = "converter", "What the converter gives to the backbone"
+    text = (
+        "Of the mixture of input embeddings at each token: the entropy of its weights, the weight "
+        "of [MASK], which hides evidence, and that of the token which is there."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("state", "State"),
+        Column("converter_entropy", "Entropy, nats", ".3f"),
+        Column("mask_weight", "Weight of [MASK]", ".4f"),
+        Column("token_weight", "Weight of the token", ".4f"),
+    )
 
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        return {
+            condition.name: partial(reading, condition=condition, seed=config.seed)
+            for condition in _conditions(config, kind)
+        }
 
-def _group(model: str, condition: AtSNR) -> str:
-    return f"parts/converter/{model}/{slug(condition)}"
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        for condition in _conditions(survey.config, subject.trained_as):
+            read = survey.columns(self.group(subject.name, condition.name))
+            yield {
+                "model": subject.name,
+                "state": condition.name,
+                "gamma": condition.snr,
+                **entries("converter_entropy", mean(read["entropy"])),
+                **entries("mask_weight", mean(read["mask"])),
+                **entries("token_weight", mean(read["token"])),
+            }
 
-
-class Converter(Question):
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        for condition in _conditions(evaluation, subject):
-            measure = partial(reading, condition=condition, seed=evaluation.config.seed)
-            group = _group(subject.name, condition)
-            yield from tasks_of_rows(evaluation, subject.name, group, measure)
-
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        rows = []
-        for subject in evaluation.subjects:
-            for condition in _conditions(evaluation, subject):
-                read = evaluation.columns(_group(subject.name, condition))
-                row = {
-                    "model": subject.name,
-                    "state": condition.name,
-                    "gamma": condition.snr,
-                    **entries("converter_entropy", mean(read["entropy"])),
-                    **entries("mask_weight", mean(read["mask"])),
-                    **entries("token_weight", mean(read["token"])),
-                }
-                rows.append(row)
-        made = Table(
-            title="What the converter gives to the backbone",
-            note="Of the mixture of input embeddings at each token: the entropy of its weights, "
-            "the weight of [MASK], which hides evidence, and that of the token which is there.",
-            columns=TABLE,
-            rows=rows,
-        )
-        return {"converter": made}
-
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         png = by_snr(tables["converter"].rows, CONVERTER)
-        return [("converter", "What the converter gives to the backbone", png)]
+        return [("converter", self.title, png)]
+
+
+def _conditions(config: Questions, kind: ModelKind) -> list[AtSNR]:
+    gammas = (0.0, *config.states.gammas) if kind.finite_snr else ()
+    return [AtSNR(snr=gamma) for gamma in gammas]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,27 +19,24 @@ from torch import Tensor
 from dsl import likelihood
 from dsl.vocabulary import END_OF_TEXT
 from infra.errors import ConfigError, DataError
-from pipelines import models
 from pipelines.evaluation import hub, metrics
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.question import (
     Columns,
     Merit,
+    Part,
     Question,
-    Task,
+    Questions,
     entries,
-    tasks_of_texts,
+    parts_of_texts,
 )
 from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, KINDS
-from pipelines.models import ConverterConfig, Model
+from pipelines.models import Model
 from pipelines.report import Column, Row
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.settings import Questions
 
 WHERE = "judge.model"
 
@@ -84,13 +81,11 @@ class HubJudge(HubReader):
 
     batch: int = 4
 
-    def check(self, uri: str) -> None:
-        """Have the model on this machine, or say what to do; see `hub.check`."""
-        hub.check(self.model, "AutoModelForCausalLM", max_tokens=self.max_tokens, where=WHERE)
+    head: ClassVar[hub.Head] = "AutoModelForCausalLM"
+    where: ClassVar[str] = WHERE
 
     def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
-        opened = hub.open(self.model, "AutoModelForCausalLM", device, where=WHERE)
-        tokenizer, network, start = opened
+        tokenizer, network, start = self.open(device)
         _require_causal(self.model, network, start)
         marks = {start, tokenizer.eos_token_id}
         end = tokenizer.eos_token or tokenizer.decode([start])
@@ -126,21 +121,20 @@ class OwnJudge(OwnReader):
     It reads the very ids that were drawn, and every one of them counts, ends of documents too.
     """
 
-    def check(self, uri: str) -> None:
-        """DataError where the model is not autoregressive or, as may be dsl.WeightsError, where
-        there is none; `uri` of the registry."""
-        _require_ar(models.load(self.model, converter=ConverterConfig(), tracking_uri=uri))
+    def require(self, model: Model) -> None:
+        """DataError where the model is not autoregressive."""
+        if not KINDS[model.kind].causal:
+            why = f"{model.address} is a {model.kind} model, and only an {AR.name} model can judge"
+            fix = f"Pretrain one with objective={AR.name}, or take judge.kind=hub"
+            raise DataError(WHERE, why, fix)
 
     def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
-        denoiser = _require_ar(open_model(self.model)).denoiser.to(device).eval()
+        denoiser = self.open(device, open_model)
 
         def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
             rows, length = tokens_NL.shape
-            nats_N = np.empty(rows)
-            for first in range(0, rows, self.batch):
-                span = slice(first, first + self.batch)
-                tokens_BL = torch.from_numpy(tokens_NL[span].astype(np.int64))
-                nats_N[span] = likelihood.ar(denoiser, tokens_BL).mean_B.numpy() * length
+            read = (likelihood.ar(denoiser, rows_BL) for rows_BL in self.batches(tokens_NL))
+            nats_N = np.concatenate([estimate.mean_B.numpy() for estimate in read]) * length
             texts = [text.replace(END_OF_TEXT, "") for text in texts]
             bytes_N = np.array([len(text.encode()) for text in texts], np.int64)
             return Judged(nats_N, np.full(rows, length), bytes_N)
@@ -185,15 +179,6 @@ def _require_causal(model: str, network: Any, start: int) -> None:
         raise DataError(WHERE, why, "Name a causal model, such as gpt2-large")
 
 
-def _require_ar(model: Model) -> Model:
-    if not KINDS[model.kind].causal:
-        why = f"{model.address} is a {model.kind} model, and only an {AR.name} model can judge"
-        raise DataError(
-            WHERE, why, f"Pretrain one with objective={AR.name}, or take judge.kind=hub"
-        )
-    return model
-
-
 # --- the question ------------------------------------------------------------------------------
 
 
@@ -218,13 +203,13 @@ class GenerativePerplexity(OfTexts):
 
     sign: ClassVar[int] = -1
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        judged = Judged(**evaluation.columns(_group(self.source(evaluation, model))))
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        judged = Judged(**survey.columns(_group(self.source(survey, model))))
         return np.exp(ratios(judged.nats_N, judged.tokens_N, draws.rows(len(judged.nats_N))))
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
-        super().require(evaluation, candidate)
-        if evaluation.config.judge is None:
+    def require(self, survey: Survey, candidate: str) -> None:
+        super().require(survey, candidate)
+        if survey.config.judge is None:
             raise ConfigError("gate", "asks for a judge, and there is none", "Give judge, too")
 
 
@@ -240,12 +225,12 @@ class Judge(Question):
     def readers(self, config: Questions) -> Sequence[AnyJudge]:
         return (config.judge,)
 
-    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
-        measure = partial(_judged, evaluation.config.judge)
-        return tasks_of_texts(_group(source), source, texts, measure)
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
+        measure = partial(_judged, survey.config.judge)
+        return parts_of_texts(_group(source), source, texts, measure)
 
-    def of_source(self, evaluation: Evaluation, source: str) -> Row:
-        judged = Judged(**evaluation.columns(_group(source)))
+    def of_source(self, survey: Survey, source: str) -> Row:
+        judged = Judged(**survey.columns(_group(source)))
         return {
             **entries("perplexity", perplexity(judged)),
             **entries("judged_bits_per_byte", bits_per_byte(judged)),

@@ -1,15 +1,15 @@
 """How likely held-out text is to each model, by every view of the likelihood that it has.
 
-Shapes: B rows of a task, N rows, L positions, R resamples.
+Shapes: B rows of a part, N rows, L positions, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,37 +21,19 @@ from dsl.likelihood import Estimate, PathName
 from infra.errors import ConfigError
 from pipelines.evaluation import metrics
 from pipelines.evaluation.cells import UNIGRAM
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.layouts import OURS, THEIRS, published_table, with_sources
 from pipelines.evaluation.metrics import Score
-from pipelines.evaluation.question import (
-    Columns,
-    Drawn,
-    Question,
-    Task,
-    entries,
-    tasks_of_rows,
-)  # fmt: skip
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, ModelKind
 from pipelines.report import BOUND, Column, Row, Rows, Table
 from pipelines.report.plots import nll
 
-if TYPE_CHECKING:
-    from pipelines.evaluation.settings import Questions
-
 EXACT = "exact"
-TABLE = (
-    Column("model", "Model"),
-    Column("view", "View"),
-    Column("nats_per_token", "Nats per token", ".4f"),
-    Column("bits_per_byte", "Bits per byte", ".4f"),
-    Column("perplexity", "Perplexity", ".4g"),
-    Column("meaning", "Which is"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,53 +72,46 @@ class View(NamedTuple):
 
     name: str
     meaning: str
-    measure: partial[Estimate]
+    measure: Callable[..., Estimate]
     gamma_star: float | None = None
 
 
-def views(kind: ModelKind, config: LikelihoodConfig, seed: int) -> tuple[View, ...]:
+def views(kind: ModelKind, config: LikelihoodConfig, seed: int) -> list[View]:
     """The views that a kind of model has, each at all of its settings."""
-    return tuple(view for name in kind.views for view in VIEWS[name](config, seed))
+    roar = partial(likelihood.roar, samples=config.samples, seed=seed)
+    calls = {"steps": config.steps, "seed": seed}
+    integral = partial(likelihood.path_integral, gamma_max=config.gamma_max, **calls)
+    no_bound = f"estimate, no bound: stops at SNR {config.gamma_max:g}"
+    bound = partial(likelihood.hybrid_bound, **calls)
+    name, to = "hybrid_bound_{:g}", "upper bound, to SNR {:g}"
+    known = {
+        "exact": [View(EXACT, "exact", _ar)],
+        "endpoint_bound": [
+            View("endpoint_bound", "upper bound, tokens revealed in random order", roar)
+        ],
+        "path_integral": [
+            View(_integral_name(contour), no_bound, partial(integral, path=contour))
+            for contour in config.contours
+        ],
+        "hybrid_bound": [
+            View(name.format(at), to.format(at), partial(bound, gamma_star=at), at)
+            for at in config.gamma_star
+        ],
+    }
+    return [view for name in kind.views for view in known[name]]
 
 
-def _exact(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    yield View(EXACT, "exact", partial(_ar))
-
-
-def _endpoints(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    measure = partial(likelihood.roar, samples=config.samples, seed=seed)
-    yield View("endpoint_bound", "upper bound, tokens revealed in random order", measure)
-
-
-def _integrals(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    settings = {"gamma_max": config.gamma_max, "steps": config.steps, "seed": seed}
-    for contour in config.contours:
-        name = "path_integral" if contour == "diffusion" else f"path_integral_{contour}"
-        measure = partial(likelihood.path_integral, path=contour, **settings)
-        yield View(name, f"estimate, no bound: stops at SNR {config.gamma_max:g}", measure)
-
-
-def _hybrids(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    settings = {"steps": config.steps, "seed": seed}
-    for gamma in config.gamma_star:
-        measure = partial(likelihood.hybrid_bound, gamma_star=gamma, **settings)
-        meaning = f"upper bound, to SNR {gamma:g}"
-        yield View(f"hybrid_bound_{gamma:g}", meaning, measure, gamma)
-
-
-VIEWS = {
-    EXACT: _exact,
-    "endpoint_bound": _endpoints,
-    "path_integral": _integrals,
-    "hybrid_bound": _hybrids,
-}
+def _integral_name(contour: PathName) -> str:
+    return "path_integral" if contour == "diffusion" else f"path_integral_{contour}"
 
 
 def _ar(denoiser: Denoiser, tokens_BL: Tensor, *, first_row: int) -> Estimate:
     return likelihood.ar(denoiser, tokens_BL)
 
 
-def _nats(view: partial[Estimate], denoiser: Denoiser, tokens_BL: Tensor, **row: int) -> Columns:
+def _nats(
+    view: Callable[..., Estimate], denoiser: Denoiser, tokens_BL: Tensor, **row: int
+) -> Columns:
     return {"nats": view(denoiser, tokens_BL, **row).mean_B.numpy()}
 
 
@@ -164,23 +139,35 @@ class Nats:
     def label(self) -> str:
         return f"nats per token, {self.view}"
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        kind = evaluation.kinds.get(model, AR)  # the unigram's is exact, too
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        kind = survey.kinds.get(model, AR)  # the unigram's is exact, too
         view = EXACT if EXACT in kind.views else self.view
-        nats_N = evaluation.columns(_group(model, view))["nats"]
+        nats_N = survey.columns(_group(model, view))["nats"]
         return means(nats_N, draws.rows(len(nats_N)))
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
+    def require(self, survey: Survey, candidate: str) -> None:
         """ConfigError where the candidate's likelihood has no such view."""
-        config, kind = evaluation.config, evaluation.kinds[candidate]
+        config, kind = survey.config, survey.kinds[candidate]
         known = [view.name for view in views(kind, config.likelihood, config.seed)]
         if self.view not in known and EXACT not in known:
             why = f"{self.view} is no view of the likelihood of {candidate}"
             raise ConfigError("gate", why, f"Name one of: {', '.join(known)}")
 
 
-class Likelihood(Question):
+class Likelihood(RowQuestion):
     section, settings, gate_metrics = "likelihood", LikelihoodConfig, (Nats,)
+    name, title = "likelihood", "Likelihood of held-out text"
+    text = (
+        "Every token counts, end marks too, which hold no byte. ± is one standard error over rows."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("view", "View"),
+        Column("nats_per_token", "Nats per token", ".4f"),
+        Column("bits_per_byte", "Bits per byte", ".4f"),
+        Column("perplexity", "Perplexity", ".4g"),
+        Column("meaning", "Which is"),
+    )
 
     def held_out_rows(self, config: Questions) -> Mapping[str, int]:
         return {"likelihood.rows": config.likelihood.rows}
@@ -190,54 +177,50 @@ class Likelihood(Question):
         nats = pa.table({"nats": held_out.unigram.nats(rows_NL)})
         workspace.parts.write(_group(UNIGRAM, EXACT), 0, nats, {})
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        config = evaluation.config
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        found = views(kind, config.likelihood, config.seed)
+        return {view.name: partial(_nats, view.measure) for view in found}
+
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        config = survey.config
         for view in views(subject.trained_as, config.likelihood, config.seed):
-            measure, group = partial(_nats, view.measure), _group(subject.name, view.name)
-            yield from tasks_of_rows(evaluation, subject.name, group, measure)
+            yield _row(survey, subject.name, view)
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        """Every view of every model's likelihood; the unigram is the floor."""
-        config = evaluation.config
-        rows_NL = evaluation.held_out.rows_NL[: config.likelihood.rows]
-        bytes_N = metrics.text_bytes(rows_NL, evaluation.held_out.vocabulary)
-        (floor,) = _exact(config.likelihood, config.seed)
-        asked = [(UNIGRAM, floor)]
-        for subject in evaluation.subjects:
-            own = views(subject.trained_as, config.likelihood, config.seed)
-            asked += [(subject.name, view) for view in own]
-        made = Table(
-            title="Likelihood of held-out text",
-            note=f"{len(rows_NL):,} rows, {rows_NL.size:,} tokens, {bytes_N.sum():,} bytes. Every "
-            "token counts, end marks too, which hold no byte. ± is one standard error over rows.",
-            columns=TABLE,
-            rows=[_row(evaluation, *pair, rows_NL.shape[1], bytes_N) for pair in asked],
-        )
-        return {"likelihood": made}
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
+        """Every view of every model's likelihood, below that of the unigram, which is the floor."""
+        (made,) = super().tables(survey).values()
+        config, bytes_N = survey.config, _bytes(survey)
+        (floor,) = views(AR, config.likelihood, config.seed)
+        rows, length = len(bytes_N), survey.held_out.manifest.length
+        size = f"{rows:,} rows, {rows * length:,} tokens, {bytes_N.sum():,} bytes."
+        rows = [_row(survey, UNIGRAM, floor), *made.rows]
+        return {self.name: replace(made, note=f"{size} {made.note}", rows=rows)}
 
-    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        made = bits(tables["likelihood"].rows, evaluation.config.published)
+    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+        made = bits(tables[self.name].rows, survey.config.published)
         return {"bits": made} if made else {}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         """The hybrid bound at every gamma*, and the bound at the endpoints to compare it with."""
-        rows = [
-            row
-            for row in tables["likelihood"].rows
-            if "gamma_star" in row or row["view"] == "endpoint_bound"
-        ]
-        return [("nll", "Likelihood against the SNR of the bound", nll(rows))]
+        rows = tables[self.name].rows
+        shown = [row for row in rows if "gamma_star" in row or row["view"] == "endpoint_bound"]
+        return [("nll", "Likelihood against the SNR of the bound", nll(shown))]
 
 
-def _row(evaluation: Evaluation, model: str, view: View, length: int, bytes_N: np.ndarray) -> Row:
-    nats_N = evaluation.columns(_group(model, view.name))["nats"]
-    nats = metrics.mean(nats_N)
+def _bytes(survey: Survey) -> np.ndarray:
+    """How many bytes each row stands for, ``[N]``."""
+    return survey.held_out.bytes_N[: survey.config.likelihood.rows]
+
+
+def _row(survey: Survey, model: str, view: View) -> Row:
+    nats_N, bytes_N = survey.columns(_group(model, view.name))["nats"], _bytes(survey)
+    nats, bits_N = metrics.mean(nats_N), nats_N * survey.held_out.manifest.length / math.log(2)
     perplexity = likelihood.perplexity(nats.value)
     return {
         "model": model,
         "view": view.name,
         **entries("nats_per_token", nats),
-        **entries("bits_per_byte", metrics.ratio(nats_N * length / math.log(2), bytes_N)),
+        **entries("bits_per_byte", metrics.ratio(bits_N, bytes_N)),
         **entries("perplexity", Score(perplexity, perplexity * nats.stderr)),
         "meaning": view.meaning,
         **({} if view.gamma_star is None else {"gamma_star": view.gamma_star}),

@@ -1,47 +1,109 @@
 """MAUVE between the texts of a source and held-out text, by their features (arXiv 2102.01454),
 through mauve-text.
 
-Shapes: N texts, M references, F features, R repeats, S seeds of k-means.
+Shapes: N texts, M references, L positions, F features, B rows of a batch, H hidden width,
+R repeats, S seeds of k-means.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from dsl.state import State
 from infra.errors import ConfigError
+from pipelines.evaluation import hub
 from pipelines.evaluation.cells import REFERENCES
-from pipelines.evaluation.evaluation import Evaluation
-from pipelines.evaluation.features import AnyFeaturizer, HubFeaturizer
 from pipelines.evaluation.gate import OfTexts, Resamples, require_resamples
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.parts import lists, matrix
 from pipelines.evaluation.question import (
     Columns,
     Merit,
+    Part,
     Question,
-    Task,
+    Questions,
     entries,
+    parts_of_texts,
     repeats,
-    tasks_of_texts,
 )
+from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row
 
-if TYPE_CHECKING:
-    from pipelines.evaluation.settings import Questions
-
 LEAST = 500  # texts in a set: at 50 anything scores near 1
 FIRST_SEED = 25  # mauve-text's default
+
+
+# From texts, and their rows of ids [N, L] in the data's vocabulary, to features [N, F] float32.
+Featurize = Callable[[Sequence[str], np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFeaturizer(HubReader):
+    """The last hidden state at a text's last token, as in MAUVE's paper (arXiv 2102.01454, §4).
+
+    Text is cut at `max_tokens` of the model's own tokenizer, to which `<|endoftext|>` means what
+    the tokenizer says. A text without any token is read as the one token that begins texts;
+    mauve-text would drop it. Features do not depend on the batch, up to rounding.
+    """
+
+    head: ClassVar[hub.Head] = "AutoModel"
+    where: ClassVar[str] = "mauve.featurizer.model"
+
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
+        opened = self.open(device)
+        tokenizer, network = opened.tokenizer, opened.network
+
+        @torch.no_grad()
+        def featurize(texts: Sequence[str], tokens_NL: np.ndarray) -> np.ndarray:
+            cut = {"truncation": True, "max_length": self.max_tokens}
+            ids = [row or [opened.start] for row in tokenizer(list(texts), **cut)["input_ids"]]
+            features_NF = np.empty((len(ids), network.config.hidden_size), np.float32)
+            for batch in hub.batches(ids, self.batch, device):
+                read = network(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)
+                last_B1 = batch.mask_BL.sum(1, keepdim=True) - 1
+                states_BLF = read.last_hidden_state
+                last_BF = states_BLF.take_along_dim(last_B1[:, :, None], dim=1).squeeze(1)
+                features_NF[batch.rows] = last_BF.cpu().numpy()
+            return features_NF
+
+        return featurize
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnFeaturizer(OwnReader):
+    """The offline stand-in: the mean over positions of the hidden states of a model of our own.
+
+    Normally of an AR model; any kind reads the text with every token revealed.
+    """
+
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
+        denoiser = self.open(device, open_model)
+
+        @torch.no_grad()
+        def featurize(texts: Sequence[str], tokens_NL: np.ndarray) -> np.ndarray:
+            table_VD, features_NF = denoiser.table_VD, []
+            for tokens_BL in self.batches(tokens_NL):
+                known_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+                hidden_BLH = denoiser.hidden(State.from_tokens(table_VD, tokens_BL, known_BL))
+                features_NF.append(hidden_BLH.float().mean(1).cpu().numpy())
+            return np.concatenate(features_NF)
+
+        return featurize
+
+
+AnyFeaturizer = HubFeaturizer | OwnFeaturizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,30 +127,19 @@ class MauveConfig:
             raise ValueError(f"buckets must be at least 2, got {self.buckets}")
 
 
-class Scored(NamedTuple):
-    """In (0, 1], 1 for sets that cannot be told apart: the mean over the seeds of k-means, and
-    the standard deviation between them (NaN for a single one)."""
-
-    value: float
-    spread: float
-    per_seed: tuple[float, ...]
+def per_seed(p_NF: np.ndarray, q_MF: np.ndarray, config: MauveConfig) -> list[float]:
+    """MAUVE of texts p against references q with each seed of k-means: 25, 26, …"""
+    seeds = range(FIRST_SEED, FIRST_SEED + config.seeds)
+    return [one(p_NF, q_MF, config, seed) for seed in seeds]
 
 
-def score(p_NF: np.ndarray, q_MF: np.ndarray, config: MauveConfig) -> Scored:
-    """MAUVE of texts p against references q, over the seeds 25, 26, ….
+def one(p_NF: np.ndarray, q_MF: np.ndarray, config: MauveConfig, seed: int) -> float:
+    """MAUVE in (0, 1], 1 for sets that cannot be told apart, with one seed of k-means.
 
     Raises:
         ValueError: fewer than 500 texts on a side, features of different width or not finite, or
             more buckets than the smaller side has texts.
     """
-    seeds = range(FIRST_SEED, FIRST_SEED + config.seeds)
-    found = tuple(one(p_NF, q_MF, config, seed) for seed in seeds)
-    spread = statistics.stdev(found) if len(found) > 1 else math.nan
-    return Scored(statistics.fmean(found), spread, found)
-
-
-def one(p_NF: np.ndarray, q_MF: np.ndarray, config: MauveConfig, seed: int) -> float:
-    """MAUVE with one seed of k-means; ValueError as `score`."""
     fewer = min(len(p_NF), len(q_MF))
     if fewer < LEAST:
         raise ValueError(
@@ -126,7 +177,7 @@ def _compute() -> Callable[..., Any]:
     return compute_mauve
 
 
-# --- tasks -------------------------------------------------------------------------------------
+# --- parts -------------------------------------------------------------------------------------
 
 
 def _features(
@@ -141,7 +192,7 @@ def _score(workspace: Workspace, *, source: str, first: int) -> pa.Table:
     own_NF = _read(workspace.parts, source)[first : first + rows]
     real_MF = _read(workspace.parts, REFERENCES)[:rows]
     same = np.array_equal(own_NF, real_MF)
-    return pa.table({"mauve": [None if same else score(own_NF, real_MF, config).per_seed]})
+    return pa.table({"mauve": [None if same else per_seed(own_NF, real_MF, config)]})
 
 
 def _read(parts: Any, source: str) -> np.ndarray:
@@ -172,18 +223,18 @@ class MauveGain(OfTexts):
     def __post_init__(self) -> None:
         require_resamples(self.resamples)
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        config, rows = evaluation.config.mauve, evaluation.config.samples.rows
-        texts_NF = _read(evaluation.parts, self.source(evaluation, model))[:rows]
-        real_MF = _read(evaluation.parts, REFERENCES)[:rows]
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        config, rows = survey.config.mauve, survey.config.samples.rows
+        texts_NF = _read(survey.parts, self.source(survey, model))[:rows]
+        real_MF = _read(survey.parts, REFERENCES)[:rows]
         taken = zip(
             draws.rows(len(texts_NF)), draws.references(len(real_MF)), draws.seeds(), strict=True
         )
         return np.array([one(texts_NF[n], real_MF[m], config, seed) for n, m, seed in taken])
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
-        super().require(evaluation, candidate)
-        if evaluation.config.mauve is None:
+    def require(self, survey: Survey, candidate: str) -> None:
+        super().require(survey, candidate)
+        if survey.config.mauve is None:
             raise ConfigError("gate", "asks for MAUVE, which is not measured", "Give mauve, too")
 
 
@@ -209,19 +260,19 @@ class Mauve(Question):
     def readers(self, config: Questions) -> Sequence[AnyFeaturizer]:
         return (config.mauve.featurizer,)
 
-    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
-        measure = partial(_features, evaluation.config.mauve.featurizer)
-        return tasks_of_texts(f"parts/features/{source}", source, texts, measure)
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
+        measure = partial(_features, survey.config.mauve.featurizer)
+        return parts_of_texts(f"parts/features/{source}", source, texts, measure)
 
-    def of_corpus(self, evaluation: Evaluation, source: str, texts: int) -> Iterator[Task]:
-        for first in repeats(evaluation, texts):
+    def of_corpus(self, survey: Survey, source: str, texts: int) -> Iterator[Part]:
+        for first in repeats(survey, texts):
             work = partial(_score, source=source, first=first)
-            yield Task(group=f"parts/mauve/{source}", first=first, work=work)
+            yield Part(group=f"parts/mauve/{source}", first=first, work=work)
 
-    def of_source(self, evaluation: Evaluation, source: str) -> Row:
-        if not evaluation.parts.present(f"parts/mauve/{source}"):
+    def of_source(self, survey: Survey, source: str) -> Row:
+        if not survey.parts.present(f"parts/mauve/{source}"):
             return {}
-        found = evaluation.parts.read(f"parts/mauve/{source}")["mauve"].to_pylist()
+        found = survey.parts.read(f"parts/mauve/{source}")["mauve"].to_pylist()
         if found[0] is None:
             return {}
         per_seed_RS = np.array(found)

@@ -1,7 +1,7 @@
 """The error of each model in the states that it was trained on: masked and revealed tokens side by
 side, and evidence at one SNR.
 
-Shapes: B rows of a task, L positions, V tokens, A asked positions (flat, in [0, B·L)), N rows.
+Shapes: B rows of a part, L positions, V tokens, A asked positions (flat, in [0, B·L)), N rows.
 """
 
 from __future__ import annotations
@@ -18,32 +18,17 @@ from torch import Tensor
 
 from dsl.denoiser import Denoiser
 from dsl.likelihood import Profile
-from dsl.paths import Information
 from dsl.posterior import Posterior
 from dsl.summary import log_prob_of, summarise
 from infra.config import to_tree
-from pipelines.evaluation.conditions import AtSNR, Condition, Revealed, shown, slug
-from pipelines.evaluation.evaluation import Evaluation
+from pipelines.evaluation.conditions import AtSNR, Condition, Revealed, shown
 from pipelines.evaluation.metrics import mean
-from pipelines.evaluation.question import (
-    Columns,
-    Drawn,
-    Question,
-    Task,
-    entries,
-    tasks_of_rows,
-)
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
 from pipelines.report import SKIPPED, Column, Row, Table
 from pipelines.report.plots import ERRORS, by_snr
-
-TABLE = (
-    Column("model", "Model"),
-    Column("state", "State"),
-    Column("nats", "Cross-entropy", ".4f"),
-    Column("squared_error", "Squared error", ".4f"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,71 +80,54 @@ def mean_errors(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> T
     return (errors_BL2.sum(1) / hidden_BL.sum(1, keepdim=True)).T
 
 
-def _group(model: str, condition: Condition) -> str:
-    return f"parts/states/{model}/{slug(condition)}"
-
-
-class States(Question):
+class States(RowQuestion):
     section, settings = "states", StatesConfig
+    name, title = "states", "Error by state"
+    text = (
+        "Per unrevealed token of the same rows: cross-entropy in nats, and |x - x̂|², which is "
+        "E(SNR) where every token has one SNR."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("state", "State"),
+        Column("nats", "Cross-entropy", ".4f"),
+        Column("squared_error", "Squared error", ".4f"),
+    )
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        config = evaluation.config
-        for condition in conditions(subject.trained_as, config.states):
-            measure = partial(errors, condition=condition, seed=config.seed)
-            group = _group(subject.name, condition)
-            yield from tasks_of_rows(evaluation, subject.name, group, measure)
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        return {
+            condition.name: partial(errors, condition=condition, seed=config.seed)
+            for condition in conditions(kind, config.states)
+        }
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        made = Table(
-            title="Error by state",
-            note="Per unrevealed token of the same rows: cross-entropy in nats, and |x - x̂|², "
-            "which is E(SNR) where every token has one SNR.",
-            columns=TABLE,
-            rows=[row for subject in evaluation.subjects for row in _rows(evaluation, subject)],
-        )
-        return {"states": made}
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        name, kind = subject.name, subject.trained_as
+        for condition in conditions(kind, survey.config.states):
+            found = survey.columns(self.group(name, condition.name))
+            # Distances in a table that was never trained would mean nothing.
+            squared = entries("squared_error", mean(found["squared"])) if kind.finite_snr else {}
+            snr = {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}
+            row = {"model": name, "state": condition.name, **snr}
+            yield {**row, **entries("nats", mean(found["nats"])), **squared}
+        if kind.causal:
+            why = f"{kind.name} sees the tokens before, no others"
+            yield {"model": name, "state": "any", SKIPPED: why}
+        elif not kind.finite_snr:
+            yield {"model": name, "state": "SNR > 0", SKIPPED: f"{kind.name} was not trained on it"}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         return [("snr", "Error over SNR", by_snr(tables["states"].rows, ERRORS))]
 
-    def facts(self, evaluation: Evaluation) -> Mapping[str, Any]:
-        found = _profiles(evaluation)
-        return {"information": {name: to_tree(profile) for name, profile in found.items()}}
-
-
-def _rows(evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-    name, kind = subject.name, subject.trained_as
-    for condition in conditions(kind, evaluation.config.states):
-        found = evaluation.columns(_group(name, condition))
-        # Distances in a table that was never trained would mean nothing.
-        squared = entries("squared_error", mean(found["squared"])) if kind.finite_snr else {}
-        snr = {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}
-        yield {
-            "model": name,
-            "state": condition.name,
-            **snr,
-            **entries("nats", mean(found["nats"])),
-            **squared,
-        }
-    if kind.causal:
-        why = f"{kind.name} sees the tokens before, no others"
-        yield {"model": name, "state": "any", SKIPPED: why}
-    elif not kind.finite_snr:
-        yield {"model": name, "state": "SNR > 0", SKIPPED: f"{kind.name} was not trained on it"}
-
-
-def _profiles(evaluation: Evaluation) -> dict[str, Information]:
-    """By model, how many nats lie below which SNR: a support, a grid or a proposal that can be
-    copied into a configuration (003 eq. 3)."""
-    config = evaluation.config.states
-    if 0.0 not in config.revealed or not config.gammas:
-        return {}
-    gammas = sorted(config.gammas)
-    places = (Revealed(share=0.0), *(AtSNR(snr=gamma) for gamma in gammas))
-    made = {}
-    for subject in evaluation.subjects:
-        if subject.trained_as.finite_snr:
-            found = [evaluation.columns(_group(subject.name, at))["squared"] for at in places]
-            profile = Profile((0.0, *gammas), torch.from_numpy(np.stack(found)))
-            made[subject.name] = profile.information()
-    return made
+    def facts(self, survey: Survey) -> Mapping[str, Any]:
+        """By model, how many nats lie below which SNR: a support, a grid or a proposal that can be
+        copied into a configuration (003 eq. 3)."""
+        config, made = survey.config.states, {}
+        gammas = sorted(config.gammas)
+        places = (Revealed(share=0.0), *(AtSNR(snr=gamma) for gamma in gammas))
+        for subject in survey.subjects:
+            if subject.trained_as.finite_snr and gammas and 0.0 in config.revealed:
+                groups = (self.group(subject.name, place.name) for place in places)
+                found = np.stack([survey.columns(group)["squared"] for group in groups])
+                profile = Profile((0.0, *gammas), torch.from_numpy(found))
+                made[subject.name] = to_tree(profile.information())
+        return {"information": made}

@@ -17,6 +17,7 @@ from infra.tracking import TrackingConfig
 from pipelines import evaluate, models
 from pipelines.runs import DATA_ERRORS
 from tests.pipelines import tiny
+from tests.pipelines.evaluation import strangers
 from tests.pipelines.evaluation.small import LENGTH, network
 
 SETTINGS = [
@@ -67,6 +68,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     handle = tracking.finish(handle)
     models.register(made, "tiny", handle, tags={})
     return world
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 as others save one: no test changes it."""
+    return strangers.gpt2(tmp_path_factory.mktemp("models") / "gpt2")
 
 
 @pytest.fixture

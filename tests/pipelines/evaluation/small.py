@@ -9,7 +9,10 @@ import torch
 
 from dsl import DenoiserConfig, DiTConfig
 from dsl.denoiser import Denoiser
+from dsl.vocabulary import Vocabulary
 from pipelines.evaluation import held_out
+from pipelines.kinds import KINDS
+from pipelines.models import Model
 
 LENGTH = 32
 
@@ -26,6 +29,14 @@ def network(tokens: int, *, causal: bool = False, uniform: bool = False) -> Deno
             for parameter in denoiser.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return denoiser.eval()
+
+
+def own(kind: str) -> Model:
+    """A model of 28 characters, as `pipelines.models.load` answers."""
+    denoiser = network(28, causal=KINDS[kind].causal)
+    return Model(
+        denoiser=denoiser, vocabulary=Vocabulary.char(), kind=kind, length=12, address=kind
+    )
 
 
 def rows_of(world: Path, rows: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from dsl.backbone import DiTConfig
-from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.evidence import evidence
 from dsl.noise import Draws
-from dsl.vocabulary import Vocabulary
-from infra import config
 from infra.errors import ConfigError, DataError, InfraError, Problem
 from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation import hub
-from pipelines.evaluation.features import AnyFeaturizer, HubFeaturizer, OwnFeaturizer
-from pipelines.models import Model
+from pipelines.evaluation.questions.mauve import HubFeaturizer, OwnFeaturizer
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
+from tests.pipelines.evaluation.small import own
 
 TEXTS = [
     "one", "two thousand three", "<|endoftext|>forty<|endoftext|>", "ünïcode \ufffd",
     *tiny.documents(4), "five six",
 ]  # fmt: skip
 NO_TOKENS = np.zeros((len(TEXTS), 0), np.int64)
-
-
-def none_of_ours(address: str) -> Model:
-    raise AssertionError(f"{address} is no business of a stranger's model")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return strangers.gpt2(tmp_path_factory.mktemp("models") / "gpt2")
 
 
 @pytest.fixture
@@ -63,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def featurize(folder: Path, texts: list[str], **settings: Any) -> np.ndarray:
     featurizer = HubFeaturizer(model=str(folder), **settings)
-    return featurizer.load("cpu", none_of_ours)(texts, NO_TOKENS[: len(texts)])
+    return featurizer.load("cpu", strangers.none_of_ours)(texts, NO_TOKENS[: len(texts)])
 
 
 # --- a stranger's model --------------------------------------------------------------------------
@@ -128,7 +114,7 @@ def test_a_name_is_downloaded_once(folder: Path, cache: Any) -> None:
     cache("http://127.0.0.1:9")  # and now without a network
     featurizer.check("")
     np.testing.assert_array_equal(
-        featurizer.load("cpu", none_of_ours)(TEXTS, NO_TOKENS),
+        featurizer.load("cpu", strangers.none_of_ours)(TEXTS, NO_TOKENS),
         featurize(folder, TEXTS, max_tokens=8),
     )
 
@@ -246,16 +232,6 @@ def test_more_tokens_than_positions_are_refused(folder: Path) -> None:
 # --- a model of our own --------------------------------------------------------------------------
 
 
-def own(kind: str) -> Model:
-    vocabulary = Vocabulary.char()
-    backbone = DiTConfig(
-        tokens=vocabulary.size, width=16, blocks=2, heads=2, cond_dim=8, causal=kind == "ar"
-    )
-    torch.manual_seed(0)
-    denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=8))
-    return Model(denoiser=denoiser, vocabulary=vocabulary, kind=kind, length=12, address=kind)
-
-
 @pytest.mark.parametrize("kind", ["ar", "mdlm", "dsl"])
 def test_own_features_are_means_of_hidden_states(kind: str) -> None:
     model = own(kind)
@@ -289,24 +265,6 @@ def test_own_model_is_checked(tmp_path: Path) -> None:
 
 
 # --- configuration -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    featurizer: AnyFeaturizer = field(default_factory=HubFeaturizer)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ([], HubFeaturizer(model="gpt2-large", max_tokens=1024, batch=8)),
-        (["featurizer.model=distilgpt2"], HubFeaturizer(model="distilgpt2")),
-        (["featurizer.kind=own", "featurizer.model=runs/ar"], OwnFeaturizer(model="runs/ar")),
-    ],
-)
-def test_a_featurizer_is_configured_by_kind(given: list[str], expected: AnyFeaturizer) -> None:
-    loaded = config.load(Holder, verb="evaluate", argv=given, presets=Path())
-    assert loaded.featurizer == expected
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"batch": 0}])

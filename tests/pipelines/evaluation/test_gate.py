@@ -358,16 +358,3 @@ def test_a_config_out_of_range(wrong: dict[str, float]) -> None:
         GateConfig(model="new", metric=NATS, **wrong)
     with pytest.raises(ValueError, match="resamples"):
         MauveGain(**TEXTS, resamples=1)
-
-
-def test_the_config_is_read_by_kind() -> None:
-    from pydantic import TypeAdapter
-
-    tree = {
-        "model": "dsl",
-        "metric": {"kind": "mauve", "path": "masked", "budget": 8},
-        "guards": [{"kind": "entropy", "path": "masked", "budget": 8}, {"kind": "likelihood"}],
-    }
-    found = TypeAdapter(GateConfig).validate_python(tree)
-    guards = (EntropyGap(**TEXTS), Nats(view="endpoint_bound"))
-    assert found == GateConfig(model="dsl", metric=MauveGain(**TEXTS), guards=guards)

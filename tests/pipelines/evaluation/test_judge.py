@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsl.backbone import DiTConfig
-from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.state import State
-from dsl.vocabulary import END_OF_TEXT, Vocabulary
+from dsl.vocabulary import END_OF_TEXT
 from infra.errors import DataError
+from pipelines.evaluation import metrics
 from pipelines.evaluation.questions import judge
 from pipelines.evaluation.questions.judge import HubJudge, Judged, OwnJudge, windows
-from pipelines.models import Model
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
+from tests.pipelines.evaluation.small import own
 
 TEXTS = [
     "one", "", "two thousand three", f"{END_OF_TEXT}forty{END_OF_TEXT}five{END_OF_TEXT}",
@@ -32,17 +30,10 @@ TEXTS = [
 NO_TOKENS = np.zeros((len(TEXTS), 0), np.int64)
 
 
-def none_of_ours(address: str) -> Model:
-    raise AssertionError(f"{address} is no business of a stranger's model")
-
-
 def judged(folder: Path, texts: list[str], **settings: Any) -> Judged:
-    return HubJudge(model=str(folder), **settings).load("cpu", none_of_ours)(texts, NO_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return strangers.gpt2(tmp_path_factory.mktemp("models") / "gpt2")
+    return HubJudge(model=str(folder), **settings).load("cpu", strangers.none_of_ours)(
+        texts, NO_TOKENS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +67,6 @@ def test_a_known_unigram_gives_its_own_nats(unigram: tuple[Path, Any], max_token
     np.testing.assert_array_equal(found.tokens_N, [len(i) for i in ids])
     bare = [text.replace(END_OF_TEXT, "") for text in TEXTS]
     np.testing.assert_array_equal(found.bytes_N, [len(text) for text in bare])
-
-
-def test_perplexity_of_the_uniform_law_is_v(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = strangers.gpt2(tmp_path / "uniform")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    model.save_pretrained(folder)
-    value, stderr = judge.perplexity(judged(folder, TEXTS, max_tokens=10))
-    assert value == pytest.approx(300, rel=1e-6)
-    assert stderr < 1e-3
 
 
 @pytest.mark.parametrize("batch", [2, 64])
@@ -197,46 +176,15 @@ def test_weights_without_a_head_of_their_own_judge_as_well(folder: Path, tmp_pat
     np.testing.assert_array_equal(judged(body, TEXTS, max_tokens=20).nats_N, expected.nats_N)
 
 
-def test_a_causal_folder_is_checked(folder: Path) -> None:
-    HubJudge(model=str(folder), max_tokens=20).check("")
-
-
 # --- a model of our own --------------------------------------------------------------------------
-
-
-def own(kind: str, spoil: Callable[[Denoiser], Any] = lambda denoiser: None) -> Model:
-    vocabulary = Vocabulary.char()
-    backbone = DiTConfig(
-        tokens=vocabulary.size, width=16, blocks=2, heads=2, cond_dim=8, causal=kind == "ar"
-    )
-    torch.manual_seed(0)
-    denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=8))
-    with torch.no_grad():
-        spoil(denoiser)
-    return Model(denoiser=denoiser, vocabulary=vocabulary, kind=kind, length=12, address=kind)
-
-
-def uniform(denoiser: Denoiser) -> None:
-    for parameter in denoiser.backbone.head:
-        parameter.zero_()
-
-
-def test_own_uniform_model_gives_v_and_counts_every_token() -> None:
-    tokens_NL = np.random.default_rng(0).integers(0, 28, (5, 12)).astype(np.uint16)
-    texts = [Vocabulary.char().decode(row) for row in tokens_NL.tolist()]
-    found = OwnJudge(model="ar", batch=2).load("cpu", lambda _: own("ar", uniform))(
-        texts, tokens_NL
-    )
-    np.testing.assert_allclose(found.nats_N, 12 * math.log(28), rtol=1e-6)
-    assert found.tokens_N.tolist() == [12] * 5
-    assert found.bytes_N.tolist() == (tokens_NL != 27).sum(1).tolist()
-    assert judge.perplexity(found).value == pytest.approx(28, rel=1e-6)
 
 
 def test_own_judge_multiplies_conditionals() -> None:
     model = own("ar")
     tokens_NL = np.random.default_rng(1).integers(0, 28, (3, 12))
-    found = OwnJudge(model="ar").load("cpu", lambda _: model)(["x"] * 3, tokens_NL)
+    found = OwnJudge(model="ar", batch=2).load("cpu", lambda _: model)(
+        ["x", f"é{END_OF_TEXT}", ""], tokens_NL
+    )
     tokens_BL = torch.from_numpy(tokens_NL)
     nats_B = torch.zeros(3, dtype=torch.float64)
     for place in range(12):
@@ -246,6 +194,8 @@ def test_own_judge_multiplies_conditionals() -> None:
             log_probs_BV = model.denoiser(state).log_probs()[:, place].double()
         nats_B += F.nll_loss(log_probs_BV, tokens_BL[:, place], reduction="none")
     np.testing.assert_allclose(found.nats_N, nats_B.numpy(), rtol=1e-5)
+    assert found.tokens_N.tolist() == [12] * 3
+    assert found.bytes_N.tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("kind", ["mdlm", "dsl"])
@@ -254,7 +204,8 @@ def test_only_ar_models_judge(kind: str) -> None:
         OwnJudge(model=kind).load("cpu", own)
 
 
-def test_own_judge_opens_its_model_alone() -> None:
+def test_judges_say_which_models_they_need(folder: Path) -> None:
+    HubJudge(model=str(folder), max_tokens=20).check("")
     assert OwnJudge(model="runs/ar").addresses() == ("runs/ar",)
     assert HubJudge().addresses() == ()
 
@@ -265,21 +216,9 @@ def test_own_judge_opens_its_model_alone() -> None:
 def test_figures_are_of_all_texts_together() -> None:
     found = Judged(np.array([2.0, 9.0]), np.array([1, 2]), np.array([4, 7]))
     assert judge.perplexity(found).value == pytest.approx(math.exp(11 / 3))
+    stderr = metrics.ratio(found.nats_N, found.tokens_N).stderr
+    assert judge.perplexity(found).stderr == pytest.approx(math.exp(11 / 3) * stderr)
     assert judge.bits_per_byte(found).value == pytest.approx(11 / 11 / math.log(2))
     empty = Judged(np.zeros(2), np.zeros(2, int), np.zeros(2, int))
     assert math.isnan(judge.perplexity(empty).value)
     assert math.isnan(judge.bits_per_byte(empty).value)
-
-
-def test_the_error_is_that_of_repeated_draws() -> None:
-    rng = np.random.default_rng(0)
-
-    def draw() -> Judged:
-        tokens_N = rng.integers(5, 50, 400)
-        nats_N = tokens_N * 2.0 + rng.normal(0, 3, 400) * np.sqrt(tokens_N)
-        return Judged(nats_N, tokens_N, 4 * tokens_N)
-
-    for figure in (judge.perplexity, judge.bits_per_byte):
-        scores = [figure(draw()) for _ in range(300)]
-        spread = np.std([score.value for score in scores])
-        assert np.mean([score.stderr for score in scores]) == pytest.approx(spread, rel=0.15)
