@@ -6,6 +6,7 @@ from pipelines.evaluation.questions.converter import Converter
 from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.likelihood import Likelihood
 from pipelines.evaluation.questions.mauve import Mauve
+from pipelines.evaluation.questions.robustness import Robustness
 from pipelines.evaluation.questions.states import States
 from pipelines.evaluation.questions.texts import Texts
 from pipelines.evaluation.questions.traces import Traces
@@ -19,5 +20,6 @@ QUESTIONS: tuple[Question, ...] = (
     States(),
     Calibration(),
     Converter(),
+    Robustness(),
     Traces(),
 )

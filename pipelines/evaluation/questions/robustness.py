@@ -1,0 +1,132 @@
+"""How much worse a model predicts masked tokens when some of the visible ones are wrong.
+
+Half of each row is visible and half masked. A share of the visible tokens is replaced by other
+tokens, and the rise of the cross-entropy at the masked positions is measured. The comparison is
+paired: the same rows and masks with and without; a larger share replaces the same tokens and more.
+
+Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dsl.denoiser import Denoiser
+from dsl.evidence import evidence
+from dsl.noise import Draws, Stream
+from pipelines.evaluation.conditions import Revealed, shown
+from pipelines.evaluation.metrics import mean
+from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
+from pipelines.evaluation.questions.states import mean_errors
+from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
+from pipelines.kinds import ModelKind
+from pipelines.report import Column, Row, Rows, Table
+from pipelines.report.drawing import curve, groups, measured, panels, styles
+
+VISIBLE = Revealed(share=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessConfig:
+    """The shares of the visible tokens that are `replaced`, on the rows of the likelihood; none
+    leaves the question out. It costs one denoiser call a row more than there are shares."""
+
+    replaced: tuple[float, ...] = (0.1, 0.2, 0.4)
+
+    def __post_init__(self) -> None:
+        if not all(0 < share <= 1 for share in self.replaced):
+            raise ValueError(f"replaced holds shares in (0, 1], got {list(self.replaced)}")
+
+
+def replace(tokens_BL: Tensor, visible_BL: Tensor, share: float, size: int, draws: Draws) -> Tensor:
+    """The tokens ``[B, L]``, of which this share of each row's visible ones, to the nearest whole
+    number, are other tokens: uniformly random of the ``size - 1`` that they are not."""
+    rows, length = tokens_BL.shape
+    order_BL = draws.uniform(rows, length, Stream.PATH).to(tokens_BL.device)
+    rank_BL = order_BL.masked_fill(~visible_BL, 2).argsort(1).argsort(1)
+    wrong_BL = rank_BL < (share * visible_BL.sum(1, keepdim=True)).round()
+    ahead_BL = draws.uniform(rows, length, Stream.TOKEN).to(tokens_BL.device) * (size - 1)
+    return torch.where(wrong_BL, (tokens_BL + 1 + ahead_BL.long()) % size, tokens_BL)
+
+
+@torch.no_grad()
+def nats(
+    denoiser: Denoiser,
+    tokens_BL: Tensor,
+    *,
+    replaced: tuple[float, ...],
+    seed: int,
+    first_row: int = 0,
+) -> Columns:
+    """Cross-entropy per masked token of each row, ``[B]``, by `state`: with no token replaced, and
+    with each share."""
+    tokens_BL, state = shown(denoiser, tokens_BL, VISIBLE, seed=seed, first_row=first_row)
+    draws, size, found = Draws(seed, first_row, 1), len(denoiser.table_VD), {}
+    for share in (0.0, *replaced):
+        seen_BL = replace(tokens_BL, state.revealed_BL, share, size, draws)
+        seen = evidence(denoiser.table_VD, seen_BL, state.gamma_BL, draws)
+        nats_B, _ = mean_errors(denoiser(seen), tokens_BL, state.masked_BL).double().cpu()
+        found[_state(share)] = nats_B.numpy()
+    return found
+
+
+def _state(share: float) -> str:
+    return f"replaced {share:g}"
+
+
+class Robustness(RowQuestion):
+    section, settings = "robustness", RobustnessConfig
+    name, title = "robustness", "Robustness to wrong tokens"
+    text = (
+        "Half of the tokens are visible, and a share of those is replaced at random: cross-entropy "
+        "in nats per masked token, and its rise over none replaced; ± is one standard error over "
+        "rows. A model that sees no masks is left out."
+    )
+    table = (
+        Column("model", "Model"),
+        Column("state", "State"),
+        Column("nats", "Cross-entropy", ".4f"),
+        Column("rise", "Rise", ".4f"),
+    )
+
+    def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
+        replaced = config.robustness.replaced
+        if kind.causal or not replaced:
+            return {}
+        return {"": partial(nats, replaced=replaced, seed=config.seed)}
+
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        if not self.asked(survey.config, subject.trained_as):
+            return
+        found = survey.columns(self.group(subject.name))
+        for share in (0.0, *survey.config.robustness.replaced):
+            nats_N = found[_state(share)]
+            row = {"model": subject.name, "state": _state(share), "replaced": share}
+            rise = entries("rise", mean(nats_N - found[_state(0.0)])) if share else {}
+            yield {**row, **entries("nats", mean(nats_N)), **rise}
+
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+        yield "robustness", self.title, _plot(tables["robustness"].rows)
+
+
+def _plot(rows: Rows) -> bytes | None:
+    """The rise against the share replaced: a curve for each model."""
+    rows = measured(rows, "rise")
+    if not rows:
+        return None
+    made = panels([""], width=5.5, beside=1.5)
+    (axes,) = made.axes
+    by_model = groups(rows, lambda row: row["model"])
+    lines = styles(by_model)
+    for model, part in by_model.items():
+        curve(axes, part, "replaced", "rise", label=model, **lines[model])
+    axes.set(xlabel="share of the visible tokens replaced", ylabel="rise, nats per masked token")
+    axes.grid(alpha=0.3)
+    made.legend()
+    return made.png()
