@@ -69,18 +69,18 @@ class EvaluationTask(runs.Task):
         config, self.began = self.config, time.monotonic()
         self.origins = preparation.origins(config, folder, self._uri)
         rows = preparation.rows(config)
-        self.evaluation = preparation.prepare(config, folder, self.origins, rows, self._uri)
+        self.survey = preparation.prepare(config, folder, self.origins, rows, self._uri)
         return rows.manifest, _lineage(self.origins)
 
     def work(self, run: Run) -> None:
-        self.costs = engine.measure(self.evaluation)
+        self.costs = engine.measure(self.survey)
 
     def conclude(self, run: Run) -> Made:
         folder = run.folder
-        self.decision = promotion.decide(self.evaluation, folder, self.origins, self._uri)
+        self.decision = promotion.decide(self.survey, folder, self.origins, self._uri)
         wall = time.monotonic() - self.began
         spent = engine.time_table(self.costs, wall=wall, config=self.config)
-        made, metrics = report(self.evaluation, self.decision, spent)
+        made, metrics = report(self.survey, self.decision, spent)
         _show(made)
         result = {
             "models": self.origins,

@@ -1,1 +1,2 @@
-"""What `evaluate` does with a model: stages, metrics, tables, and the gate to `champion`."""
+"""What `evaluate` does: questions about models, the engine that asks them, the report, and the gate
+to `champion`."""

@@ -1,6 +1,6 @@
-"""Does the work of an evaluation: in three stages, each a list of tasks that a pool works off.
+"""Does the work of an evaluation: in three stages, each a list of parts that a pool makes.
 
-A task whose part is there is done already, so a restart does the rest.
+A part that is there is not made again, so a restart does the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from infra import pool
 from infra.pool import PoolConfig
-from pipelines.evaluation.evaluation import Evaluation
-from pipelines.evaluation.question import TEXTS, Task
+from pipelines.evaluation.question import TEXTS, Part
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Table
 from pipelines.runs import clock, say
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EVERY_S = 5.0  # seconds between two lines of progress
 TIME = (
     Column("stage", "Stage"),
-    Column("tasks", "Tasks"),
+    Column("parts", "Parts"),
     Column("made", "Made just now"),
     Column("work", "Seconds of work", ".1f"),
     Column("wall", "Seconds waited just now", ".1f"),
@@ -34,77 +34,77 @@ TIME = (
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a stage has cost. `work` is the sum of its tasks' own seconds, whenever they were done;
-    `wall` is how long this process waited for the `made` tasks that it had to do."""
+    """What a stage has cost. `work` is the sum of its parts' own seconds, whenever they were made;
+    `wall` is how long this process waited for the `made` ones that were missing."""
 
     stage: str
-    tasks: int
+    parts: int
     made: int
     work: float
     wall: float
 
 
-def measure(evaluation: Evaluation) -> list[Cost]:
+def measure(survey: Survey) -> list[Cost]:
     """Ask every question. What the stages have cost."""
-    config = evaluation.config
+    config = survey.config
     with pool.connected(config.workers):
-        costs = [_run("models", list(_of_models(evaluation)), evaluation, config.workers)]
-        texts = {source: evaluation.count(source) for source in evaluation.sources}
+        costs = [_run("models", list(_of_models(survey)), survey, config.workers)]
+        texts = {source: survey.count(source) for source in survey.sources}
         # Few texts are read sooner than a process has started.
         few = sum(texts.values()) <= TEXTS
         workers = replace(config.workers, count=0) if few else config.workers
         for stage, ask in (("texts", "of_texts"), ("corpora", "of_corpus")):
-            tasks = [
-                task
+            parts = [
+                part
                 for question in config.questions
                 for source, count in texts.items()
-                for task in getattr(question, ask)(evaluation, source, count)
+                for part in getattr(question, ask)(survey, source, count)
             ]
-            costs.append(_run(stage, tasks, evaluation, workers))
+            costs.append(_run(stage, parts, survey, workers))
     return costs
 
 
-def _of_models(evaluation: Evaluation) -> Iterator[Task]:
+def _of_models(survey: Survey) -> Iterator[Part]:
     """One model after the other, so that a process opens each once."""
-    for subject in evaluation.subjects:
-        for question in evaluation.config.questions:
-            yield from question.of_model(evaluation, subject)
+    for subject in survey.subjects:
+        for question in survey.config.questions:
+            yield from question.of_model(survey, subject)
 
 
-def worker(config: EvaluateConfig) -> Callable[[Task], int]:
-    """What a process of the pool does with a task: do it and keep the part. The rows of that."""
+def worker(config: EvaluateConfig) -> Callable[[Part], int]:
+    """How a process of the pool makes a part and keeps it; answers with its number of rows."""
     workspace = Workspace(config)
 
-    def work(task: Task) -> int:
+    def work(part: Part) -> int:
         began = time.perf_counter()
-        table = task.work(workspace)
+        table = part.work(workspace)
         seconds = time.perf_counter() - began
-        workspace.parts.write(task.group, task.first, table, {"seconds": seconds})
+        workspace.parts.write(part.group, part.first, table, {"seconds": seconds})
         return len(table)
 
     return work
 
 
-def _run(stage: str, tasks: Sequence[Task], evaluation: Evaluation, workers: PoolConfig) -> Cost:
-    """Do the tasks of a stage that are not done yet."""
-    parts = evaluation.parts
-    present = {group: parts.present(group) for group in {task.group for task in tasks}}
-    missing = [task for task in tasks if task.first not in present[task.group]]
+def _run(stage: str, parts: Sequence[Part], survey: Survey, workers: PoolConfig) -> Cost:
+    """Make the parts of a stage that are not there yet."""
+    kept = survey.parts
+    present = {group: kept.present(group) for group in {part.group for part in parts}}
+    missing = [part for part in parts if part.first not in present[part.group]]
     began = shown = time.monotonic()
-    if len(missing) < len(tasks):
-        say(f"{stage}: {len(tasks) - len(missing)} of {len(tasks)} parts are there already")
+    if len(missing) < len(parts):
+        say(f"{stage}: {len(parts) - len(missing)} of {len(parts)} parts are there already")
     done = rows = 0
-    for size in pool.run(missing, partial(worker, evaluation.config), workers):
+    for size in pool.run(missing, partial(worker, survey.config), workers):
         done, rows = done + 1, rows + size
         now = time.monotonic()
         if now - shown >= EVERY_S or done == len(missing):
             shown, speed = now, rows / (now - began)
             left = (now - began) / done * (len(missing) - done)
             say(f"{stage}: {done}/{len(missing)}  {speed:,.1f} rows/s  ETA {clock(left)}")
-    notes = (note for group in present for note in parts.notes(group))
+    notes = (note for group in present for note in kept.notes(group))
     work = sum(note["seconds"] for note in notes if note)
     wall = time.monotonic() - began
-    return Cost(stage=stage, tasks=len(tasks), made=done, work=work, wall=wall)
+    return Cost(stage=stage, parts=len(parts), made=done, work=work, wall=wall)
 
 
 def time_table(costs: Sequence[Cost], *, wall: float, config: EvaluateConfig) -> Table:
@@ -115,7 +115,7 @@ def time_table(costs: Sequence[Cost], *, wall: float, config: EvaluateConfig) ->
     processes = max(config.workers.count, 1)
     work = sum(cost.work for cost in costs)
     busy = f", busy {100 * work / processes / wall:.1f} % of the time"
-    whole = all(cost.made == cost.tasks for cost in costs)
+    whole = all(cost.made == cost.parts for cost in costs)
     rows = [vars(cost) for cost in costs]
     rows.append({"stage": "everything", "work": work, "wall": wall})
     return Table(

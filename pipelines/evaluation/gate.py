@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.evaluation import Evaluation
     from pipelines.evaluation.settings import GateConfig
+    from pipelines.evaluation.survey import Survey
 
 
 class Metric(Protocol):
@@ -42,13 +42,13 @@ class Metric(Protocol):
     def label(self) -> str:
         """What messages and tables call it."""
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
         """The figure of each resample, ``[1 + R]``, that of the rows as they are first.
 
         Row i of every model has the same noise, and for likelihoods the same held-out row.
         """
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
+    def require(self, survey: Survey, candidate: str) -> None:
         """ConfigError where the evaluation does not measure it of the candidate."""
 
 
@@ -115,14 +115,14 @@ class OfTexts:
     def label(self) -> str:
         return f"{type(self).kind} of {self.path} {self.budget}"
 
-    def source(self, evaluation: Evaluation, model: str) -> str:
+    def source(self, survey: Survey, model: str) -> str:
         """The texts; the unigram's, which stand for a champion where there is none, have no
         path."""
-        return evaluation.source(model, self.path, self.budget)
+        return survey.source(model, self.path, self.budget)
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
+    def require(self, survey: Survey, candidate: str) -> None:
         """ConfigError where the evaluation draws no such texts of the candidate."""
-        self.source(evaluation, candidate)
+        self.source(survey, candidate)
 
 
 def require_resamples(resamples: int) -> None:
@@ -181,7 +181,7 @@ class Decision:
 
 
 def compare(
-    evaluation: Evaluation, config: GateConfig, *, candidate: str, other: str, seed: int
+    survey: Survey, config: GateConfig, *, candidate: str, other: str, seed: int
 ) -> Decision:
     """Decide between two models by name; the same for the same parts and seed.
 
@@ -189,7 +189,7 @@ def compare(
     """
 
     def measure(metric: Metric) -> Interval:
-        return _interval(evaluation, config, metric, candidate=candidate, other=other, seed=seed)
+        return _interval(survey, config, metric, candidate=candidate, other=other, seed=seed)
 
     metric, guards = measure(config.metric), tuple(map(measure, config.guards))
     against = [guard for guard in guards if guard.verdict in ("worse", "not measurable")]
@@ -209,7 +209,7 @@ def compare(
 
 
 def _interval(
-    evaluation: Evaluation,
+    survey: Survey,
     config: GateConfig,
     metric: Metric,
     *,
@@ -218,7 +218,7 @@ def _interval(
     seed: int,
 ) -> Interval:
     draws = Resamples(seed, metric.resamples or config.resamples)
-    ours_R, theirs_R = (metric.figures(evaluation, model, draws) for model in (candidate, other))
+    ours_R, theirs_R = (metric.figures(survey, model, draws) for model in (candidate, other))
     differences_R = metric.sign * (ours_R - theirs_R)
     tail = (1 - config.confidence) / 2
     low, high = np.quantile(differences_R[1:], (tail, 1 - tail))

@@ -1,5 +1,5 @@
-"""Strangers' models: Hugging Face folders and names, found on this machine first and on the hub
-second. Only their safetensors are read: nothing is unpickled and none of their code is run.
+"""Models of the Hugging Face hub, by folder or by name; a name is looked for on this machine first.
+Only safetensors are read: nothing is unpickled, and no code that comes with a model is run.
 
 Shapes: B sequences of a batch, L positions.
 """
@@ -41,7 +41,7 @@ class Opened(NamedTuple):
 
 
 def check(model: str, head: Head, *, max_tokens: int, where: str) -> None:
-    """Have a model on this machine, its weights looked at but not loaded.
+    """Make sure that a model is on this machine and can be used; its weights are not loaded.
 
     where: the dotted path of the setting that names it.
 
@@ -75,7 +75,7 @@ def open(model: str, head: Head, device: torch.device | str, *, where: str) -> O
         )
     except Exception as error:  # the library raises whatever a file makes it stumble over
         raise _unusable(model, where, error) from error
-    # Such weights are made up at random. Nobody here looks at what a pooler says.
+    # The library fills such weights at random. The output of a pooler is not used here.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         why = f"{model} has no weights for {missing[0]} ({len(missing)} are missing)"
@@ -126,10 +126,11 @@ class Batch(NamedTuple):
 def batches(
     sequences: Sequence[Sequence[int]], size: int, device: torch.device | str
 ) -> Iterator[Batch]:
-    """Sequences of like length together, the longest first: what fits then fits to the end."""
+    """Sequences of similar length together, the longest first, so that memory runs out at once or
+    never."""
     order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
     while order:
-        # Much shorter ones would be padding for the most part: they wait for their like.
+        # Much shorter ones would mostly be padding: they come in a later batch.
         least = LIKE * len(sequences[order[0]])
         rows = [row for row in order[:size] if len(sequences[row]) >= least]
         order = order[len(rows) :]
@@ -147,7 +148,7 @@ def _download(model: str, where: str) -> Path:
     section = where.rpartition(".")[0]
     stand_in = f"take {section}.kind=own with a model of your own, the offline stand-in"
     try:
-        # Ask once and in vain for seconds: what follows has retries that take minutes.
+        # A short time limit: without an answer, the download would retry for minutes.
         siblings = HfApi().model_info(model, timeout=PATIENCE_S).siblings or []
         lack = _lack({sibling.rfilename for sibling in siblings})
         if not lack:

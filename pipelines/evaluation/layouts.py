@@ -1,7 +1,7 @@
 """The tables of an evaluation laid out as the papers print them, with theirs below ours if asked.
 
-A layout only arranges anew what other tables hold in full, for readers: its rows are not to be
-counted again, and the published ones were measured by somebody else.
+A layout only arranges again what other tables hold in full. Its rows are not logged, and the
+published ones are the papers' measurements, not ours.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def by_budget(texts: Rows, merit: Merit, published: PublishedTable | None = None
     budgets = sorted({row["budget"] for row in rows if merit.key in row})
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        line = lines.setdefault(_of(row), _labels(row))
+        line = lines.setdefault(tuple(_labels(row).values()), _labels(row))
         if merit.key in row:
             line.pop(SKIPPED, None)  # a path that can be walked at some budgets was not skipped
             line |= _value(row, merit.key, to=f"T={row['budget']}")
@@ -128,10 +128,6 @@ def _labels(row: Row) -> dict[str, Any]:
     return {key: row[key] for key in ("model", "path", "source") if key in row}
 
 
-def _of(row: Row) -> tuple[str, ...]:
-    return tuple(_labels(row).values())
-
-
 def _value(row: Row, key: str, *, to: str) -> dict[str, Any]:
     """A value and its error under another key."""
     return {to + end: row[key + end] for end in ("", STDERR) if key + end in row}
@@ -140,27 +136,19 @@ def _value(row: Row, key: str, *, to: str) -> dict[str, Any]:
 def _split(row: Row, merits: Iterable[Merit]) -> Row:
     if SKIPPED in row:
         return {**_labels(row), SKIPPED: row[SKIPPED]}
-    t_cont, t_mdm = row["split"]
-    line = {
-        **_labels(row),
-        "t_cont": t_cont,
-        "t_mdm": t_mdm,
-        "nfe": row.get("calls", t_cont + t_mdm),
-    }
+    first, second = row["split"]
+    line = {"t_cont": first, "t_mdm": second, "nfe": row.get("calls", first + second)}
     for merit in merits:
         line |= _value(row, merit.key, to=merit.key)
-    return line
+    return {**_labels(row), **line}
 
 
 def _anchors(texts: Rows, merit: Merit) -> str:
     """What stands beside the models."""
     column = Column(merit.key, merit.title, merit.show)
-    said = [
-        f"{row['model']} {column.cell(row)}"
-        for row in texts
-        if "path" not in row and merit.key in row
-    ]
-    return f"Beside the models: {', '.join(said)}." if said else ""
+    beside = [row for row in texts if "path" not in row and merit.key in row]
+    said = ", ".join(f"{row['model']} {column.cell(row)}" for row in beside)
+    return f"Beside the models: {said}." if said else ""
 
 
 def with_sources(
@@ -174,9 +162,8 @@ def with_sources(
     if not rows:
         return None
     # A reason stands where the values would begin, so that nothing else may come before it.
-    rows = [
-        {k: v for k, v in row.items() if k != SOURCE.key} if SKIPPED in row else row for row in rows
-    ]
+    said = ({k: v for k, v in row.items() if k != SOURCE.key or SKIPPED not in row} for row in rows)
+    rows = list(said)
     if published is None:
         return Table(title=title, note=note, columns=columns, rows=rows)
     note = f"{note} {published.note}"

@@ -130,7 +130,7 @@ def text_bytes(rows_NL: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _documents(tokens_T: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
-    """What lies between the marks of beginning and end; marks in a row hold nothing."""
+    """The stretches between marks of beginning and end, without the empty ones."""
     marks = np.flatnonzero(np.isin(tokens_T, (vocabulary.bos, vocabulary.eos)))
     edges = [-1, *marks.tolist(), len(tokens_T)]
     return [tokens_T[a + 1 : b] for a, b in pairwise(edges) if b > a + 1]

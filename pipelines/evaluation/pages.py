@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from infra import journal
 from pipelines.evaluation.cells import REFERENCES
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.question import Drawn
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.report import Column, Plot, Report, Table, Text
 from pipelines.report.plots import courses, losses
 
@@ -37,28 +37,23 @@ GATE = (
 )
 
 
-class Made(NamedTuple):
-    """A report, and the figures in it that were measured, by the names that MLflow has them by."""
-
-    report: Report
-    figures: dict[str, float]
-
-
-def report(evaluation: Evaluation, decision: Decision | None, time: Table) -> Made:
-    """Everything that an evaluation has to say."""
-    config, manifest = evaluation.config, evaluation.held_out.manifest
+def report(
+    survey: Survey, decision: Decision | None, time: Table
+) -> tuple[Report, dict[str, float]]:
+    """The report, and the figures in it that were measured, by their names in MLflow."""
+    config, manifest = survey.config, survey.held_out.manifest
     tables: dict[str, Table] = {"gate": _gate(decision)} if decision else {}
     measured: dict[str, Table] = {}
     drawn: list[Drawn] = []
     facts: dict[str, Any] = {}
     for question in config.questions:
-        own = question.tables(evaluation)
+        own = question.tables(survey)
         measured |= own
-        tables |= {**own, **question.layouts(evaluation, own)}
-        drawn += question.plots(evaluation, own)
-        facts |= question.facts(evaluation)
-    tables |= {"diagnostics": _diagnostics(evaluation.subjects), "time": time}
-    drawn += _training(evaluation.subjects)
+        tables |= {**own, **question.layouts(survey, own)}
+        drawn += question.plots(survey, own)
+        facts |= question.facts(survey)
+    tables |= {"diagnostics": _diagnostics(survey.subjects), "time": time}
+    drawn += _training(survey.subjects)
     made = Report(
         name="evaluation",
         title=f"Evaluation {config.name}",
@@ -75,14 +70,14 @@ def report(evaluation: Evaluation, decision: Decision | None, time: Table) -> Ma
             **facts,
             "models": {
                 subject.name: {**subject.origin, **subject.facts, "kind": subject.kind}
-                for subject in evaluation.subjects
+                for subject in survey.subjects
             },
         },
         tables={name: table for name, table in tables.items() if table.rows},
         plots=[Plot(name, caption, png) for name, caption, png in drawn if png],
-        texts=list(_texts(evaluation)),
+        texts=list(_texts(survey)),
     )
-    return Made(made, figures(measured))
+    return made, figures(measured)
 
 
 def figures(tables: Mapping[str, Table]) -> dict[str, float]:
@@ -129,8 +124,8 @@ def _gate(decision: Decision) -> Table:
     return Table(title="Gate to champion", note=decision.why, columns=GATE, rows=decision.rows())
 
 
-def _texts(evaluation: Evaluation) -> Iterator[Text]:
-    for source in evaluation.sources:
+def _texts(survey: Survey) -> Iterator[Text]:
+    for source in survey.sources:
         if source != REFERENCES:
-            for text in evaluation.texts(source, TEXTS):
+            for text in survey.texts(source, TEXTS):
                 yield Text(source, text)

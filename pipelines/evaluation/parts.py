@@ -1,7 +1,7 @@
-"""What an evaluation has found out so far: Parquet files in its run directory, one for each job.
+"""What an evaluation has measured so far: Parquet files in its run directory.
 
-A part appears whole or not at all and its name says what is in it, so the parts that are there
-are all the state that an evaluation has: after a kill, the missing ones are made.
+A part appears whole or not at all, and its name says what is in it. The parts are all the state
+that an evaluation has: after a kill, the missing ones are made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Before the first task: checks everything that could be wrong, and writes what tasks need into the
+"""Before the first part: checks everything that could be wrong, and writes what parts need into the
 run directory, where a restart finds it as it was."""
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines.evaluation import held_out, promotion, subjects
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.parts import Parts, chunks, texts
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import MODELS, Workspace, copied
 
 SUBJECTS = "subjects.json"  # written last: where it is, all that a restart needs is there
@@ -25,7 +25,8 @@ SUBJECTS = "subjects.json"  # written last: where it is, all that a restart need
 def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origin]:
     """Where every model comes from; with a gate, the present champion stands among them.
 
-    Where this very evaluation has made its candidate the champion, the others are whom it beat.
+    Where this evaluation has already made its candidate the champion, the other models are those
+    that it was compared with.
     Raises ConfigError for a candidate that is not in the registry, DataError for what is missing.
     """
     found = {
@@ -63,23 +64,23 @@ def rows(config: EvaluateConfig) -> HeldOut:
 
 def prepare(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
-) -> Evaluation:
+) -> Survey:
     """The evaluation, once all models are known to fit; their weights and the texts beside them are
     copied into the run directory, unless an earlier attempt has done so.
 
     Raises ConfigError where that attempt found other versions of the models.
     """
 
-    def evaluation(subjects: Sequence[Subject]) -> Evaluation:
-        return Evaluation(config=config, parts=Parts(folder), held_out=rows, subjects=subjects)
+    def survey(subjects: Sequence[Subject]) -> Survey:
+        return Survey(config=config, parts=Parts(folder), held_out=rows, subjects=subjects)
 
     if folder.exists(SUBJECTS):
         before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
-        return evaluation(before)
+        return survey(before)
     for reader in config.readers:
         reader.check(uri)
-    made = evaluation(_copy_models(config, folder, origins, rows, uri))
+    made = survey(_copy_models(config, folder, origins, rows, uri))
     promotion.require(made)
     workspace = Workspace(config)
     _write_texts(workspace, rows)

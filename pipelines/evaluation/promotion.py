@@ -12,10 +12,10 @@ from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines.evaluation import gate
 from pipelines.evaluation.cells import CHAMPION, UNIGRAM
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
+from pipelines.evaluation.survey import Survey
 from pipelines.runs import say
 
 DECISION = "decision.json"
@@ -27,13 +27,14 @@ def decided(folder: Folder) -> bool:
 
 
 def decide(
-    evaluation: Evaluation, folder: Folder, origins: Mapping[str, Origin], uri: str
+    survey: Survey, folder: Folder, origins: Mapping[str, Origin], uri: str
 ) -> Decision | None:
-    """Whether the candidate is to be champion; None where nobody asked, or where it is already.
+    """Whether the candidate is to be champion; None without a gate, or where it is already.
 
-    Written down before the alias moves: afterwards there would be nobody to compare it with.
+    It is written down before the alias moves: afterwards there would be no other champion to
+    compare with.
     """
-    config = evaluation.config
+    config = survey.config
     if not config.gate:
         return None
     if decided(folder):
@@ -44,7 +45,7 @@ def decide(
         say(f"{candidate['version']} is the champion already")
         return None
     made = gate.compare(
-        evaluation,
+        survey,
         config.gate,
         candidate=config.gate.model,
         # As long as there is no champion, the floor that any model must lie above.
@@ -69,9 +70,10 @@ def conclude(
     handle: RunHandle,
     report: str,
 ) -> dict[str, Any]:
-    """Link every registered model to its evaluation, and move the alias if that was decided.
+    """Tag every registered model with its evaluation, and move the alias if that was decided.
 
-    What of it belongs into the result. The alias stays where somebody has moved it meanwhile.
+    Returns the entries for the result. The alias stays where it is if it has moved since the
+    evaluation began.
     """
     for origin in origins.values():
         if "version" in origin:
@@ -92,8 +94,8 @@ def conclude(
     return {"champion": {"moved": moved, "why": decision.why}}
 
 
-def require(evaluation: Evaluation) -> None:
+def require(survey: Survey) -> None:
     """ConfigError for a gate that asks for what is not measured, before anything is."""
-    if wanted := evaluation.config.gate:
+    if wanted := survey.config.gate:
         for metric in (wanted.metric, *wanted.guards):
-            metric.require(evaluation, wanted.model)
+            metric.require(survey, wanted.model)

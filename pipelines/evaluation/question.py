@@ -1,10 +1,10 @@
 """What a measurement is: the base class of the questions that an evaluation asks.
 
 Each question is one file in `pipelines/evaluation/questions` and one entry in the list there. The
-file holds its settings, its tasks, what it computes, its tables and plots, and what the gate may
+file holds its settings, its parts, what it computes, its tables and plots, and what the gate may
 compare. Nothing else knows a question by name.
 
-Shapes: B rows of a task, L positions.
+Shapes: B rows of a part, L positions.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from pipelines.kinds import ModelKind
 from pipelines.report import STDERR, Column, Row, Table
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.evaluation import Evaluation
     from pipelines.evaluation.held_out import HeldOut
     from pipelines.evaluation.readers import HubReader, OwnReader
     from pipelines.evaluation.subjects import Subject
+    from pipelines.evaluation.survey import Survey
     from pipelines.evaluation.workspace import Workspace
 
 # A `pipelines.evaluation.settings.Questions`, which is made of the questions and imports them.
 Questions = Any
-TEXTS = 1024  # that one task reads: reading is quick, and every task has a fixed cost
+TEXTS = 1024  # of one part: reading is quick, and every part has a fixed cost
 Drawn = tuple[str, str, bytes | None]  # a plot's name, caption and PNG; None where nothing is shown
 Columns = Mapping[str, Any]  # of a part: values by name, one for each row
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A piece of work for a process. Its table is kept as part ``first`` of ``group``.
-
-    It must be a pure function of the configuration, the models, and the parts of earlier stages.
+class Part:
+    """A part to be made: its place, which is number ``first`` of ``group``, and how its table is
+    made: a pure function of the configuration, the models, and the parts of earlier stages.
     """
 
     group: str
@@ -78,7 +77,7 @@ class Question:
     columns: ClassVar[tuple[Column, ...]] = ()
     merits: ClassVar[tuple[Merit, ...]] = ()
 
-    # --- before the first task ---
+    # --- before the first part ---
 
     def check(self, config: Questions) -> None:
         """ValueError for settings that do not go together."""
@@ -96,21 +95,21 @@ class Question:
 
     # --- the work, in three stages: a stage may read the parts of those before it ---
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterable[Task]:
+    def of_model(self, survey: Survey, subject: Subject) -> Iterable[Part]:
         """What to ask of one model."""
         return ()
 
-    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
         """What to ask about each text of a source by itself."""
         return ()
 
-    def of_corpus(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
+    def of_corpus(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
         """What to ask about many texts of a source together."""
         return ()
 
     # --- the report ---
 
-    def of_source(self, evaluation: Evaluation, source: str) -> Row:
+    def of_source(self, survey: Survey, source: str) -> Row:
         """The entries of a source in the table of texts, under the keys of `columns`."""
         return {}
 
@@ -118,19 +117,19 @@ class Question:
         """What a reader of the table of texts must know of these columns."""
         return ""
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
         """Tables of its own, by name. Their numbers are logged as metrics."""
         return {}
 
-    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
         """Its tables (those that `tables` gave) arranged anew; not logged again."""
         return {}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         """Plots of its tables."""
         return ()
 
-    def facts(self, evaluation: Evaluation) -> Mapping[str, Any]:
+    def facts(self, survey: Survey) -> Mapping[str, Any]:
         """Entries of the report's JSON beside the tables."""
         return {}
 
@@ -157,20 +156,20 @@ class RowQuestion(Question):
         """What to measure of a kind of model, by a name for it; "" where that is one thing."""
         return {}
 
-    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterable[Row]:
+    def rows(self, survey: Survey, subject: Subject) -> Iterable[Row]:
         """What the table says of a model."""
         return ()
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        config = evaluation.config
+    def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
+        config = survey.config
         for asked, measure in self.asked(config, subject.trained_as).items():
             for first, count in chunks(config.likelihood.rows, config.batch):
                 rows = {"model": subject.name, "first": first, "count": count}
                 work = partial(_of_rows, measure=measure, **rows)
-                yield Task(group=self.group(subject.name, asked), first=first, work=work)
+                yield Part(group=self.group(subject.name, asked), first=first, work=work)
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
-        rows = [row for subject in evaluation.subjects for row in self.rows(evaluation, subject)]
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
+        rows = [row for subject in survey.subjects for row in self.rows(survey, subject)]
         return {self.name: Table(title=self.title, note=self.text, columns=self.table, rows=rows)}
 
     def group(self, model: str, asked: str = "") -> str:
@@ -192,16 +191,16 @@ def _of_rows(
 OfTexts = Callable[["Workspace", Sequence[str], np.ndarray], Columns]
 
 
-def tasks_of_texts(group: str, source: str, texts: int, measure: OfTexts) -> Iterator[Task]:
+def parts_of_texts(group: str, source: str, texts: int, measure: OfTexts) -> Iterator[Part]:
     """Measure all texts of a source, some at a time."""
     for first, count in chunks(texts, TEXTS):
         work = partial(_of_texts, source=source, first=first, count=count, measure=measure)
-        yield Task(group=group, first=first, work=work)
+        yield Part(group=group, first=first, work=work)
 
 
-def repeats(evaluation: Evaluation, texts: int) -> range:
+def repeats(survey: Survey, texts: int) -> range:
     """The first row of each full repeat among the texts of a source."""
-    size = evaluation.config.samples.rows
+    size = survey.config.samples.rows
     return range(0, texts - size + 1, size)
 
 

@@ -24,9 +24,9 @@ MODELS = "models"  # of the run directory: the weights as they were when the eva
 
 
 class Workspace:
-    """Opens what a task asks for, and keeps it for the next one.
+    """Opens what a part needs, and keeps it for the next one.
 
-    Tasks of one model come one after another, so only one model is kept.
+    Parts of one model come one after another, so only one model is kept.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:

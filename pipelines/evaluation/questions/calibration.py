@@ -1,6 +1,6 @@
 """How far a model's confidence is from its accuracy, at each SNR of the states.
 
-Shapes: B rows of a task, L positions, K bins of confidence.
+Shapes: B rows of a part, L positions, K bins of confidence.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from dsl.calibration import calibration
 from dsl.denoiser import Denoiser
 from pipelines.evaluation.conditions import AtSNR
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.parts import matrix
 from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
 from pipelines.report import Column, Row, Rows, Table
 from pipelines.report.plots import reliability
@@ -60,11 +60,11 @@ class Calibration(RowQuestion):
             return {}
         return {"": partial(binned, gammas=config.states.gammas, seed=config.seed)}
 
-    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-        if not self.asked(evaluation.config, subject.trained_as):
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        if not self.asked(survey.config, subject.trained_as):
             return
-        parts = evaluation.parts.read(self.group(subject.name))
-        for gamma in evaluation.config.states.gammas:
+        parts = survey.parts.read(self.group(subject.name))
+        for gamma in survey.config.states.gammas:
             of_gamma = parts.filter(pc.equal(parts["gamma"], gamma))
             count_K, sure_K, right_K = (matrix(of_gamma[key], np.float64).sum(0) for key in BINS)
             filled_K, empty_K = np.maximum(count_K, 1), count_K == 0
@@ -80,10 +80,10 @@ class Calibration(RowQuestion):
                 "accuracy": _or_none(right_K / filled_K, empty_K),
             }
 
-    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
         return {"ece": ece(tables["calibration"].rows)}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         return [("reliability", "Reliability by SNR", reliability(tables["calibration"].rows))]
 
 

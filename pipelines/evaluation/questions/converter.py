@@ -1,6 +1,6 @@
 """How much of the evidence the converter lets through to the backbone, at each SNR of the states.
 
-Shapes: B rows of a task, L positions, D table dimension, N tokens.
+Shapes: B rows of a part, L positions, D table dimension, N tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dsl.denoiser import Denoiser
 from pipelines.evaluation.conditions import AtSNR, shown
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
 from pipelines.report import Column, Row, Table
 from pipelines.report.plots import CONVERTER, by_snr
@@ -58,9 +58,9 @@ class Converter(RowQuestion):
             for condition in _conditions(config, kind)
         }
 
-    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-        for condition in _conditions(evaluation.config, subject.trained_as):
-            read = evaluation.columns(self.group(subject.name, condition.name))
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        for condition in _conditions(survey.config, subject.trained_as):
+            read = survey.columns(self.group(subject.name, condition.name))
             yield {
                 "model": subject.name,
                 "state": condition.name,
@@ -70,7 +70,7 @@ class Converter(RowQuestion):
                 **entries("token_weight", mean(read["token"])),
             }
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         png = by_snr(tables["converter"].rows, CONVERTER)
         return [("converter", self.title, png)]
 

@@ -20,19 +20,19 @@ from dsl import likelihood
 from dsl.vocabulary import END_OF_TEXT
 from infra.errors import ConfigError, DataError
 from pipelines.evaluation import hub, metrics
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.question import (
     Columns,
     Merit,
+    Part,
     Question,
     Questions,
-    Task,
     entries,
-    tasks_of_texts,
+    parts_of_texts,
 )
 from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, KINDS
 from pipelines.models import Model
@@ -203,13 +203,13 @@ class GenerativePerplexity(OfTexts):
 
     sign: ClassVar[int] = -1
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        judged = Judged(**evaluation.columns(_group(self.source(evaluation, model))))
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        judged = Judged(**survey.columns(_group(self.source(survey, model))))
         return np.exp(ratios(judged.nats_N, judged.tokens_N, draws.rows(len(judged.nats_N))))
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
-        super().require(evaluation, candidate)
-        if evaluation.config.judge is None:
+    def require(self, survey: Survey, candidate: str) -> None:
+        super().require(survey, candidate)
+        if survey.config.judge is None:
             raise ConfigError("gate", "asks for a judge, and there is none", "Give judge, too")
 
 
@@ -225,12 +225,12 @@ class Judge(Question):
     def readers(self, config: Questions) -> Sequence[AnyJudge]:
         return (config.judge,)
 
-    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
-        measure = partial(_judged, evaluation.config.judge)
-        return tasks_of_texts(_group(source), source, texts, measure)
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
+        measure = partial(_judged, survey.config.judge)
+        return parts_of_texts(_group(source), source, texts, measure)
 
-    def of_source(self, evaluation: Evaluation, source: str) -> Row:
-        judged = Judged(**evaluation.columns(_group(source)))
+    def of_source(self, survey: Survey, source: str) -> Row:
+        judged = Judged(**survey.columns(_group(source)))
         return {
             **entries("perplexity", perplexity(judged)),
             **entries("judged_bits_per_byte", bits_per_byte(judged)),

@@ -1,12 +1,12 @@
 """How likely held-out text is to each model, by every view of the likelihood that it has.
 
-Shapes: B rows of a task, N rows, L positions, R resamples.
+Shapes: B rows of a part, N rows, L positions, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -21,13 +21,13 @@ from dsl.likelihood import Estimate, PathName
 from infra.errors import ConfigError
 from pipelines.evaluation import metrics
 from pipelines.evaluation.cells import UNIGRAM
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.layouts import OURS, THEIRS, published_table, with_sources
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, ModelKind
 from pipelines.report import BOUND, Column, Row, Rows, Table
@@ -72,53 +72,46 @@ class View(NamedTuple):
 
     name: str
     meaning: str
-    measure: partial[Estimate]
+    measure: Callable[..., Estimate]
     gamma_star: float | None = None
 
 
-def views(kind: ModelKind, config: LikelihoodConfig, seed: int) -> tuple[View, ...]:
+def views(kind: ModelKind, config: LikelihoodConfig, seed: int) -> list[View]:
     """The views that a kind of model has, each at all of its settings."""
-    return tuple(view for name in kind.views for view in VIEWS[name](config, seed))
+    roar = partial(likelihood.roar, samples=config.samples, seed=seed)
+    calls = {"steps": config.steps, "seed": seed}
+    integral = partial(likelihood.path_integral, gamma_max=config.gamma_max, **calls)
+    no_bound = f"estimate, no bound: stops at SNR {config.gamma_max:g}"
+    bound = partial(likelihood.hybrid_bound, **calls)
+    name, to = "hybrid_bound_{:g}", "upper bound, to SNR {:g}"
+    known = {
+        "exact": [View(EXACT, "exact", _ar)],
+        "endpoint_bound": [
+            View("endpoint_bound", "upper bound, tokens revealed in random order", roar)
+        ],
+        "path_integral": [
+            View(_integral_name(contour), no_bound, partial(integral, path=contour))
+            for contour in config.contours
+        ],
+        "hybrid_bound": [
+            View(name.format(at), to.format(at), partial(bound, gamma_star=at), at)
+            for at in config.gamma_star
+        ],
+    }
+    return [view for name in kind.views for view in known[name]]
 
 
-def _exact(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    yield View(EXACT, "exact", partial(_ar))
-
-
-def _endpoints(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    measure = partial(likelihood.roar, samples=config.samples, seed=seed)
-    yield View("endpoint_bound", "upper bound, tokens revealed in random order", measure)
-
-
-def _integrals(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    settings = {"gamma_max": config.gamma_max, "steps": config.steps, "seed": seed}
-    for contour in config.contours:
-        name = "path_integral" if contour == "diffusion" else f"path_integral_{contour}"
-        measure = partial(likelihood.path_integral, path=contour, **settings)
-        yield View(name, f"estimate, no bound: stops at SNR {config.gamma_max:g}", measure)
-
-
-def _hybrids(config: LikelihoodConfig, seed: int) -> Iterator[View]:
-    settings = {"steps": config.steps, "seed": seed}
-    for gamma in config.gamma_star:
-        measure = partial(likelihood.hybrid_bound, gamma_star=gamma, **settings)
-        meaning = f"upper bound, to SNR {gamma:g}"
-        yield View(f"hybrid_bound_{gamma:g}", meaning, measure, gamma)
-
-
-VIEWS = {
-    EXACT: _exact,
-    "endpoint_bound": _endpoints,
-    "path_integral": _integrals,
-    "hybrid_bound": _hybrids,
-}
+def _integral_name(contour: PathName) -> str:
+    return "path_integral" if contour == "diffusion" else f"path_integral_{contour}"
 
 
 def _ar(denoiser: Denoiser, tokens_BL: Tensor, *, first_row: int) -> Estimate:
     return likelihood.ar(denoiser, tokens_BL)
 
 
-def _nats(view: partial[Estimate], denoiser: Denoiser, tokens_BL: Tensor, **row: int) -> Columns:
+def _nats(
+    view: Callable[..., Estimate], denoiser: Denoiser, tokens_BL: Tensor, **row: int
+) -> Columns:
     return {"nats": view(denoiser, tokens_BL, **row).mean_B.numpy()}
 
 
@@ -146,15 +139,15 @@ class Nats:
     def label(self) -> str:
         return f"nats per token, {self.view}"
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        kind = evaluation.kinds.get(model, AR)  # the unigram's is exact, too
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        kind = survey.kinds.get(model, AR)  # the unigram's is exact, too
         view = EXACT if EXACT in kind.views else self.view
-        nats_N = evaluation.columns(_group(model, view))["nats"]
+        nats_N = survey.columns(_group(model, view))["nats"]
         return means(nats_N, draws.rows(len(nats_N)))
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
+    def require(self, survey: Survey, candidate: str) -> None:
         """ConfigError where the candidate's likelihood has no such view."""
-        config, kind = evaluation.config, evaluation.kinds[candidate]
+        config, kind = survey.config, survey.kinds[candidate]
         known = [view.name for view in views(kind, config.likelihood, config.seed)]
         if self.view not in known and EXACT not in known:
             why = f"{self.view} is no view of the likelihood of {candidate}"
@@ -188,40 +181,40 @@ class Likelihood(RowQuestion):
         found = views(kind, config.likelihood, config.seed)
         return {view.name: partial(_nats, view.measure) for view in found}
 
-    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-        config = evaluation.config
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        config = survey.config
         for view in views(subject.trained_as, config.likelihood, config.seed):
-            yield _row(evaluation, subject.name, view)
+            yield _row(survey, subject.name, view)
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
         """Every view of every model's likelihood, below that of the unigram, which is the floor."""
-        (made,) = super().tables(evaluation).values()
-        config, bytes_N = evaluation.config, _bytes(evaluation)
-        (floor,) = _exact(config.likelihood, config.seed)
-        rows, length = len(bytes_N), evaluation.held_out.manifest.length
+        (made,) = super().tables(survey).values()
+        config, bytes_N = survey.config, _bytes(survey)
+        (floor,) = views(AR, config.likelihood, config.seed)
+        rows, length = len(bytes_N), survey.held_out.manifest.length
         size = f"{rows:,} rows, {rows * length:,} tokens, {bytes_N.sum():,} bytes."
-        rows = [_row(evaluation, UNIGRAM, floor), *made.rows]
+        rows = [_row(survey, UNIGRAM, floor), *made.rows]
         return {self.name: replace(made, note=f"{size} {made.note}", rows=rows)}
 
-    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        made = bits(tables[self.name].rows, evaluation.config.published)
+    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+        made = bits(tables[self.name].rows, survey.config.published)
         return {"bits": made} if made else {}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         """The hybrid bound at every gamma*, and the bound at the endpoints to compare it with."""
         rows = tables[self.name].rows
         shown = [row for row in rows if "gamma_star" in row or row["view"] == "endpoint_bound"]
         return [("nll", "Likelihood against the SNR of the bound", nll(shown))]
 
 
-def _bytes(evaluation: Evaluation) -> np.ndarray:
+def _bytes(survey: Survey) -> np.ndarray:
     """How many bytes each row stands for, ``[N]``."""
-    return evaluation.held_out.bytes_N[: evaluation.config.likelihood.rows]
+    return survey.held_out.bytes_N[: survey.config.likelihood.rows]
 
 
-def _row(evaluation: Evaluation, model: str, view: View) -> Row:
-    nats_N, bytes_N = evaluation.columns(_group(model, view.name))["nats"], _bytes(evaluation)
-    nats, bits_N = metrics.mean(nats_N), nats_N * evaluation.held_out.manifest.length / math.log(2)
+def _row(survey: Survey, model: str, view: View) -> Row:
+    nats_N, bytes_N = survey.columns(_group(model, view.name))["nats"], _bytes(survey)
+    nats, bits_N = metrics.mean(nats_N), nats_N * survey.held_out.manifest.length / math.log(2)
     perplexity = likelihood.perplexity(nats.value)
     return {
         "model": model,

@@ -23,21 +23,21 @@ from dsl.state import State
 from infra.errors import ConfigError
 from pipelines.evaluation import hub
 from pipelines.evaluation.cells import REFERENCES
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import OfTexts, Resamples, require_resamples
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.parts import lists, matrix
 from pipelines.evaluation.question import (
     Columns,
     Merit,
+    Part,
     Question,
     Questions,
-    Task,
     entries,
+    parts_of_texts,
     repeats,
-    tasks_of_texts,
 )
 from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row
 
@@ -177,7 +177,7 @@ def _compute() -> Callable[..., Any]:
     return compute_mauve
 
 
-# --- tasks -------------------------------------------------------------------------------------
+# --- parts -------------------------------------------------------------------------------------
 
 
 def _features(
@@ -223,18 +223,18 @@ class MauveGain(OfTexts):
     def __post_init__(self) -> None:
         require_resamples(self.resamples)
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        config, rows = evaluation.config.mauve, evaluation.config.samples.rows
-        texts_NF = _read(evaluation.parts, self.source(evaluation, model))[:rows]
-        real_MF = _read(evaluation.parts, REFERENCES)[:rows]
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        config, rows = survey.config.mauve, survey.config.samples.rows
+        texts_NF = _read(survey.parts, self.source(survey, model))[:rows]
+        real_MF = _read(survey.parts, REFERENCES)[:rows]
         taken = zip(
             draws.rows(len(texts_NF)), draws.references(len(real_MF)), draws.seeds(), strict=True
         )
         return np.array([one(texts_NF[n], real_MF[m], config, seed) for n, m, seed in taken])
 
-    def require(self, evaluation: Evaluation, candidate: str) -> None:
-        super().require(evaluation, candidate)
-        if evaluation.config.mauve is None:
+    def require(self, survey: Survey, candidate: str) -> None:
+        super().require(survey, candidate)
+        if survey.config.mauve is None:
             raise ConfigError("gate", "asks for MAUVE, which is not measured", "Give mauve, too")
 
 
@@ -260,19 +260,19 @@ class Mauve(Question):
     def readers(self, config: Questions) -> Sequence[AnyFeaturizer]:
         return (config.mauve.featurizer,)
 
-    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
-        measure = partial(_features, evaluation.config.mauve.featurizer)
-        return tasks_of_texts(f"parts/features/{source}", source, texts, measure)
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
+        measure = partial(_features, survey.config.mauve.featurizer)
+        return parts_of_texts(f"parts/features/{source}", source, texts, measure)
 
-    def of_corpus(self, evaluation: Evaluation, source: str, texts: int) -> Iterator[Task]:
-        for first in repeats(evaluation, texts):
+    def of_corpus(self, survey: Survey, source: str, texts: int) -> Iterator[Part]:
+        for first in repeats(survey, texts):
             work = partial(_score, source=source, first=first)
-            yield Task(group=f"parts/mauve/{source}", first=first, work=work)
+            yield Part(group=f"parts/mauve/{source}", first=first, work=work)
 
-    def of_source(self, evaluation: Evaluation, source: str) -> Row:
-        if not evaluation.parts.present(f"parts/mauve/{source}"):
+    def of_source(self, survey: Survey, source: str) -> Row:
+        if not survey.parts.present(f"parts/mauve/{source}"):
             return {}
-        found = evaluation.parts.read(f"parts/mauve/{source}")["mauve"].to_pylist()
+        found = survey.parts.read(f"parts/mauve/{source}")["mauve"].to_pylist()
         if found[0] is None:
             return {}
         per_seed_RS = np.array(found)

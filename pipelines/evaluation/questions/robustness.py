@@ -20,11 +20,11 @@ from dsl.channel import observe
 from dsl.denoiser import Denoiser
 from dsl.noise import Draws, Stream
 from pipelines.evaluation.conditions import Revealed, shown
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.questions.states import mean_errors
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
 from pipelines.report import Column, Row, Rows, Table
 from pipelines.report.drawing import curve, groups, measured, panels, styles
@@ -101,17 +101,17 @@ class Robustness(RowQuestion):
             return {}
         return {"": partial(nats, replaced=replaced, seed=config.seed)}
 
-    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
-        if not self.asked(evaluation.config, subject.trained_as):
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
+        if not self.asked(survey.config, subject.trained_as):
             return
-        found = evaluation.columns(self.group(subject.name))
-        for share in (0.0, *evaluation.config.robustness.replaced):
+        found = survey.columns(self.group(subject.name))
+        for share in (0.0, *survey.config.robustness.replaced):
             nats_N = found[_state(share)]
             row = {"model": subject.name, "state": _state(share), "replaced": share}
             rise = entries("rise", mean(nats_N - found[_state(0.0)])) if share else {}
             yield {**row, **entries("nats", mean(nats_N)), **rise}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
         yield "robustness", self.title, _plot(tables["robustness"].rows)
 
 

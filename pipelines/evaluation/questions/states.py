@@ -1,7 +1,7 @@
 """The error of each model in the states that it was trained on: masked and revealed tokens side by
 side, and evidence at one SNR.
 
-Shapes: B rows of a task, L positions, V tokens, A asked positions (flat, in [0, B·L)), N rows.
+Shapes: B rows of a part, L positions, V tokens, A asked positions (flat, in [0, B·L)), N rows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dsl.likelihood import Profile, log_prob_of
 from dsl.posterior import Posterior
 from infra.config import to_tree
 from pipelines.evaluation.conditions import AtSNR, Condition, Revealed, shown
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
 from pipelines.report import SKIPPED, Column, Row, Table
 from pipelines.report.plots import ERRORS, by_snr
@@ -99,10 +99,10 @@ class States(RowQuestion):
             for condition in conditions(kind, config.states)
         }
 
-    def rows(self, evaluation: Evaluation, subject: Subject) -> Iterator[Row]:
+    def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
         name, kind = subject.name, subject.trained_as
-        for condition in conditions(kind, evaluation.config.states):
-            found = evaluation.columns(self.group(name, condition.name))
+        for condition in conditions(kind, survey.config.states):
+            found = survey.columns(self.group(name, condition.name))
             # Distances in a table that was never trained would mean nothing.
             squared = entries("squared_error", mean(found["squared"])) if kind.finite_snr else {}
             snr = {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}
@@ -114,19 +114,19 @@ class States(RowQuestion):
         elif not kind.finite_snr:
             yield {"model": name, "state": "SNR > 0", SKIPPED: f"{kind.name} was not trained on it"}
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterable[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         return [("snr", "Error over SNR", by_snr(tables["states"].rows, ERRORS))]
 
-    def facts(self, evaluation: Evaluation) -> Mapping[str, Any]:
+    def facts(self, survey: Survey) -> Mapping[str, Any]:
         """By model, how many nats lie below which SNR: a support, a grid or a proposal that can be
         copied into a configuration (003 eq. 3)."""
-        config, made = evaluation.config.states, {}
+        config, made = survey.config.states, {}
         gammas = sorted(config.gammas)
         places = (Revealed(share=0.0), *(AtSNR(snr=gamma) for gamma in gammas))
-        for subject in evaluation.subjects:
+        for subject in survey.subjects:
             if subject.trained_as.finite_snr and gammas and 0.0 in config.revealed:
                 groups = (self.group(subject.name, place.name) for place in places)
-                found = np.stack([evaluation.columns(group)["squared"] for group in groups])
+                found = np.stack([survey.columns(group)["squared"] for group in groups])
                 profile = Profile((0.0, *gammas), torch.from_numpy(found))
                 made[subject.name] = to_tree(profile.information())
         return {"information": made}

@@ -1,7 +1,7 @@
 """What each model writes along every path at every budget: the texts, and what can be counted in
 them.
 
-Shapes: B rows of a task, L positions, N texts, M references.
+Shapes: B rows of a part, L positions, N texts, M references.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dsl.state import State
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from pipelines.evaluation import layouts, metrics
 from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell
-from pipelines.evaluation.evaluation import Evaluation
 from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import NGRAMS
@@ -29,14 +28,15 @@ from pipelines.evaluation.question import (
     Columns,
     Drawn,
     Merit,
+    Part,
     Question,
     Questions,
-    Task,
     entries,
+    parts_of_texts,
     repeats,
-    tasks_of_texts,
 )
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import WORDS, Workspace
 from pipelines.report import SKIPPED, Column, Row, Rows, Table
 from pipelines.report.plots import quality, splits
@@ -72,7 +72,7 @@ class SamplesConfig:
         return Truncated(denoiser, self.temperature, nucleus.p, nucleus.convention)
 
 
-# --- tasks -------------------------------------------------------------------------------------
+# --- parts -------------------------------------------------------------------------------------
 
 
 def draw(
@@ -127,8 +127,8 @@ class WordShare(OfTexts):
 
     sign: ClassVar[int] = 1
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        read = evaluation.columns(f"parts/read/{self.source(evaluation, model)}")
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        read = survey.columns(f"parts/read/{self.source(survey, model)}")
         return ratios(read["known"], read["words"], draws.rows(len(read["words"])))
 
 
@@ -140,9 +140,9 @@ class EntropyGap(OfTexts):
 
     sign: ClassVar[int] = -1
 
-    def figures(self, evaluation: Evaluation, model: str, draws: Resamples) -> np.ndarray:
-        texts_N = evaluation.columns(f"parts/read/{self.source(evaluation, model)}")["entropy"]
-        references_M = evaluation.columns(f"parts/read/{REFERENCES}")["entropy"]
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        texts_N = survey.columns(f"parts/read/{self.source(survey, model)}")["entropy"]
+        references_M = survey.columns(f"parts/read/{REFERENCES}")["entropy"]
         ours_R = means(texts_N, draws.rows(len(texts_N)))
         return abs(ours_R - means(references_M, draws.references(len(references_M))))
 
@@ -172,31 +172,31 @@ class Texts(Question):
         words = pa.table({"word": sorted(held_out.words)})
         workspace.parts.write(WORDS, 0, words, {})
 
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        config, samples = evaluation.config, evaluation.config.samples
-        for cell in evaluation.walked:
+    def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
+        config, samples = survey.config, survey.config.samples
+        for cell in survey.walked:
             if cell.model == subject.name:
                 for first, count in chunks(samples.rows * samples.repeats, config.batch):
                     work = partial(_draw, cell=cell, first=first, count=count)
-                    yield Task(group=f"samples/{cell.name}", first=first, work=work)
+                    yield Part(group=f"samples/{cell.name}", first=first, work=work)
 
-    def of_texts(self, evaluation: Evaluation, source: str, texts: int) -> Iterable[Task]:
-        return tasks_of_texts(f"parts/read/{source}", source, texts, _read)
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
+        return parts_of_texts(f"parts/read/{source}", source, texts, _read)
 
-    def of_corpus(self, evaluation: Evaluation, source: str, texts: int) -> Iterator[Task]:
-        for first in repeats(evaluation, texts):
+    def of_corpus(self, survey: Survey, source: str, texts: int) -> Iterator[Part]:
+        for first in repeats(survey, texts):
             work = partial(_distinct, source=source, first=first)
-            yield Task(group=f"parts/whole/{source}", first=first, work=work)
+            yield Part(group=f"parts/whole/{source}", first=first, work=work)
 
-    def of_source(self, evaluation: Evaluation, source: str) -> Row:
-        read = evaluation.columns(f"parts/read/{source}")
+    def of_source(self, survey: Survey, source: str) -> Row:
+        read = survey.columns(f"parts/read/{source}")
         row = {
             **entries("words", metrics.ratio(read["known"], read["words"])),
             **entries("entropy", metrics.mean(read["entropy"])),
             **entries("repetition", metrics.mean(read["repetition"])),
         }
-        if evaluation.parts.present(f"parts/whole/{source}"):
-            whole = evaluation.columns(f"parts/whole/{source}")
+        if survey.parts.present(f"parts/whole/{source}"):
+            whole = survey.columns(f"parts/whole/{source}")
             row |= {name: float(values.mean()) for name, values in whole.items()}
         return row
 
@@ -207,12 +207,12 @@ class Texts(Question):
             f"tokens of a text, in nats. Seconds a text: of one process, {config.batch} at a time."
         )
 
-    def tables(self, evaluation: Evaluation) -> Mapping[str, Table]:
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
         """Every cell, what stands beside the models, and why other paths were not walked."""
-        config = evaluation.config
-        rows = [{"model": name, **_of_source(evaluation, name)} for name in (UNIGRAM, REAL)]
-        rows += [_of_cell(evaluation, cell) for cell in evaluation.walked]
-        for model, paths, reason in evaluation.refused():
+        config = survey.config
+        rows = [{"model": name, **_of_source(survey, name)} for name in (UNIGRAM, REAL)]
+        rows += [_of_cell(survey, cell) for cell in survey.walked]
+        for model, paths, reason in survey.refused():
             rows.append({"model": model, "path": paths, SKIPPED: reason})
         samples = config.samples
         each = f"{samples.repeats} x " if samples.repeats > 1 else ""
@@ -227,15 +227,15 @@ class Texts(Question):
         made = Table(title="Texts", note=" ".join([said, *notes]), columns=columns, rows=rows)
         return {"samples": made}
 
-    def layouts(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        config = evaluation.config
+    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
+        config = survey.config
         return layouts.of_texts(tables["samples"].rows, config.merits, config.published)
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
         """Every merit against calls; of hybrid paths by split."""
         rows = tables["samples"].rows
         by_split = [row for row in rows if "split" in row]
-        for merit in evaluation.config.merits:
+        for merit in survey.config.merits:
             look = {"label": merit.title, "bounds": merit.bounds, "anchors": _anchors(rows, merit)}
             png = quality(rows, merit.key, **look)
             yield f"{merit.key}_by_calls", f"{merit.title} against calls", png
@@ -244,14 +244,14 @@ class Texts(Question):
                 yield f"{merit.key}_by_split", f"{merit.title} of hybrid paths by split", png
 
 
-def _of_cell(evaluation: Evaluation, cell: Cell) -> Row:
-    calls_N = evaluation.columns(f"samples/{cell.name}", "calls")["calls"]
-    notes = evaluation.parts.notes(f"samples/{cell.name}")
+def _of_cell(survey: Survey, cell: Cell) -> Row:
+    calls_N = survey.columns(f"samples/{cell.name}", "calls")["calls"]
+    notes = survey.parts.notes(f"samples/{cell.name}")
     return {
         **labels(cell),
         **({"nucleus": cell.nucleus.p} if cell.nucleus else {}),
         "calls": float(calls_N.mean()),
-        **_of_source(evaluation, cell.name),
+        **_of_source(survey, cell.name),
         "seconds": sum(note["seconds"] for note in notes) / len(calls_N),
     }
 
@@ -262,11 +262,11 @@ def labels(cell: Cell) -> dict[str, Any]:
     return {"model": cell.model, "path": cell.path, **split, "budget": cell.budget}
 
 
-def _of_source(evaluation: Evaluation, source: str) -> dict[str, Any]:
+def _of_source(survey: Survey, source: str) -> dict[str, Any]:
     """What every question says of the texts of a source."""
     row: dict[str, Any] = {}
-    for question in evaluation.config.questions:
-        row |= question.of_source(evaluation, source)
+    for question in survey.config.questions:
+        row |= question.of_source(survey, source)
     return row
 
 

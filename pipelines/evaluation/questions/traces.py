@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from dsl.recorders import Rewrites, Schedule, Sharpening
 from pipelines.evaluation.cells import Cell, longest
-from pipelines.evaluation.evaluation import Evaluation
-from pipelines.evaluation.question import Drawn, Question, Task
+from pipelines.evaluation.question import Drawn, Part, Question
 from pipelines.evaluation.questions.texts import draw, labels
 from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Table
 from pipelines.report.traces import remasking, schedule, sharpening
@@ -31,16 +31,16 @@ def _watch(workspace: Workspace, *, cell: Cell) -> pa.Table:
 
 
 class Traces(Question):
-    def of_model(self, evaluation: Evaluation, subject: Subject) -> Iterator[Task]:
-        for cell in _watched(evaluation):
+    def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
+        for cell in _watched(survey):
             if cell.model == subject.name:
                 work = partial(_watch, cell=cell)
-                yield Task(group=f"parts/traces/{cell.name}", first=0, work=work)
+                yield Part(group=f"parts/traces/{cell.name}", first=0, work=work)
 
-    def plots(self, evaluation: Evaluation, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
         rows = []
-        for cell in _watched(evaluation):
-            (row,) = evaluation.parts.read(f"parts/traces/{cell.name}").to_pylist()
+        for cell in _watched(survey):
+            (row,) = survey.parts.read(f"parts/traces/{cell.name}").to_pylist()
             rows.append(labels(cell))
             for seen in row.values():
                 rows[-1] |= json.loads(seen)
@@ -49,8 +49,8 @@ class Traces(Question):
         yield "sharpening", "How sure the posterior is by step", sharpening(rows)
 
 
-def _watched(evaluation: Evaluation) -> list[Cell]:
-    return longest(evaluation.walked) if evaluation.config.samples.traced else []
+def _watched(survey: Survey) -> list[Cell]:
+    return longest(survey.walked) if survey.config.samples.traced else []
 
 
 def _finite(value: Any) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from dsl import paths
+from pipelines import kinds
 from pipelines.evaluation.cells import PathConfig, cells, longest
 from pipelines.kinds import KINDS
 
@@ -68,3 +72,16 @@ def test_the_longest_walk_of_each_path_is_watched() -> None:
 def test_what_does_not_fit_is_refused(path: object, given: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PathConfig(path=path, **given)
+
+
+def test_no_other_file_spells_a_kind() -> None:
+    """But for the benchmarks, whose figures have such names."""
+    room = Path(kinds.__file__).parent
+    spelled = {
+        path.name
+        for path in room.rglob("*.py")
+        if "benchmarks" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in {"mdlm", "ar"}
+    }
+    assert spelled == {"kinds.py"}

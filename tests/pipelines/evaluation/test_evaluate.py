@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from dsl.vocabulary import Vocabulary
 from infra import config
 from infra.tracking import connect
 from pipelines import evaluate
-from pipelines.evaluation import held_out, metrics
+from pipelines.evaluation import held_out, metrics, questions
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Refused, Run
 from tests.pipelines.evaluation.small import LENGTH, rows_of
@@ -198,54 +199,56 @@ def test_an_unreachable_server_does_not_stop_it(run: Run, world: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "words"),
+    ("model", "code", "words"),
     [
-        (["models={a: WORLD/dls}"], 3, ["models.a", "no such model", "Did you mean", "/dsl?"]),
-        (["models={a: 'models:/tyny@candidate'}"], 3, ["no model is named tyny", "tiny"]),
-        (["models={a: 'models:/tiny@champion'}"], 3, ["no alias champion"]),
-        (["models={a: WORLD/foreign}"], 3, ["models.a", "257 tokens, the data has 28"]),
-        (["models={}"], 2, ["models must name"]),
-        (["models={real: WORLD/dsl}"], 2, ["real"]),
-        (["models={a/b: WORLD/dsl}"], 2, ["a/b"]),
-        (["models={a: WORLD/dsl}", "likelihood.rows=100000"], 2, ["likelihood.rows", "100000 of"]),
-        (["models={a: WORLD/dsl}", "samples.rows=100000"], 2, ["samples.rows", "100000 of"]),
-        (["models={a: WORLD/dsl}", "samples.rows=1"], 2, ["samples", "at least 2"]),
-        (["models={a: WORLD/dsl}", "split=trian"], 2, ["split", "trian"]),
-        (["models={a: WORLD/dsl}", "data=WORLD/nowhere"], 3, ["no finished shards"]),
-        (["models={a: WORLD/dsl}", "paths.p.path=maskd"], 2, ["maskd", "masked"]),
-        (
-            ["models={a: WORLD/dsl}", f"paths={HYBRID}", "paths.hybrid.budgets=[4]"],
-            2,
-            ["2 + 3", "budget is 4"],
-        ),
-        (
-            ["models={a: WORLD/dsl}", "paths={p: {path: masked, budgets: [0]}}"],
-            2,
-            ["at least one call"],
-        ),
-        (["models={a: WORLD/dsl}", "likelihood.gamma_max=-1"], 2, ["gamma_max"]),
-        (["models={a: WORLD/dsl}", "states.revealed=[1.0]"], 2, ["revealed"]),
-        (["models={a: WORLD/dsl}", "samples.temperature=0"], 2, ["temperature"]),
-        (["models={a: WORLD/dsl}", "samples.nucleus={p: 2}"], 2, ["nucleus"]),
-        (["models={a: WORLD/dsl}", "mauve={}"], 2, ["MAUVE", "below 500", "samples.rows is 6"]),
-        (
-            ["models={a: WORLD/dsl}", "judge={kind: hub, model: WORLD/nobody}"],
-            3,
-            ["judge.model", "nobody"],
-        ),
-        (
-            ["models={a: WORLD/dsl}", "judge={kind: own, model: WORLD/dsl}"],
-            3,
-            ["judge.model", "only an ar model can judge"],
-        ),
-        (["models={a: WORLD/dsl}", "published=[owt]"], 2, ["published", "owt_mauve"]),
-        (["models={champion: WORLD/dsl}"], 2, ["champion"]),
+        ("a: WORLD/dls", 3, ["models.a", "no such model", "Did you mean", "/dsl?"]),
+        ("a: 'models:/tyny@candidate'", 3, ["no model is named tyny", "tiny"]),
+        ("a: 'models:/tiny@champion'", 3, ["no alias champion"]),
+        ("a: WORLD/foreign", 3, ["models.a", "257 tokens, the data has 28"]),
+        ("", 2, ["models must name"]),
+        ("real: WORLD/dsl", 2, ["real"]),
+        ("champion: WORLD/dsl", 2, ["champion"]),
+        ("a/b: WORLD/dsl", 2, ["a/b"]),
     ],
 )
-def test_bad_input_is_one_message(
-    refused: Refused, argv: list[str], code: int, words: list[str]
+def test_a_bad_model_is_one_message(
+    refused: Refused, model: str, code: int, words: list[str]
 ) -> None:
-    refused(argv, code, words)
+    refused([f"models={{{model}}}"], code, words)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [
+        ("likelihood.rows=100000", 2, ["likelihood.rows", "100000 of"]),
+        ("samples.rows=100000", 2, ["samples.rows", "100000 of"]),
+        ("samples.rows=1", 2, ["samples", "at least 2"]),
+        ("split=trian", 2, ["split", "trian"]),
+        ("data=WORLD/nowhere", 3, ["no finished shards"]),
+        ("paths.p.path=maskd", 2, ["maskd", "masked"]),
+        (f"paths={HYBRID} paths.hybrid.budgets=[4]", 2, ["2 + 3", "budget is 4"]),
+        ("paths={p: {path: masked, budgets: [0]}}", 2, ["at least one call"]),
+        ("likelihood.gamma_max=-1", 2, ["gamma_max"]),
+        ("states.revealed=[1.0]", 2, ["revealed"]),
+        ("samples.temperature=0", 2, ["temperature"]),
+        ("samples.nucleus={p: 2}", 2, ["nucleus"]),
+        ("mauve={}", 2, ["MAUVE", "below 500", "samples.rows is 6"]),
+        ("judge={kind: hub, model: WORLD/nobody}", 3, ["judge.model", "nobody"]),
+        ("judge={kind: own, model: WORLD/dsl}", 3, ["judge.model", "only an ar model can judge"]),
+        ("published=[owt]", 2, ["published", "owt_mauve"]),
+    ],
+)
+def test_a_bad_setting_is_one_message(
+    refused: Refused, given: str, code: int, words: list[str]
+) -> None:
+    argv = re.split(r" (?=paths\.)", given)
+    refused(["models={a: WORLD/dsl}", *argv], code, words)
+
+
+def test_every_question_has_a_file_and_an_entry_in_the_list() -> None:
+    files = {path.stem for path in Path(questions.__file__).parent.glob("*.py")} - {"__init__"}
+    listed = [type(question).__module__.rpartition(".")[2] for question in questions.QUESTIONS]
+    assert sorted(listed) == sorted(files)
 
 
 def test_an_empty_split_and_another_length_are_refused(

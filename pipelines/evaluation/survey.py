@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Survey:
     """Which models walk which paths, the rows that they are asked about, and what was found."""
 
     config: EvaluateConfig
