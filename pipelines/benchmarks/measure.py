@@ -10,6 +10,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +70,21 @@ def peak_gib(procedure: Callable[..., object], *arguments: Any) -> float:
 
     On a GPU it is the GPU's memory, otherwise that of the whole process with its libraries.
     procedure: defined at the top level of a module, so that the process can import it.
-    Raises InfraError if the process dies.
+    Raises what the procedure raises, and InfraError if the process dies.
     """
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measured, args=(sender, procedure, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() / GIB
-    except EOFError:
-        process.join()
-        why = f"ended with {process.exitcode} while its memory was measured"
-        fix = "Free some memory or take smaller sizes"
-        raise InfraError(procedure.__module__, why, fix) from None
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, mp_context=context) as fresh:
+        try:
+            return fresh.submit(_peak_of, procedure, arguments).result() / GIB
+        except BrokenProcessPool:
+            why, fix = "its process died", "Free some memory or take smaller sizes"
+            raise InfraError(procedure.__module__, why, fix) from None
 
 
-def _measured(sender: Any, procedure: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _peak_of(procedure: Callable[..., object], arguments: tuple[Any, ...]) -> int:
     with parallel.flushed():
         procedure(*arguments)
-    cuda = torch.cuda.is_available()
-    sender.send(torch.cuda.max_memory_allocated() if cuda else _peak_bytes())
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_bytes()
 
 
 def _peak_bytes() -> int:

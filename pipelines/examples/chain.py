@@ -8,7 +8,6 @@ Shapes: B rows, L positions, V tokens.
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
@@ -31,6 +30,7 @@ from dsl.paths import (
 )
 from infra.storage import Folder
 from pipelines.corpus import embedded
+from pipelines.report.drawing import panels
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 LENGTH, DIM, ROWS = 64, 16, 192
@@ -103,12 +103,8 @@ def _judged(law: ChainDenoiser, tokens_BL: Tensor) -> dict[str, float]:
 
 
 def _draw(drawn: list[dict[str, Any]], out: Folder) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    made = panels(["Samplers of an exact denoiser"], width=7.0, height=5.0, share=False)
+    (axes,) = made.axes
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in walks(BUDGETS[0])}
     for row in drawn[1:]:
         lines[row["path"]].append((row["calls"], row["divergence"]))
@@ -116,11 +112,9 @@ def _draw(drawn: list[dict[str, Any]], out: Folder) -> str:
         axes.plot(*zip(*points, strict=True), "o-", label=name)
     axes.axhline(drawn[0]["divergence"], color="black", linestyle=":", label=LAW)
     axes.set(xscale="log", yscale="log", xlabel=f"denoiser calls for {LENGTH} letters")
-    axes.set(ylabel="divergence of transitions, nats", title="Samplers of an exact denoiser")
+    axes.set(ylabel="divergence of transitions, nats")
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
     axes.minorticks_off()
     axes.legend(fontsize="x-small", ncols=2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    out.write_bytes("chain.png", buffer.getvalue())
+    out.write_bytes("chain.png", made.png())
     return out.url_of("chain.png")

@@ -9,9 +9,8 @@ Shapes: B rows, L positions, V tokens, D table dimension, S sequences of the law
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,10 @@ from dsl.state import State
 from infra.storage import Folder
 from pipelines.corpus import embedded
 from pipelines.examples import chain
+from pipelines.report.drawing import Panels, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LETTERS = "ABCDEFG"
 GARBLED = "__CDBFF"
@@ -83,12 +82,13 @@ def cyclic(out: Folder, seed: int) -> dict[str, Any]:
             samples.append(drawn)
     remask = dsl.sample(law, Remask(rule="conf"), given(math.inf), budget=10, seed=seed)
 
-    figure, (left, middle, right) = _figure(3)
+    made = _panels(["", "", f"{GARBLED}: a rotation, the original, and its exact share"])
+    left, middle, right = made.axes
     _plane(left, free, LETTERS[:5], "003 fig. 1b: free, K = 5")
     _plane(middle, samples[0], LETTERS, f"003 fig. 2: {GARBLED} at SNR 0.5")
     _shares(right, corrected)
     return {
-        "figure": _save(figure, out, "cyclic.png"),
+        "figure": _save(made, out, "cyclic.png"),
         "free": judge(rotations(5), free.tokens_BL),
         "corrected": corrected,
         "remasked": {"calls": remask.calls, **judge(law, remask.tokens_BL)},
@@ -99,12 +99,13 @@ def two_bit(out: Folder, seed: int) -> dict[str, Any]:
     """Start from pairs of evidence that disagree; the outcome depends on their sum."""
     table_VD = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     law = dsl.ExactDenoiser(table_VD, torch.tensor([[0, 0], [1, 1]]))
-    figure, (axes,) = _figure(1)
+    made = _panels(["two bits, 00 or 11"])
+    (axes,) = made.axes
     axis = torch.linspace(-4, 4, 161, dtype=torch.float64)
     posterior = torch.sigmoid(2 * (axis[:, None] + axis[None]))
     shown = axes.contourf(axis, axis, posterior, levels=21, cmap="coolwarm")
-    figure.colorbar(shown, label="p(11 | z)")
-    axes.set(xlabel="z of the first token", ylabel="z of the second", title="two bits, 00 or 11")
+    made.figure.colorbar(shown, ax=axes, label="p(11 | z)")
+    axes.set(xlabel="z of the first token", ylabel="z of the second")
     pairs = []
     for pair in ((1.5, -0.5), (0.5, -1.5), (1.0, -1.0), (0.25, -1.0)):
         z_L = torch.tensor(pair, dtype=torch.float64)
@@ -124,7 +125,7 @@ def two_bit(out: Folder, seed: int) -> dict[str, Any]:
         inside_T = (z_TL.abs() <= 4).all(1).cummin(0).values
         axes.plot(*z_TL[inside_T].T, color="black", linewidth=0.8)
         axes.plot(*z_TL[0], "o", color="black")
-    return {"figure": _save(figure, out, "two_bit.png"), "pairs": pairs}
+    return {"figure": _save(made, out, "two_bit.png"), "pairs": pairs}
 
 
 def windows(out: Folder, seed: int) -> dict[str, Any]:
@@ -137,7 +138,8 @@ def windows(out: Folder, seed: int) -> dict[str, Any]:
     table_VD = torch.randn(len(ALPHABET), 16, generator=torch.Generator().manual_seed(seed))
     law = dsl.ExactDenoiser(F.normalize(table_VD, dim=-1), texts_SL)
     rows, drawn = ROWS // 4, []
-    figure, (axes,) = _figure(1)
+    made = _panels([f"{len(texts_SL)} windows of text, their exact posterior"])
+    (axes,) = made.axes
     for name, path_of in PATHS.items():
         calls = (WINDOW // 4, WINDOW // 2, WINDOW)
         found = [_known(law, _drawn(law, path_of(budget), budget, rows, seed)) for budget in calls]
@@ -146,10 +148,10 @@ def windows(out: Folder, seed: int) -> dict[str, Any]:
             {"path": name, "calls": budget, **row} for budget, row in zip(calls, found, strict=True)
         ]
     axes.set(xlabel=f"calls for {WINDOW} letters", ylabel="share of windows that the law knows")
-    axes.set(ylim=(0, 1.05), title=f"{len(texts_SL)} windows of text, their exact posterior")
+    axes.set(ylim=(0, 1.05))
     axes.legend(fontsize="x-small")
     return {
-        "figure": _save(figure, out, "windows.png"),
+        "figure": _save(made, out, "windows.png"),
         "drawn": drawn,
         "rows": rows,
         "distinct_if_exact": len(texts_SL) * (1 - (1 - 1 / len(texts_SL)) ** rows),
@@ -222,11 +224,13 @@ def _known(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
     }
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
+def _panels(titles: Sequence[str]) -> Panels:
+    return panels(titles, width=5.5, height=5.0, share=False)
 
-    figure = Figure(figsize=(5.5 * panels, 5), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+def _save(made: Panels, out: Folder, name: str) -> str:
+    out.write_bytes(name, made.png())
+    return out.url_of(name)
 
 
 def _plane(axes: Axes, drawn: dsl.Sample, letters: str, title: str) -> None:
@@ -252,12 +256,5 @@ def _shares(axes: Axes, corrected: list[dict[str, Any]]) -> None:
         places = [index + shift for index in range(len(corrected))]
         axes.bar(places, [row[f"share_{name}"] for row in corrected], 0.28, label=name)
     axes.set_xticks(range(len(corrected)), labels, fontsize="x-small")
-    axes.set(title=f"{GARBLED}: a rotation, the original, and its exact share", ylim=(0, 1.1))
+    axes.set(ylim=(0, 1.1))
     axes.legend(fontsize="x-small", loc="upper center", ncols=3)
-
-
-def _save(figure: Figure, out: Folder, name: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    out.write_bytes(name, buffer.getvalue())
-    return out.url_of(name)

@@ -1,6 +1,6 @@
-"""Arms: trials that differ in nothing but their seed, ranked, and set against the base of a sweep.
+"""Arms: groups of trials that differ only in their seed. They are ranked and compared in pairs.
 
-Bounds are nats per token, smaller is better.
+Bounds are in nats per token; smaller is better.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NONE_SEEN = "no difference seen"
 
 
 class Arm(NamedTuple):
-    """The finished repeats of the same settings, in order of their numbers; at least one."""
+    """The finished trials with the same settings, in order of their numbers; at least one."""
 
     trials: tuple[Trial, ...]
 
@@ -29,13 +29,13 @@ class Arm(NamedTuple):
 
     @property
     def trial(self) -> Trial:
-        """The one that stands for all: the first, which was not chosen for its bound, so that
-        whatever else is measured of it may be expected of the others."""
+        """The first trial, which represents the arm. As it is not chosen for its bound, other
+        measurements of it are not biased."""
         return self.trials[0]
 
     @property
     def bound(self) -> float:
-        """The mean over repeats."""
+        """The mean over trials."""
         return statistics.fmean(trial.bound for trial in self.trials)
 
 
@@ -51,7 +51,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of a bound."""
+        """What the difference says about a bound, which should be small."""
         if math.isnan(self.low):
             return "too few repeats"
         if self.low <= 0 <= self.high:
@@ -60,8 +60,11 @@ class Difference(NamedTuple):
 
 
 def ranked(trials: Sequence[Trial]) -> list[Arm]:
-    """The arms that finished, best mean first; those with fewer finished repeats after all with
-    more, since they lack the ones that went wrong. ConfigError where none finished."""
+    """The arms with finished trials, best mean first.
+
+    Arms with fewer finished trials come after all that have more, as their failed trials are
+    missing from the mean. Raises ConfigError if no trial finished.
+    """
     by_settings: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.state == "finished":
@@ -74,7 +77,7 @@ def ranked(trials: Sequence[Trial]) -> list[Arm]:
 
 
 def difference(one: Arm, other: Arm) -> Difference:
-    """The bound of `one` less that of `other`, over the seeds that both have."""
+    """The bound of `one` minus that of `other`, over the seeds that both have."""
     bounds = {trial.settings.get(SEED): trial.bound for trial in other.trials}
     pairs = [
         trial.bound - bounds[trial.settings.get(SEED)]

@@ -17,7 +17,7 @@ SPEED = "speed/tokens_per_s"
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
-    """For `--dry-run`. Hours are those of one trial after the other."""
+    """The plan of `--dry-run`. Hours are those of running one trial after the other."""
     count, steps = config.search.count(config.space), config.finetune.train.steps
     one = finetune.dry_run(config.trial("trial", {}))
     trials = count * expected_steps(config) / steps
@@ -52,7 +52,7 @@ def _repeats(config: SweepConfig) -> dict[str, int]:
 
 
 def expected_steps(config: SweepConfig) -> float:
-    """Steps of a trial, if each rung lets through the share that it is there for."""
+    """The mean steps of a trial, if each rung lets 1 / `reduction` of the trials go on."""
     steps, asha = config.finetune.train.steps, config.asha
     ends = [*(asha.rungs(steps) if asha else ()), steps]
     reduction = asha.reduction if asha else 1
@@ -61,7 +61,7 @@ def expected_steps(config: SweepConfig) -> float:
 
 
 def _speed(config: SweepConfig) -> tuple[float | None, str]:
-    """Tokens per second that a run like these has reached: a trial, or the run to start from."""
+    """Tokens per second, measured in a trial or in the run to start from, and its address."""
     trials = config.folder / TRIALS
     folders = [trials / trial.name for trial in Trials(folder=trials).all()]
     if "/" in config.finetune.init and not config.finetune.init.startswith("models:"):

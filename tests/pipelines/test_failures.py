@@ -21,7 +21,7 @@ from dsl.objective import Loss, MDLMObjective
 from infra import checkpoints, storage
 from infra.checkpoints import committed
 from infra.shards import MANIFEST
-from pipelines import pretrain
+from pipelines.kinds import MDLM
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
 
@@ -60,7 +60,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
     data: Path,
     objective: type[Poisoned],
 ) -> None:
-    monkeypatch.setitem(pretrain.OBJECTIVES, "mdlm", objective)
+    monkeypatch.setitem(MDLM.objectives, "mdlm", objective)
     code, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
     assert code == 2
     assert f"train.optimizer.lr: {objective.shown}" in said
