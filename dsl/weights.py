@@ -88,7 +88,7 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
             f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
             "Take the file that `dsl.save` wrote beside these weights."
         ) from error
-    fit(denoiser, tensors, where=folder / WEIGHTS)
+    set_weights(denoiser, tensors, where=folder / WEIGHTS)
     return denoiser.eval()
 
 
@@ -177,11 +177,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fit(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
+def set_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
     """Make ``tensors`` the weights of ``module``: all of them, exactly, or none.
 
     Raises:
-        WeightsError: the first few of every kind of misfit, and how many there are.
+        WeightsError: the first few of every sort of misfit, and how many there are.
     """
     expected = module.state_dict()
     shared = [name for name in expected if name in tensors]
@@ -199,7 +199,7 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> Non
     misfits["not finite"] = [name for name in numbers if not tensors[name].isfinite().all()]
     most = Counter(tensors[name].dtype for name in numbers).most_common(1)
     misfits["of another precision"] = [n for n in numbers if tensors[n].dtype != most[0][0]]
-    found = [f"{kind}: {some(names)}" for kind, names in misfits.items() if names]
+    found = [f"{misfit}: {some(names)}" for misfit, names in misfits.items() if names]
     if found:
         raise WeightsError(
             f"{where}: these are not the weights of this model. {'; '.join(found)}. "
