@@ -105,8 +105,11 @@ def _require_unchanged(folder: Path, checksums: Any) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error}). Copy the model again.") from error
 
 
 def _with_kind(described: Any) -> Any:
