@@ -19,6 +19,7 @@ import torch
 
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from dsl.objective import ARObjective, MDLMObjective
 from dsl.vocabulary import Vocabulary
 from infra import tracking
@@ -65,7 +66,7 @@ def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
     ever at a finite SNR.
     """
     torch.manual_seed(config.train.stream.seed)
-    shape = config.backbone or BackboneShape()
+    shape = config.backbone or DiTShape()
     backbone = shape.config(tokens, causal=config.objective == "ar")
     return Denoiser(DenoiserConfig(backbone=backbone, **vars(HARD)))
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 import dsl
 from dsl.channel import transition
-from dsl.denoiser import BackboneShape, Denoiser
+from dsl.denoiser import Denoiser
+from dsl.dit import DiTShape
 from dsl.noise import Draws
 from dsl.paths.clock import Clock, Path
 from dsl.posterior import Denoises, Posterior
@@ -125,7 +126,7 @@ def _of_time(config: BenchmarkConfig, timed: Mapping[str, Any]) -> Iterator[Row]
 def _of_calls(size: SamplerConfig) -> Iterator[Row]:
     """Calls of a whole run, which do not depend on the network: any will do."""
     tiny = ModelConfig(
-        backbone=BackboneShape(width=8, blocks=1, heads=1, cond_dim=4),
+        backbone=DiTShape(width=8, blocks=1, heads=1, cond_dim=4),
         tokens=16,
         embed_dim=4,
     )

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from infra.tracking import TrackingConfig
 from pipelines.prepare import BPE, File
 
@@ -32,7 +33,7 @@ class Counts:
 class ModelConfig(Counts):
     """The denoiser that is timed, with random weights. By default DiT small over GPT-2's BPE."""
 
-    backbone: BackboneShape = field(default_factory=BackboneShape)
+    backbone: BackboneShape = field(default_factory=DiTShape)
     tokens: int = 50257
     embed_dim: int = 64
 
