@@ -1,4 +1,4 @@
-"""Does a denoiser know how sure it may be? Reliability by SNR under teacher forcing (004 fig. 4).
+"""Calibration of a denoiser: reliability by SNR under teacher forcing (004 fig. 4).
 
 Shapes: B rows, L positions, V tokens, K bins, N positions.
 """
@@ -30,16 +30,6 @@ class Reliability:
             self.confidence_K + other.confidence_K,
             self.right_K + other.right_K,
         )
-
-    @property
-    def mean_confidence_K(self) -> Tensor:
-        """NaN where a bin is empty."""
-        return self.confidence_K / self.count_K
-
-    @property
-    def accuracy_K(self) -> Tensor:
-        """NaN where a bin is empty."""
-        return self.right_K / self.count_K
 
     @property
     def ece(self) -> float:
@@ -78,8 +68,8 @@ def calibration(
 ) -> dict[float, Reliability]:
     """Reliability of the likeliest token at every position, by SNR, one denoiser call each.
 
-    Every token of ``tokens_BL`` is seen at one common SNR through the channel, whatever a
-    sampler would have made of it (teacher forcing).
+    Every token of ``tokens_BL``, not of a sampler's text, is seen through the channel at one
+    common SNR (teacher forcing).
 
     Raises:
         ValueError: a gamma is negative, infinite or NaN: a revealed token is no prediction.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, flat
 
 
 def observe(
@@ -81,7 +81,7 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
     z_BLD, tokens_BL = state.z_BLD.clone(), state.tokens_BL.clone()
 
     reveal_BL = moves_BL & next_BL.isinf()
-    at_N = _flat(reveal_BL)
+    at_N = flat(reveal_BL)
     if len(at_N):
         rows, length = gamma_BL.shape
         uniform_BL = draws.uniform(rows, length, Stream.TOKEN).to(at_N.device)
@@ -113,7 +113,7 @@ def _finite_move(
 
     step_N = next_N[up_N] - now_N[up_N]
     if len(step_N):
-        x_hat_ND = posterior.mean_at(_flat(finite_BL)[up_N]).to(z_ND)
+        x_hat_ND = posterior.mean_at(flat(finite_BL)[up_N]).to(z_ND)
         mean_ND[up_N] = z_ND[up_N] + step_N[:, None] * x_hat_ND
         variance_N[up_N] = step_N
 
@@ -126,7 +126,3 @@ def _finite_move(
     mean_ND[down_N] = ratio_N[:, None] * z_ND[down_N]
     variance_N[down_N] = next_N[down_N] * (1 - ratio_N)
     return mean_ND, variance_N
-
-
-def _flat(where_BL: Tensor) -> Tensor:
-    return where_BL.flatten().nonzero().squeeze(1)

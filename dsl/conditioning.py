@@ -59,7 +59,7 @@ def read(
             the text has, or ``otherwise`` (a model's own length) for a prompt.
 
     Raises:
-        TextError: the text does not fit the length, or nobody says how long a prompt's row is.
+        TextError: the text does not fit the length, or a prompt's length is not known.
         ValueError: an argument is out of its range.
         VocabularyError: the text has a character that the vocabulary lacks.
     """

@@ -17,7 +17,7 @@ from dsl.posterior import spans
 from dsl.state import State
 
 # The largest float below one. Its logit, 36.7, gives the mask slot probability 1 exactly in
-# float32, yet stays finite: strong evidence can still be heard, and nothing is ever NaN.
+# float32, yet stays finite: strong evidence still outweighs it, and nothing is ever NaN.
 HARD_MASK = 1 - 2**-53
 
 
@@ -47,10 +47,10 @@ class ConverterConfig:
 
 
 class Reading(NamedTuple):
-    """What a converter takes tokens for, ``[N]`` each.
+    """What a converter's weights say of given evidence, ``[N]`` each.
 
-    ``entropy_N``: of the weights of its slots, in nats, in [0, log U]; ``mask_N``: the weight of
-    [MASK], in [0, 1]: evidence that is not heard; ``token_N``: the weight of the token itself.
+    ``entropy_N``: their entropy in nats, in [0, log U]; ``mask_N``: the weight of [MASK], in
+    [0, 1], which hides the evidence; ``token_N``: the weight of the true token.
     """
 
     entropy_N: Tensor
@@ -66,8 +66,8 @@ class Converter(nn.Module):
     of a token seen alone.
 
     ``beta`` and all biases train. The token biases start at zero and the mask bias where the
-    mask slot has probability ``mask_prior`` at z = 0: it is a start like the others, so evidence
-    that a large prior hides at first can be uncovered by training.
+    mask slot has probability ``mask_prior`` at z = 0. It is a starting value: training can
+    uncover evidence that a large prior hides at first.
 
     Args:
         beta: starting scale, positive; None is 1/sqrt(D), from which 003 B.1 starts.
@@ -90,8 +90,8 @@ class Converter(nn.Module):
         """
         at = state.evidence_BL.nonzero(as_tuple=True)
         evidence_ND = state.z_BLD[at]
-        # A masked token is z = 0: its mixture rides along as the first row. Being always there,
-        # it also gives every parameter a gradient in batches without evidence.
+        # A masked token is z = 0: its mixture is computed as the first row. As it is always there,
+        # every parameter has a gradient in batches without evidence too.
         z_ND = torch.cat([evidence_ND.new_zeros(1, evidence_ND.shape[1]), evidence_ND])
         # Forward-mode derivatives, for which nothing is kept, go through the formula itself.
         mix = Mixture.apply if torch.is_grad_enabled() else mixture
@@ -103,7 +103,7 @@ class Converter(nn.Module):
         return inputs_BLW.index_put(at, evidence_NW)
 
     def asked(self, z_ND: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """``query_NK, key_UK``, whose `weights` are what evidence is taken for; K = D + 1.
+        """``query_NK, key_UK``, whose `weights` are the converter's for this evidence; K = D + 1.
 
         In the table's precision: scores reach hundreds; bf16 would round them by whole nats.
         """
@@ -113,7 +113,7 @@ class Converter(nn.Module):
 
     @torch.no_grad()
     def read(self, z_ND: Tensor, tokens_N: Tensor, table_VD: Tensor) -> Reading:
-        """What evidence ``z_ND`` of the tokens ``tokens_N`` is taken for, a chunk at a time."""
+        """The weights for evidence ``z_ND`` of the tokens ``tokens_N``, a chunk at a time."""
         query_NK, key_UK = self.asked(z_ND, table_VD)
         read = [
             _reading(weights(query_NK[span], key_UK), tokens_N[span])
@@ -185,10 +185,10 @@ def weights(query_NK: Tensor, key_UK: Tensor) -> Tensor:
 
 def _in_compute_dtype(values_UW: Tensor) -> Tensor:
     """The values in the dtype that autocast gives to products, or in their own."""
-    kind = values_UW.device.type
-    if not torch.is_autocast_enabled(kind):
+    device = values_UW.device.type
+    if not torch.is_autocast_enabled(device):
         return values_UW
-    return values_UW.to(torch.get_autocast_dtype(kind))
+    return values_UW.to(torch.get_autocast_dtype(device))
 
 
 def mask_bias(tokens: int, mask_prior: float) -> float:

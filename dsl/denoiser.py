@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
         return torch.cat([hidden_BLW, state.z_BLD.to(hidden_BLW)], dim=-1)
 
     def forward(self, state: State) -> Posterior:
-        """The posterior of every token. Runs the backbone; logits wait until they are asked for.
+        """The posterior of every token. Runs the backbone; logits are computed when asked for.
 
         The state is taken to the network's device and precision first.
         """
@@ -118,9 +118,9 @@ class Denoiser(nn.Module):
 class NetworkPosterior(Posterior):
     """Hidden states, projected onto the vocabulary at asked positions only.
 
-    ``evidence_BLD`` is what skips the backbone, None where nothing does. Backbone and skip have
-    their own products here: `Denoiser.head`, which joins them, copies the whole head, and a call
-    that asks for a few positions would notice.
+    ``evidence_BLD`` is what skips the backbone, None without a skip. Backbone and skip are two
+    products here: `Denoiser.head`, which joins them, copies the whole head, and that would cost
+    more than the logits of a few positions.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class NetworkPosterior(Posterior):
             return precise(F.linear(hidden_NW, weight_VW, bias_V))
         logits_NV = precise(F.linear(hidden_NW, weight_VW))
         z_ND = self.evidence_BLD.flatten(0, 1)[at_N].to(logits_NV)
-        # Evidence of hundreds of nats does not survive 8 bits.
+        # Evidence may add hundreds of nats, which bfloat16 would round by whole nats.
         with torch.autocast(z_ND.device.type, enabled=False):
             query_NK, key_VK = biased(z_ND, self.table_VD.to(logits_NV), bias_V)
             return logits_NV.addmm_(query_NK, key_VK.T)

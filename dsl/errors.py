@@ -1,4 +1,4 @@
-"""The problems that a caller can mend. Each is one message: where, why, what to do."""
+"""Errors that a caller can correct. Each is one message: where, why, what to do."""
 
 
 class WeightsError(ValueError):

@@ -23,6 +23,7 @@ from dsl.noise import Draws, Stream
 from dsl.objective import cross_entropy
 from dsl.paths.grids import NAMED, Grid, Information
 from dsl.posterior import Denoises, Posterior
+from dsl.state import flat
 
 PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 
@@ -31,7 +32,8 @@ PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 class Estimate:
     """Nats per token of each row, ``[B]`` float64, and the standard error of the estimating.
 
-    The standard error leans to the safe side: it also counts how the terms differ by design.
+    The standard error is rather too large than too small: it includes how the terms differ by
+    design.
     """
 
     mean_B: Tensor
@@ -47,15 +49,6 @@ class Estimate:
 def perplexity(nats_per_token: float) -> float:
     """``exp`` of nats per token; infinite where that overflows."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
-
-
-def bits_per_unit(nats_per_token: float, *, tokens: int, units: int) -> float:
-    """Bits per character or byte of a text of ``tokens`` tokens and ``units`` such units.
-
-    Every token of the text counts, special ones too, so that models with different vocabularies
-    are told apart by nothing but the bits they need for the same text.
-    """
-    return nats_per_token * tokens / (units * math.log(2))
 
 
 @torch.no_grad()
@@ -75,7 +68,7 @@ def path_integral(
     For the exact posterior every path gives the same number. It falls short of -log P(x) by
     ``-E log P(x | z)`` at ``gamma_max`` (003 eq. 12), so it is an estimate from below and no
     bound; `hybrid_bound` adds what is missing. For a network, the spread between paths tells how
-    far its error field is from being one.
+    far its errors are from those of any joint law.
 
     Args:
         steps: denoiser calls, at least 2: one at a random point of each of the ``steps`` pieces
@@ -212,11 +205,6 @@ class Profile:
     def mean_G(self) -> Tensor:
         return self.error_GB.mean(1)
 
-    @property
-    def stderr_G(self) -> Tensor:
-        """Of the mean over texts; NaN for a single row."""
-        return self.error_GB.std(1) / math.sqrt(self.error_GB.shape[1])
-
     def information(self) -> Information:
         """The grid of equal nats: ``1/2 E`` integrated by trapezoids (003 eq. 3).
 
@@ -324,7 +312,7 @@ def _ranks(keys_BL: Tensor) -> Tensor:
 def _squared_error(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
     """``|x - x_hat|²`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
     x_ND = posterior.table_VD[tokens_BL[at_BL]]
-    x_hat_ND = posterior.mean_at(at_BL.flatten().nonzero().squeeze(1))
+    x_hat_ND = posterior.mean_at(flat(at_BL))
     error_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
     error_BL[at_BL] = (x_ND - x_hat_ND).double().square().sum(1)
     return error_BL
@@ -332,7 +320,7 @@ def _squared_error(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Te
 
 def _nats(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
     """``-log p(token | state)`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
-    at_N = at_BL.flatten().nonzero().squeeze(1)
+    at_N = flat(at_BL)
     nats_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
     nats_BL[at_BL] = -posterior.summarise(log_prob_of, at_N, tokens_BL[at_BL]).double()
     return nats_BL

@@ -15,7 +15,7 @@ from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiT, DiTConfig, rotary_frequencies
 from dsl.errors import WeightsError
 from dsl.lightning import read_ema
-from dsl.weights import CONFIG, WEIGHTS, fit, read_json, read_safetensors, some
+from dsl.weights import CONFIG, WEIGHTS, read_json, read_safetensors, set_weights, some
 
 EMBEDDING = "vocab_embed.embedding"
 INV_FREQ = "rotary_emb.inv_freq"
@@ -77,7 +77,7 @@ def read_backbone(
             weights[name] = weights[name][:-1].clone()
     with torch.device("meta"):
         backbone = DiT(config)
-    fit(backbone, weights, where=where)
+    set_weights(backbone, weights, where=where)
     return backbone
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsl.channel import observe
 from dsl.denoiser import Denoiser
-from dsl.state import State
+from dsl.state import State, flat
 from dsl.support import Support, stratified
 
 # Where the integral over t starts, as in the public MDLM: the weight 1/t has infinite variance
@@ -74,7 +74,7 @@ class DSLObjective(nn.Module):
         rows, length = tokens_BL.shape
         gamma_BL = self.support.sample(rows, length, generator)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
-        at_N = _flat(~state.revealed_BL)
+        at_N = flat(~state.revealed_BL)
         nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
         masked_N = state.masked_BL.flatten()[at_N]
         return Loss(
@@ -108,7 +108,7 @@ class MDLMObjective(nn.Module):
         )
         gamma_BL = torch.where(uniform_BL < t_B1, 0.0, torch.inf)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
-        at_N = _flat(state.masked_BL)
+        at_N = flat(state.masked_BL)
         nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
         weight_B1 = 1 / t_B1 if self.weighting == "bound" else torch.ones_like(t_B1)
         weight_N = weight_B1.expand_as(tokens_BL).flatten().to(nats_N)[at_N]
@@ -157,7 +157,3 @@ def _part(name: str, nats_N: Tensor, tokens_BL: Tensor) -> dict[str, Tensor]:
         f"{name}_nats": nats_N.detach().sum() / tokens,
         f"{name}_share": nats_N.new_tensor(len(nats_N) / tokens),
     }
-
-
-def _flat(where_BL: Tensor) -> Tensor:
-    return where_BL.flatten().nonzero().squeeze(1)

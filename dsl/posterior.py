@@ -1,4 +1,4 @@
-"""The answer of a denoiser, computed only where somebody asks.
+"""The answer of a denoiser, computed only at the positions asked for.
 
 Shapes: B rows, L positions, V tokens, D table dimension, N asked positions (flat, in [0, B·L)),
 R rows.
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsl.state import State
+from dsl.state import State, flat
 
 # Bounds one chunk of [positions, V] work to some 32 MiB of float32, whatever B, L and V.
 CHUNK_ELEMENTS = 2**23
@@ -80,9 +80,8 @@ class Posterior(ABC):
     def confidence_at(self, at_N: Tensor, tokens_N: Tensor) -> Tensor:
         """Probability ``[N]`` of a token at each flat position, be it revealed or not.
 
-        A revealed token is no certainty here but evidence of infinite SNR, which a text around it
-        that fits another token can outweigh: what a network says before carry-over, and what the
-        exact law says of a text outside it.
+        Unlike in `log_probs`, a revealed token is not taken as certain: this is what a network
+        predicts there from the whole text, and what the exact law says of a text outside it.
         """
         confidence_N = self.table_VD.new_empty(len(at_N))
         for span in spans(len(at_N), len(self.table_VD)):
@@ -114,7 +113,7 @@ class Posterior(ABC):
         state = self.state
         mean_BLD = self.table_VD[state.tokens_BL]
         unrevealed_BL = ~state.revealed_BL
-        at_N = unrevealed_BL.flatten().nonzero().squeeze(1)
+        at_N = flat(unrevealed_BL)
         mean_BLD[unrevealed_BL] = self.mean_at(at_N)
         return mean_BLD
 

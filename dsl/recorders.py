@@ -1,4 +1,4 @@
-"""Watching a sample being made (004 figure 2). Each recorder serves one call of `dsl.sample`.
+"""Recorders watch a sample being made (004 figure 2). Each serves one call of `dsl.sample`.
 
 Lists hold one number per step of the path; shares are of the tokens that are not frozen.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, flat
 
 
 def _lists(*names: str) -> dict[str, list[float]]:
@@ -53,11 +53,11 @@ class Schedule:
 
 @dataclass(kw_only=True)
 class Rewrites:
-    """How much a path takes back, and what comes of it.
+    """How much a path masks again, and which tokens change by it.
 
     ``remasked`` is the share of revealed tokens that a step sent below SNR infinity;
-    ``rewritten`` the share of tokens that it revealed as something else than they last were, be
-    that drawn or given; ``rewrites_per_token`` the sum of the latter.
+    ``rewritten`` the share of tokens that it revealed as another token than they last were, drawn
+    or given; ``rewrites_per_token`` is the sum of the latter.
     """
 
     name: str = "rewrites"
@@ -88,8 +88,8 @@ class Sharpening:
     """How sure the posterior is of what is not revealed yet: means of ``max_prob``, of
     ``nucleus_size`` (how many of the likeliest tokens reach ``top_p``) and of ``entropy`` in nats.
 
-    NaN for a step that finds everything revealed. It looks at every step, so steps that would
-    have cost no denoiser call now may.
+    NaN for a step that finds everything revealed. It reads the posterior at every step, so a step
+    that would have cost no denoiser call may now cost one.
     """
 
     top_p: float = 0.9
@@ -103,7 +103,7 @@ class Sharpening:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
     def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
-        at_N = (~before.revealed_BL).flatten().nonzero().squeeze(1)
+        at_N = flat(~before.revealed_BL)
         if len(at_N) == 0:
             for values in self._seen.values():
                 values.append(math.nan)

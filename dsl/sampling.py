@@ -76,17 +76,17 @@ def sample(
     evaluator = _Evaluator(denoiser, state)
     call = 0
     while call < budget:
-        probes = _Probes(evaluator, budget - call - 1)
+        evaluator.probes_left = budget - call - 1
         draws = Draws(seed, first_row, call)
-        clock = Clock(call=call, budget=budget, draws=draws, evaluate=probes)
+        clock = Clock(call=call, budget=budget, draws=draws, evaluate=evaluator.probe)
         posterior = _Deferred(state, evaluator)
         gamma_next_BL, carry = path.target(state, posterior, carry, clock)
-        call += 1 + probes.made
+        call = budget - evaluator.probes_left
         if call == budget:
             gamma_next_BL = torch.full_like(state.gamma_BL, torch.inf)
         drift = path.steer(posterior, carry) if isinstance(path, Steers) else posterior
         after = transition(state, gamma_next_BL, drift, draws)
-        # Before the evaluator moves on: a recorder may be the first to look at this posterior.
+        # Before the evaluator moves on: a recorder may be the first to read this posterior.
         for recorder in recorders:
             recorder.observe(clock, state, posterior, after)
         evaluator.move(after)
@@ -114,6 +114,7 @@ class _Evaluator:
         self.posterior: Posterior | None = None
         self.stale_B = torch.ones(len(state.gamma_BL), dtype=torch.bool, device=state.z_BLD.device)
         self.calls = 0
+        self.probes_left = 0  # how many more calls this step of the loop may make
         self.row_calls_B = torch.zeros(len(state.gamma_BL), dtype=torch.int64)
 
     def move(self, state: State) -> None:
@@ -137,8 +138,11 @@ class _Evaluator:
         self.stale_B[rows_R] = False
         return self.posterior
 
-    def elsewhere(self, state: State) -> Posterior:
+    def probe(self, state: State) -> Posterior:
         """The posterior of a state that is not the one being walked; it is not remembered."""
+        if self.probes_left == 0:
+            raise ValueError("the path evaluates more states than its budget has calls left for")
+        self.probes_left -= 1
         self._count((~self.state.revealed_BL.all(1)).nonzero().squeeze(1))
         return self.denoiser(state)
 
@@ -147,23 +151,8 @@ class _Evaluator:
         self.row_calls_B[rows_R.cpu()] += 1
 
 
-class _Probes:
-    """The further evaluations that one step of the loop makes, as far as the budget has room."""
-
-    def __init__(self, evaluator: _Evaluator, allowed: int) -> None:
-        self.evaluator = evaluator
-        self.allowed = allowed
-        self.made = 0
-
-    def __call__(self, state: State) -> Posterior:
-        if self.made == self.allowed:
-            raise ValueError("the path evaluates more states than its budget has calls left for")
-        self.made += 1
-        return self.evaluator.elsewhere(state)
-
-
 class _Deferred(Posterior):
-    """The posterior of one step of the loop, asked for by whoever looks first."""
+    """The posterior of one step of the loop, evaluated when it is first read."""
 
     def __init__(self, state: State, evaluator: _Evaluator) -> None:
         super().__init__(state, evaluator.denoiser.table_VD)
@@ -188,7 +177,7 @@ class _Deferred(Posterior):
         return self._resolved().mean_at(at_N)
 
     def mean(self) -> Tensor:
-        # Kept: a path that looks at x_hat does so just before `transition` moves by it.
+        # Kept: a path that reads x_hat does so just before `transition` moves by it.
         if self._mean_BLD is None:
             known = bool(self.state.revealed_BL.all())  # no denoiser need be asked
             self._mean_BLD = (

@@ -117,3 +117,8 @@ class State:
     def rows(self, rows_R: Tensor) -> "State":
         """The sub-batch of the rows indexed (or masked) by ``rows_R``."""
         return replace(self, **{f.name: getattr(self, f.name)[rows_R] for f in fields(self)})
+
+
+def flat(where_BL: Tensor) -> Tensor:
+    """Flat positions ``[N]`` in [0, B·L) at which a ``[B, L]`` mask is true."""
+    return where_BL.flatten().nonzero().squeeze(1)

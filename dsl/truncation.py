@@ -1,4 +1,4 @@
-"""Temperature and nucleus: one sharpening of the posterior, for draws and for x_hat alike.
+"""Temperature and nucleus: they sharpen the posterior, for draws and for x_hat alike.
 
 Shapes: B rows, L positions, V tokens, N asked positions, R rows.
 """
@@ -137,7 +137,7 @@ def require_temperature(temperature: float) -> None:
 
 
 class TruncatedPosterior(Posterior):
-    """A posterior, sharpened where somebody asks."""
+    """A posterior, sharpened at the positions asked for."""
 
     def __init__(self, options: Truncated, posterior: Posterior) -> None:
         super().__init__(posterior.state, posterior.table_VD)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for every kind of vocabulary through one small interface."""
+"""Text to token ids and back: characters, byte-level BPE, or any tokenizer file."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 class Vocabulary:
     """V real tokens with ids 0 … V-1; [MASK] is never among them.
 
-    Every kind is one ``tokenizer.json``, so `load` reads them all. ``eos`` closes a document and
-    counts as a real token, predicted and paid for like any other; ``bos`` opens one and is the
-    same id where a kind has a single end mark. Special tokens are only ever put in by id: text
-    that spells one out is encoded as ordinary text. Can be pickled, to reach other processes.
+    Every vocabulary is one ``tokenizer.json``, so `load` reads them all. ``eos`` closes a document
+    and counts as a real token, predicted and measured like any other; ``bos`` opens one and is the
+    same id where there is a single end mark. Special tokens are only put in by id: text that
+    spells one out is encoded as ordinary text. Can be pickled, to reach other processes.
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
@@ -187,7 +187,7 @@ class Vocabulary:
         return text
 
     def bytes_of(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes that ids stand for: what bits per byte are divided by.
+        """The UTF-8 bytes that ids stand for: the unit of bits per byte.
 
         Exact for any stretch of ids, even one that tears a character. Special tokens hold none.
         """

@@ -88,7 +88,7 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
             f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
             "Take the file that `dsl.save` wrote beside these weights."
         ) from error
-    fit(denoiser, tensors, where=folder / WEIGHTS)
+    set_weights(denoiser, tensors, where=folder / WEIGHTS)
     return denoiser.eval()
 
 
@@ -105,8 +105,11 @@ def _require_unchanged(folder: Path, checksums: Any) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error}). Copy the model again.") from error
 
 
 def _with_kind(described: Any) -> Any:
@@ -177,11 +180,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fit(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
+def set_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
     """Make ``tensors`` the weights of ``module``: all of them, exactly, or none.
 
     Raises:
-        WeightsError: the first few of every kind of misfit, and how many there are.
+        WeightsError: the first few of every sort of misfit, and how many there are.
     """
     expected = module.state_dict()
     shared = [name for name in expected if name in tensors]
@@ -199,7 +202,7 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> Non
     misfits["not finite"] = [name for name in numbers if not tensors[name].isfinite().all()]
     most = Counter(tensors[name].dtype for name in numbers).most_common(1)
     misfits["of another precision"] = [n for n in numbers if tensors[n].dtype != most[0][0]]
-    found = [f"{kind}: {some(names)}" for kind, names in misfits.items() if names]
+    found = [f"{misfit}: {some(names)}" for misfit, names in misfits.items() if names]
     if found:
         raise WeightsError(
             f"{where}: these are not the weights of this model. {'; '.join(found)}. "

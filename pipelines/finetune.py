@@ -20,6 +20,7 @@ import torch
 
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from dsl.objective import DSLObjective
 from dsl.support import Mixed, Support
 from dsl.vocabulary import Vocabulary
@@ -80,7 +81,7 @@ def _given(config: FinetuneConfig) -> Model:
 
 
 def _scratch(config: FinetuneConfig, tokens: int) -> Denoiser:
-    backbone = (config.backbone or BackboneShape()).config(tokens, causal=False)
+    backbone = (config.backbone or DiTShape()).config(tokens, causal=False)
     return Denoiser(DenoiserConfig(backbone=backbone, **vars(config.converter)))
 
 

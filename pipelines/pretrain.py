@@ -19,6 +19,7 @@ import torch
 
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from dsl.vocabulary import Vocabulary
 from infra import tracking
 from infra.errors import ConfigError
@@ -60,7 +61,7 @@ def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
     ever at a finite SNR.
     """
     torch.manual_seed(config.train.stream.seed)
-    shape = config.backbone or BackboneShape()
+    shape = config.backbone or DiTShape()
     backbone = shape.config(tokens, causal=kind(config).causal)
     return Denoiser(DenoiserConfig(backbone=backbone, **vars(HARD)))
 

@@ -81,7 +81,7 @@ class Steers(Protocol):
 
 @runtime_checkable
 class Reports(Protocol):
-    """A path that has something to say once a sample is finished."""
+    """A path with results of its own, recorded when a sample is finished."""
 
     def report(self, carry: Any) -> Mapping[str, Any]:
         """Entries for `Sample.recorded`, given the last carry."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.paths.order import open_BL, quota, reveal_first
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class EntropyBounded:
     def target(
         self, state: State, posterior: Posterior, carry: None, clock: Clock
     ) -> tuple[Tensor, None]:
-        at_N = open_BL(state).flatten().nonzero().squeeze(1)
+        at_N = flat(open_BL(state))
         entropy_BL = torch.full_like(state.gamma_BL, torch.inf, dtype=torch.float64)
         entropy_BL.view(-1)[at_N] = posterior.entropy_at(at_N).to(entropy_BL)
         sorted_BL = entropy_BL.sort(dim=1).values

@@ -92,7 +92,7 @@ Grid = Linear | Log | Quantile | Information
 
 LINEAR = Linear()
 
-# Grids that need no more than their name.
+# Grids without settings, by name.
 NAMED: Mapping[str, Grid] = MappingProxyType({"linear": LINEAR, "log": Log()})
 
 

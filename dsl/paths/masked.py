@@ -30,7 +30,7 @@ class Masked:
     """Reveal each unrevealed token with probability ``(alpha' - alpha) / (1 - alpha)``.
 
     Tokens that are not revealed keep their SNR: masked ones stay masked, soft evidence stays as
-    it is. The posterior is never looked at, so the only logits computed are those drawn from.
+    it is. The path does not read the posterior, so logits are computed only where tokens are drawn.
     """
 
     alpha: Literal["linear", "cosine"] = "linear"

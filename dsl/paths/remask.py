@@ -14,7 +14,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.paths.masked import ALPHA
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, flat
 
 # The chance that a token is masked again: one for all, or [B, L] in float64.
 Chance = float | Tensor
@@ -105,7 +105,7 @@ class Memory(NamedTuple):
         Tokens that were there before the first call are looked up in its posterior instead.
         """
         revealed_BL = state.revealed_BL & ~state.frozen_BL
-        at_N = (revealed_BL & ~self.revealed_BL).flatten().nonzero().squeeze(1)
+        at_N = flat(revealed_BL & ~self.revealed_BL)
         doubt_BL = self.doubt_BL.masked_fill(~revealed_BL, -torch.inf)
         if len(at_N):
             source = posterior if self.posterior is None else self.posterior

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from pipelines.prepare import BPE, TokenizerFile
 from pipelines.verb import TrackingConfig
 
@@ -32,7 +33,7 @@ class Counts:
 class ModelConfig(Counts):
     """The size of the denoiser that is timed. By default DiT small over GPT-2's BPE."""
 
-    backbone: BackboneShape = field(default_factory=BackboneShape)
+    backbone: BackboneShape = field(default_factory=DiTShape)
     tokens: int = 50257
     embed_dim: int = 64
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl.exact import ExactDenoiser
+from dsl.posterior import Posterior
+from dsl.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,25 @@ def random_law(tokens: int, length: int, dim: int, seed: int, sharpness: float =
         sequences_SL=sequences_SL,
         p_S=logits_S.softmax(0),
     )
+
+
+class Written(Posterior):
+    """The posterior that a test writes down: ``[N, V]`` by flat position, repeated as needed.
+
+    ``asked`` counts the positions of every question.
+    """
+
+    def __init__(self, state: State, table_VD: Tensor, log_probs_NV: Tensor) -> None:
+        super().__init__(state, table_VD)
+        self.log_probs_NV = log_probs_NV
+        self.asked: list[int] = []
+
+    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
+        self.asked.append(len(at_N))
+        return self.log_probs_NV[at_N % len(self.log_probs_NV)]
+
+    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
+        raise NotImplementedError
 
 
 def chi_square_p(counts_K: Tensor, p_K: Tensor) -> float:

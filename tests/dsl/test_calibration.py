@@ -6,16 +6,14 @@ Shapes: B rows, L positions, V tokens, N positions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsl.calibration import calibration, reliability
-from dsl.exact import ExactDenoiser
-from dsl.posterior import Posterior
 from dsl.state import State
+from dsl.truncation import Truncated
 from tests.dsl.laws import random_law
 
 LAW = random_law(tokens=3, length=4, dim=2, seed=6)
@@ -29,9 +27,7 @@ def test_ece_by_hand() -> None:
     # (0.5, 0.6] holds four: edges belong to the bin below them.
     assert table.count_K.tolist() == [0, 0, 0, 0, 0, 4, 0, 0, 0, 2]
     assert table.right_K.tolist() == [0, 0, 0, 0, 0, 3, 0, 0, 0, 1]
-    assert table.mean_confidence_K[5].item() == pytest.approx(0.5625)
-    assert table.accuracy_K[[5, 9]].tolist() == [0.75, 0.5]
-    assert table.accuracy_K[0].isnan()
+    assert table.confidence_K[[5, 9]].tolist() == pytest.approx([2.25, 1.86])
     assert table.ece == pytest.approx(4 / 6 * abs(0.75 - 0.5625) + 2 / 6 * abs(0.5 - 0.93))
 
 
@@ -75,35 +71,11 @@ def test_the_exact_posterior_is_calibrated() -> None:
     assert accuracy[-1] > 0.95 * 6_000 * 4
 
 
-@dataclass
-class Overconfident:
-    """The exact posterior, cooled: ``p^3`` normalised."""
-
-    inner: ExactDenoiser
-
-    @property
-    def table_VD(self) -> Tensor:
-        return self.inner.table_VD
-
-    def __call__(self, state: State) -> Posterior:
-        return Cooled(self.inner(state))
-
-
-class Cooled(Posterior):
-    def __init__(self, warm: Posterior) -> None:
-        super().__init__(warm.state, warm.table_VD)
-        self.warm = warm
-
-    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return (3 * self.warm.log_probs_at(at_N)).log_softmax(-1)
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        raise NotImplementedError
-
-
 def test_overconfidence_is_seen_where_there_is_doubt() -> None:
     tokens_BL = LAW.draw(6_000, seed=0)
-    cooled = calibration(Overconfident(LAW.denoiser()), tokens_BL, gammas=GAMMAS, seed=1)
+    cooled = calibration(
+        Truncated(LAW.denoiser(), temperature=1 / 3), tokens_BL, gammas=GAMMAS, seed=1
+    )
     exact = calibration(LAW.denoiser(), tokens_BL, gammas=GAMMAS, seed=1)
     for gamma in GAMMAS[:3]:
         assert cooled[gamma].ece > bound(cooled[gamma].count_K)

@@ -95,14 +95,6 @@ def test_the_mask_bias_is_the_prior_s_logit():
             mask_bias(10, wrong)
 
 
-@pytest.mark.parametrize("prior", [1e-6, 0.5, 0.99, 1 - 1e-6])
-@torch.no_grad()
-def test_a_masked_token_gives_the_mask_its_prior(prior):
-    converter = Converter(1000, 4, beta=None, mask_prior=prior)
-    weights_BLU = converter(State.masked(1, 2, 4), TokenTable(1000, 4)(), torch.eye(1001))
-    torch.testing.assert_close(weights_BLU[0, 1, -1], torch.tensor(prior), rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_hard_mask_is_the_mask_row_exactly_and_strong_evidence_is_still_heard(dtype):
@@ -117,11 +109,6 @@ def test_a_hard_mask_is_the_mask_row_exactly_and_strong_evidence_is_still_heard(
     weak_W, strong_W = converter(state, table_VD, values_UW)[0]
     torch.testing.assert_close(weak_W, values_UW[-1])
     torch.testing.assert_close(strong_W, values_UW[2])
-
-
-def test_beta_starts_where_the_paper_does():
-    assert Converter(5, 16, beta=None, mask_prior=0.5).beta.item() == 0.25
-    assert Converter(5, 16, beta=2.0, mask_prior=0.5).beta.item() == 2.0
 
 
 @torch.no_grad()
@@ -254,16 +241,6 @@ def test_a_reading_without_evidence_is_of_the_mask_prior(mask_prior: float) -> N
     assert read.entropy_N.tolist() == pytest.approx([entropy] * 3, abs=1e-6)
     assert read.mask_N.tolist() == pytest.approx([mask_prior] * 3)
     assert read.token_N.tolist() == pytest.approx([rest / TOKENS] * 3, abs=1e-7)
-
-
-def test_a_reading_of_all_evidence_is_the_token() -> None:
-    table_VD = TokenTable(TOKENS, DIM)().detach()
-    made = Converter(TOKENS, DIM, beta=1.0, mask_prior=0.99)
-    tokens_N = torch.arange(TOKENS)
-    read = made.read(1e6 * table_VD, tokens_N, table_VD)
-    assert read.entropy_N.abs().max() < 1e-4
-    assert read.token_N.tolist() == pytest.approx([1.0] * TOKENS)
-    assert read.mask_N.max() == 0
 
 
 def test_a_reading_is_of_the_weights_that_mix(monkeypatch: pytest.MonkeyPatch) -> None:

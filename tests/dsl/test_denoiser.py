@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsl
@@ -180,24 +179,6 @@ def test_a_causal_denoiser_predicts_each_token_from_those_before_it():
     assert not torch.allclose(taught_BLW[0, -1], taught_BLW[1, -1], atol=1e-2)
 
 
-def test_forward_mode_derivatives_with_the_math_kernel():
-    denoiser = awake().double()
-    state = some_state(denoiser, rows=2)
-    tangent_BLD = torch.randn_like(state.z_BLD)
-
-    def mean(z_BLD: Tensor) -> Tensor:
-        return denoiser(replace(state, z_BLD=z_BLD)).mean()
-
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, derivative_BLD = torch.func.jvp(mean, (state.z_BLD,), (tangent_BLD,))
-        ahead_BLD = mean(state.z_BLD + 1e-5 * tangent_BLD)
-        behind_BLD = mean(state.z_BLD - 1e-5 * tangent_BLD)
-    assert derivative_BLD.any()
-    torch.testing.assert_close(
-        derivative_BLD, (ahead_BLD - behind_BLD) / 2e-5, atol=1e-7, rtol=1e-5
-    )
-
-
 def test_every_parameter_learns():
     torch.manual_seed(0)
     denoiser = awake()
@@ -212,17 +193,6 @@ def test_a_state_is_taken_to_the_network_s_precision():
     denoiser = awake().double()
     assert denoiser(State.masked(1, LENGTH, DIM)).log_probs().dtype == torch.float64
     assert awake().bfloat16()(State.masked(1, LENGTH, DIM)).log_probs().dtype == torch.float32
-
-
-def test_it_samples():
-    denoiser, state = awake(), State.masked(4, LENGTH, DIM)
-    path = dsl.paths.Masked()
-    made = dsl.sample(denoiser, path, state, budget=3, seed=0)
-    assert made.calls <= 3
-    assert made.tokens_BL.min() >= 0
-    assert made.tokens_BL.max() < TOKENS
-    half = dsl.sample(denoiser, path, State.masked(2, LENGTH, DIM), budget=3, seed=0, first_row=2)
-    assert torch.equal(half.tokens_BL, made.tokens_BL[2:])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from dsl.likelihood import (
     PathName,
     Profile,
     ar,
-    bits_per_unit,
     hybrid_bound,
     path_integral,
     perplexity,
@@ -35,7 +34,7 @@ from dsl.noise import Draws
 from dsl.paths.grids import Grid, Information, Linear, Log, Quantile
 from dsl.posterior import Posterior
 from dsl.state import State
-from tests.dsl.laws import Law, cyclic, normal_p, random_law, two_bits
+from tests.dsl.laws import Law, random_law
 
 # No two rows of the table closer than 110 degrees: at SNR 40 nothing is left to learn.
 LAW = random_law(tokens=3, length=3, dim=2, seed=6)
@@ -69,18 +68,6 @@ def test_every_path_integrates_to_the_likelihood(path: PathName, grid: Grid) -> 
     mean, stderr = average(LAW, estimate)
     assert abs(mean - ENTROPY) < 4 * stderr
     assert stderr < 0.06
-
-
-@pytest.mark.parametrize("law", [cyclic(5), two_bits()], ids=["cyclic", "two bits"])
-@pytest.mark.parametrize("path", PATHS)
-def test_path_independence_on_the_toys(law: Law, path: PathName) -> None:
-    tokens_BL = law.sequences_SL.repeat(40, 1)
-    estimate = path_integral(
-        law.denoiser(), tokens_BL, gamma_max=60.0, steps=120, seed=2, path=path
-    )
-    mean, stderr = estimate.corpus()
-    assert abs(mean - law.cross_entropies()[0].item()) < 4 * stderr
-    assert stderr < 0.02
 
 
 @cache
@@ -295,10 +282,6 @@ def test_profile_measures_the_error_field() -> None:
     mean_G = measured.mean_G
     assert (mean_G.diff() < 0).all()
     assert mean_G[-1] < 1e-4
-    assert measured.stderr_G.shape == (5,)
-    assert measured.stderr_G[1] == pytest.approx(
-        (measured.error_GB[1].std() / math.sqrt(4_000)).item()
-    )
     for gammas in ([0.0], [1.0, 2.0], [0.0, 2.0, 2.0]):
         with pytest.raises(ValueError, match="increase from 0"):
             profile(LAW.denoiser(), tokens_BL[:2], gammas, seed=0)
@@ -332,23 +315,9 @@ def test_information_of_a_noisy_profile_is_monotone() -> None:
     assert all(low < high for low, high in itertools.pairwise(grid.nats))
 
 
-def test_evidence_is_the_channel() -> None:
-    tokens_BL = EVERYTHING.repeat(500, 1)
-    gamma_L = torch.tensor([0.0, 3.0, math.inf], dtype=torch.float64)
-    state = observe(LAW.table_VD, tokens_BL, gamma_L.expand(len(tokens_BL), -1), Draws(1, 0, 0))
-    assert (state.z_BLD[:, [0, 2]] == 0).all()
-    assert torch.equal(state.tokens_BL[:, 2], tokens_BL[:, 2])
-    assert (state.tokens_BL[:, :2] == 0).all()
-    white = (state.z_BLD[:, 1] - 3 * LAW.table_VD[tokens_BL[:, 1]]) / math.sqrt(3)
-    assert normal_p(white) > 1e-4
-    assert not state.frozen_BL.any()
-
-
 def test_units() -> None:
     assert perplexity(math.log(50257)) == pytest.approx(50257)
     assert perplexity(1e4) == math.inf
-    # 2 nats a token, 3 tokens, 6 / ln 2 bits over 12 characters.
-    assert bits_per_unit(2.0, tokens=3, units=12) == pytest.approx(6 / math.log(2) / 12)
     mean, stderr = Estimate(torch.tensor([1.0, 3.0]), torch.zeros(2)).corpus()
     assert (mean, stderr) == (2.0, pytest.approx(1.0))
 

@@ -59,7 +59,7 @@ def write_folder(folder, tensors: dict, **config) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_lightning_files_give_whole_models(references, name):
+def test_lightning_files_give_whole_averaged_models(references, name):
     plain = torch.load(references / BOTH[1], weights_only=True)
     denoiser = dsl.from_mdlm(references / name)
     names = [n for n in plain["state_dict"] if not n.endswith("inv_freq")]
@@ -68,18 +68,13 @@ def test_lightning_files_give_whole_models(references, name):
         tokens=100, width=64, blocks=2, heads=4, cond_dim=32
     )
     assert not denoiser.training
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_lightning_files_give_their_average(references, name):
+    # Their average, and not the raw weights.
     content = read_checkpoint(references / name)
-    names = [n for n in content["state_dict"] if not n.endswith("inv_freq")]
-    denoiser = dsl.from_mdlm(references / name)
     averages = zip(names, content["ema"]["shadow_params"], strict=True)
     for parameter, average in averages:
         mine = denoiser.get_parameter(parameter)
         assert torch.equal(mine, average[: len(mine)]), parameter
-    # The files' raw weights are others, or this would show nothing.
+    # The raw weights are others, or this would show nothing.
     raw = content["state_dict"]
     assert any(not torch.equal(denoiser.get_parameter(n), raw[n][:100]) for n in names)
 

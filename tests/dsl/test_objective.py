@@ -121,16 +121,6 @@ def test_mdlm_equals_the_naive_weighted_cross_entropy(tokens_BL):
     assert_same(loss.value, gradient, expected, gradients(objective))
 
 
-def test_dsl_on_the_masks_of_mdlm_is_its_unweighted_cross_entropy(tokens_BL):
-    mdlm = MDLMObjective(make())
-    gamma_BL = masks_of(mdlm, tokens_BL, seed=4)
-    dsl = DSLObjective(make(), Given(gamma_BL))(tokens_BL, generator(7, 7, 7))
-    weighted = mdlm(tokens_BL, generator(4, 0, 0))
-    assert torch.equal(dsl.value, weighted.metrics["masked_nats"])
-    assert dsl.metrics["evidence_share"] == 0
-    assert weighted.metrics["masked_share"] == (gamma_BL == 0).double().mean()
-
-
 def test_mdlm_is_unbiased():
     """Against the integral over t of the sum over all eight masks of three tokens."""
     objective = MDLMObjective(make())
@@ -165,21 +155,6 @@ def test_ar_is_a_normalised_law():
         )
     torch.testing.assert_close((-nats_N).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
     assert nats_N.std() > 0.01
-
-
-def test_ar_is_the_chain_rule(tokens_BL):
-    objective = ARObjective(make(causal=True))
-    denoiser = objective.denoiser
-    total = 0.0
-    with torch.no_grad():
-        for i in range(L):
-            known_BL = (torch.arange(L) < i).expand(B, L)
-            state = State.from_tokens(denoiser.table_VD, tokens_BL, known_BL)
-            log_probs_BV = denoiser(state).log_probs()[:, i]
-            total -= log_probs_BV.gather(1, tokens_BL[:, i, None]).sum()
-        loss = objective(tokens_BL, generator(0, 0, 0))
-    torch.testing.assert_close(loss.value, total / (B * L), rtol=1e-12, atol=0)
-    assert loss.metrics == {}
 
 
 def test_ar_refuses_a_backbone_that_sees_the_answer():

@@ -107,13 +107,6 @@ def test_the_distance_falls_with_the_budget(order: str, reached: float) -> None:
     assert distances[2] < reached
 
 
-def test_masked_with_one_reveal_a_call_is_a_random_order() -> None:
-    """In law: with calls enough two reveals never meet, and the order is uniform."""
-    masked_BL, order_BL = draw(WEIGHTED, Masked(), 600), draw(WEIGHTED, Order("random"), 3)
-    assert law_p(WEIGHTED, masked_BL) > 1e-3
-    assert law_p(WEIGHTED, order_BL) > 1e-3
-
-
 def test_the_law_is_told_apart_from_another() -> None:
     """The yardstick itself: a wrong denoiser fails it."""
     other = random_law(tokens=3, length=3, dim=2, seed=4)

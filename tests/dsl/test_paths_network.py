@@ -19,7 +19,7 @@ from dsl.paths.token_sde import jvp
 from dsl.sampling import sample
 from dsl.state import State
 from dsl.truncation import Truncated
-from tests.dsl.test_paths_properties import PATHS
+from tests.dsl.walks import PATHS
 
 TOKENS, LENGTH, DIM = 23, 6, 4
 

@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl.noise import Draws
-from dsl.paths import Clock, Hybrid, Masked, Remask, SentenceSDE
+from dsl.paths import Clock, Masked, Remask
 from dsl.paths.remask import RULES, Memory
-from dsl.posterior import Posterior
 from dsl.sampling import sample
 from dsl.state import State
 from dsl.truncation import Truncated
-from tests.dsl.laws import cyclic, random_law
+from tests.dsl.laws import Written, cyclic, random_law
 
 MASK = 100
 PUBLIC = {
@@ -88,18 +87,8 @@ def test_q_is_that_of_public_remdm(
         assert remask == 0.0
 
 
-class Saved(Posterior):
-    """The saved probabilities, at every position."""
-
-    def __init__(self, state: State, probs_BLV: Tensor) -> None:
-        super().__init__(state, torch.zeros(probs_BLV.shape[-1], 1))
-        self.log_probs_NV = probs_BLV.flatten(0, 1).log()
-
-    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return self.log_probs_NV[at_N]
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        raise AssertionError("not needed")
+def saved(state: State, probs_BLV: Tensor) -> Written:
+    return Written(state, torch.zeros(probs_BLV.shape[-1], 1), probs_BLV.flatten(0, 1).log())
 
 
 def state_of(tokens_BL: Tensor) -> State:
@@ -117,9 +106,9 @@ def test_confidence_is_that_of_public_remdm(reference: dict[str, Any], nucleus: 
     """What public ReMDM-conf remembers after its step: minus the probability after nucleus."""
     key = f"remdm.remdm-conf|p{nucleus}|t0.6"
     before, after = state_of(reference["input_ids"]), state_of(reference[f"{key}.x"])
-    posterior = Saved(before, posterior_of(reference, nucleus))
+    posterior = saved(before, posterior_of(reference, nucleus))
     memory = Memory(reference[f"{key}.conf_in"].double(), before.revealed_BL, posterior)
-    doubt_BL = memory.update(after, Saved(after, posterior_of(reference, "1.0"))).doubt_BL
+    doubt_BL = memory.update(after, saved(after, posterior_of(reference, "1.0"))).doubt_BL
     torch.testing.assert_close(doubt_BL.float(), reference[f"{key}.conf_out"], rtol=0, atol=1e-5)
 
 
@@ -186,17 +175,6 @@ def test_conf_masks_the_least_sure_first_and_only_what_it_may() -> None:
     torch.testing.assert_close(remask.sum(), torch.tensor(0.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_given_tokens_that_are_frozen_stay(rule: Any) -> None:
-    tokens_BL = LAW.draw(64, seed=0)
-    known_BL = torch.tensor([True, False, True, False]).expand(64, 4)
-    start = State.from_tokens(LAW.table_VD, tokens_BL, known_BL, torch.full((64, 4), torch.inf))
-    made_BL = draw(Remask(rule=rule), state=start)
-    assert torch.equal(made_BL[known_BL], tokens_BL[known_BL])
-    if rule == "conf":
-        assert not torch.equal(made_BL, tokens_BL)
-
-
 def test_frozen_tokens_take_no_share_of_the_re_masking() -> None:
     known_BL = torch.tensor([[True, False, True, False]])
     start = State.from_tokens(LAW.table_VD, LAW.draw(1, 0), known_BL, torch.full((1, 4), torch.inf))
@@ -204,15 +182,6 @@ def test_frozen_tokens_take_no_share_of_the_re_masking() -> None:
     assert memory is not None
     doubt_BL = memory.update(start, LAW.denoiser()(start)).doubt_BL
     assert torch.equal(doubt_BL.isinf(), known_BL)
-
-
-def test_conf_starts_afresh_as_a_second_stage() -> None:
-    path = Hybrid(SentenceSDE(gamma_max=3.0), Remask(rule="conf"), split=(4, 20))
-    assert draw(path).shape == (64, 4)
-    assert torch.equal(
-        draw(Hybrid(SentenceSDE(gamma_max=3.0), Remask(rule="conf"), split=(0, 24))),
-        draw(Remask(rule="conf")),
-    )
 
 
 def test_loop_exchanges_tokens_for_half_of_the_calls() -> None:

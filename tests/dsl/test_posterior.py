@@ -13,37 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl import posterior as posterior_module
-from dsl.posterior import Posterior
 from dsl.state import State
-from tests.dsl.laws import chi_square_p
+from tests.dsl.laws import Written, chi_square_p
 
 ONE_BELOW = 1 - 2**-53  # the largest float64 below 1
 GPT2 = 50257
 
 
-class Given(Posterior):
-    """The posterior that a test writes down, ``[N, V]`` over flat positions; counts questions."""
-
-    def __init__(self, state: State, table_VD: Tensor, log_probs_NV: Tensor) -> None:
-        super().__init__(state, table_VD)
-        self.log_probs_NV = log_probs_NV
-        self.asked: list[int] = []
-
-    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        self.asked.append(len(at_N))
-        return self.log_probs_NV[at_N]
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        raise NotImplementedError
-
-
-def given(log_probs_NV: Tensor, state: State | None = None) -> Given:
+def given(log_probs_NV: Tensor, state: State | None = None) -> Written:
     positions, tokens = log_probs_NV.shape
     table_VD = F.normalize(torch.randn(tokens, 3, dtype=torch.float64), dim=1)
-    return Given(state or State.masked(1, positions, 3), table_VD, log_probs_NV)
+    return Written(state or State.masked(1, positions, 3), table_VD, log_probs_NV)
 
 
-def repeated(log_probs_V: Tensor, positions: int) -> Given:
+def repeated(log_probs_V: Tensor, positions: int) -> Written:
     return given(log_probs_V.expand(positions, -1))
 
 
@@ -58,7 +41,7 @@ def test_one_hot_where_revealed() -> None:
     tokens_BL = torch.tensor([[3, 2, 1]])
     state = State.from_tokens(table_VD, tokens_BL, torch.zeros(1, 3).bool(), gamma_BL)
     log_probs_NV = torch.randn(3, 4).log_softmax(-1)
-    answer = Given(state, table_VD, log_probs_NV)
+    answer = Written(state, table_VD, log_probs_NV)
     expected_BLV = log_probs_NV.clone()[None]
     expected_BLV[0, 1] = torch.tensor([-math.inf, -math.inf, 0, -math.inf])
     assert torch.equal(answer.log_probs(), expected_BLV)

@@ -17,12 +17,12 @@ from torch import Tensor
 from dsl import posterior as posterior_module
 from dsl.likelihood import log_prob_of
 from dsl.noise import Draws
-from dsl.paths import Clock, Masked, SentenceSDE
+from dsl.paths import Clock
 from dsl.posterior import Posterior
 from dsl.recorders import Rewrites, Schedule, Sharpening, Trajectory, max_prob, nucleus_size
 from dsl.sampling import Recorder, sample
 from dsl.state import State
-from tests.dsl.laws import random_law
+from tests.dsl.laws import Written, random_law
 
 LAW = random_law(tokens=3, length=4, dim=2, seed=3)
 DENOISER = LAW.denoiser()
@@ -41,9 +41,13 @@ def state(gamma: Sequence[float], tokens: Sequence[int], frozen: int = 0) -> Sta
     )
 
 
+def written(at: State) -> Written:
+    return Written(at, torch.eye(4, dtype=torch.float64), PROBS.log())
+
+
 def watch(recorder: Recorder, states: Sequence[State]) -> None:
     for before, after in itertools.pairwise(states):
-        recorder.observe(CLOCK, before, Given(before, PROBS), after)
+        recorder.observe(CLOCK, before, written(before), after)
 
 
 def test_schedule_by_hand() -> None:
@@ -93,20 +97,6 @@ def test_nothing_editable_is_no_division_by_zero() -> None:
     assert Rewrites().result()["rewrites_per_token"] == 0
 
 
-class Given(Posterior):
-    """One distribution per position, ``[L, V]``, whatever the state says."""
-
-    def __init__(self, at: State, probs_LV: Tensor) -> None:
-        super().__init__(at, torch.eye(probs_LV.shape[1], dtype=torch.float64))
-        self.log_probs_LV = probs_LV.log()
-
-    def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return self.log_probs_LV[at_N % len(self.log_probs_LV)]
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        raise NotImplementedError
-
-
 PROBS = torch.tensor(
     [
         [0.5, 0.25, 0.125, 0.125],
@@ -135,8 +125,8 @@ def test_sharpening_by_hand() -> None:
     recorder = Sharpening(top_p=0.75)
     before = state([0, INF, 2, 0], [0, 3, 0, 0])
     done = state([INF] * 4, [0] * 4)
-    recorder.observe(CLOCK, before, Given(before, PROBS), done)
-    recorder.observe(CLOCK, done, Given(done, PROBS), done)
+    recorder.observe(CLOCK, before, written(before), done)
+    recorder.observe(CLOCK, done, written(done), done)
     seen = recorder.result()
     unrevealed = PROBS[[0, 2, 3]]
     assert seen["max_prob"][0] == pytest.approx((0.5 + 0.25 + 0.625) / 3)
@@ -151,7 +141,7 @@ def test_sharpening_by_hand() -> None:
 
 
 def test_summaries_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    posterior = Given(state([0] * 4, [0] * 4), PROBS)
+    posterior = written(state([0] * 4, [0] * 4))
     at_N, tokens_N = torch.tensor([3, 1, 0, 2, 1]), torch.tensor([1, 2, 0, 3, 2])
     assert posterior.summarise(max_prob, at_N).tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
     expected = posterior.summarise(log_prob_of, at_N, tokens_N)
@@ -200,22 +190,3 @@ def test_recorders_of_a_sample() -> None:
     expected = prior.exp().amax(1).mean().item()
     assert seen["sharpening"]["max_prob"][::2] == pytest.approx([expected] * 4)
     assert all(math.isnan(value) for value in seen["sharpening"]["max_prob"][1::2])
-
-
-def test_gamma_trajectories() -> None:
-    start = State.masked(2, 4, 2)
-    path = SentenceSDE(gamma_max=3.0)
-    made = sample(DENOISER, path, start, budget=4, seed=0, recorders=[Trajectory()])
-    gamma_TBL = made.recorded["trajectory"]["gamma_TBL"]
-    assert gamma_TBL[:, 1, 2].tolist() == [0.0, 1.0, 2.0, 3.0, INF]
-
-
-def test_a_posterior_sharpens_as_text_is_revealed() -> None:
-    made = sample(
-        DENOISER, Masked(), State.masked(400, 4, 2), budget=40, seed=0, recorders=[Sharpening()]
-    )
-    seen = made.recorded["sharpening"]
-    assert seen["max_prob"][-1] > seen["max_prob"][0] + 0.05
-    assert seen["entropy"][-1] < seen["entropy"][0] - 0.05
-    assert seen["nucleus_size"][-1] < seen["nucleus_size"][0] - 0.05
-    assert made.calls <= 40

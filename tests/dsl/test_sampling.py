@@ -15,18 +15,13 @@ from torch import Tensor
 
 from dsl.exact import ExactDenoiser
 from dsl.paths import AnyPath, Clock, Hybrid, Masked, SentenceSDE
-from dsl.paths.masked import ALPHA
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
 from dsl.state import State
 from tests.dsl.laws import (
     Law,
-    cyclic,
     law_p,
     random_law,
-    total_variation,
-    total_variation_bound,
-    two_bits,
 )
 
 LAW = random_law(tokens=3, length=4, dim=2, seed=3)
@@ -75,32 +70,6 @@ def test_budget_is_kept_and_everything_ends_revealed(path: AnyPath) -> None:
     assert made.row_calls_B.sum() == sum(spy.rows)
     assert made.row_calls_B.max() <= made.calls
     assert made.row_calls_B.min() >= 1
-
-
-def test_a_continuous_path_uses_its_whole_budget() -> None:
-    made = draw(SentenceSDE(gamma_max=9.0))
-    assert made.calls == BUDGET
-    assert (made.row_calls_B == BUDGET).all()
-
-
-@pytest.mark.parametrize("path", PATHS[:4], ids=repr)
-def test_one_call_draws_every_token_at_once(path: AnyPath) -> None:
-    spy = Spy(LAW.denoiser())
-    made = sample(spy, path, blank(LAW, 5), budget=1, seed=0)
-    assert (made.calls, spy.rows) == (1, [5])
-
-
-@pytest.mark.parametrize("path", PATHS, ids=repr)
-def test_text_does_not_depend_on_the_batch(path: AnyPath) -> None:
-    whole = draw(path, rows=8)
-    for first in range(8):
-        part = draw(path, rows=1, first_row=first)
-        assert torch.equal(part.tokens_BL, whole.tokens_BL[first : first + 1])
-        assert torch.equal(part.row_calls_B, whole.row_calls_B[first : first + 1])
-    half = draw(path, rows=4, first_row=4)
-    assert torch.equal(half.tokens_BL, whole.tokens_BL[4:])
-    assert torch.equal(draw(path, rows=8).tokens_BL, whole.tokens_BL)
-    assert len(whole.tokens_BL.unique(dim=0)) > 1
 
 
 def test_cached_rows_cost_nothing() -> None:
@@ -216,33 +185,6 @@ def test_a_recorder_may_be_the_only_one_to_look() -> None:
         assert torch.equal(log_probs_BLV, LAW.denoiser()(before).log_probs())
 
 
-@pytest.mark.parametrize("path", PATHS, ids=repr)
-def test_frozen_tokens_never_change(path: AnyPath) -> None:
-    tokens_BL = LAW.draw(16, seed=1)
-    known_BL = torch.rand(tokens_BL.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    start = State.from_tokens(LAW.table_VD, tokens_BL, known_BL)
-    watch = Watch()
-    made = sample(LAW.denoiser(), path, start, budget=BUDGET, seed=5, recorders=[watch])
-    assert torch.equal(made.tokens_BL[known_BL], tokens_BL[known_BL])
-    for state in watch.states:
-        assert torch.equal(state.frozen_BL, known_BL)
-        assert state.revealed_BL[known_BL].all()
-        assert torch.equal(state.tokens_BL[known_BL], tokens_BL[known_BL])
-    assert not torch.equal(made.tokens_BL, tokens_BL)
-
-
-@pytest.mark.parametrize("alpha", ["linear", "cosine"])
-def test_hybrid_ends_are_its_stages_bit_for_bit(alpha: str) -> None:
-    first, second = SentenceSDE(gamma_max=20.0), Masked(alpha=alpha)
-    for split, alone in (((0, BUDGET), second), ((BUDGET, 0), first)):
-        watches = Watch(), Watch()
-        draw(Hybrid(first, second, split=split), recorders=[watches[0]])
-        draw(alone, recorders=[watches[1]])
-        for ours, theirs in zip(watches[0].states, watches[1].states, strict=True):
-            for name in ("tokens_BL", "z_BLD", "gamma_BL", "frozen_BL"):
-                assert torch.equal(getattr(ours, name), getattr(theirs, name))
-
-
 def test_hybrid_moves_in_all_calls_of_its_first_stage() -> None:
     watch = Watch()
     draw(Hybrid(SentenceSDE(gamma_max=5.0), Masked(), split=(5, 7)), recorders=[watch])
@@ -252,17 +194,6 @@ def test_hybrid_moves_in_all_calls_of_its_first_stage() -> None:
         soft_BL = ~after.revealed_BL
         assert (after.gamma_BL[soft_BL] == 5).all()
         assert torch.equal(after.z_BLD[soft_BL], before.z_BLD[soft_BL])
-
-
-def test_sentence_sde_visits_its_grid() -> None:
-    for grid, expected in (
-        ("linear", [1.0, 2.0, 3.0]),
-        ("log", [4 ** (1 / 3) - 1, 4 ** (2 / 3) - 1, 3.0]),
-    ):
-        watch = Watch()
-        draw(SentenceSDE(gamma_max=3.0, grid=grid), budget=4, recorders=[watch])
-        visited = [state.gamma_BL[0, 0].item() for state in watch.states]
-        assert visited == pytest.approx([0.0, *expected, math.inf])
 
 
 def test_soft_evidence_waits_for_the_grid() -> None:
@@ -291,43 +222,6 @@ def test_wrong_budgets_are_refused() -> None:
 
 ROWS = 2_000
 SPREAD = random_law(tokens=3, length=3, dim=2, seed=6)  # no two rows closer than 110 degrees
-GENEROUS: list[tuple[AnyPath, int]] = [
-    (Masked(), 400),
-    (Masked(alpha="cosine"), 400),
-    (SentenceSDE(gamma_max=15.0), 80),
-    (SentenceSDE(gamma_max=15.0, grid="log"), 40),
-    (Hybrid(SentenceSDE(gamma_max=3.0), Masked(), split=(20, 200)), 220),
-]
-
-
-@pytest.mark.parametrize(("path", "budget"), GENEROUS, ids=repr)
-def test_samples_follow_the_law(path: AnyPath, budget: int) -> None:
-    made = sample(SPREAD.denoiser(), path, blank(SPREAD, ROWS), budget=budget, seed=7)
-    assert law_p(SPREAD, made.tokens_BL) > 1e-4
-
-
-@pytest.mark.parametrize("alpha", ["linear", "cosine"])
-def test_masked_errs_only_where_reveals_collide(alpha: str) -> None:
-    """Two tokens revealed in one call are drawn apart. For any two that has at most the chance
-    that they fall in one step of the clock, which bounds the distance to the law."""
-    law, budget = cyclic(4), 200
-    made = sample(law.denoiser(), Masked(alpha=alpha), blank(law, ROWS), budget=budget, seed=7)
-    alpha_T = torch.tensor([ALPHA[alpha](call / budget) for call in range(budget + 1)])
-    collision = math.comb(4, 2) * alpha_T.diff().square().sum().item()
-    error = total_variation(law, made.tokens_BL)
-    assert error < collision + total_variation_bound(law, ROWS)
-    impossible = (law.index(made.tokens_BL) == len(law.p_S)).double().mean().item()
-    assert impossible < collision + 4 * math.sqrt(collision / ROWS)
-
-
-def test_masked_in_one_call_is_the_product_of_marginals() -> None:
-    """The statistics above can fail: drawn at once, two bits agree half of the time."""
-    law = two_bits()
-    made = sample(law.denoiser(), Masked(), blank(law, ROWS), budget=1, seed=0)
-    agree = (made.tokens_BL[:, 0] == made.tokens_BL[:, 1]).double().mean().item()
-    assert abs(agree - 0.5) < 4 * 0.5 / math.sqrt(ROWS)
-    assert law_p(law, made.tokens_BL) < 1e-4
-    assert total_variation(law, made.tokens_BL) > total_variation_bound(law, ROWS)
 
 
 def test_prompted_samples_follow_the_conditional_law() -> None:

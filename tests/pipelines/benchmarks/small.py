@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from infra import config
 from pipelines.benchmarks import settings
 from pipelines.benchmarks.settings import BenchmarkConfig, ModelConfig
 
 MODEL = ModelConfig(
-    backbone=BackboneShape(width=16, blocks=1, heads=2, cond_dim=4), tokens=40, embed_dim=8
+    backbone=DiTShape(width=16, blocks=1, heads=2, cond_dim=4), tokens=40, embed_dim=8
 )
 SIZES = (
     "rounds=2", "model.backbone.width=16", "model.backbone.blocks=1", "model.backbone.heads=2",

@@ -1,11 +1,11 @@
-"""The training-time channel is exactly z = gamma x + sqrt(gamma) eps between its endpoints."""
+"""Known text is seen exactly as z = gamma x + sqrt(gamma) eps between the endpoints."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dsl.channel import observe
-from dsl.noise import generator
+from dsl.noise import Draws, generator
 from dsl.state import State
 
 
@@ -45,10 +45,11 @@ def test_endpoints_agree_with_given_text_and_draw_nothing(table_VD):
         assert torch.equal(getattr(state, name), getattr(given, name)), name
 
 
-def test_evidence_has_the_channels_mean_and_variance(table_VD):
+@pytest.mark.parametrize("noise", [generator(0, 0, 1), Draws(1, 0, 0)], ids=["drawn", "keyed"])
+def test_evidence_has_the_channels_mean_and_variance(table_VD, noise):
     gamma = 6.0
     tokens_BL = torch.full((200, 100), 4)
-    state = observe(table_VD, tokens_BL, torch.full((200, 100), gamma), generator(0, 0, 1))
+    state = observe(table_VD, tokens_BL, torch.full((200, 100), gamma), noise)
     z_ND = state.z_BLD.flatten(0, 1)
     stderr = (gamma / len(z_ND)) ** 0.5
     assert (z_ND.mean(0) - gamma * table_VD[4]).abs().max() < 4 * stderr
