@@ -14,9 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from infra.errors import Problem
-from infra.storage import Folder
+
+if TYPE_CHECKING:  # fsspec, whose import `--help` is not to pay
+    from infra.storage import Folder
 
 ASK_S = 2.0  # between two looks of a worker
 STOP = "stop"
