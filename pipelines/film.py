@@ -1,14 +1,12 @@
-"""An HTML page that plays how texts are drawn, call by call.
+"""A film of how texts are drawn, call by call, and an HTML page that plays it.
 
 Shapes: B rows, L positions, V tokens, N asked positions.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,7 @@ from dsl.posterior import Posterior
 from dsl.recorders import max_prob
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
-
-PAGE = Path(__file__).with_name("film.html")
-SLOT = "{{film}}"
+from pipelines.report.page import film_page
 
 
 class Film:
@@ -30,13 +26,25 @@ class Film:
     It reads every posterior, so `dsl.sample` cannot skip calls while nothing changes.
 
     title: lines above the film, by name, e.g. the model and the path.
+    rows: the first ones are recorded; None for all of the batch.
+    tokens: about how many the frames show together, at least those of the first and the last; of
+    more frames, some evenly spaced ones are kept. None for no bound.
     """
 
     name = "film"
 
-    def __init__(self, vocabulary: Vocabulary, title: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        title: Mapping[str, str],
+        *,
+        rows: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
         self.vocabulary = vocabulary
         self.title = title
+        self.rows = rows
+        self.tokens = tokens
         self.frames: list[dict[str, Any]] = []
         self.given_BL: Tensor | None = None
         self.last: State | None = None
@@ -52,37 +60,54 @@ class Film:
             tokens_BL = tokens_BL.masked_scatter(unrevealed_BL, token_N)
             sure_N = posterior.summarise(max_prob, at_N).to(sure_BL)
             sure_BL = sure_BL.masked_scatter(unrevealed_BL, sure_N)
-        self.frames.append(_frame(tokens_BL, before.gamma_BL, sure_BL))
+        self.frames.append(self._frame(tokens_BL, before.gamma_BL, sure_BL))
         self.last = after
 
-    def result(self) -> int:
-        return len(self.frames)
+    def result(self) -> dict[str, Any]:
+        """The film as JSON holds it; without frames if no call was made.
+
+        `calls` says how many calls were made before each frame, the last of which is the end.
+        """
+        frames = [*self.frames, *self._end()]
+        shown = self._spread(len(frames))
+        frames = [frames[call] for call in shown]
+        used = {token for frame in frames for row in frame["tokens"] for token in row}
+        given_BL = [] if self.given_BL is None else self.given_BL[: self.rows].int().tolist()
+        return {
+            "title": dict(self.title),
+            "texts": {str(token): self.vocabulary.decode([token]) for token in sorted(used)},
+            "given": given_BL,
+            "calls": shown,
+            "frames": frames,
+        }
 
     def page(self) -> str:
         """The film as one HTML document that loads nothing."""
-        assert self.last is not None
-        assert self.given_BL is not None
-        end = _frame(self.last.tokens_BL, self.last.gamma_BL, torch.ones_like(self.last.gamma_BL))
-        frames = [*self.frames, end]
-        used = {token for frame in frames for row in frame["tokens"] for token in row}
-        film = {
-            "title": dict(self.title),
-            "texts": {token: self.vocabulary.decode([token]) for token in sorted(used)},
-            "given": self.given_BL.int().tolist(),
-            "frames": frames,
+        return film_page("Text localising", self.result())
+
+    def _end(self) -> list[dict[str, Any]]:
+        """The frame after the last call."""
+        if self.last is None:
+            return []
+        sure_BL = torch.ones_like(self.last.gamma_BL)
+        return [self._frame(self.last.tokens_BL, self.last.gamma_BL, sure_BL)]
+
+    def _spread(self, frames: int) -> list[int]:
+        """The frames that are shown, the first and the last among them."""
+        if self.tokens is None or not frames:
+            return list(range(frames))
+        size = sum(map(len, self.frames[0]["tokens"]))
+        most = min(frames, max(2, self.tokens // size))
+        return sorted({round(at * (frames - 1) / (most - 1)) for at in range(most)})
+
+    def _frame(self, tokens_BL: Tensor, gamma_BL: Tensor, sure_BL: Tensor) -> dict[str, Any]:
+        """A frame in JSON: the SNR is null where a token is revealed, confidence is in percent."""
+        rows = slice(self.rows)
+        return {
+            "tokens": tokens_BL[rows].tolist(),
+            "gamma": [
+                [None if gamma == float("inf") else float(f"{gamma:.3g}") for gamma in row]
+                for row in gamma_BL[rows].tolist()
+            ],
+            "sure": (100 * sure_BL[rows]).round().int().tolist(),
         }
-        # "</script>" in a text would end the script; without "<" it cannot.
-        content = json.dumps(film, separators=(",", ":")).replace("<", "\\u003c")
-        return PAGE.read_text(encoding="utf-8").replace(SLOT, content)
-
-
-def _frame(tokens_BL: Tensor, gamma_BL: Tensor, sure_BL: Tensor) -> dict[str, Any]:
-    """A frame in JSON: the SNR is null where a token is revealed, confidence is in percent."""
-    return {
-        "tokens": tokens_BL.tolist(),
-        "gamma": [
-            [None if gamma == float("inf") else float(f"{gamma:.3g}") for gamma in row]
-            for row in gamma_BL.tolist()
-        ],
-        "sure": (100 * sure_BL).round().int().tolist(),
-    }

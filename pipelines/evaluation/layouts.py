@@ -1,7 +1,7 @@
-"""The tables of an evaluation laid out as the papers print them, with theirs below ours if asked.
+"""The tables of an evaluation laid out as the papers print them, with theirs below ours.
 
-A layout only arranges again what other tables hold in full. Its rows are not logged, and the
-published ones are the papers' measurements, not ours.
+Such a table is made only where the configuration asks for the papers': our rows stand in full in
+another one. Its rows are not logged, and the published ones are the papers' measurements, not ours.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pipelines.report import SKIPPED, STDERR, Column, Row, Rows, Table
 
 FILE = Path(__file__).with_name("published.yaml")
 Published = Literal["owt_mauve", "owt_hybrid_mauve", "text8_bpc"]
+
+HYBRIDS: Published = "owt_hybrid_mauve"
 
 OURS, THEIRS = "this run", "published, not run here"
 MODEL, PATH = Column("model", "Model"), Column("path", "Path")
@@ -48,30 +50,29 @@ def published_table(name: Published) -> PublishedTable:
 def of_texts(
     texts: Rows, merits: Sequence[Merit], published: Sequence[Published]
 ) -> dict[str, Table]:
-    """Every layout of the table of texts that there is something for, by name, for the merits of
-    which one direction is better; the papers' tables where they belong."""
-    theirs = {name: published_table(name) for name in published}
-    merits = [merit for merit in merits if merit.better]
+    """The papers' tables of texts that are asked for, by name, below the same figures of ours."""
     made = {
-        f"{merit.key}_by_budget": by_budget(texts, merit, theirs.get(merit.published))
+        f"{merit.key}_by_budget": by_budget(texts, merit, published_table(merit.published))
         for merit in merits
+        if merit.published in published
     }
-    made["hybrid_splits"] = hybrid_splits(texts, merits, theirs.get("owt_hybrid_mauve"))
-    return {name: table for name, table in made.items() if table is not None}
+    if HYBRIDS in published:
+        quality = [merit for merit in merits if merit.better]
+        made["hybrid_splits"] = hybrid_splits(texts, quality, published_table(HYBRIDS))
+    return made
 
 
-def by_budget(texts: Rows, merit: Merit, published: PublishedTable | None = None) -> Table | None:
+def by_budget(texts: Rows, merit: Merit, published: PublishedTable) -> Table:
     """A line for each model and path, a column for each budget T (000, unconditional generation).
 
-    Hybrid paths have a table of their own. None where there is nothing to show.
+    Hybrid paths have a table of their own.
     """
     rows = _ours(texts, hybrid=False, keys=(merit.key,))
-    if published:
-        rows += [
-            {**row, merit.key: value, "budget": budget, "source": THEIRS}
-            for row in published.rows
-            for budget, value in row[merit.key].items()
-        ]
+    rows += [
+        {**row, merit.key: value, "budget": budget, "source": THEIRS}
+        for row in published.rows
+        for budget, value in row[merit.key].items()
+    ]
     budgets = sorted({row["budget"] for row in rows if merit.key in row})
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
@@ -86,18 +87,15 @@ def by_budget(texts: Rows, merit: Merit, published: PublishedTable | None = None
         f"{merit.title} by budget",
         f"T: denoiser calls. {_anchors(texts, merit)}",
         (MODEL, PATH, *columns),
-        list(lines.values()) if budgets else [],
+        list(lines.values()),
         published,
     )
 
 
-def hybrid_splits(
-    texts: Rows, merits: Iterable[Merit], published: PublishedTable | None = None
-) -> Table | None:
+def hybrid_splits(texts: Rows, merits: Iterable[Merit], published: PublishedTable) -> Table:
     """A line for each split of a hybrid path (000, hybrid continuous-then-MDM sampler)."""
     rows = _ours(texts, hybrid=True, keys=[merit.key for merit in merits])
-    if published:
-        rows += [{**row, "source": THEIRS} for row in published.rows]
+    rows += [{**row, "source": THEIRS} for row in published.rows]
     merits = [merit for merit in merits if any(merit.key in row for row in rows)]
     return with_sources(
         "Hybrid paths by split",
@@ -107,7 +105,7 @@ def hybrid_splits(
             Column("nfe", "NFE", ".4g"),
             *(Column(merit.key, merit.title, merit.show) for merit in merits),
         ),
-        [_split(row, merits) for row in rows] if merits else [],
+        [_split(row, merits) for row in rows],
         published,
     )
 
@@ -152,19 +150,10 @@ def _anchors(texts: Rows, merit: Merit) -> str:
 
 
 def with_sources(
-    title: str,
-    note: str,
-    columns: tuple[Column, ...],
-    rows: Rows,
-    published: PublishedTable | None,
-) -> Table | None:
-    """None if there are no rows; with a column for the source where there are two."""
-    if not rows:
-        return None
+    title: str, note: str, columns: tuple[Column, ...], rows: Rows, published: PublishedTable
+) -> Table:
+    """A table whose last column says whose the row is."""
     # A reason stands where the values would begin, so that nothing else may come before it.
-    said = ({k: v for k, v in row.items() if k != SOURCE.key or SKIPPED not in row} for row in rows)
-    rows = list(said)
-    if published is None:
-        return Table(title=title, note=note, columns=columns, rows=rows)
+    said = [{k: v for k, v in row.items() if k != SOURCE.key or SKIPPED not in row} for row in rows]
     note = f"{note} {published.note}"
-    return Table(title=title, note=note, columns=(*columns, SOURCE), rows=rows)
+    return Table(title=title, note=note, columns=(*columns, SOURCE), rows=said)

@@ -1,18 +1,22 @@
-"""The report of an evaluation: what every question says, the gate's decision, and some texts."""
+"""The report of an evaluation: a verdict, a film, what every question says, the gate's
+decision, and some texts.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from infra import journal
-from pipelines.evaluation.cells import REFERENCES
+from pipelines.evaluation.cells import REFERENCES, Cell
 from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.question import Drawn
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
-from pipelines.report import Column, Plot, Report, Table, Text
+from pipelines.evaluation.verdict import leading, ranked, verdict
+from pipelines.report import Column, Plot, Report, Rows, Table, Text
 from pipelines.report.plots import courses, losses
 
 TEXTS = 2  # of each source are shown; all of them are in the run directory
@@ -26,10 +30,15 @@ DIAGNOSTICS = (
     Column("effective_rank", "effective rank", ".1f"),
     Column("beta", "Converter: beta", ".3f"),
     Column("version", "Version"),
+    Column("address", "Address"),
+    Column("run_id", "Run"),
+    Column("weights", "SHA-256 of the weights"),
 )
 GATE = (
     Column("role", "As"),
     Column("metric", "Metric"),
+    Column("candidate", "Candidate", ".4g"),
+    Column("other", "Other", ".4g"),
     Column("difference", "Difference", ".4g"),
     Column("low", "From", ".4g"),
     Column("high", "To", ".4g"),
@@ -43,17 +52,26 @@ def report(
     """The report, and the figures in it that were measured, by their names in MLflow."""
     config, manifest = survey.config, survey.held_out.manifest
     tables: dict[str, Table] = {"gate": _gate(decision)} if decision else {}
+    topics: dict[str, set[str]] = {"The gate": {"gate"}}
     measured: dict[str, Table] = {}
     drawn: list[Drawn] = []
     facts: dict[str, Any] = {}
     for question in config.questions:
         own = question.tables(survey)
+        plots = list(question.plots(survey, own))
         measured |= own
-        tables |= {**own, **question.layouts(survey, own)}
-        drawn += question.plots(survey, own)
+        own = {**own, **question.layouts(survey, own)}
+        tables |= own
+        drawn += plots
         facts |= question.facts(survey)
+        topics[question.title] = {*own, *(name for name, *_ in plots)}
+    training = list(_training(survey.subjects))
     tables |= {"diagnostics": _diagnostics(survey.subjects), "time": time}
-    drawn += _training(survey.subjects)
+    topics["Models and their training"] = {"diagnostics", *(name for name, *_ in training)}
+    topics["Time"] = {"time"}
+    texts = [row for table in measured.values() for row in table.rows]
+    merit = leading(texts, config.merits)
+    first = {merit.plot} if merit else set()
     made = Report(
         name="evaluation",
         title=f"Evaluation {config.name}",
@@ -74,10 +92,31 @@ def report(
             },
         },
         tables={name: table for name, table in tables.items() if table.rows},
-        plots=[Plot(name, caption, png) for name, caption, png in drawn if png],
+        plots=[Plot(name, caption, png) for name, caption, png in (*drawn, *training) if png],
         texts=list(_texts(survey)),
+        verdict=verdict(texts, config.merits, decision),
+        film=_film(survey, ranked(texts, merit) if merit else ()),
+        topics={title: names - first for title, names in topics.items()},
+        told=("models",),
     )
     return made, figures(measured)
+
+
+def _film(survey: Survey, walks: Rows) -> Mapping[str, Any] | None:
+    """The film of the best walk that passes through finite SNR and was filmed, else of the best
+    one, if there is any."""
+    films = {
+        cell: f
+        for question in survey.config.questions
+        for cell, f in question.films(survey).items()
+    }
+    places = {(row["model"], row["path"]): at for at, row in reversed(list(enumerate(walks)))}
+
+    def order(cell: Cell) -> tuple[bool, int]:
+        return not cell.walk.finite_snr, places.get((cell.model, cell.path), len(walks))
+
+    found: Mapping[str, Any] = json.loads(films[min(films, key=order)]) if films else {}
+    return found or None
 
 
 def figures(tables: Mapping[str, Table]) -> dict[str, float]:
@@ -121,7 +160,11 @@ def _diagnostics(subjects: Sequence[Subject]) -> Table:
 
 
 def _gate(decision: Decision) -> Table:
-    return Table(title="Gate to champion", note=decision.why, columns=GATE, rows=decision.rows())
+    note = (
+        f"A difference above 0 says that {decision.candidate}, the candidate, is better than "
+        f"{decision.other}; intervals at {decision.confidence:.0%}."
+    )
+    return Table(title="Gate to champion", note=note, columns=GATE, rows=decision.rows())
 
 
 def _texts(survey: Survey) -> Iterator[Text]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipelines.evaluation.cells import Cell
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.parts import chunks, matrix
 from pipelines.kinds import ModelKind
@@ -51,7 +52,7 @@ class Merit(NamedTuple):
     """A figure that texts are compared by, under `key` in the table of texts.
 
     better: +1 where more is better, -1 where less is, 0 where neither is. bounds: of its axis.
-    published: the papers' table of it by budget.
+    published: the papers' table of it by budget. plot: the name of its plot against calls.
     """
 
     key: str
@@ -61,18 +62,24 @@ class Merit(NamedTuple):
     bounds: tuple[float, float] | None = None
     published: str = ""
 
+    @property
+    def plot(self) -> str:
+        return f"{self.key}_by_calls"
+
 
 class Question:
     """A measurement. Its methods ask for nothing and say nothing unless they are overridden.
 
     section: its key in the configuration, where it has one, of type `settings`. optional: asked
     only where that section is given. gate_metrics: what the gate may compare, see
-    `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts.
+    `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts. title: heads its
+    tables and plots on the page.
     """
 
     section: ClassVar[str] = ""
     settings: ClassVar[Any] = None
     optional: ClassVar[bool] = False
+    title: ClassVar[str] = ""
     gate_metrics: ClassVar[tuple[type, ...]] = ()
     columns: ClassVar[tuple[Column, ...]] = ()
     merits: ClassVar[tuple[Merit, ...]] = ()
@@ -122,12 +129,17 @@ class Question:
         return {}
 
     def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        """Its tables (those that `tables` gave) arranged anew; not logged again."""
+        """Its tables (those that `tables` gave) with the papers' rows below, where the
+        configuration asks for these; not logged again."""
         return {}
 
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         """Plots of its tables."""
         return ()
+
+    def films(self, survey: Survey) -> Mapping[Cell, str]:
+        """Films of texts as they are drawn: `pipelines.film.Film.result` as JSON."""
+        return {}
 
     def facts(self, survey: Survey) -> Mapping[str, Any]:
         """Entries of the report's JSON beside the tables."""
@@ -143,12 +155,11 @@ OfRows = Callable[..., Columns]
 class RowQuestion(Question):
     """A measurement of every model on the held-out rows of the likelihood, with its own table.
 
-    name: of the table, and of the folder of its parts. title, text, table: what heads, explains
-    and makes up the table.
+    name: of the table, and of the folder of its parts. text, table: what explains and makes up
+    the table, which `title` heads.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     text: ClassVar[str]
     table: ClassVar[tuple[Column, ...]]
 

@@ -40,17 +40,21 @@ class Panels(NamedTuple):
         self.figure.savefig(buffer, format="png", dpi=120)
         return buffer.getvalue()
 
-    def legend(self) -> None:
-        """One legend beside all panels, which names each curve once."""
+    def legend(self, *, below: bool = False) -> None:
+        """One legend beside all panels, or below them, which names each curve once."""
         handles = {
             label: handle
             for axes in self.axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         width, height = self.figure.get_size_inches()
-        self.figure.set_size_inches(width, max(height, 0.19 * len(handles) + 0.4))
+        columns = 2 if below else 1
+        room = 0.19 * math.ceil(len(handles) / columns) + 0.4
+        height = height + room if below else max(height, room)
+        self.figure.set_size_inches(width, height)
+        place = "outside lower center" if below else "outside right upper"
         self.figure.legend(
-            list(handles.values()), list(handles), loc="outside right upper", fontsize="small"
+            list(handles.values()), list(handles), loc=place, ncols=columns, fontsize="small"
         )
 
 

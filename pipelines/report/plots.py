@@ -138,9 +138,10 @@ def quality(
         parts, keys = by[parting], tuple(key for key in keys if key != parting)
     name = partial(_name, keys=keys)
     lines = styles(map(name, rows))
-    lengths = map(len, [*lines, *anchors])
-    width = 3.4 if len(parts) > 1 else 5.5
-    made = panels(list(parts), width=width, columns=3, beside=0.5 + 0.075 * max(lengths))
+    # A single panel has its legend below, so that the whole can be read on a narrow page.
+    single = len(parts) == 1
+    beside = 0.0 if single else 0.5 + 0.075 * max(map(len, [*lines, *anchors]))
+    made = panels(list(parts), width=4.8 if single else 3.4, columns=3, beside=beside)
     anchors = {key: value for key, value in anchors.items() if math.isfinite(number(value))}
     for axes, part in zip(made.axes, parts.values(), strict=True):
         for curve_name, of_curve in groups(part, name).items():
@@ -157,7 +158,7 @@ def quality(
     else:
         widen(first, "y", [*(number(row[key]) for row in rows), *anchors.values()])
     made.figure.supylabel(label, fontsize="medium")
-    made.legend()
+    made.legend(below=single)
     return made.png()
 
 

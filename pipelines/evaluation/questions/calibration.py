@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,7 +20,7 @@ from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, Row
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
-from pipelines.report import Column, Row, Rows, Table
+from pipelines.report import Column, Row, Table
 from pipelines.report.plots import reliability
 
 BINS = ("count", "confidence", "right")
@@ -80,27 +79,9 @@ class Calibration(RowQuestion):
                 "accuracy": _or_none(right_K / filled_K, empty_K),
             }
 
-    def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        return {"ece": ece(tables["calibration"].rows)}
-
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         return [("reliability", "Reliability by SNR", reliability(tables["calibration"].rows))]
 
 
 def _or_none(values_K: np.ndarray, empty_K: np.ndarray) -> list[float | None]:
     return [None if empty else v for v, empty in zip(values_K.tolist(), empty_K, strict=True)]
-
-
-def ece(calibration: Rows) -> Table:
-    """A line for each model, a column for each SNR (004 figure 4)."""
-    lines: dict[str, dict[str, Any]] = {}
-    for row in calibration:
-        line = lines.setdefault(row["model"], {"model": row["model"]})
-        line[row["state"]] = row["ece"]
-    states = dict.fromkeys(row["state"] for row in calibration)
-    return Table(
-        title="Expected calibration error by SNR",
-        note="Of the likeliest token at every position, under teacher forcing.",
-        columns=(Column("model", "Model"), *(Column(state, state, ".4f") for state in states)),
-        rows=list(lines.values()),
-    )

@@ -197,8 +197,9 @@ class Likelihood(RowQuestion):
         return {self.name: replace(made, note=f"{size} {made.note}", rows=rows)}
 
     def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
-        made = bits(tables[self.name].rows, survey.config.published)
-        return {"bits": made} if made else {}
+        if "text8_bpc" not in survey.config.published:
+            return {}
+        return {"bits": bits(tables[self.name].rows)}
 
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
         """The hybrid bound at every gamma*, and the bound at the endpoints to compare it with."""
@@ -227,17 +228,17 @@ def _row(survey: Survey, model: str, view: View) -> Row:
     }
 
 
-def bits(rows: Rows, published: Iterable[str]) -> Table | None:
-    """Bits per character and perplexity (003 table 1) of what is a bound or exact; the papers'
-    rows below, where asked for."""
-    theirs = published_table("text8_bpc") if "text8_bpc" in published else None
+def bits(rows: Rows) -> Table:
+    """Bits per character and perplexity (003 table 1) of what is a bound or exact, with the
+    papers' rows below."""
+    theirs = published_table("text8_bpc")
     lines: list[Row] = []
     for row in rows:
         bound = row["view"].startswith(("endpoint_bound", "hybrid_bound"))
         if bound or row["view"] == EXACT:
             signs = {key + BOUND: bound for key in ("bits_per_byte", "perplexity")}
             lines.append({**row, **signs, "source": OURS})
-    for row in theirs.rows if theirs else ():
+    for row in theirs.rows:
         name = f"{row['model']}, {row['family']}"
         lines.append({**row, "model": name, "source": THEIRS})
     return with_sources(

@@ -154,6 +154,7 @@ class Texts(Question):
     """Owns the table of texts, into which other questions put columns of their own."""
 
     section, settings, gate_metrics = "samples", SamplesConfig, (WordShare, EntropyGap)
+    title = "Texts"
     columns = (
         Column("words", "Words in corpus", ".3f"),
         *(Column(f"distinct_{n}", f"Distinct-{n}", ".3f") for n in NGRAMS),
@@ -224,7 +225,7 @@ class Texts(Question):
         own = (column for column in OWN if any(column.key in row for row in rows))
         asked = (column for question in config.questions for column in question.columns)
         columns = (*LABELS, *own, *CALLS, *asked, SECONDS)
-        made = Table(title="Texts", note=" ".join([said, *notes]), columns=columns, rows=rows)
+        made = Table(title=self.title, note=" ".join([said, *notes]), columns=columns, rows=rows)
         return {"samples": made}
 
     def layouts(self, survey: Survey, tables: Mapping[str, Table]) -> Mapping[str, Table]:
@@ -238,7 +239,7 @@ class Texts(Question):
         for merit in survey.config.merits:
             look = {"label": merit.title, "bounds": merit.bounds, "anchors": _anchors(rows, merit)}
             png = quality(rows, merit.key, **look)
-            yield f"{merit.key}_by_calls", f"{merit.title} against calls", png
+            yield merit.plot, f"{merit.title} against calls", png
             if len({tuple(row["split"]) for row in by_split}) > 1:
                 png = splits(by_split, merit.key, label=merit.title, show=merit.show)
                 yield f"{merit.key}_by_split", f"{merit.title} of hybrid paths by split", png

@@ -18,19 +18,27 @@ from pipelines.evaluation.questions.texts import draw, labels
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
+from pipelines.film import Film
 from pipelines.report import Table
 from pipelines.report.traces import remasking, schedule, sharpening
 
+FRAMES = 2**14  # tokens that the frames of a film show together: at most about 400 kB on a page
+
 
 def _watch(workspace: Workspace, *, cell: Cell) -> pa.Table:
-    """A cell's first texts again, with recorders; what each has seen, as JSON."""
-    samples, recorders = workspace.config.samples, (Schedule(), Sharpening(), Rewrites())
+    """A cell's first texts again, with recorders; what each has seen, as JSON. The film is that of
+    the first text."""
+    title = {"One text as it is drawn": f"{cell.model} along {cell.path}, {cell.budget} calls"}
+    film = Film(workspace.vocabulary, title, rows=1, tokens=FRAMES)
+    samples, recorders = workspace.config.samples, (Schedule(), Sharpening(), Rewrites(), film)
     recorded = draw(workspace, cell, 0, min(samples.traced, samples.rows), recorders).recorded
     seen = {recorder.name: recorded[recorder.name] for recorder in recorders}
     return pa.table({name: [json.dumps(_finite(values))] for name, values in seen.items()})
 
 
 class Traces(Question):
+    title = "Step by step"
+
     def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
         for cell in _watched(survey):
             if cell.model == subject.name:
@@ -42,11 +50,15 @@ class Traces(Question):
         for cell in _watched(survey):
             (row,) = survey.parts.read(f"parts/traces/{cell.name}").to_pylist()
             rows.append(labels(cell))
-            for seen in row.values():
-                rows[-1] |= json.loads(seen)
+            for name, seen in row.items():
+                rows[-1] |= {} if name == Film.name else json.loads(seen)
         yield "schedule", "What each step leaves masked, evident and revealed", schedule(rows)
         yield "remasking", "What each step takes back", remasking(rows)
         yield "sharpening", "How sure the posterior is by step", sharpening(rows)
+
+    def films(self, survey: Survey) -> Mapping[Cell, str]:
+        seen = {c: survey.parts.read(f"parts/traces/{c.name}") for c in _watched(survey)}
+        return {c: table[Film.name][0].as_py() for c, table in seen.items()}
 
 
 def _watched(survey: Survey) -> list[Cell]:
@@ -59,4 +71,4 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -124,8 +124,14 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     assert {f"report/{name}.png" for name in drawn_plots} <= shown
     assert "report/report.html" in shown
 
-    # The page holds the words of the models and no address.
+    # The page begins with a verdict and a film through finite SNR, says nothing twice, and holds
+    # the words of the models and no address.
     page = (folder / "report/report.html").read_text()
+    assert re.search(r'class="verdict">Words in corpus: \w+ along .+ No gate decided', page)
+    assert re.search(r'"One text as it is drawn":"\w+ along (sde|hybrid), \d calls"', page)
+    assert page.count('"gamma":') > 4
+    bodies = re.findall(r"<tbody>.*?</tbody>", page, re.DOTALL)
+    assert len(bodies) == len(set(bodies))
     assert "http:" not in page
     assert "https:" not in page
 

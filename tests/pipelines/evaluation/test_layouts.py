@@ -8,10 +8,9 @@ import pytest
 
 from pipelines.evaluation import layouts
 from pipelines.evaluation.layouts import OURS, THEIRS, Published, published_table
-from pipelines.evaluation.questions.calibration import ece
 from pipelines.evaluation.questions.likelihood import bits
 from pipelines.evaluation.settings import MERITS, QUALITY
-from pipelines.report import Row, Table, markdown
+from pipelines.report import Row, markdown
 
 MAUVE, PERPLEXITY, WORDS, ENTROPY = MERITS
 REASON = "mdlm was not trained on finite SNR"
@@ -36,20 +35,15 @@ LIKELIHOOD: list[Row] = [
 ]
 
 
-def cells(table: Table | None) -> list[list[str]]:
-    assert table is not None
-    return table.cells()
-
-
 def test_a_line_for_each_model_and_path_and_a_column_for_each_budget() -> None:
-    table = layouts.by_budget(TEXTS, MAUVE)
-    assert cells(table) == [
-        ["Model", "Path", "T=16", "T=64"],
+    table = layouts.by_budget(TEXTS, MAUVE, published_table("owt_mauve"))
+    head, *lines = table.cells()
+    assert head[:4] == ["Model", "Path", "T=16", "T=64"]
+    assert [line[:4] for line in lines[:3]] == [
         ["mdlm", "masked", "0.100 ± 0.050", "0.200"],
         ["mdlm", "sde", REASON],
         ["dsl", "sde", "–", "–"],
     ]
-    assert table
     assert "unigram 0.010, real 0.970 ± 0.010" in table.note
 
 
@@ -59,12 +53,13 @@ def test_a_path_that_is_walked_at_some_budgets_is_not_skipped(order: int) -> Non
         {"model": "ar", "path": "order", "budget": 8, "skipped": "too few calls"},
         {"model": "ar", "path": "order", "budget": 64, "mauve": 0.5},
     ]
-    assert cells(layouts.by_budget(some[::order], MAUVE))[1:] == [["ar", "order", "0.500"]]
+    table = layouts.by_budget(some[::order], MAUVE, published_table("owt_mauve"))
+    assert table.cells()[1][:3] == ["ar", "order", "0.500"]
 
 
 def test_published_rows_stand_below_ours_and_say_so() -> None:
     table = layouts.by_budget(TEXTS, MAUVE, published_table("owt_mauve"))
-    head, *lines = cells(table)
+    head, *lines = table.cells()
     assert head == ["Model", "Path", "T=16", "T=64", "T=128", "T=256", "T=512", "T=1024", "Source"]
     assert [line[-1] for line in lines] == [OURS, REASON, OURS] + 7 * [THEIRS]
     assert lines[-1] == [
@@ -78,14 +73,13 @@ def test_published_rows_stand_below_ours_and_say_so() -> None:
         "0.722",
         THEIRS,
     ]
-    assert table
     assert "Published, not run here" in table.note
     assert "5,000 texts" in table.note
 
 
 def test_hybrid_paths_have_a_line_for_each_split() -> None:
     table = layouts.hybrid_splits(TEXTS, QUALITY, published_table("owt_hybrid_mauve"))
-    head, *lines = cells(table)
+    head, *lines = table.cells()
     metrics = ["MAUVE ↑", "Words in corpus ↑"]
     assert head == ["Model", "Path", "T_cont", "T_MDM", "NFE", *metrics, "Source"]
     assert lines[0] == ["mdlm", "hybrid", REASON]
@@ -94,7 +88,7 @@ def test_hybrid_paths_have_a_line_for_each_split() -> None:
 
 
 def test_bits_have_their_bounds_marked_and_estimates_left_out() -> None:
-    head, *lines = cells(bits(LIKELIHOOD, ["text8_bpc"]))
+    head, *lines = bits(LIKELIHOOD).cells()
     assert head == ["Model", "View", "BPC ↓", "PPL ↓", "Source"]
     assert lines[:3] == [
         ["unigram", "exact", "4.100", "17.00", OURS],
@@ -105,20 +99,16 @@ def test_bits_have_their_bounds_marked_and_estimates_left_out() -> None:
     assert len(lines) == 3 + 14
 
 
-def test_a_layout_that_nothing_was_measured_for_is_not_there() -> None:
-    assert layouts.by_budget(TEXTS, PERPLEXITY) is None
-    assert layouts.of_texts([], MERITS, ()) == {}
-    assert bits([], ()) is None
-    unwalked = [row for row in TEXTS if "path" not in row or "skipped" in row]
-    assert layouts.of_texts(unwalked, MERITS, ()) == {}
+def test_a_layout_is_made_only_where_the_papers_rows_are_asked_for() -> None:
+    assert layouts.of_texts(TEXTS, MERITS, ()) == {}
+    assert set(layouts.of_texts(TEXTS, MERITS, ["owt_mauve"])) == {"mauve_by_budget"}
     every = layouts.of_texts(TEXTS, MERITS, get_args(Published))
-    assert set(every) == {"mauve_by_budget", "words_by_budget", "hybrid_splits"}
+    assert set(every) == {"mauve_by_budget", "hybrid_splits"}
     assert all(map(markdown, every.values()))
 
 
 def test_every_table_can_be_shown_without_rows_of_ours() -> None:
-    alone = layouts.of_texts([], MERITS, get_args(Published))
-    alone["bits"] = bits([], get_args(Published))
+    alone = layouts.of_texts([], MERITS, get_args(Published)) | {"bits": bits([])}
     assert {name: len(table.rows) for name, table in alone.items()} == {
         "mauve_by_budget": 7,
         "hybrid_splits": 6,
@@ -138,18 +128,3 @@ def test_no_published_value_is_a_number_that_could_be_counted_in() -> None:
         for row in table.rows:
             values = {key: value for key, value in row.items() if key != "split"}
             assert all(isinstance(leaf, str) for leaf in leaves(values))
-
-
-def test_calibration_has_a_line_for_each_model_and_a_column_for_each_snr() -> None:
-    rows = [
-        {"model": model, "state": f"SNR {snr}", "ece": 0.01 * snr + bias}
-        for model, bias in (("atomic", 0.1), ("smoothed", 0.0))
-        for snr in (1, 100)
-    ]
-    table = ece(rows)
-    assert table.cells() == [
-        ["Model", "SNR 1", "SNR 100"],
-        ["atomic", "0.1100", "1.1000"],
-        ["smoothed", "0.0100", "1.0000"],
-    ]
-    assert ece([]).rows == []

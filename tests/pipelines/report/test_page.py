@@ -1,28 +1,32 @@
-"""The page: well-formed, self-contained, and trusting no text."""
+"""The page: well-formed, self-contained, trusting no text, and never wider than the screen."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import base64
+import hashlib
+import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
 from pipelines.report import Column, Plot, Report, Table, Text, plots
+from tests.pipelines import browser
 
-BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "chromium-headless-shell",
-    "google-chrome",
-    "google-chrome-stable",
-)
 ATTACK = "\"'><script>alert(1)</script><img src=http://example.org/x onerror=alert(1)>$title"
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
+FILM = {
+    "title": {ATTACK: ATTACK},
+    "texts": {"0": ATTACK, "1": "b"},
+    "given": [[0, 1]],
+    "calls": [0, 4, 9],
+    "frames": [
+        {"tokens": [[1, 0]], "gamma": [[gamma, None]], "sure": [[sure, 100]]}
+        for gamma, sure in ((0, 10), (9.5, 60), (None, 100))
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +40,14 @@ def report() -> Report:
         name="page",
         title=ATTACK,
         subtitle="of <i>",
-        facts={"models": {ATTACK: {"loss": 1.5}}, "seed": ATTACK},
+        facts={"models": {ATTACK: {"loss": 1.5}}, "seed": ATTACK, "shown in a table": 7},
         tables={"numbers": table, ATTACK: table},
         plots=[Plot("one", f"caption {ATTACK}", png), Plot(ATTACK, "", png)],
         texts=[Text("a & b", ATTACK), Text("a & b", "\n  indented\n"), Text(ATTACK, "")],
+        verdict=f"Better. {ATTACK}",
+        film=FILM,
+        topics={ATTACK: {ATTACK}, "nothing": {"absent"}},
+        told=("shown in a table",),
     )
 
 
@@ -51,10 +59,10 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.open: list[str] = []
         self.ids: list[str] = []
-        self.links: list[str] = []
         self.loaded: list[str] = []
         self.handlers: list[str] = []
         self.faults: list[str] = []
+        self.scripts: list[str] = []
         self.policy = self.text = ""
         self.feed(content)
         self.close()
@@ -62,10 +70,6 @@ class Page(HTMLParser):
         self.faults += [
             f"id {name} twice" for name, times in Counter(self.ids).items() if times > 1
         ]
-        self.faults += [f"{link} leads nowhere" for link in self.links if not self._leads(link)]
-
-    def _leads(self, link: str) -> bool:
-        return link.startswith("#") and {link[1:], unquote(link[1:])} & set(self.ids) != set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
@@ -73,8 +77,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.open += [tag] if tag not in VOID else []
         self.ids += [given["id"]] if "id" in given else []
-        self.links += [given["href"]] if "href" in given else []
-        self.loaded += [given[name] for name in ("src", "srcset", "data") if name in given]
+        self.loaded += [given[name] for name in ("src", "srcset", "data", "href") if name in given]
         self.handlers += [name for name in given if name.startswith("on")]
         if given.get("http-equiv") == "Content-Security-Policy":
             self.policy = given["content"]
@@ -86,56 +89,106 @@ class Page(HTMLParser):
             self.faults.append(f"</{tag}> inside {self.open}")
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
 
 
-def test_the_page_needs_nothing_and_runs_nothing(report: Report) -> None:
+def test_the_page_needs_nothing_and_runs_its_own_script_alone(report: Report) -> None:
     page = Page(report.html())
-    allowed = "html head meta title style body h1 h2 h3 p nav ul li a section div table thead tbody"
-    assert set(page.tags) <= {
-        *allowed.split(),
-        *["tr", "th", "td", "figure", "img", "figcaption", "pre"],
-    }
+    allowed = "html head meta title style body main h1 h2 h3 p section div table thead tbody tr th"
+    more = "td figure img figcaption pre details summary dl button input output script"
+    assert set(page.tags) <= {*allowed.split(), *more.split()}
     assert all(value.startswith("data:image/png;base64,") for value in page.loaded)
     assert len(page.loaded) == 2
     assert not page.handlers
+    film, script = page.scripts
+    assert "<" not in film
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert page.policy.startswith("default-src 'none'")
+    assert page.policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def test_what_was_escaped_is_there_to_be_read(report: Report) -> None:
     page = Page(report.html())
-    places = {"titles": 2, "tables": 10, "links": 3, "captions": 1, "texts": 2, "facts": 2}
+    places = {"titles": 2, "verdict": 1, "tables": 10, "topics": 1, "captions": 1, "texts": 2}
+    places |= {"facts": 2}
     assert page.text.count(ATTACK) == sum(places.values())
 
 
-def test_the_page_is_well_formed_for_a_parser_and_for_a_browser(
-    report: Report, tmp_path: Path
-) -> None:
-    written = Page(report.html())
-    assert written.faults == []
-    assert len(written.links) == len(written.ids) == 2 + 2 + 2
-    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
-        file = tmp_path / "report.html"
-        file.write_text(report.html(), encoding="utf-8")
-        read, log = _opened(browser, file, tmp_path / "profile")
-        assert read.tags == written.tags  # nothing was mended
-        assert read.text.split() == written.text.split()
-        assert "CONSOLE" not in log  # nothing was refused
+def test_the_order_is_verdict_film_what_no_topic_names_and_the_topics(report: Report) -> None:
+    page = report.html()
+    found = [re.search(p, page) for p in ("class=.verdict", "<section", "<figure", "<details")]
+    places = [match.start() for match in found if match]
+    assert len(places) == len(found)
+    assert places == sorted(places)
+    assert page.count("<details") == 3  # one topic with content, the texts and the facts
+    assert page.count("<table") == 2 + 1
+    assert page.index("<table") < places[-1] < page.rindex("<figure")
 
 
-def _opened(browser: str, file: Path, profile: Path) -> tuple[Page, str]:
-    """The page as a browser read it, and what that had to say."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={profile}", "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return Page(done.stdout), done.stderr
+def test_the_page_is_well_formed(report: Report) -> None:
+    assert Page(report.html()).faults == []
+
+
+def test_a_browser_reads_the_page_as_it_is_written(report: Report, tmp_path: Path) -> None:
+    silent = replace(report, film=None)  # a film adds to the page
+    (tmp_path / "report.html").write_text(silent.html(), encoding="utf-8")
+    dumped, console = browser.dump(tmp_path / "report.html", tmp_path / "profile")
+    written, read = Page(silent.html()), Page(dumped)
+    assert read.tags == written.tags  # nothing was mended
+    assert read.text.split() == written.text.split()
+    assert console == []  # nothing was refused
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_screen(report: Report, tmp_path: Path, width: int) -> None:
+    """What would be wider scrolls by itself, says so, and can be reached by the keyboard."""
+    wide = Table(
+        title="Wide",
+        note="",
+        columns=tuple(Column(f"c{i}", f"Column {i}") for i in range(30)),
+        rows=[{f"c{i}": 12345 for i in range(30)}],
+    )
+    asked = """({
+      width: view.innerWidth, needed: page.documentElement.scrollWidth,
+      boxes: [...page.querySelectorAll(".wide")].map(box => [box.scrollWidth > box.clientWidth,
+        !box.previousElementSibling.hidden, box.tabIndex === 0])
+    })"""
+    whole = replace(report, tables={**report.tables, "wide": wide})
+    answer, console = browser.ask(whole.html(), tmp_path, width=width, asked=asked)
+    assert console == []
+    assert answer["width"] == width
+    assert answer["needed"] <= width
+    assert [True] * 3 in answer["boxes"]
+    assert all(len(set(box)) == 1 for box in answer["boxes"])
+
+
+def test_the_slider_shows_the_film(report: Report, tmp_path: Path) -> None:
+    """It begins in the middle; the slider goes to any frame; texts are shown as they are."""
+    asked = """(() => {
+      const [slider, shown] = ["call", "shown"].map(id => page.getElementById(id));
+      const seen = () => [shown.value, page.querySelector(".reel").textContent,
+        page.querySelector(".reel span").title];
+      const middle = seen();
+      slider.value = 2;
+      slider.dispatchEvent(new view.Event("input"));
+      return [middle, seen()];
+    })()"""
+    answer, console = browser.ask(report.html(), tmp_path, width=390, asked=asked)
+    assert console == []
+    assert answer == [
+        ["call 4 of 9", "b" + ATTACK, "SNR 9.5, confidence 60 %"],
+        ["call 9 of 9", "b" + ATTACK, "SNR ∞, confidence 100 %"],
+    ]
 
 
 def test_what_there_is_nothing_of_has_no_part_in_the_page(report: Report) -> None:
-    bare = replace(report, tables={}, plots=[], texts=[], facts={})
-    page = Page(bare.html())
+    nothing = {"tables": {}, "plots": [], "texts": [], "facts": {}, "verdict": "", "film": None}
+    page = Page(replace(report, **nothing).html())
     assert page.faults == []
-    assert not {"section", "li", "table"} & set(page.tags)
+    assert not {"section", "details", "table"} & set(page.tags)
 
 
 def test_texts_of_one_heading_stand_together_and_keep_their_spaces(report: Report) -> None:
@@ -145,7 +198,9 @@ def test_texts_of_one_heading_stand_together_and_keep_their_spaces(report: Repor
     assert "<pre>\n\n  indented\n</pre>" in content
 
 
-def test_facts_are_on_the_page_by_dotted_name(report: Report) -> None:
-    page = Page(replace(report, facts={"a": {"b": {"c": 3.5}}, "d": [1, 2]}).html())
+def test_facts_are_on_the_page_by_dotted_name_unless_a_table_tells_them(report: Report) -> None:
+    facts = {"a": {"b": {"c": 3.5}}, "d": [1, 2], "e": "hidden"}
+    page = Page(replace(report, facts=facts, told=("e",)).html())
     assert "a.b.c3.5" in page.text
     assert "d[1, 2]" in page.text
+    assert "hidden" not in page.text

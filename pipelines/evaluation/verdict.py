@@ -1,0 +1,79 @@
+"""The verdict of an evaluation in two sentences, from its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from pipelines.evaluation.gate import Decision
+from pipelines.evaluation.question import Merit
+from pipelines.report import STDERR, Column, Row, Rows
+from pipelines.report.tables import number
+
+DEVIATIONS = 1.96  # on either side make a 95 % interval of a normal variable
+
+
+def verdict(texts: Rows, merits: Iterable[Merit], decision: Decision | None) -> str:
+    """Which model is best along which path, by how much; and what the gate decided.
+
+    `texts` are the rows of the table of texts.
+    """
+    gate = f"The gate decided: {decision.why}." if decision else "No gate decided on a champion."
+    return f"{_best(texts, leading(texts, merits))} {gate}"
+
+
+def leading(texts: Rows, merits: Iterable[Merit]) -> Merit | None:
+    """The merit that texts are ranked by: the first that is measured and has a better side."""
+    fitting = (merit for merit in merits if merit.better and ranked(texts, merit))
+    return next(fitting, None)
+
+
+def ranked(texts: Rows, merit: Merit) -> list[Row]:
+    """The walks that have the merit, the best first."""
+    walks = [row for row in texts if "path" in row and math.isfinite(number(row.get(merit.key)))]
+    return sorted(walks, key=lambda row: -merit.better * number(row[merit.key]))
+
+
+def _best(texts: Rows, merit: Merit | None) -> str:
+    if merit is None:
+        return "No model has written texts that could be ranked."
+    first, *others = ranked(texts, merit)
+    title, show = merit.title.strip(" ↑↓"), Column(merit.key, merit.title, merit.show)
+    best = f"{title}: {_walk(first)} ranks first with {show.cell(first)}"
+    rival = _rival(first, others, texts, merit)
+    if rival is None:
+        return f"{best}, and there is nothing to compare it with."
+    return f"{best}, against {show.cell(rival)} of {_walk(rival)}: {_lead(first, rival, merit)}."
+
+
+def _rival(first: Row, others: Sequence[Row], texts: Rows, merit: Merit) -> Row | None:
+    """The best walk of another model; else of another path; else what a model must beat."""
+    models = (row for row in others if row["model"] != first["model"])
+    paths = (row for row in others if row["path"] != first["path"])
+    floors = (row for row in texts if "path" not in row and merit.key in row)
+    return next(models, None) or next(paths, None) or next(floors, None)
+
+
+def _lead(first: Row, rival: Row, merit: Merit) -> str:
+    """The difference with its interval, from both standard errors as of independent texts: too
+    wide, if anything, where two walks share their noise. It does not cover that both walks were
+    chosen as the best ones."""
+    lead = merit.better * (number(first[merit.key]) - number(rival[merit.key]))
+    errors = (number(row.get(merit.key + STDERR)) for row in (first, rival))
+    reach = DEVIATIONS * math.hypot(*errors)
+    size = f"by {lead:{merit.show}}"
+    if math.isnan(reach):
+        return f"better {size}, without an interval, since there is no standard error"
+    interval = f"{size} [{lead - reach:{merit.show}}, {lead + reach:{merit.show}}] at 95 %"
+    if lead > reach:
+        return f"better {interval}"
+    if lead < -reach:
+        return f"worse {interval}"
+    return f"ahead {interval}, which chance may explain"
+
+
+def _walk(row: Row) -> str:
+    if "path" not in row:
+        return str(row["model"])
+    split = " + ".join(map(str, row["split"])) if row.get("split") else row["budget"]
+    return f"{row['model']} along {row['path']} ({split} calls)"

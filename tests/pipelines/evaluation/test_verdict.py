@@ -1,0 +1,88 @@
+"""The verdict says what the rows say, and no more than their errors allow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from pipelines.evaluation.gate import Decision, Interval
+from pipelines.evaluation.question import Merit
+from pipelines.evaluation.settings import MERITS
+from pipelines.evaluation.verdict import leading, ranked, verdict
+from pipelines.report import Row
+
+LESS = Merit("perplexity", "Generative perplexity ↓", ".1f", better=-1)
+MORE = Merit("words", "Words in corpus ↑", ".3f", better=1)
+UNIGRAM: Row = {"model": "unigram", "words": 0.2, "words_stderr": 0.0}
+
+
+def row(model: str, words: float | None, stderr: float = 0.003, **more: Any) -> Row:
+    values = {} if words is None else {"words": words, "words_stderr": stderr}
+    return {"model": model, "path": "masked", "budget": 8, "calls": 8.0} | values | more
+
+
+def first_sentence(*rows: Row) -> str:
+    return verdict(rows, [MORE], None).removesuffix(" No gate decided on a champion.")
+
+
+def test_the_best_walk_is_compared_with_the_best_of_another_model() -> None:
+    found = first_sentence(
+        UNIGRAM, row("a", 0.5, stderr=0.004), row("b", 0.55), row("a", 0.4),
+        row("b", 0.6, path="hybrid", budget=5, split=[2, 3]),
+    )  # fmt: skip
+    # 1.96 times the square root of .003² + .004² is .0098.
+    assert found == (
+        "Words in corpus: b along hybrid (2 + 3 calls) ranks first with 0.600 ± 0.003, against "
+        "0.500 ± 0.004 of a along masked (8 calls): better by 0.100 [0.090, 0.110] at 95 %."
+    )
+
+
+def test_where_there_is_one_model_it_is_compared_with_another_path_and_then_the_floor() -> None:
+    other = row("a", 0.3, path="sde")
+    assert "of a along sde (8 calls)" in first_sentence(UNIGRAM, row("a", 0.5), other)
+    assert "of unigram: better" in first_sentence(UNIGRAM, row("a", 0.5))
+    assert "nothing to compare" in first_sentence(row("a", 0.5))
+    assert "worse by -0.100" in first_sentence(UNIGRAM, row("a", 0.1))
+
+
+@pytest.mark.parametrize("merits", [[MORE], MERITS])
+def test_nothing_measured_is_nothing_ranked(merits: list[Merit]) -> None:
+    rows = [row("a", None), row("b", math.nan), row("c", None, skipped="why"), UNIGRAM]
+    assert leading(rows, merits) is None
+    assert verdict(rows, merits, None).startswith("No model has written texts")
+
+
+def test_a_difference_within_its_error_is_no_victory() -> None:
+    found = first_sentence(row("a", 0.5, stderr=0.1), row("b", 0.52, stderr=0.1))
+    assert "ahead by 0.020 [-0.257, 0.297] at 95 %, which chance may explain" in found
+
+
+def test_without_errors_there_is_no_interval() -> None:
+    found = first_sentence(row("a", 0.5), row("b", 0.52, stderr=math.nan))
+    assert "better by 0.020, without an interval" in found
+    assert "[" not in found
+
+
+def test_less_is_better_where_the_merit_says_so() -> None:
+    rows = [row(name, None, perplexity=value) for name, value in (("a", 30.0), ("b", 20.0))]
+    rows.append(row("c", None, perplexity=math.inf))
+    assert [r["model"] for r in ranked(rows, LESS)] == ["b", "a"]
+    assert "better by 10.0" in verdict(rows, [MORE, LESS], None)
+    assert leading([*rows, row("a", 0.5)], [MORE, LESS]) == MORE
+
+
+def test_the_second_sentence_is_the_gates() -> None:
+    interval = Interval(metric="m", candidate=1, other=2, difference=1, low=0.5, high=2)
+    decision = Decision(
+        accepted=True,
+        why="a becomes champion over b: better in m",
+        candidate="a",
+        other="b",
+        confidence=0.95,
+        metric=interval,
+        guards=(),
+    )
+    found = verdict([row("a", 0.5)], [MORE], decision)
+    assert found.endswith(" The gate decided: a becomes champion over b: better in m.")
