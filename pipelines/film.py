@@ -58,12 +58,17 @@ class Film:
     def result(self) -> int:
         return len(self.frames)
 
+    def shown(self) -> list[dict[str, Any]]:
+        """All frames, the finished text last: lists ``tokens``, ``gamma`` (None where revealed) and
+        ``sure`` (in percent), each of B rows of L."""
+        assert self.last is not None
+        end = _frame(self.last.tokens_BL, self.last.gamma_BL, torch.ones_like(self.last.gamma_BL))
+        return [*self.frames, end]
+
     def page(self) -> str:
         """The film as one HTML document that loads nothing."""
-        assert self.last is not None
         assert self.given_BL is not None
-        end = _frame(self.last.tokens_BL, self.last.gamma_BL, torch.ones_like(self.last.gamma_BL))
-        frames = [*self.frames, end]
+        frames = self.shown()
         used = {token for frame in frames for row in frame["tokens"] for token in row}
         film = {
             "title": dict(self.title),
