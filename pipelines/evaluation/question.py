@@ -24,7 +24,7 @@ from pipelines.report import STDERR, Column, Row, Table
 
 if TYPE_CHECKING:
     from pipelines.evaluation.held_out import HeldOut
-    from pipelines.evaluation.readers import HubReader, OwnReader
+    from pipelines.evaluation.readers import Reader
     from pipelines.evaluation.subjects import Subject
     from pipelines.evaluation.survey import Survey
     from pipelines.evaluation.workspace import Workspace
@@ -86,12 +86,21 @@ class Question:
         """How many rows of the split it needs, by the dotted key that says so."""
         return {}
 
-    def readers(self, config: Questions) -> Sequence[HubReader | OwnReader]:
-        """The models that it has read the texts of the others."""
+    def readers(self, config: Questions) -> Sequence[Reader]:
+        """What it has read the texts of the models."""
         return ()
+
+    def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
+        """A `Problem` for settings that this data, or its readers, cannot meet; `uri` of the
+        registry. Nothing has been written yet."""
+        for reader in self.readers(config):
+            reader.check(uri)
+            reader.check_data(held_out)
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
         """Write parts that need the training split."""
+        if any(reader.reads_training for reader in self.readers(workspace.config)):
+            workspace.keep_training(held_out.training_RL)
 
     # --- the work, in three stages: a stage may read the parts of those before it ---
 

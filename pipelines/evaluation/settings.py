@@ -13,7 +13,7 @@ from pipelines.evaluation.gate import require_resamples
 from pipelines.evaluation.layouts import Published
 from pipelines.evaluation.question import Merit, Question
 from pipelines.evaluation.questions import QUESTIONS
-from pipelines.evaluation.readers import HubReader, OwnReader
+from pipelines.evaluation.readers import Reader
 from pipelines.models import ConverterConfig
 from pipelines.verb import TrackingConfig
 
@@ -76,8 +76,8 @@ class Questions(Sections):
         return MERITS
 
     @property
-    def readers(self) -> tuple[HubReader | OwnReader, ...]:
-        """The models that read the texts of the others."""
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads the texts of the models."""
         return tuple(reader for question in self.questions for reader in question.readers(self))
 
     @property
