@@ -9,6 +9,7 @@ Shapes: B rows of a part, L positions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # A `pipelines.evaluation.settings.Questions`, which is made of the questions and imports them.
 Questions = Any
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 TEXTS = 1024  # of one part: reading is quick, and every part has a fixed cost
 Drawn = tuple[str, str, bytes | None]  # a plot's name, caption and PNG; None where nothing is shown
 Columns = Mapping[str, Any]  # of a part: values by name, one for each row
@@ -67,7 +69,8 @@ class Question:
 
     section: its key in the configuration, where it has one, of type `settings`. optional: asked
     only where that section is given. gate_metrics: what the gate may compare, see
-    `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts.
+    `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts, where
+    the configuration does not name them.
     """
 
     section: ClassVar[str] = ""
@@ -118,8 +121,16 @@ class Question:
 
     # --- the report ---
 
+    def columns_in(self, config: Questions) -> tuple[Column, ...]:
+        """Its columns of the table of texts."""
+        return self.columns
+
+    def merits_in(self, config: Questions) -> tuple[Merit, ...]:
+        """What texts can be compared by, measured here or not."""
+        return self.merits
+
     def of_source(self, survey: Survey, source: str) -> Row:
-        """The entries of a source in the table of texts, under the keys of `columns`."""
+        """The entries of a source in the table of texts, under the keys of `columns_in`."""
         return {}
 
     def note(self, config: Questions) -> str:
@@ -221,9 +232,16 @@ def _of_texts(
     return pa.table(dict(measure(workspace, table["text"].to_pylist(), tokens_BL)))
 
 
-# --- entries of tables ---------------------------------------------------------------------------
+# --- entries of tables, and names ---------------------------------------------------------------
 
 
 def entries(key: str, score: Score) -> dict[str, float]:
     """A figure and its standard error, as a table holds them."""
     return {key: score.value, key + STDERR: score.stderr}
+
+
+def require_names(names: Iterable[str]) -> None:
+    """ValueError for a name that folders and figures cannot bear."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")

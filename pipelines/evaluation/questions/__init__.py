@@ -4,6 +4,7 @@ from pipelines.evaluation.question import Question
 from pipelines.evaluation.questions.calibration import Calibration
 from pipelines.evaluation.questions.converter import Converter
 from pipelines.evaluation.questions.judge import Judge
+from pipelines.evaluation.questions.judges import Judges
 from pipelines.evaluation.questions.likelihood import Likelihood
 from pipelines.evaluation.questions.mauve import Mauve
 from pipelines.evaluation.questions.robustness import Robustness
@@ -15,6 +16,7 @@ from pipelines.evaluation.questions.traces import Traces
 QUESTIONS: tuple[Question, ...] = (
     Mauve(),
     Judge(),
+    Judges(),
     Texts(),
     Likelihood(),
     States(),

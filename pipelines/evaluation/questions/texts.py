@@ -222,7 +222,7 @@ class Texts(Question):
         )
         notes = filter(None, (question.note(config) for question in config.questions))
         own = (column for column in OWN if any(column.key in row for row in rows))
-        asked = (column for question in config.questions for column in question.columns)
+        asked = (column for question in config.questions for column in question.columns_in(config))
         columns = (*LABELS, *own, *CALLS, *asked, SECONDS)
         made = Table(title="Texts", note=" ".join([said, *notes]), columns=columns, rows=rows)
         return {"samples": made}
