@@ -14,6 +14,7 @@ from dsl.vocabulary import Vocabulary
 from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation.cells import REFERENCES
+from pipelines.evaluation.copies import Copies
 from pipelines.evaluation.parts import Parts, lists, matrix
 from pipelines.evaluation.readers import Reader
 from pipelines.models import Model
@@ -65,6 +66,11 @@ class Workspace:
     def training_RL(self) -> np.ndarray:
         """The rows of the training split that were kept."""
         return matrix(self.parts.read(TRAINING, ["tokens"])["tokens"], np.int64)
+
+    @cached_property
+    def copies(self) -> Copies:
+        """An index of all stretches of these rows."""
+        return Copies(self.training_RL)
 
     @cached_property
     def words(self) -> frozenset[str]:

@@ -7,6 +7,7 @@ from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.judges import Judges
 from pipelines.evaluation.questions.likelihood import Likelihood
 from pipelines.evaluation.questions.mauve import Mauve
+from pipelines.evaluation.questions.memorisation import Memorisation
 from pipelines.evaluation.questions.robustness import Robustness
 from pipelines.evaluation.questions.states import States
 from pipelines.evaluation.questions.texts import Texts
@@ -18,6 +19,7 @@ QUESTIONS: tuple[Question, ...] = (
     Judge(),
     Judges(),
     Texts(),
+    Memorisation(),
     Likelihood(),
     States(),
     Calibration(),
