@@ -40,8 +40,8 @@ class Questions(Sections):
 
     At most `corpus_rows` rows of the training split say which words there are and how frequent
     tokens are. `batch` rows at a time share a denoiser call, and are what a kill can lose. The
-    sections of the questions stand beside these; `mauve`, `judge` and `judges` are left out where
-    they are not given.
+    sections of the questions stand beside these; those that are None by
+    default are left out where they are not given.
     """
 
     paths: dict[str, PathConfig] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from pipelines.evaluation.question import Question
 from pipelines.evaluation.questions.calibration import Calibration
 from pipelines.evaluation.questions.converter import Converter
+from pipelines.evaluation.questions.divergence import Divergence
 from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.judges import Judges
 from pipelines.evaluation.questions.likelihood import Likelihood
@@ -20,6 +21,7 @@ QUESTIONS: tuple[Question, ...] = (
     Judges(),
     Texts(),
     Memorisation(),
+    Divergence(),
     Likelihood(),
     States(),
     Calibration(),
