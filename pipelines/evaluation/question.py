@@ -89,6 +89,10 @@ class Question:
         """How many rows of the split it needs, by the dotted key that says so."""
         return {}
 
+    def beside(self, config: Questions) -> tuple[str, ...]:
+        """The sources of texts that its `prepare` writes, to stand beside the models."""
+        return ()
+
     def readers(self, config: Questions) -> Sequence[Reader]:
         """What it has read the texts of the models."""
         return ()

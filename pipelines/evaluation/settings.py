@@ -72,6 +72,12 @@ class Questions(Sections):
         return tuple(merit for question in QUESTIONS for merit in question.merits_in(self))
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """What stands beside the models in the tables of texts."""
+        others = (name for question in self.questions for name in question.beside(self))
+        return (UNIGRAM, REAL, *others)
+
+    @property
     def readers(self) -> tuple[Reader, ...]:
         """What reads the texts of the models."""
         return tuple(reader for question in self.questions for reader in question.readers(self))
@@ -123,7 +129,7 @@ class EvaluateConfig(Questions):
         require_names([self.name, *self.models])
         if not self.models:
             raise ValueError("models must name at least one model")
-        if taken := self.models.keys() & {UNIGRAM, REAL, REFERENCES, CHAMPION}:
+        if taken := self.models.keys() & {*self.beside, REFERENCES, CHAMPION}:
             raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
         if self.gate and self.gate.model not in self.models:
             raise ValueError(f"gate.model is {self.gate.model}, which is none of the models")

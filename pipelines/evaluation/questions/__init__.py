@@ -1,6 +1,7 @@
 """The questions that an evaluation asks. A new one is a file here and an entry in the list."""
 
 from pipelines.evaluation.question import Question
+from pipelines.evaluation.questions.adversaries import Adversaries
 from pipelines.evaluation.questions.calibration import Calibration
 from pipelines.evaluation.questions.converter import Converter
 from pipelines.evaluation.questions.divergence import Divergence
@@ -20,6 +21,7 @@ QUESTIONS: tuple[Question, ...] = (
     Judge(),
     Judges(),
     Texts(),
+    Adversaries(),
     Memorisation(),
     Divergence(),
     Likelihood(),

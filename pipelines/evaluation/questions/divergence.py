@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import ConfigError
-from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM
+from pipelines.evaluation.cells import REAL, REFERENCES
 from pipelines.evaluation.gate import OfTexts, Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.parts import matrix
@@ -208,7 +208,7 @@ class Divergence(Question):
 
 def _rows(survey: Survey) -> Iterator[Row]:
     """What stands beside the models, and every cell."""
-    beside = [({"model": name}, name) for name in (UNIGRAM, REAL)]
+    beside = [({"model": name}, name) for name in survey.config.beside]
     for named, source in (*beside, *((labels(cell), cell.name) for cell in survey.walked)):
         found = survey.columns(_group(source))
         row: dict[str, Any] = dict(named)

@@ -23,7 +23,7 @@ from pipelines.evaluation import hub, metrics
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import Score
-from pipelines.evaluation.ngram import NGram, most_order
+from pipelines.evaluation.ngram import ORDER, NGram, default_order, most_order
 from pipelines.evaluation.question import (
     Columns,
     Merit,
@@ -41,7 +41,6 @@ from pipelines.models import Model
 from pipelines.report import Column, Row
 
 WHERE = "judge.model"
-ORDER = 6  # tokens of the longest n-grams, where the vocabulary allows it
 
 
 class Judged(NamedTuple):
@@ -184,7 +183,7 @@ class NGramJudge(Reader):
 
     def load_in(self, workspace: Workspace) -> Reads:
         size = workspace.vocabulary.size
-        model = NGram(workspace.training_RL, size, self.order or min(ORDER, most_order(size)))
+        model = NGram(workspace.training_RL, size, self.order or default_order(size))
 
         def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
             rows, length = tokens_NL.shape

@@ -165,7 +165,10 @@ def test_real_text_is_not_compared_with_itself() -> None:
         columns=lambda group: nothing,
         walked=(),
         config=SimpleNamespace(
-            divergence=DivergenceConfig(orders=(1,)), samples=SimpleNamespace(rows=40), seed=0
+            beside=("unigram", "real"),
+            divergence=DivergenceConfig(orders=(1,)),
+            samples=SimpleNamespace(rows=40),
+            seed=0,
         ),
     )
     rows = Divergence().tables(survey)["divergence"].rows
