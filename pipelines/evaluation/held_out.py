@@ -1,6 +1,6 @@
 """The text that models are judged on, and what the training text says of words and frequencies.
 
-Shapes: N rows, L positions, T tokens of a text.
+Shapes: N rows, R training rows, L positions, T tokens of a text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pipelines.evaluation.metrics import Unigram
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Rows ``[N, L]`` of a held-out split; the unigram and the words are of the training split."""
+    """Rows ``[N, L]`` of a held-out split; the first rows ``[R, L]`` of the training split, and the
+    unigram and the words of these."""
 
     manifest: Manifest
     vocabulary: Vocabulary
     rows_NL: np.ndarray
+    training_RL: np.ndarray
     unigram: Unigram
     words: frozenset[str]
 
@@ -44,11 +46,14 @@ def read(url: str, split: str, rows: int, *, corpus_rows: int, seed: int) -> Hel
     """
     manifest, data = shards.read_manifest(url), Folder.at(url)
     vocabulary = models.vocabulary_of(manifest, data)
-    corpus_T = _corpus(data, manifest, corpus_rows)
+    training_RL = _training(data, manifest, corpus_rows)
+    # Words and frequencies are those of the text, without what only frames a row.
+    corpus_T = {"eos": training_RL, "bos_eos": training_RL[:, 1:-1]}[manifest.blocks].reshape(-1)
     return HeldOut(
         manifest=manifest,
         vocabulary=vocabulary,
         rows_NL=stream.holdout(data, manifest, split, rows, seed),
+        training_RL=training_RL,
         unigram=Unigram.of(corpus_T, vocabulary.size),
         words=frozenset(metrics.words(corpus_T, vocabulary)),
     )
@@ -68,8 +73,8 @@ def require(url: str, split: str, wanted: dict[str, int]) -> Manifest:
     return manifest
 
 
-def _corpus(data: Folder, manifest: Manifest, most: int) -> np.ndarray:
-    """The first rows of the training split end to end, without what only frames rows; ``[T]``."""
+def _training(data: Folder, manifest: Manifest, most: int) -> np.ndarray:
+    """The first rows of the training split, ``[R, L]``."""
     groups = [
         (file.name, index, count)
         for file, counts in zip(
@@ -79,7 +84,6 @@ def _corpus(data: Folder, manifest: Manifest, most: int) -> np.ndarray:
     ]
     starts = np.cumsum([0, *(count for *_, count in groups)])
     wanted = [group for group, start in zip(groups, starts, strict=False) if start < most]
-    rows_NL = np.concatenate(
+    return np.concatenate(
         [shards.read_group(data, manifest, name, index) for name, index, _ in wanted]
     )[:most]
-    return {"eos": rows_NL, "bos_eos": rows_NL[:, 1:-1]}[manifest.blocks].reshape(-1)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ORDER = 6  # tokens of the longest n-grams, where the vocabulary allows it
+
 
 class Order(NamedTuple):
     """What the text says of n-grams of one order: ids of several tokens are digits of one number.
@@ -121,6 +123,11 @@ class NGram:
         for digit in np.moveaxis(digits, -1, 0):
             number = number * self.vocabulary + digit
         return number
+
+
+def default_order(vocabulary: int) -> int:
+    """6, or as many as such n-grams can have."""
+    return min(ORDER, most_order(vocabulary))
 
 
 def most_order(vocabulary: int) -> int:

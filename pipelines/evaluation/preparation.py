@@ -78,8 +78,8 @@ def prepare(
         before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
         return survey(before)
-    for reader in config.readers:
-        reader.check(uri)
+    for question in config.questions:
+        question.require(config, rows, uri)
     made = survey(_copy_models(config, folder, origins, rows, uri))
     promotion.require(made)
     workspace = Workspace(config)

@@ -9,6 +9,7 @@ Shapes: B rows of a part, L positions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +26,14 @@ from pipelines.report import STDERR, Column, Row, Table
 
 if TYPE_CHECKING:
     from pipelines.evaluation.held_out import HeldOut
-    from pipelines.evaluation.readers import HubReader, OwnReader
+    from pipelines.evaluation.readers import Reader
     from pipelines.evaluation.subjects import Subject
     from pipelines.evaluation.survey import Survey
     from pipelines.evaluation.workspace import Workspace
 
 # A `pipelines.evaluation.settings.Questions`, which is made of the questions and imports them.
 Questions = Any
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 TEXTS = 1024  # of one part: reading is quick, and every part has a fixed cost
 Drawn = tuple[str, str, bytes | None]  # a plot's name, caption and PNG; None where nothing is shown
 Columns = Mapping[str, Any]  # of a part: values by name, one for each row
@@ -72,8 +74,8 @@ class Question:
 
     section: its key in the configuration, where it has one, of type `settings`. optional: asked
     only where that section is given. gate_metrics: what the gate may compare, see
-    `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts. title: heads its
-    tables and plots on the page.
+    `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts, where the
+    configuration does not name them. title: heads its tables and plots on the page.
     """
 
     section: ClassVar[str] = ""
@@ -93,12 +95,25 @@ class Question:
         """How many rows of the split it needs, by the dotted key that says so."""
         return {}
 
-    def readers(self, config: Questions) -> Sequence[HubReader | OwnReader]:
-        """The models that it has read the texts of the others."""
+    def beside(self, config: Questions) -> tuple[str, ...]:
+        """The sources of texts that its `prepare` writes, to stand beside the models."""
         return ()
+
+    def readers(self, config: Questions) -> Sequence[Reader]:
+        """What it has read the texts of the models."""
+        return ()
+
+    def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
+        """A `Problem` for settings that this data, or its readers, cannot meet; `uri` of the
+        registry. Nothing has been written yet."""
+        for reader in self.readers(config):
+            reader.check(uri)
+            reader.check_data(held_out)
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
         """Write parts that need the training split."""
+        if any(reader.reads_training for reader in self.readers(workspace.config)):
+            workspace.keep_training(held_out.training_RL)
 
     # --- the work, in three stages: a stage may read the parts of those before it ---
 
@@ -116,8 +131,16 @@ class Question:
 
     # --- the report ---
 
+    def columns_in(self, config: Questions) -> tuple[Column, ...]:
+        """Its columns of the table of texts."""
+        return self.columns
+
+    def merits_in(self, config: Questions) -> tuple[Merit, ...]:
+        """What texts can be compared by, measured here or not."""
+        return self.merits
+
     def of_source(self, survey: Survey, source: str) -> Row:
-        """The entries of a source in the table of texts, under the keys of `columns`."""
+        """The entries of a source in the table of texts, under the keys of `columns_in`."""
         return {}
 
     def note(self, config: Questions) -> str:
@@ -223,9 +246,16 @@ def _of_texts(
     return pa.table(dict(measure(workspace, table["text"].to_pylist(), tokens_BL)))
 
 
-# --- entries of tables ---------------------------------------------------------------------------
+# --- entries of tables, and names ---------------------------------------------------------------
 
 
 def entries(key: str, score: Score) -> dict[str, float]:
     """A figure and its standard error, as a table holds them."""
     return {key: score.value, key + STDERR: score.stderr}
+
+
+def require_names(names: Iterable[str]) -> None:
+    """ValueError for a name that folders and figures cannot bear."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")

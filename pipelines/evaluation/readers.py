@@ -1,10 +1,11 @@
-"""Models that read the texts of others: from the Hugging Face hub, and our own as stand-ins."""
+"""What reads the texts of models: networks of the Hugging Face hub, our own as stand-ins, and
+whatever else a question defines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,12 +15,51 @@ from pipelines import models
 from pipelines.evaluation import hub
 from pipelines.models import ConverterConfig, Model
 
+if TYPE_CHECKING:
+    from pipelines.evaluation.held_out import HeldOut
+    from pipelines.evaluation.workspace import Workspace
+
 # From the address of one of our own models to the model, which speaks the data's vocabulary.
 OpenModel = Callable[[str], Model]
 
 
+class Reader:
+    """The base class of what reads texts."""
+
+    reads_training: ClassVar[bool] = False  # needs the rows of the training split, too
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        raise NotImplementedError
+
+    def addresses(self) -> tuple[str, ...]:
+        """The models of our own that it opens."""
+        return ()
+
+    def check(self, uri: str) -> None:
+        """A `Problem` where its model cannot be used; `uri` of the registry."""
+
+    def check_data(self, held_out: HeldOut) -> None:
+        """A `Problem` where it cannot read texts of this data."""
+
+    def load_in(self, workspace: Workspace) -> Any:
+        """A function of texts and their tokens."""
+        raise NotImplementedError
+
+
+class NetworkReader(Reader):
+    """A reader that is a network, on the device of the workspace."""
+
+    def load(self, device: torch.device | str, open_model: OpenModel) -> Any:
+        raise NotImplementedError
+
+    def load_in(self, workspace: Workspace) -> Any:
+        return self.load(workspace.device, workspace.own_reader)
+
+
 @dataclass(frozen=True, kw_only=True)
-class HubReader:
+class HubReader(NetworkReader):
     """`model` is a name on the Hugging Face hub or a local folder. It sees `max_tokens` of its own
     tokenizer's at once, and `batch` texts of like length share a call."""
 
@@ -40,10 +80,6 @@ class HubReader:
     def label(self) -> str:
         return f"{self.model}, {self.max_tokens} tokens"
 
-    def addresses(self) -> tuple[str, ...]:
-        """The models of our own that it opens."""
-        return ()
-
     def check(self, uri: str) -> None:
         """Have the model on this machine, or say what to do; see `hub.check`."""
         hub.check(self.model, self.head, max_tokens=self.max_tokens, where=self.where)
@@ -53,7 +89,7 @@ class HubReader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnReader:
+class OwnReader(NetworkReader):
     """`model` is an address as `pipelines.models.load` takes it; figures compare with each other
     and not with published ones."""
 
@@ -70,7 +106,6 @@ class OwnReader:
         return f"stand-in: {self.model}, not comparable with gpt2-large"
 
     def addresses(self) -> tuple[str, ...]:
-        """The models of our own that it opens."""
         return (self.model,)
 
     def check(self, uri: str) -> None:

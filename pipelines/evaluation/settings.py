@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Literal, Union
 
@@ -11,13 +9,11 @@ from infra.pool import PoolConfig
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM, PathConfig
 from pipelines.evaluation.gate import require_resamples
 from pipelines.evaluation.layouts import Published
-from pipelines.evaluation.question import Merit, Question
+from pipelines.evaluation.question import Merit, Question, require_names
 from pipelines.evaluation.questions import QUESTIONS
-from pipelines.evaluation.readers import HubReader, OwnReader
+from pipelines.evaluation.readers import Reader
 from pipelines.models import ConverterConfig
 from pipelines.verb import TrackingConfig
-
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 # `likelihood`, `states`, `samples`, …: None by default where a question is only asked on demand.
 Sections = make_dataclass(
@@ -44,8 +40,8 @@ class Questions(Sections):
 
     At most `corpus_rows` rows of the training split say which words there are and how frequent
     tokens are. `batch` rows at a time share a denoiser call, and are what a kill can lose. The
-    sections of the questions stand beside these; `mauve` and `judge` are left out where they are
-    not given.
+    sections of the questions stand beside these; those that are None by
+    default are left out where they are not given.
     """
 
     paths: dict[str, PathConfig] = field(default_factory=dict)
@@ -73,11 +69,17 @@ class Questions(Sections):
     @property
     def merits(self) -> tuple[Merit, ...]:
         """What texts can be compared by, measured here or not."""
-        return MERITS
+        return tuple(merit for question in QUESTIONS for merit in question.merits_in(self))
 
     @property
-    def readers(self) -> tuple[HubReader | OwnReader, ...]:
-        """The models that read the texts of the others."""
+    def beside(self) -> tuple[str, ...]:
+        """What stands beside the models in the tables of texts."""
+        others = (name for question in self.questions for name in question.beside(self))
+        return (UNIGRAM, REAL, *others)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads the texts of the models."""
         return tuple(reader for question in self.questions for reader in question.readers(self))
 
     @property
@@ -127,13 +129,7 @@ class EvaluateConfig(Questions):
         require_names([self.name, *self.models])
         if not self.models:
             raise ValueError("models must name at least one model")
-        if taken := self.models.keys() & {UNIGRAM, REAL, REFERENCES, CHAMPION}:
+        if taken := self.models.keys() & {*self.beside, REFERENCES, CHAMPION}:
             raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
         if self.gate and self.gate.model not in self.models:
             raise ValueError(f"gate.model is {self.gate.model}, which is none of the models")
-
-
-def require_names(names: Iterable[str]) -> None:
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")

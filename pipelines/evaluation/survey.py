@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import ConfigError
-from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell, cells
+from pipelines.evaluation.cells import REFERENCES, UNIGRAM, Cell, cells
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.subjects import Subject
@@ -43,7 +43,7 @@ class Survey:
     @property
     def sources(self) -> tuple[str, ...]:
         """What there are texts of: all that stands beside the models, and every cell."""
-        return (UNIGRAM, REAL, REFERENCES, *(cell.name for cell in self.walked))
+        return (*self.config.beside, REFERENCES, *(cell.name for cell in self.walked))
 
     def refused(self) -> Iterator[tuple[str, str, str]]:
         """(model, paths, reason) for the paths that a model cannot walk, one for each reason."""

@@ -1,4 +1,5 @@
-"""What a process keeps open while it works on an evaluation: its parts, its rows and one model."""
+"""What a process keeps open while it works on an evaluation: its parts, its rows and one
+model."""
 
 from __future__ import annotations
 
@@ -6,20 +7,23 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from dsl.vocabulary import Vocabulary
 from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation.cells import REFERENCES
-from pipelines.evaluation.parts import Parts, matrix
-from pipelines.evaluation.readers import HubReader, OwnReader
+from pipelines.evaluation.copies import Copies
+from pipelines.evaluation.parts import Parts, lists, matrix
+from pipelines.evaluation.readers import Reader
 from pipelines.models import Model
 
 if TYPE_CHECKING:
     from pipelines.evaluation.settings import EvaluateConfig
 
 WORDS = "parts/words"  # the group of parts that holds those of the training split
+TRAINING = "parts/training"  # the rows of that split that n-grams and copies are counted in
 MODELS = "models"  # of the run directory: the weights as they were when the evaluation began
 
 
@@ -35,7 +39,7 @@ class Workspace:
         self.parts = Parts(self.folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._opened: tuple[str, Model] | None = None
-        self._readers: dict[HubReader | OwnReader, Any] = {}
+        self._readers: dict[Reader, Any] = {}
 
     def model(self, name: str) -> Model:
         """One of the evaluation's models, on the device."""
@@ -44,11 +48,29 @@ class Workspace:
             self._opened = (name, self._open(name))
         return self._opened[1]
 
-    def reader(self, reader: HubReader | OwnReader) -> Any:
-        """What `load` of a reader answers: a function of texts and their tokens."""
+    def reader(self, reader: Reader) -> Any:
+        """What `load_in` of a reader answers: a function of texts and their tokens."""
         if reader not in self._readers:
-            self._readers[reader] = reader.load(self.device, lambda own: self._open(copied(own)))
+            self._readers[reader] = reader.load_in(self)
         return self._readers[reader]
+
+    def own_reader(self, address: str) -> Model:
+        """One of our own models that reads the texts of others, on the device."""
+        return self._open(copied(address))
+
+    def keep_training(self, training_RL: np.ndarray) -> None:
+        """Write the rows of the training split for the processes that ask for them."""
+        self.parts.write(TRAINING, 0, pa.table({"tokens": lists(training_RL)}), {})
+
+    @cached_property
+    def training_RL(self) -> np.ndarray:
+        """The rows of the training split that were kept."""
+        return matrix(self.parts.read(TRAINING, ["tokens"])["tokens"], np.int64)
+
+    @cached_property
+    def copies(self) -> Copies:
+        """An index of all stretches of these rows."""
+        return Copies(self.training_RL)
 
     @cached_property
     def words(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Generative perplexity: how likely another model, the judge, finds the texts of ours.
+"""Generative perplexity: how likely a judge, which is another model, finds the texts of ours.
 
 Shapes: N texts, L positions, B windows of a batch, V tokens of the judge, R resamples.
 """
@@ -21,7 +21,9 @@ from dsl.vocabulary import END_OF_TEXT
 from infra.errors import ConfigError, DataError
 from pipelines.evaluation import hub, metrics
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
+from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import Score
+from pipelines.evaluation.ngram import ORDER, NGram, default_order, most_order
 from pipelines.evaluation.question import (
     Columns,
     Merit,
@@ -31,7 +33,7 @@ from pipelines.evaluation.question import (
     entries,
     parts_of_texts,
 )
-from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader, Reader
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, KINDS
@@ -135,14 +137,67 @@ class OwnJudge(OwnReader):
             rows, length = tokens_NL.shape
             read = (likelihood.ar(denoiser, rows_BL) for rows_BL in self.batches(tokens_NL))
             nats_N = np.concatenate([estimate.mean_B.numpy() for estimate in read]) * length
-            texts = [text.replace(END_OF_TEXT, "") for text in texts]
-            bytes_N = np.array([len(text.encode()) for text in texts], np.int64)
-            return Judged(nats_N, np.full(rows, length), bytes_N)
+            return Judged(nats_N, np.full(rows, length), _bytes(texts))
 
         return judge
 
 
-AnyJudge = HubJudge | OwnJudge
+@dataclass(frozen=True, kw_only=True)
+class NGramJudge(Reader):
+    """An interpolated n-gram model of the training rows that an evaluation looks at: exact, made in
+    seconds, and no network.
+
+    It reads the very ids that were drawn, and every one of them counts, ends of documents too.
+    `order`: tokens of its longest n-grams; None for 6, or as many as the vocabulary and the rows
+    allow where that is fewer.
+    """
+
+    order: int | None = None
+    kind: Literal["ngram"] = "ngram"
+
+    reads_training: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.order is not None and self.order < 1:
+            raise ValueError(f"order must be at least 1, got {self.order}")
+
+    @property
+    def label(self) -> str:
+        order = f"at most {ORDER}" if self.order is None else self.order
+        return f"an n-gram model of the training split (order {order})"
+
+    def check_data(self, held_out: HeldOut) -> None:
+        """ConfigError for an order whose n-grams cannot be counted in this data."""
+        length, most = held_out.training_RL.shape[1], most_order(held_out.vocabulary.size)
+        if (self.order or 1) > min(length, most):
+            tokens = (
+                f"rows hold {length} tokens"
+                if most > length
+                else (
+                    f"n-grams of {held_out.vocabulary.size:,} different tokens are counted up to "
+                    f"order {most}"
+                )
+            )
+            why = f"order {self.order}, and {tokens}"
+            raise ConfigError("judge.order", why, f"At most {min(length, most)}, or leave it out")
+
+    def load_in(self, workspace: Workspace) -> Reads:
+        size = workspace.vocabulary.size
+        model = NGram(workspace.training_RL, size, self.order or default_order(size))
+
+        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
+            rows, length = tokens_NL.shape
+            return Judged(model.nats(tokens_NL).sum(1), np.full(rows, length), _bytes(texts))
+
+        return judge
+
+
+AnyJudge = HubJudge | OwnJudge | NGramJudge
+
+
+def _bytes(texts: Sequence[str]) -> np.ndarray:
+    """UTF-8 bytes of each text without marks of its ends, ``[N]``."""
+    return np.array([len(text.replace(END_OF_TEXT, "").encode()) for text in texts], np.int64)
 
 
 def windows(tokens: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], int]]:

@@ -19,7 +19,7 @@ from dsl.sampling import Sample, sample
 from dsl.state import State
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from pipelines.evaluation import layouts, metrics
-from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell
+from pipelines.evaluation.cells import REFERENCES, Cell
 from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import NGRAMS
@@ -211,7 +211,7 @@ class Texts(Question):
     def tables(self, survey: Survey) -> Mapping[str, Table]:
         """Every cell, what stands beside the models, and why other paths were not walked."""
         config = survey.config
-        rows = [{"model": name, **_of_source(survey, name)} for name in (UNIGRAM, REAL)]
+        rows = [{"model": name, **_of_source(survey, name)} for name in config.beside]
         rows += [_of_cell(survey, cell) for cell in survey.walked]
         for model, paths, reason in survey.refused():
             rows.append({"model": model, "path": paths, SKIPPED: reason})
@@ -223,7 +223,7 @@ class Texts(Question):
         )
         notes = filter(None, (question.note(config) for question in config.questions))
         own = (column for column in OWN if any(column.key in row for row in rows))
-        asked = (column for question in config.questions for column in question.columns)
+        asked = (column for question in config.questions for column in question.columns_in(config))
         columns = (*LABELS, *own, *CALLS, *asked, SECONDS)
         made = Table(title=self.title, note=" ".join([said, *notes]), columns=columns, rows=rows)
         return {"samples": made}

@@ -120,6 +120,11 @@ def interrupted(action: Callable[..., None]) -> Callable[..., None]:
             2, ["gate", "judge"],
         ),
         (
+            ["models={a: 'models:/tiny/1'}", *QUICK, "judges={words: {kind: ngram}}",
+             "gate={model: a, metric: {kind: judged_bits_per_byte, path: p, budget: 4, judge: x}}"],
+            2, ["gate", "the judge x", "Name one of: words"],
+        ),
+        (
             ["models={a: 'models:/tiny/1'}", *QUICK,
              "gate={model: a, metric: {kind: likelihood, view: hybrid_bound_7}}"],
             2, ["gate", "hybrid_bound_7", "hybrid_bound_4"],

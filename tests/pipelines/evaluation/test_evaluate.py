@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dsl.vocabulary import Vocabulary
+from dsl.vocabulary import END_OF_TEXT, Vocabulary
 from infra import config
 from infra.tracking import connect
 from pipelines import evaluate
 from pipelines.evaluation import held_out, metrics, questions
+from pipelines.evaluation.ngram import NGram
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Refused, Run
 from tests.pipelines.evaluation.small import LENGTH, rows_of
@@ -188,6 +189,40 @@ def test_what_others_say_of_the_texts(run: Run, world: Path, tmp_path: Path) -> 
     assert "stand-in" in (folder / "report/evaluation.md").read_text()
 
 
+def test_the_training_split_judges(run: Run, world: Path, tmp_path: Path) -> None:
+    code, made, err = run(
+        f"models={{flat: {world / 'flat'}}}",
+        "judge={kind: ngram, order: 3}",
+        "judges.short={kind: ngram, order: 1}",
+        f"judges.ar={{kind: own, model: {world / 'flat_ar'}}}",
+        "paths={masked: {path: masked, budgets: [1]}}",
+    )
+    assert code == 0, err
+    tables = json.loads((tmp_path / "judged/report/evaluation.json").read_text())
+    rows = {row["model"]: row for row in tables["samples"]}
+    data = held_out.read(str(world / "data/shards"), "validation", 6, corpus_rows=20_000, seed=0)
+    drawn = pq.read_table(tmp_path / "judged/samples/real")
+    tokens_NL = np.array(drawn["tokens"].to_pylist())
+    nats = NGram(data.training_RL, 28, 3).nats(tokens_NL)
+    assert rows["real"]["perplexity"] == pytest.approx(math.exp(nats.mean()))
+    texts = drawn["text"].to_pylist()
+    written = sum(len(text.replace(END_OF_TEXT, "")) for text in texts)
+    expected = nats.sum() / math.log(2) / written
+    assert rows["real"]["judged_bits_per_byte"] == pytest.approx(expected)
+    assert rows["real"]["perplexity"] < rows["unigram"]["perplexity"]
+    assert made["metrics"]["real/judged_bits_per_byte"] == pytest.approx(expected)
+
+    # Others beside it, by their names.
+    alone = NGram(data.training_RL, 28, 1).nats(tokens_NL).sum() / math.log(2) / written
+    assert rows["real"]["bits_per_byte_short"] == pytest.approx(alone)
+    uniform = math.log2(28) * tokens_NL.size / written
+    assert rows["real"]["bits_per_byte_ar"] == pytest.approx(uniform, rel=1e-5)
+    assert made["metrics"]["flat/masked/1/bits_per_byte_ar"] > 4
+    shown = {file.name for file in (tmp_path / "judged/report").iterdir()}
+    assert "bits_per_byte_short_by_calls.png" in shown
+    assert "Bits per byte by ar" in (tmp_path / "judged/report/evaluation.md").read_text()
+
+
 def test_an_unreachable_server_does_not_stop_it(run: Run, world: Path, tmp_path: Path) -> None:
     with tiny.bare():
         code, made, err = run(
@@ -241,6 +276,11 @@ def test_a_bad_model_is_one_message(
         ("mauve={}", 2, ["MAUVE", "below 500", "samples.rows is 6"]),
         ("judge={kind: hub, model: WORLD/nobody}", 3, ["judge.model", "nobody"]),
         ("judge={kind: own, model: WORLD/dsl}", 3, ["judge.model", "only an ar model can judge"]),
+        ("judge={kind: ngram, order: 0}", 2, ["judge", "at least 1"]),
+        ("judge={kind: ngram, order: 33}", 2, ["judge.order", "At most 13"]),
+        ("judges={a/b: {kind: ngram}}", 2, ["a/b"]),
+        ("judges={a: {kind: ngram, order: 33}}", 2, ["judges.a.order", "At most 13"]),
+        ("judges={a: {kind: own, model: WORLD/dsl}}", 3, ["judges.a.model", "only an ar model"]),
         ("published=[owt]", 2, ["published", "owt_mauve"]),
     ],
 )

@@ -18,6 +18,7 @@ from pipelines.evaluation.gate import Decision, Metric, Resamples
 from pipelines.evaluation.parts import lists
 from pipelines.evaluation.questions import mauve
 from pipelines.evaluation.questions.judge import GenerativePerplexity
+from pipelines.evaluation.questions.judges import JudgedBits
 from pipelines.evaluation.questions.likelihood import Nats
 from pipelines.evaluation.questions.mauve import MauveGain
 from pipelines.evaluation.questions.texts import EntropyGap, WordShare
@@ -46,7 +47,7 @@ class Made:
         return model
 
     def columns(self, group: str) -> dict[str, np.ndarray]:
-        _, question, model, *view = group.split("/")
+        _, question, model, *view = group.replace("judges/ngram", "judged").split("/")
         model = {"references": "real"}.get(model, model)
         if question == "likelihood":
             assert view == ["endpoint_bound"]
@@ -196,6 +197,7 @@ def features(better_by: float) -> Made:
     [
         (NATS, nats),
         (GenerativePerplexity(**TEXTS), judged),
+        (JudgedBits(**TEXTS, judge="ngram"), judged),
         (WordShare(**TEXTS), words),
         (EntropyGap(**TEXTS), partial(entropies, side=1)),
         (EntropyGap(**TEXTS), partial(entropies, side=-1)),

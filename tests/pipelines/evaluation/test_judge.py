@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsl.state import State
-from dsl.vocabulary import END_OF_TEXT
-from infra.errors import DataError
+from dsl.vocabulary import END_OF_TEXT, Vocabulary
+from infra.errors import ConfigError, DataError
 from pipelines.evaluation import metrics
+from pipelines.evaluation.ngram import NGram
 from pipelines.evaluation.questions import judge
-from pipelines.evaluation.questions.judge import HubJudge, Judged, OwnJudge, windows
+from pipelines.evaluation.questions.judge import HubJudge, Judged, NGramJudge, OwnJudge, windows
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
 from tests.pipelines.evaluation.small import own
@@ -208,6 +210,36 @@ def test_judges_say_which_models_they_need(folder: Path) -> None:
     HubJudge(model=str(folder), max_tokens=20).check("")
     assert OwnJudge(model="runs/ar").addresses() == ("runs/ar",)
     assert HubJudge().addresses() == ()
+
+
+# --- n-grams of the training split ---------------------------------------------------------------
+
+
+def test_ngram_judge_finds_what_its_model_says() -> None:
+    generator = np.random.default_rng(0)
+    training_RL, tokens_NL = generator.integers(0, 28, (50, 8)), generator.integers(0, 28, (2, 8))
+    workspace: Any = SimpleNamespace(vocabulary=Vocabulary.char(), training_RL=training_RL)
+    found = NGramJudge(order=3).load_in(workspace)([f"é{END_OF_TEXT}", "ab"], tokens_NL)
+    np.testing.assert_array_equal(found.nats_N, NGram(training_RL, 28, 3).nats(tokens_NL).sum(1))
+    assert found.tokens_N.tolist() == [8, 8]
+    assert found.bytes_N.tolist() == [2, 2]
+    by_default = NGramJudge().load_in(workspace)(["", ""], tokens_NL)
+    six = NGram(training_RL, 28, 6).nats(tokens_NL).sum(1)
+    np.testing.assert_array_equal(by_default.nats_N, six)
+
+
+@pytest.mark.parametrize(
+    ("order", "length", "size", "why"),
+    [(9, 8, 28, "rows hold 8 tokens"), (4, 8, 2**20, "counted up to order 3")],
+)
+def test_an_order_without_counts_is_refused(order: int, length: int, size: int, why: str) -> None:
+    data: Any = SimpleNamespace(
+        training_RL=np.zeros((1, length), int), vocabulary=SimpleNamespace(size=size)
+    )
+    NGramJudge().check_data(data)
+    NGramJudge(order=order - 1).check_data(data)
+    with pytest.raises(ConfigError, match=f"judge.order: .*{why}"):
+        NGramJudge(order=order).check_data(data)
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""Several judges side by side, by names of your choice: bits per byte, in which judges with other
+tokenizers compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from infra.errors import ConfigError, Problem
+from pipelines.evaluation.gate import OfTexts, Resamples, ratios
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.question import (
+    Columns,
+    Merit,
+    Part,
+    Question,
+    Questions,
+    entries,
+    parts_of_texts,
+    require_names,
+)
+from pipelines.evaluation.questions.judge import AnyJudge, Judged, bits_per_byte
+from pipelines.evaluation.survey import Survey
+from pipelines.evaluation.workspace import Workspace
+from pipelines.report import Column, Row
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors of a judge, under the dotted path that it has among several."""
+    try:
+        yield
+    except Problem as problem:
+        where = problem.where.replace("judge", f"judges.{name}", 1)
+        raise type(problem)(where, problem.why, problem.fix) from problem
+
+
+def _judged(
+    name: str, judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
+) -> Columns:
+    with named(name):
+        return workspace.reader(judge)(texts, tokens_NL)._asdict()
+
+
+def _group(name: str, source: str) -> str:
+    return f"parts/judges/{name}/{source}"
+
+
+def _key(name: str) -> str:
+    return f"bits_per_byte_{name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedBits(OfTexts):
+    """Bits per byte of the texts for one of the `judges`; lower is better.
+
+    They fall for texts that repeat themselves: guard them with `entropy`.
+    """
+
+    judge: str
+    kind: Literal["judged_bits_per_byte"] = "judged_bits_per_byte"
+
+    sign: ClassVar[int] = -1
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} by {self.judge}"
+
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        group = _group(self.judge, self.source(survey, model))
+        judged = Judged(**survey.columns(group))
+        bits_N = judged.nats_N / np.log(2)
+        return ratios(bits_N, judged.bytes_N, draws.rows(len(bits_N)))
+
+    def require(self, survey: Survey, candidate: str) -> None:
+        super().require(survey, candidate)
+        there = survey.config.judges or {}
+        if self.judge not in there:
+            why = f"asks for the judge {self.judge}, and there is none of that name"
+            fix = f"Name one of: {', '.join(there)}" if there else "Give judges, too"
+            raise ConfigError("gate", why, fix)
+
+
+class Judges(Question):
+    section, settings, optional = "judges", dict[str, AnyJudge], True
+    gate_metrics = (JudgedBits,)
+
+    def check(self, config: Questions) -> None:
+        require_names(config.judges)
+
+    def columns_in(self, config: Questions) -> tuple[Column, ...]:
+        return tuple(Column(_key(name), _title(name), ".3f") for name in config.judges)
+
+    def merits_in(self, config: Questions) -> tuple[Merit, ...]:
+        return tuple(
+            Merit(_key(name), f"{_title(name)} ↓", ".3f", better=-1) for name in config.judges or ()
+        )
+
+    def readers(self, config: Questions) -> Sequence[AnyJudge]:
+        return tuple(config.judges.values())
+
+    def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
+        for name, judge in config.judges.items():
+            with named(name):
+                judge.check(uri)
+                judge.check_data(held_out)
+
+    def of_texts(self, survey: Survey, source: str, texts: int) -> Iterator[Part]:
+        for name, judge in survey.config.judges.items():
+            measure = partial(_judged, name, judge)
+            yield from parts_of_texts(_group(name, source), source, texts, measure)
+
+    def of_source(self, survey: Survey, source: str) -> Row:
+        row: Row = {}
+        for name in survey.config.judges:
+            judged = Judged(**survey.columns(_group(name, source)))
+            row = {**row, **entries(_key(name), bits_per_byte(judged))}
+        return row
+
+    def note(self, config: Questions) -> str:
+        said = "; ".join(f"{name}, {judge.label}" for name, judge in config.judges.items())
+        return f"Judges, in bits per byte of text: {said}."
+
+
+def _title(name: str) -> str:
+    return f"Bits per byte by {name}"
