@@ -22,12 +22,12 @@ from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import cluster, shards
 from infra.config import digest, to_tree
+from infra.console import Meter, say
 from infra.errors import ConfigError, DataError
 from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
 from pipelines import verb
 from pipelines.corpus import EMBEDDED, Piece, expand, pieces
-from pipelines.runs import say
 
 PIECES_AT_ONCE = 512  # some 2 MiB of text, which the tokenizer spreads over its threads
 
@@ -104,9 +104,9 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
         writer.extra |= {"config": _identity(config), "text": {}}
         stream = pieces(config.source, config.text_field)
         for split in (split for split, size in sizes.items() if size):
-            text = _encode(islice(stream, sizes[split]), vocabulary, config, split, writer)
+            meter = Meter(f"prepare {split}", sizes[split], "pieces")
+            text = _encode(islice(stream, sizes[split]), vocabulary, config, split, writer, meter)
             writer.extra["text"][split] = text
-            say(f"{split}: {text['rows']:,} rows, {text['tokens']:,} tokens")
     assert writer.manifest is not None
     return _summary(out, writer.manifest)
 
@@ -182,11 +182,12 @@ def _encode(
     config: PrepareConfig,
     split: str,
     writer: ShardWriter,
+    meter: Meter,
 ) -> dict[str, int]:
     """Write the rows of a split; returns counts of their text."""
     framed = config.blocks == "bos_eos"
     body = config.length - 2 * framed
-    rest = np.empty(0, np.int64)
+    rest, read = np.empty(0, np.int64), 0
     text = {"rows": 0, "tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "dropped": 0}
     for batch, begun in _encodings(stream, vocabulary):
         ids = []
@@ -209,6 +210,8 @@ def _encode(
             rows_NL = np.pad(rows_NL, ((0, 0), (1, 1)))
             rows_NL[:, 0], rows_NL[:, -1] = vocabulary.bos, vocabulary.eos
         writer.write(split, rows_NL)
+        read += len(batch)
+        meter.show(read, lambda elapsed: f"{text['tokens'] / elapsed:,.0f} tokens/s")
     text["dropped"] = len(rest)  # tokens behind the last whole row
     return text
 
