@@ -15,10 +15,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 EVERY_S = 5.0  # between two lines of progress
 LINES = 20  # of the log, shown after a failure
@@ -27,6 +28,8 @@ REWRITE = "\r"  # begins a line of progress that another process sends
 NATIVE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,.]+ \w \d+ \d+\]")
 ENGINE = ("raylet", "autoscaler", "gcs_server")  # Ray's own processes, as it names them
 CHATTY = ("alembic", "mlflow.store.db.utils")  # loggers that tell of MLflow's migrations
+
+T = TypeVar("T")
 
 _open = False  # whether a line of progress stands at the end of the terminal
 
@@ -86,6 +89,12 @@ class Meter:
         shown = line(self.what, done, self.of, self.unit, rate=speed, eta_s=left)
         progress(shown, last=done >= self.of)
 
+    def over(self, things: Iterable[T]) -> Iterator[T]:
+        """The things, each of them a unit that is done when the next one is asked for."""
+        for done, thing in enumerate(things, 1):
+            yield thing
+            self.show(done)
+
 
 def relay(data: Mapping[str, Any]) -> None:
     """Show what a process under Ray has written, or keep it where it is Ray's own."""
@@ -113,13 +122,10 @@ def kept(name: str) -> Iterator[Path]:
             # Left open for ever: a logger that is made in the block may hold it.
             sys.stderr = os.fdopen(os.dup(shown), "w", buffering=1, errors="backslashreplace")
         os.dup2(descriptor, 2)
-        quiet = _quiet()
         try:
-            yield log
+            with _quiet():
+                yield log
         finally:
-            for logger in quiet:
-                logger.handlers.clear()
-                logger.propagate = True
             sys.stderr.flush()
             os.dup2(shown, 2)
             sys.stderr = before
@@ -140,14 +146,30 @@ def _show(log: Path) -> None:
     say("\n".join([f"the last lines of {log}:", *lines[-LINES:]]))
 
 
-def _quiet() -> list[logging.Logger]:
-    """Send what MLflow logs of its migrations to descriptor 2."""
-    handler = logging.StreamHandler(open(2, "w", closefd=False))  # noqa: SIM115
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send Python's warnings, and what MLflow logs of its migrations, to descriptor 2."""
+    stream = open(2, "w", closefd=False)  # noqa: SIM115
+    handler = logging.StreamHandler(stream)
     loggers = [logging.getLogger(name) for name in CHATTY]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
-    return loggers
+
+    def warn(
+        message: Warning | str, category: type[Warning], name: str, at: int, *rest: Any
+    ) -> None:
+        stream.write(warnings.formatwarning(message, category, name, at))
+        stream.flush()
+
+    with warnings.catch_warnings():
+        warnings.showwarning = warn
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+                logger.propagate = True
 
 
 def _is_descriptor_2(stream: Any) -> bool:

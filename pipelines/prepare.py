@@ -105,7 +105,8 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
         stream = pieces(config.source, config.text_field)
         for split in (split for split, size in sizes.items() if size):
             meter = Meter(f"prepare {split}", sizes[split], "pieces")
-            text = _encode(islice(stream, sizes[split]), vocabulary, config, split, writer, meter)
+            shown = meter.over(islice(stream, sizes[split]))
+            text = _encode(shown, vocabulary, config, split, writer)
             writer.extra["text"][split] = text
     assert writer.manifest is not None
     return _summary(out, writer.manifest)
@@ -182,12 +183,11 @@ def _encode(
     config: PrepareConfig,
     split: str,
     writer: ShardWriter,
-    meter: Meter,
 ) -> dict[str, int]:
     """Write the rows of a split; returns counts of their text."""
     framed = config.blocks == "bos_eos"
     body = config.length - 2 * framed
-    rest, read = np.empty(0, np.int64), 0
+    rest = np.empty(0, np.int64)
     text = {"rows": 0, "tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "dropped": 0}
     for batch, begun in _encodings(stream, vocabulary):
         ids = []
@@ -210,8 +210,6 @@ def _encode(
             rows_NL = np.pad(rows_NL, ((0, 0), (1, 1)))
             rows_NL[:, 0], rows_NL[:, -1] = vocabulary.bos, vocabulary.eos
         writer.write(split, rows_NL)
-        read += len(batch)
-        meter.show(read, lambda elapsed: f"{text['tokens'] / elapsed:,.0f} tokens/s")
     text["dropped"] = len(rest)  # tokens behind the last whole row
     return text
 
