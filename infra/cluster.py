@@ -91,6 +91,8 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
             raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # never preempted
+        # Ray's default of 15 leaves a worker nearly nothing of a core that other work wants, too.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with _its_address_known(), _sigterm_kept():
             ray.init(
                 address="local",
