@@ -140,7 +140,7 @@ def _likelihood(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[s
 def _words(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     """The share of words that occur in the corpus, on the best of DSL's paths."""
     best = max(_walks(tables), key=lambda row: row["words"])
-    alone = {row["model"]: row for row in tables["texts"] if "path" not in row}
+    alone = {row["model"]: row for row in tables["samples"] if "path" not in row}
     yield f"  known words    {_figure(best, 'words')} of DSL's words occur in the corpus"
     yield (
         f"    on the path {best['path']}; {_figure(alone['real'], 'words')} in real text, "
@@ -163,7 +163,7 @@ def _calls(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
 
 
 def _walks(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
-    return [row for row in tables["texts"] if row["model"] == "dsl" and row.get("words")]
+    return [row for row in tables["samples"] if row["model"] == "dsl" and row.get("words")]
 
 
 def _figure(row: Mapping[str, Any], key: str) -> str:

@@ -28,7 +28,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
         {"model": "dsl", "view": "endpoint_bound", "bits_per_byte": 3.0},
     ],
     "gate": [{"verdict": "better", "difference": 0.2, "low": 0.15, "high": 0.25}],
-    "texts": [
+    "samples": [
         {"model": "unigram", "words": 0.6, "words_stderr": 0.01},
         {"model": "real", "words": 0.95, "words_stderr": 0.01},
         {"model": "mdlm", "path": "masked", "budget": 32, "words": 0.99},
