@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -104,7 +105,7 @@ def summary(
         texts: one of each path, by its heading. seconds: that all of it took.
     """
     data, registered = made["prepare"], made["finetune"].get("alias_uri") or "not registered"
-    shown = list(texts.items())[: MOST - 19]
+    shown = list(texts.items())[: (MOST - 15) // 2]  # of two lines each
     return [
         "",
         f"Done in {clock(seconds)} min. Made:",
@@ -116,7 +117,7 @@ def summary(
         *_words(tables),
         *_calls(tables),
         "A text of each path:",
-        *(_cut(f"  {name}: {' '.join(text.split())}") for name, text in shown),
+        *(line for name, text in shown for line in _wrapped(f"{name}: {text}")),
         f"The page with all tables and plots: {made['evaluate']['report']}",
         "Try next: .venv/bin/python pipelines/generate.py quickstart text='The ' watch=true",
     ]
@@ -171,8 +172,16 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
     return f"{row[key]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+def _wrapped(text: str) -> list[str]:
+    """The beginning of a text, on two lines at most."""
+    return textwrap.wrap(
+        " ".join(text.split()),
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        max_lines=2,
+        placeholder=" …",
+    )
 
 
 def plan(config: QuickstartConfig) -> dict[str, Any]:
