@@ -21,11 +21,7 @@ $(ready): pyproject.toml constraints.txt
 # the first has left, and a finished one only shows what it made.
 EXISTING ?= resume
 quickstart: $(ready)
-	$(BIN)/python pipelines/prepare.py quickstart existing=$(EXISTING)
-	$(BIN)/python pipelines/pretrain.py quickstart existing=$(EXISTING)
-	$(BIN)/python pipelines/finetune.py quickstart existing=$(EXISTING)
-	$(BIN)/python pipelines/generate.py quickstart
-	$(BIN)/python pipelines/evaluate.py quickstart existing=$(EXISTING)
+	$(BIN)/python -m pipelines.examples.quickstart existing=$(EXISTING)
 
 test: $(ready)
 	$(BIN)/python -m pytest

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from infra import console
 from infra.errors import ConfigError, DataError, InfraError, Problem, causes
 
 T = TypeVar("T")
@@ -67,7 +68,8 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
 
     A local cluster has logical CPUs for `needed_cpus` and for the data tasks beside them. It
     requires a token that only this process and its children know, so that Ray writes none into the
-    home folder. Raises InfraError if there is no cluster at the address.
+    home folder. What workers write appears as `console.relay` shows it. Raises InfraError if there
+    is no cluster at the address.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -89,6 +91,8 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
             raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # never preempted
+        # Ray's default of 15 leaves a worker nearly nothing of a core that other work wants, too.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with _its_address_known(), _sigterm_kept():
             ray.init(
                 address="local",
@@ -97,10 +101,21 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
                 include_dashboard=True,  # without it Ray Train logs a complaint every second
                 logging_level="error",
             )
+    _relayed()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _relayed() -> None:
+    """Show the lines of workers ourselves: Ray would put a process id before each."""
+    # Private: in public, Ray's lines can only be shown as they are or not at all.
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as streams
+
+    name = "ray_print_logs"  # by which `ray.shutdown` removes it
+    streams.remove_handler(name)
+    streams.add_handler(name, console.relay)
 
 
 @contextmanager
@@ -254,7 +269,7 @@ def _waiting(name: str, least: int, resources: dict[str, float]) -> Any:
                 raise InfraError(name, why, "Ask for fewer or smaller ones, or add machines")
             if now - self.said > say_s:
                 self.said, so_far = now, f"{now - self.since:.0f} s of {limit_s:.0f} s"
-                print(f"{name}: waiting for {what}, {so_far}", file=sys.stderr, flush=True)
+                console.say(f"{name}: waiting for {what}, {so_far}")
 
     return Waiting()
 

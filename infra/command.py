@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infra import config
+from infra import config, console
 from infra.credentials import refuse_credentials, scrub
 from infra.errors import ConfigError, InfraError, Problem, causes, nearest
 from infra.preemption import Terminated, terminable
@@ -75,7 +75,7 @@ def run(
             result = plan(settings)
             sys.stdout.write(_table(result))
         else:
-            with terminable():
+            with terminable(), console.kept(verb):
                 result = execute(settings)
         sys.stdout.write(json.dumps(_json(result), default=str) + "\n")
         sys.stdout.flush()

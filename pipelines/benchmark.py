@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infra.console import say
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.benchmarks import suite
 from pipelines.benchmarks.settings import BenchmarkConfig
-from pipelines.runs import Made, Run, say
+from pipelines.runs import Made, Run
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra import tracking
+from infra.console import say
 from infra.shards import Manifest
 from infra.storage import Folder
 from pipelines import runs, verb
@@ -27,10 +28,7 @@ from pipelines.evaluation.pages import report
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.workspace import MODELS
-from pipelines.report import Report, markdown
-from pipelines.runs import Made, Run, say
-
-SHOWN = 300  # characters of a text in the terminal
+from pipelines.runs import Made, Run
 
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
@@ -81,7 +79,6 @@ class EvaluationTask(runs.Task):
         wall = time.monotonic() - self.began
         spent = engine.time_table(self.costs, wall=wall, config=self.config)
         made, metrics = report(self.survey, self.decision, spent)
-        _show(made)
         result = {
             "models": self.origins,
             "report": folder.url_of("report/report.html"),
@@ -94,7 +91,7 @@ class EvaluationTask(runs.Task):
     def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
         page, handle = result["report"], run.handle
         found = promotion.conclude(self.config, self.origins, self.decision, handle, page)
-        say(f"\nreport: {page}\nMLflow: {tracking.page(handle)}")
+        say(f"report: {page}; metrics: {tracking.page(handle)}")
         (run.folder / MODELS).remove()
         return found
 
@@ -115,14 +112,6 @@ def _lineage(origins: Mapping[str, Origin]) -> dict[str, str]:
         for key, value in origin.items()
         if value
     }
-
-
-def _show(report: Report) -> None:
-    for text in report.texts:
-        flat = " ".join(text.text.split())
-        say(f"\n{text.heading}: {flat[:SHOWN]}{'…' if len(flat) > SHOWN else ''}")
-    for table in report.tables.values():
-        say(f"\n{table.title}. {table.note}\n{markdown(table)}")
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from dsl.sampling import Recorder
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra import tracking
 from infra.config import to_tree
+from infra.console import Meter
 from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines import models, prompts, verb
@@ -93,16 +94,21 @@ class GenerateConfig:
         require_temperature(self.temperature)
 
 
-def execute(config: GenerateConfig) -> dict[str, Any]:
+def execute(
+    config: GenerateConfig, show: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Draw, and write the texts. show: told each finished row; by default it is printed."""
     out = Folder.at(config.out)
     if config.toy:
         return toys.TOYS[config.toy](out, config.seed)
     model, given = prepare(config)
     film = Film(model.vocabulary, title(config, model, given)) if config.film else None
-    drawn = []
+    drawn, meter = [], Meter(f"generate {config.model}", len(given), "rows")
     for row in draw(config, model, given, film):
-        print(f"--- row {row['row']}, {row['calls']} calls\n{printable(row['text'])}", flush=True)
         drawn.append(row)
+        (show or _print)(row)
+        if not config.watch:
+            meter.show(len(drawn))
     texts = "".join(f"--- row {row['row']}\n{row['text']}\n" for row in drawn)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn)
     out.write_bytes("samples.txt", texts.encode())
@@ -114,6 +120,10 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
         made["film"] = folder.url_of(name)
     calls = sum(row["calls"] for row in drawn) / len(drawn)
     return made | {"model": config.model, "rows": len(drawn), "calls_per_row": calls}
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(f"--- row {row['row']}, {row['calls']} calls\n{printable(row['text'])}", flush=True)
 
 
 def prepare(config: GenerateConfig) -> tuple[Model, list[Given]]:

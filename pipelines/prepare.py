@@ -22,12 +22,12 @@ from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import cluster, shards
 from infra.config import digest, to_tree
+from infra.console import Meter, say
 from infra.errors import ConfigError, DataError
 from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
 from pipelines import verb
 from pipelines.corpus import EMBEDDED, Piece, expand, pieces
-from pipelines.runs import say
 
 PIECES_AT_ONCE = 512  # some 2 MiB of text, which the tokenizer spreads over its threads
 
@@ -104,9 +104,10 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
         writer.extra |= {"config": _identity(config), "text": {}}
         stream = pieces(config.source, config.text_field)
         for split in (split for split, size in sizes.items() if size):
-            text = _encode(islice(stream, sizes[split]), vocabulary, config, split, writer)
+            meter = Meter(f"prepare {split}", sizes[split], "pieces")
+            shown = meter.over(islice(stream, sizes[split]))
+            text = _encode(shown, vocabulary, config, split, writer)
             writer.extra["text"][split] = text
-            say(f"{split}: {text['rows']:,} rows, {text['tokens']:,} tokens")
     assert writer.manifest is not None
     return _summary(out, writer.manifest)
 

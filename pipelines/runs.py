@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 from dsl.errors import VocabularyError, WeightsError
 from infra import cluster, documents, tracking
 from infra.config import digest, flatten, parse, to_tree, to_yaml
+from infra.console import say
 from infra.errors import ConfigError, DataError, Problem
 from infra.lease import Held, Lease, held
 from infra.shards import Manifest
@@ -247,13 +247,3 @@ def register(
         return None
     version = models.register(model, name, handle, tags=tags)
     return {"model_uri": version.uri, "alias_uri": version.alias_uri("candidate")}
-
-
-def say(line: str) -> None:
-    """Progress for a person; stdout is kept for what was made."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, for progress."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

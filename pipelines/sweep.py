@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infra.console import say
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.report import markdown
-from pipelines.runs import Made, Run, say
+from pipelines.runs import Made, Run
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.estimate import plan

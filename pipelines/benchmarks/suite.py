@@ -15,10 +15,10 @@ import torch
 
 from infra import parallel
 from infra.config import to_tree
+from infra.console import clock, say
 from infra.storage import Folder
 from pipelines.benchmarks.settings import BenchmarkConfig
 from pipelines.report import Report, Table, markdown
-from pipelines.runs import clock, say
 
 CPUINFO = Path("/proc/cpuinfo")
 

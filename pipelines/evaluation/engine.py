@@ -12,17 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from infra import pool
+from infra.console import Meter, say
 from infra.pool import PoolConfig
 from pipelines.evaluation.question import TEXTS, Part
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Table
-from pipelines.runs import clock, say
 
 if TYPE_CHECKING:
     from pipelines.evaluation.settings import EvaluateConfig
 
-EVERY_S = 5.0  # seconds between two lines of progress
 TIME = (
     Column("stage", "Stage"),
     Column("parts", "Parts"),
@@ -90,17 +89,14 @@ def _run(stage: str, parts: Sequence[Part], survey: Survey, workers: PoolConfig)
     kept = survey.parts
     present = {group: kept.present(group) for group in {part.group for part in parts}}
     missing = [part for part in parts if part.first not in present[part.group]]
-    began = shown = time.monotonic()
+    began = time.monotonic()
     if len(missing) < len(parts):
         say(f"{stage}: {len(parts) - len(missing)} of {len(parts)} parts are there already")
+    meter = Meter(f"evaluate {stage}", len(missing), "parts")
     done = rows = 0
     for size in pool.run(missing, partial(worker, survey.config), workers):
         done, rows = done + 1, rows + size
-        now = time.monotonic()
-        if now - shown >= EVERY_S or done == len(missing):
-            shown, speed = now, rows / (now - began)
-            left = (now - began) / done * (len(missing) - done)
-            say(f"{stage}: {done}/{len(missing)}  {speed:,.1f} rows/s  ETA {clock(left)}")
+        meter.show(done, lambda elapsed, rows=rows: f"{rows / elapsed:,.1f} rows/s")
     notes = (note for group in present for note in kept.notes(group))
     work = sum(note["seconds"] for note in notes if note)
     wall = time.monotonic() - began

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from infra import documents, registry
+from infra.console import say
 from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines.evaluation import gate
@@ -16,7 +17,6 @@ from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.survey import Survey
-from pipelines.runs import say
 
 DECISION = "decision.json"
 
@@ -88,7 +88,7 @@ def conclude(
     moved = decision.accepted and now in (compared, candidate["version"])
     if moved and now != candidate["version"]:
         registry.set_alias(candidate["version"], CHAMPION, handle.uri)
-    say(f"\n{decision.why}")
+    say(decision.why)
     if decision.accepted and not moved:
         say("The alias has moved while this ran, so it stays where it is: evaluate again")
     return {"champion": {"moved": moved, "why": decision.why}}

@@ -12,7 +12,8 @@ from ray.tune.search import Searcher
 
 from infra import tracking
 from infra.command import explain
-from pipelines.runs import DATA_ERRORS, clock, say
+from infra.console import clock, say
+from pipelines.runs import DATA_ERRORS
 from pipelines.sweeping.settings import Asha, SweepConfig
 from pipelines.sweeping.trials import BOUND, Trial, Trials
 

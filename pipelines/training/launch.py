@@ -90,6 +90,7 @@ class TrainingTask(runs.Task):
         if self._is_trained(run.folder):
             return
         assignment = Assignment(
+            verb=self.verb,
             config=self.config,
             kind=self.kind,
             manifest=self.manifest,

@@ -71,7 +71,7 @@ def train(
         lanes = config.stream.lanes(*parallel.world())
         held_out = _held_out(data.validation_NL, config, lanes)
         length = data.validation_NL.shape[1]
-        progress = _progress(learner, sharding, done or 0, length, saved)
+        progress = _progress(learner, sharding, done or 0, length, saved, monitor.what)
         batches, heeded = data.batches(lanes, done or 0), Notice.NONE
 
         with monitor.following(done):
@@ -124,7 +124,12 @@ def _must_be_finite(step: int, metrics: Mapping[str, float], checkpoints: Checkp
 
 
 def _progress(
-    learner: Learner, sharding: ParallelConfig, done: int, length: int, saved: Mapping[str, Any]
+    learner: Learner,
+    sharding: ParallelConfig,
+    done: int,
+    length: int,
+    saved: Mapping[str, Any],
+    what: str,
 ) -> Progress:
     stream = learner.config.stream
     tokens = stream.num_lanes * stream.rows_per_microbatch * length
@@ -137,6 +142,7 @@ def _progress(
         flops=tokens * learner.objective.denoiser.backbone.flops_per_token(length),
         peak=peak and peak * parallel.world()[1],
         saved=saved,
+        what=what,
     )
 
 

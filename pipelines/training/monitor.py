@@ -19,6 +19,7 @@ class Monitor:
     every rank reports validations, asks for its own machine, and says what it is doing.
 
     Args:
+        what: the verb and the run, for the line of progress.
         began: when the run was first started, seconds since the epoch.
         stall_s: the longest that a step, a validation or the wait for a checkpoint may take.
         reports: called with each validation, on every rank at the same steps.
@@ -26,6 +27,7 @@ class Monitor:
     """
 
     run: Run
+    what: str
     began: float
     stall_s: float
     reports: Callable[[dict[str, float]], None] = lambda metrics: None

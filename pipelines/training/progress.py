@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infra import parallel
-from pipelines.runs import clock
+from infra import console, parallel
 
 SECONDS_BETWEEN_LINES = 5.0
 RECENT = 100  # steps of which percentiles are taken
@@ -25,7 +24,8 @@ class Progress:
 
     tokens, flops: of one step, all workers together. peak: FLOP/s of all their devices, where that
     is known. saved: what `saving` returned for the checkpoint of `done`; for a new run `began`
-    alone, when it was first started, in seconds since the epoch.
+    alone, when it was first started, in seconds since the epoch. what: the verb and the run, for
+    the person.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class Progress:
         flops: float,
         peak: float | None,
         saved: Mapping[str, Any],
+        what: str,
     ) -> None:
-        self.steps, self.step, self.tokens = steps, done, tokens
+        self.what, self.steps, self.step, self.tokens = what, steps, done, tokens
         self.flops, self.peak = flops, peak
         self.began = saved.get("began", time.time())
         self.useful = saved.get("useful_s", 0.0)
@@ -105,17 +106,24 @@ class Progress:
         if parallel.world()[0] or recent:
             return
         speed = self.metrics(None)
-        shown = [
-            f"step {self.step}/{self.steps}",
+        facts = [
             f"loss {metrics['loss']:.4f}",
-            *(f"{v} workers" for k, v in speed.items() if k == "speed/workers" and v > 1),
             *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
-            f"{speed['speed/tokens_per_s']:,.0f} tokens/s",
+            *(f"{v} workers" for k, v in speed.items() if k == "speed/workers" and v > 1),
             f"data wait {speed['speed/data_wait_percent']:.1f} %",
             *(f"MFU {v:.1f} %" for k, v in speed.items() if k == "speed/mfu_percent"),
-            f"ETA {clock(speed['speed/eta_s'])}",
         ]
-        print("  ".join(shown), file=sys.stderr, flush=True)
+        rate = f"{speed['speed/tokens_per_s']:,.0f} tokens/s"
+        shown = console.line(
+            self.what,
+            self.step,
+            self.steps,
+            "steps",
+            *facts,
+            rate=rate,
+            eta_s=speed["speed/eta_s"],
+        )
+        console.progress(shown, last=self.step == self.steps)
         self.since, self.from_step, self.waited = now, self.step, 0.0
 
 

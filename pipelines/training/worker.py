@@ -37,6 +37,7 @@ class Assignment:
     the epoch.
     """
 
+    verb: str
     config: RunConfig
     kind: str
     manifest: Manifest
@@ -92,6 +93,7 @@ def train(
             checkpoints=checkpoints,
             monitor=Monitor(
                 run=run,
+                what=f"{assignment.verb} {config.name}",
                 began=assignment.began,
                 stall_s=config.workers.parallel.stall_s,
                 reports=reports,

@@ -24,7 +24,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def progress(done: int = 0, **given: object) -> Progress:
     settings = {
-        "tokens": 100, "flops": 2e12, "peak": 10e12, "saved": {"began": 1000.0}, **given
+        "tokens": 100, "flops": 2e12, "peak": 10e12, "saved": {"began": 1000.0},
+        "what": "pretrain mdlm", **given
     }  # fmt: skip
     return Progress(20, done, **settings)
 
@@ -98,6 +99,6 @@ def test_a_line_for_a_person(clock: Clock, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""  # too soon
     step(at, clock, 9.0)
     at.line({"loss": 2.0, "validation/loss": 3.0})
-    shown = "step 2/20  loss 2.0000  validation/loss 3.0000  20 tokens/s  data wait 0.0 %"
-    assert capsys.readouterr().err == f"{shown}  MFU 4.0 %  ETA 1:30\n"
+    shown = "pretrain mdlm  2/20 steps  loss 2.0000  validation/loss 3.0000  data wait 0.0 %"
+    assert capsys.readouterr().err == f"{shown}  MFU 4.0 %  20 tokens/s  ETA 1:30\n"
     assert at.metrics(None)["speed/tokens_per_s"] == 0  # since the line
