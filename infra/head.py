@@ -36,7 +36,7 @@ from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, OBJECT_STORE_BYTES, QUIET,
 from infra.errors import InfraError, Problem
 
 UP = "Start one with `python -m infra.cluster up`"
-START_SECONDS, STOP_SECONDS = 60, 20
+START_SECONDS, STOP_SECONDS = 180, 20
 # A job needs neither. Ray itself leaves out .git, .venv and what .gitignore names.
 EXCLUDES = ["/.cluster", "/tests"]
 RAY = str(Path(sys.executable).with_name("ray"))
