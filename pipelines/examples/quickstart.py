@@ -174,8 +174,10 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 def _wrapped(text: str) -> list[str]:
     """The beginning of a text, on two lines at most."""
+    from pipelines.watch import printable  # late, because it imports torch
+
     return textwrap.wrap(
-        " ".join(text.split()),
+        " ".join(printable(text).split()),
         WIDTH,
         initial_indent="  ",
         subsequent_indent="    ",
