@@ -121,7 +121,7 @@ def flatten(config: Any) -> dict[str, str | int | float | bool | None]:
     """{dotted key: scalar}; lists and empty mappings are written as JSON."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and (value or not prefix):  # the root may be empty
             for key, item in value.items():
                 yield from walk(f"{prefix}.{key}" if prefix else key, item)
         else:
