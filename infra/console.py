@@ -27,7 +27,7 @@ REWRITE = "\r"  # begins a line of progress that another process sends
 # A line of Ray's C++ code: [2026-11-25 20:34:07,123 E 423 423] core_worker.cc:42: …
 NATIVE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,.]+ \w \d+ \d+\]")
 ENGINE = ("raylet", "autoscaler", "gcs_server")  # Ray's own processes, as it names them
-CHATTY = ("alembic", "mlflow.store.db.utils")  # loggers that tell of MLflow's migrations
+CHATTY = ("alembic.runtime", "mlflow.store.db.utils")  # loggers that tell of MLflow's migrations
 
 T = TypeVar("T")
 

@@ -89,7 +89,7 @@ def test_lines_of_workers_are_shown_and_those_of_ray_are_kept(
 def test_the_log_goes_where_all_ends_well(capfd: pytest.CaptureFixture[str]) -> None:
     with console.kept("test") as log:
         os.write(2, b"from a library\n")
-        logging.getLogger("alembic.tests").warning("a migration")
+        logging.getLogger("alembic.runtime.migration").warning("a migration")
         warnings.warn("out of date", UserWarning, stacklevel=1)
         kept = log.read_text()
         assert all(text in kept for text in ("from a library", "a migration", "out of date"))
