@@ -35,7 +35,7 @@ try:
             this.finished(step)
 except InfraError as error:
     print(error, flush=True)
-    sys.exit(error.exit_code)
+    os._exit(error.exit_code)  # its collective has failed, and gloo may abort a tidy end
 dist.destroy_process_group()  # else its threads may abort a process that ends
 """
 
