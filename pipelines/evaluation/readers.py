@@ -3,6 +3,7 @@ whatever else a question defines."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,36 +24,37 @@ if TYPE_CHECKING:
 OpenModel = Callable[[str], Model]
 
 
-class Reader:
+class Reader(ABC):
     """The base class of what reads texts."""
 
     reads_training: ClassVar[bool] = False  # needs the rows of the training split, too
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """What tables call it."""
-        raise NotImplementedError
 
     def addresses(self) -> tuple[str, ...]:
         """The models of our own that it opens."""
         return ()
 
-    def check(self, uri: str) -> None:
+    def check(self, uri: str) -> None:  # noqa: B027 - nothing to check is a fine answer
         """A `Problem` where its model cannot be used; `uri` of the registry."""
 
-    def check_data(self, held_out: HeldOut) -> None:
+    def check_data(self, held_out: HeldOut) -> None:  # noqa: B027
         """A `Problem` where it cannot read texts of this data."""
 
+    @abstractmethod
     def load_in(self, workspace: Workspace) -> Any:
         """A function of texts and their tokens."""
-        raise NotImplementedError
 
 
 class NetworkReader(Reader):
     """A reader that is a network, on the device of the workspace."""
 
+    @abstractmethod
     def load(self, device: torch.device | str, open_model: OpenModel) -> Any:
-        raise NotImplementedError
+        """A function of texts and their tokens; `open_model` opens models of our own."""
 
     def load_in(self, workspace: Workspace) -> Any:
         return self.load(workspace.device, workspace.own_reader)

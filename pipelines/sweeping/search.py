@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,12 +26,12 @@ BASE = "base"
 ATTEMPTS = 100  # draws for each trial, until its settings are new
 
 
-class Planned:
+class Planned(ABC):
     """A search whose proposals are all known before it begins."""
 
+    @abstractmethod
     def planned(self, space: Space, seed: int) -> list[Settings]:
         """All proposals, in order."""
-        raise NotImplementedError
 
     def count(self, space: Space) -> int:
         return len(self.planned(space, 0))
