@@ -132,6 +132,9 @@ def kept(name: str) -> Iterator[Path]:
     except Exception:
         _show(log)
         raise
+    except BaseException:  # an interrupt: nothing has failed
+        log.unlink(missing_ok=True)
+        raise
     finally:
         os.close(shown)
         os.close(descriptor)

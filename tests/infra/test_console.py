@@ -106,6 +106,14 @@ def test_an_error_before_any_chatter_shows_no_log(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == ""
 
 
+def test_an_interrupt_leaves_no_log(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), console.kept("test") as log:
+        os.write(2, b"from a library\n")
+        raise KeyboardInterrupt
+    assert not log.exists()
+    assert capfd.readouterr().err == ""
+
+
 def test_stderr_reaches_the_terminal_of_a_real_process() -> None:
     program = (
         "import os, sys\nfrom infra import console\n"
