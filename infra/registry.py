@@ -31,9 +31,9 @@ from infra.tracking import connect
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
-    from mlflow.pyfunc import PyFuncModel
 
 ARTIFACT = "model"
+CANDIDATE = "candidate"  # the alias of the version that was registered last
 LOADER = "mlflow.pyfunc.loaders.code_model"  # MLflow's for models from code: no pickle
 HARMLESS = {".safetensors", ".json", ".txt", ".md", ".yaml", ".yml", ".py"}
 # Files that MLflow itself adds, listed by name because they have no suffix.
@@ -58,8 +58,9 @@ class ModelVersion:
     def uri(self) -> str:
         return f"models:/{self.name}/{self.version}"
 
-    def alias_uri(self, alias: str = "candidate") -> str:
-        return f"models:/{self.name}@{alias}"
+    @property
+    def candidate_uri(self) -> str:
+        return f"models:/{self.name}@{CANDIDATE}"
 
 
 def register(
@@ -73,7 +74,6 @@ def register(
     code_paths: Sequence[Path] = (),
     signature: ModelSignature | None = None,
     tags: Mapping[str, str] | None = None,
-    alias: str = "candidate",
 ) -> ModelVersion:
     """Register `folder` behind the pyfunc in the file `code` as a new version of `name`.
 
@@ -81,8 +81,8 @@ def register(
     requirements: what the model's environment needs, as pip writes it.
     code_paths: packages that `code` imports and that no index has; they travel with the model.
 
-    The alias moves last, once the version is complete. DataError for a file that could hold a
-    pickle; InfraError where the server is away or refuses.
+    The alias `candidate` moves last, once the version is complete. DataError for a file that could
+    hold a pickle; InfraError where the server is away or refuses.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelStatus
@@ -123,31 +123,32 @@ def register(
             model_id=logged.model_id,
             tags=dict(tags or {}),
         )
-        client.set_registered_model_alias(name, alias, made.version)
+        client.set_registered_model_alias(name, CANDIDATE, made.version)
     return describe(f"models:/{name}/{made.version}", uri)
 
 
-def download(model_uri: str, uri: str, into: Path | None = None) -> Path:
-    """The local folder of a model's weights, for `models:/name@alias` or `models:/name/3`.
+@contextmanager
+def downloaded(model_uri: str, uri: str) -> Iterator[Path]:
+    """The folder of a model's weights, for `models:/name@alias` or `models:/name/3`, on this
+    machine for the duration of the block.
 
-    Nothing is executed. `into` is where the model is put, None a new temporary folder; the
-    caller removes either. DataError for a model, version or alias that does not exist, for a
-    damaged file, and for one that could hold a pickle.
+    Nothing is executed. DataError for a model, version or alias that does not exist, for a damaged
+    file, and for one that could hold a pickle.
     """
-    root = _fetch(model_uri, uri, into)
-    folder = _check_model(root)
-    _verify(root, model_uri)
-    return folder
+    import mlflow.artifacts
 
-
-def load(model_uri: str, uri: str, into: Path | None = None) -> PyFuncModel:
-    """The model, ready to `predict`; executes the Python code that was registered with it."""
-    import mlflow.pyfunc
-
-    root = _fetch(model_uri, uri, into)
-    _check_model(root)
-    _verify(root, model_uri)
-    return mlflow.pyfunc.load_model(str(root))
+    with tempfile.TemporaryDirectory(prefix="model-") as into:
+        with _registry(uri) as client:
+            found = _find(client, model_uri)
+            source = client.get_model_version_download_uri(found.name, found.version)
+            local = mlflow.artifacts.download_artifacts(
+                artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=into
+            )
+        # Loading a model in place leaves bytecode beside it, which need not match the source.
+        _drop_bytecode(Path(local))
+        folder = _check_model(Path(local))
+        _verify(Path(local), model_uri)
+        yield folder
 
 
 def describe(model_uri: str, uri: str) -> ModelVersion:
@@ -184,23 +185,6 @@ def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
         return describe(f"models:/{name}@{alias}", uri)
     except DataError:
         return None
-
-
-def _fetch(model_uri: str, uri: str, into: Path | None) -> Path:
-    import mlflow.artifacts
-
-    with _registry(uri) as client:
-        found = _find(client, model_uri)
-        source = client.get_model_version_download_uri(found.name, found.version)
-        into = into or Path(tempfile.mkdtemp(prefix="model-"))
-        root = Path(
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=str(into)
-            )
-        )
-    # Loading a model in place leaves bytecode beside it, which need not match the source.
-    _drop_bytecode(root)
-    return root
 
 
 def _find(client: MlflowClient, model_uri: str) -> Any:

@@ -217,36 +217,24 @@ class ShardWriter:
                     self.folder.remove(f"{split}/{name}")
 
 
-def read_manifest(
-    url: str | Folder,
-    *,
-    length: int | None = None,
-    vocabulary_size: int | None = None,
-    vocabulary_sha256: str | None = None,
-) -> Manifest:
-    """The manifest of a folder of shards, checked against what the caller needs.
+def read_manifest(url: str | Folder) -> Manifest:
+    """The manifest of a folder of shards.
 
-    Raises DataError if it is missing, malformed, of another format version, or of another
-    length or vocabulary than asked for (all differences in one message).
+    Raises DataError if it is missing, malformed, or of another format version.
     """
     folder = Folder.at(url)
     where = folder.url_of(MANIFEST)
     if not folder.exists(MANIFEST):
         raise DataError(where, "no finished shards here", "Run `prepare` into this folder first")
-    manifest = _parse(folder.read_bytes(MANIFEST), where)
-    wanted = (
-        ("length", length, manifest.length),
-        ("vocabulary size", vocabulary_size, manifest.vocabulary.size),
-        ("vocabulary sha256", vocabulary_sha256, manifest.vocabulary.sha256),
-    )
-    wrong = [
-        f"{name} is {_short(has)}, not {_short(asked)}"
-        for name, asked, has in wanted
-        if asked is not None and asked != has
-    ]
-    if wrong:
-        fix = "Run `prepare` with the model's length and vocabulary, or choose the shards it fits"
-        raise DataError(where, "; ".join(wrong), fix)
+    fix = "Run `prepare` again into a fresh folder"
+    content = folder.read_bytes(MANIFEST)
+    try:
+        version = documents.from_json(content)["format"]
+    except (ValueError, TypeError, KeyError):
+        raise DataError(where, "not a manifest of shards", fix) from None
+    if version != FORMAT:
+        raise DataError(where, f"format version {version!r}; this code reads {FORMAT}", fix)
+    manifest: Manifest = documents.parse(content, Manifest, where, fix)
     return manifest
 
 
@@ -277,18 +265,6 @@ def check_files(folder: Folder, manifest: Manifest, split: str) -> list[list[int
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         return list(pool.map(check, manifest.files(split)))
-
-
-def verify(folder: Folder, manifest: Manifest, split: str) -> None:
-    """Check a split completely: `check_files`, then every file's sha256 and every id."""
-    groups = check_files(folder, manifest, split)
-    for file, rows in zip(manifest.files(split), groups, strict=True):
-        with folder.open(file.name) as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if digest != file.sha256:
-            raise _corrupt(folder.url_of(file.name), "its sha256 is not the manifest's")
-        for index in range(len(rows)):
-            read_group(folder, manifest, file.name, index)
 
 
 def read_group(folder: Folder, manifest: Manifest, name: str, index: int) -> np.ndarray:
@@ -362,22 +338,5 @@ def _check_ids(rows_NL: np.ndarray, size: int, where: Callable[[int], str]) -> N
         raise DataError(where(row), f"id {bad} where the vocabulary has {size} entries", fix)
 
 
-def _parse(content: bytes, where: str) -> Manifest:
-    fix = "Run `prepare` again into a fresh folder"
-    try:
-        version = documents.from_json(content)["format"]
-    except (ValueError, TypeError, KeyError):
-        raise DataError(where, "not a manifest of shards", fix) from None
-    if version != FORMAT:
-        raise DataError(where, f"format version {version!r}; this code reads {FORMAT}", fix)
-    manifest: Manifest = documents.parse(content, Manifest, where, fix)
-    return manifest
-
-
 def _corrupt(where: str, why: str) -> DataError:
     return DataError(where, why, "Fetch the file again, or run `prepare` again")
-
-
-def _short(value: int | str) -> str:
-    """A sha256 by its first digits, as in a commit; a number as it is."""
-    return value if isinstance(value, int) else f"{value[:12]}…"

@@ -69,7 +69,8 @@ def load(
 
 def _read(address: str, converter: ConverterConfig, tracking_uri: str) -> Model:
     if address.startswith("models:/"):
-        return load_folder(Folder.at(str(registry.download(address, tracking_uri))), address)
+        with registry.downloaded(address, tracking_uri) as local:
+            return load_folder(Folder.at(str(local)), address)
     folder = Folder.at(address)
     for place in (folder, folder / "model"):
         if is_ours(place):

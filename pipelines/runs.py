@@ -246,4 +246,4 @@ def register(
         say(f"not registered: {handle.uri} does not answer; the same command tries again")
         return None
     version = models.register(model, name, handle, tags=tags)
-    return {"model_uri": version.uri, "alias_uri": version.alias_uri("candidate")}
+    return {"model_uri": version.uri, "alias_uri": version.candidate_uri}

@@ -16,7 +16,7 @@ import torch
 
 import dsl
 from dsl.dit import DiTConfig
-from infra import registry, tracking
+from infra import tracking
 from infra.registry import ModelVersion
 from infra.storage import Folder
 from infra.tracking import RunHandle
@@ -131,10 +131,12 @@ def test_bad_parameters_are_told(folder: Path, params: dict[str, Any], said: str
 
 def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, folder: Path) -> None:
     path = list(sys.path)
+    mlflow.set_tracking_uri(run.uri)
     try:
-        model = registry.load("models:/tiny@candidate", run.uri)
+        model = mlflow.pyfunc.load_model("models:/tiny@candidate")
     finally:
         sys.path[:] = path
+        mlflow.set_tracking_uri(None)
     assert model.predict(["the "]) == drawn(folder, text="the ")
     registered = {"model": "models:/tiny@candidate", "tracking": TrackingConfig(uri=run.uri)}
     assert model.predict(["the "]) == drawn(folder, text="the ", **registered)

@@ -14,7 +14,7 @@ import pytest
 from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra.errors import ConfigError, DataError
-from infra.shards import MANIFEST, check_files, read_group, read_manifest, verify
+from infra.shards import MANIFEST, check_files, read_group, read_manifest
 from infra.storage import Folder
 from pipelines import prepare
 from tests.pipelines import tiny
@@ -137,8 +137,6 @@ def test_a_vocabulary_from_a_bucket(tmp_path: Path) -> None:
         path = f"memory://test_prepare/{name}"
         made(f"source={source}", f"out={out}", f"vocabulary={{kind: file, path: '{path}'}}")
         assert vocabulary(out).sha256 == read_manifest(out).vocabulary.sha256 == trained.sha256
-        for split in ("train", "validation", "test"):
-            verify(Folder.at(out), read_manifest(out), split)
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -164,7 +162,7 @@ def test_finished_shards_stay_unless_settings_differ_and_a_restart_is_asked_for(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     second = made(f"source={source}", f"out={out}", "length=16", "existing=restart")
     assert second["digest"] != first["digest"]
-    assert second["rows"]["train"] == read_manifest(str(out), length=16).rows("train")
+    assert second["rows"]["train"] == read_manifest(str(out)).rows("train")
 
 
 def test_an_interrupted_preparation_starts_afresh(
