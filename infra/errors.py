@@ -56,19 +56,17 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     `worker_failures` by rank. Such a wrapper says nothing of its own: the text of one is a
     whole remote traceback, even where it poses as an instance of what it wraps.
     """
-    yield from _causes(error, set())
-
-
-def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
-    # A problem that is raised again from its wrapper is the cause of its own cause.
-    if id(error) in seen:
-        return
-    seen.add(id(error))
-    failures = getattr(error, "worker_failures", None) or {}
-    wrapped = [getattr(error, name, None) for name in WRAPPERS]
-    inner = [cause for cause in (*wrapped, *failures.values()) if isinstance(cause, BaseException)]
-    if not inner:
-        yield error
-        inner = [error.__cause__] if error.__cause__ else []
-    for cause in inner:
-        yield from _causes(cause, seen)
+    left, seen = [error], set[int]()
+    while left:
+        error = left.pop(0)
+        # A problem that is raised again from its wrapper is the cause of its own cause.
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None) or {}
+        wrapped = [*(getattr(error, name, None) for name in WRAPPERS), *failures.values()]
+        inner = [cause for cause in wrapped if isinstance(cause, BaseException)]
+        if not inner:
+            yield error
+            inner = [error.__cause__] if error.__cause__ else []
+        left = inner + left

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 from infra import cluster
 from infra.cluster import ClusterConfig
-from infra.errors import ConfigError, InfraError
+from infra.errors import InfraError
 
 ATTEMPTS = 4  # at a job whose process dies each time
 START_S = 600  # the time an autoscaler has to bring machines
@@ -41,9 +40,9 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         if self.count < 0:
-            raise ConfigError("pool.count", f"{self.count} is negative", "0 means this process")
+            raise ValueError(f"count must be at least 0 (this process), got {self.count}")
         if self.threads is not None and self.threads < 1:
-            raise ConfigError("pool.threads", f"{self.threads} is not positive")
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
 
     @property
     def cpus(self) -> int:
@@ -125,9 +124,14 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
     from ray import cloudpickle
     from ray.exceptions import RayActorError
 
-    actor = ray.remote(num_cpus=config.cpus, num_gpus=int(config.gpu))(_Worker)
+    actor = ray.remote(
+        num_cpus=config.cpus,
+        num_gpus=int(config.gpu),
+        max_restarts=-1,  # of a process, whose job is what is given up
+        max_task_retries=ATTEMPTS - 1,
+    )(_Worker)
     actors = [actor.remote(make, config) for _ in range(min(config.count, len(jobs)))]
-    waiting, deaths = list(range(len(jobs)))[::-1], Counter[int]()
+    waiting = list(range(len(jobs)))[::-1]
     running: dict[Any, tuple[int, Any]] = {}  # what a call returns: its job and its actor
 
     def assign(worker: Any) -> None:
@@ -145,15 +149,9 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
             try:
                 result, error, where = cloudpickle.loads(ray.get(done))
             except RayActorError:
-                deaths[nth] += 1
-                if deaths[nth] == ATTEMPTS:
-                    why = f"the process died at each of {ATTEMPTS} attempts"
-                    fix = "Out of memory? Try smaller batches"
-                    raise InfraError(f"job {nth}", why, fix) from None
-                waiting.append(nth)
-                actors.append(actor.remote(make, config))
-                assign(actors[-1])
-                continue
+                why = f"the process died at each of {ATTEMPTS} attempts"
+                fix = "Out of memory? Try smaller batches"
+                raise InfraError(f"job {nth}", why, fix) from None
             if error:
                 raise error from RemoteTraceback(where)
             assign(worker)  # first, so that the process works on while the result is used

@@ -56,10 +56,10 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
-            raise ConfigError("stream.seed", f"{self.seed} is not in [0, 2^64)")
+            raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
         for name in ("num_lanes", "rows_per_microbatch", "window_groups"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"stream.{name}", f"{getattr(self, name)} is not positive")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def lanes(self, rank: int, world_size: int) -> tuple[int, ...]:
         """The lanes that a worker serves: those congruent to its rank."""

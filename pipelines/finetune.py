@@ -19,34 +19,25 @@ from typing import Any
 import torch
 
 from dsl.converter import ConverterConfig
-from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
-from dsl.dit import DiTShape
+from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.objective import DSLObjective
 from dsl.support import Mixed, Support
 from dsl.vocabulary import Vocabulary
-from infra import tracking
 from infra.errors import ConfigError
-from infra.shards import Manifest, read_manifest
 from pipelines import models, runs, verb
 from pipelines.kinds import DSL, KINDS
-from pipelines.models import SCRATCH, Model
-from pipelines.training.launch import TrainingTask, plan
+from pipelines.models import SCRATCH
+from pipelines.training.launch import TrainingTask, given, plan, scratch
 from pipelines.training.settings import RunConfig, TrainingConfig
 from pipelines.training.worker import Assignment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainingConfig):
-    """`support` is what SNR the training rows see.
+    """`support` is what SNR the training rows see."""
 
-    `backbone` is that of `init: scratch`. Any other `init` brings its own, dropout included, and
-    what is said here must agree with it.
-    """
-
-    init: str
     support: Support = field(default_factory=Mixed)
     converter: ConverterConfig = field(default_factory=ConverterConfig)
-    backbone: BackboneShape | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +45,15 @@ class FinetuneConfig(Recipe, RunConfig):
     """A recipe, and the run that follows it."""
 
 
-def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
+def initial(config: FinetuneConfig, vocabulary: Vocabulary) -> Denoiser:
     """The denoiser that training starts from, the same for the same seed.
 
     Raises DataError where `init` speaks another vocabulary, ConfigError where it is causal.
     """
-    torch.manual_seed(config.train.stream.seed)
     if config.init == SCRATCH:
-        return _scratch(config, vocabulary.size)
-    model = _given(config)
+        return scratch(config, config.converter, vocabulary.size, causal=False)
+    torch.manual_seed(config.train.stream.seed)
+    model = given(config, config.converter)
     models.require_same(model, vocabulary, "init")
     if KINDS[model.kind].causal:
         raise ConfigError("init", f"{config.init} is autoregressive", "Give a masked model")
@@ -73,25 +64,8 @@ def initial(config: FinetuneConfig, manifest: Manifest, vocabulary: Vocabulary) 
     return Denoiser(whole, backbone)
 
 
-def _given(config: FinetuneConfig) -> Model:
-    uri = tracking.locate(config.tracking, config.root)
-    return models.load(
-        config.init, converter=config.converter, tracking_uri=uri, backbone=config.backbone
-    )
-
-
-def _scratch(config: FinetuneConfig, tokens: int) -> Denoiser:
-    backbone = (config.backbone or DiTShape()).config(tokens, causal=False)
-    return Denoiser(DenoiserConfig(backbone=backbone, **vars(config.converter)))
-
-
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
-    manifest = read_manifest(config.data)
-    if config.init == SCRATCH:
-        with torch.device("meta"):
-            return plan(config, _scratch(config, manifest.vocabulary.size))
-    model = _given(config)
-    return plan(config, model.denoiser) | {"init": config.init, "init_objective": model.kind}
+    return plan(config, config.converter, causal=False)
 
 
 def execute(

@@ -138,15 +138,21 @@ def is_ours(folder: Folder) -> bool:
 
 def vocabulary_of(manifest: Manifest, data: Folder) -> Vocabulary:
     """The vocabulary that shards were written with; DataError if the file is another one."""
-    with data.local("tokenizer.json") as local:
-        vocabulary = Vocabulary.load(local)
+    address = data.url_of(TOKENIZER)
+    vocabulary = read_vocabulary(address)
     if vocabulary.sha256 != manifest.vocabulary.sha256:
         raise DataError(
-            data.url_of("tokenizer.json"),
-            "not the vocabulary that the manifest names",
-            "Prepare the data again",
+            address, "not the vocabulary that the manifest names", "Prepare the data again"
         )
     return vocabulary
+
+
+def read_vocabulary(address: str) -> Vocabulary:
+    """The vocabulary in a `tokenizer.json`, or in a folder that holds one or GPT-2's two files."""
+    folder, name = Folder.holding(address.rstrip("/"))
+    inside = (folder / name).names()  # none: it is a file
+    with (folder / name if inside else folder).local(*inside or [name]) as local:
+        return Vocabulary.load(local if inside else local / name)
 
 
 def require_same(model: Model, vocabulary: Vocabulary, where: str) -> None:

@@ -26,7 +26,7 @@ from infra.console import Meter, say
 from infra.errors import ConfigError, DataError
 from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
-from pipelines import verb
+from pipelines import models, verb
 from pipelines.corpus import EMBEDDED, Piece, expand, pieces
 
 PIECES_AT_ONCE = 512  # some 2 MiB of text, which the tokenizer spreads over its threads
@@ -171,10 +171,7 @@ def _vocabulary(config: PrepareConfig, sizes: dict[str, int]) -> Vocabulary:
     if isinstance(given, BPE):
         train = islice(pieces(config.source, config.text_field), sizes["train"])
         return Vocabulary.train_bpe((piece.text for piece in train), given.size)
-    folder, name = Folder.holding(given.path.rstrip("/"))
-    inside = (folder / name).names()  # none: it is a file
-    with (folder / name if inside else folder).local(*inside or [name]) as local:
-        return Vocabulary.load(local if inside else local / name)
+    return models.read_vocabulary(given.path)
 
 
 def _encode(

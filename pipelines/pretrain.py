@@ -15,19 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-
 from dsl.converter import ConverterConfig
-from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
-from dsl.dit import DiTShape
+from dsl.denoiser import Denoiser
 from dsl.vocabulary import Vocabulary
-from infra import tracking
 from infra.errors import ConfigError
-from infra.shards import Manifest, read_manifest
 from pipelines import models, runs, verb
 from pipelines.kinds import MDLM, PRETRAINED, ModelKind
-from pipelines.models import SCRATCH, Model
-from pipelines.training.launch import TrainingTask, plan
+from pipelines.models import SCRATCH
+from pipelines.training.launch import TrainingTask, given, plan, scratch
 from pipelines.training.settings import RunConfig
 
 
@@ -36,16 +31,15 @@ class PretrainConfig(RunConfig):
     """`objective` decides the loss, and with it whether attention is causal.
 
     `mdlm_flat` is `mdlm` without the bound's weights: quicker at small batches (see
-    `dsl.objective.MDLMObjective`). `backbone` is that of `init: scratch`; any other `init` brings
-    its own, dropout included, and what is said here must agree with it.
+    `dsl.objective.MDLMObjective`).
     """
 
     init: str = SCRATCH
     objective: Literal[tuple(PRETRAINED)] = MDLM.name
-    backbone: BackboneShape | None = None
 
 
-# Of a checkpoint of the public code, whose table and converter come to nothing here.
+# Table and converter take no part in these objectives: the mask is hard, and no token is ever at a
+# finite SNR.
 HARD = ConverterConfig(embed_dim=1, mask_prior=1.0, skip=False)
 
 
@@ -54,27 +48,15 @@ def kind(config: PretrainConfig) -> ModelKind:
     return PRETRAINED[config.objective]
 
 
-def untrained(config: PretrainConfig, tokens: int) -> Denoiser:
-    """The network of `scratch`, the same for the same seed.
-
-    Its table and converter take no part in these objectives: the mask is hard, and no token is
-    ever at a finite SNR.
-    """
-    torch.manual_seed(config.train.stream.seed)
-    shape = config.backbone or DiTShape()
-    backbone = shape.config(tokens, causal=kind(config).causal)
-    return Denoiser(DenoiserConfig(backbone=backbone, **vars(HARD)))
-
-
-def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) -> Denoiser:
+def initial(config: PretrainConfig, vocabulary: Vocabulary) -> Denoiser:
     """The denoiser that training starts from.
 
     Raises DataError where `init` speaks another vocabulary, ConfigError where it is of another
     kind.
     """
     if config.init == SCRATCH:
-        return untrained(config, vocabulary.size)
-    model = _given(config)
+        return scratch(config, HARD, vocabulary.size, causal=kind(config).causal)
+    model = given(config, HARD)
     models.require_same(model, vocabulary, "init")
     if model.kind != kind(config).name:
         made = kind(config).name
@@ -83,17 +65,8 @@ def initial(config: PretrainConfig, manifest: Manifest, vocabulary: Vocabulary) 
     return model.denoiser
 
 
-def _given(config: PretrainConfig) -> Model:
-    uri = tracking.locate(config.tracking, config.root)
-    return models.load(config.init, converter=HARD, tracking_uri=uri, backbone=config.backbone)
-
-
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
-    if config.init != SCRATCH:
-        return plan(config, _given(config).denoiser)
-    tokens = read_manifest(config.data).vocabulary.size
-    with torch.device("meta"):
-        return plan(config, untrained(config, tokens))
+    return plan(config, HARD, causal=kind(config).causal)
 
 
 def execute(config: PretrainConfig) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from dsl import conditioning
 from dsl.conditioning import Given, Mode
 from dsl.errors import TextError, VocabularyError
-from dsl.vocabulary import Vocabulary
 from infra.documents import from_json
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
+from pipelines import models
 from pipelines.models import Model
 
 
@@ -66,9 +66,7 @@ def with_vocabulary(model: Model, tokenizer: str | None) -> Model:
         return model
     if not tokenizer:
         raise ConfigError("tokenizer", f"{model.address} comes without one", "Name its files")
-    folder, name = Folder.holding(tokenizer.rstrip("/"))
-    with folder.local(name) as local:
-        vocabulary = Vocabulary.load(local / name)
+    vocabulary = models.read_vocabulary(tokenizer)
     tokens = model.denoiser.config.backbone.tokens
     if vocabulary.size != tokens:
         why = f"has {vocabulary.size} tokens, {model.address} has {tokens}"

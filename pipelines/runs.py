@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dsl.errors import VocabularyError, WeightsError
 from infra import cluster, documents, tracking
@@ -18,8 +18,11 @@ from infra.errors import ConfigError, DataError, Problem
 from infra.lease import Held, Lease, held
 from infra.shards import Manifest
 from infra.storage import Folder
-from infra.tracking import RunHandle, TrackingConfig
+from infra.tracking import RunHandle
 from pipelines import models
+
+if TYPE_CHECKING:  # which imports this module
+    from pipelines.verb import RunSettings
 
 RESULT = "result.json"
 # What may differ when a run is continued: where it runs, how it is shown, and how often it
@@ -27,16 +30,6 @@ RESULT = "result.json"
 FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "train.log_every")
 # What counts as bad data or weights beside infra's own errors.
 DATA_ERRORS = (WeightsError, VocabularyError)
-
-
-class Settings(Protocol):
-    """What the configuration of every such verb holds; `data` only where the verb takes any."""
-
-    name: str
-    root: str
-    data: str
-    existing: Literal["resume", "restart"]
-    tracking: TrackingConfig
 
 
 class Run(NamedTuple):
@@ -62,7 +55,7 @@ class Task(ABC):
     """
 
     verb: str
-    config: Settings
+    config: RunSettings
     parent: str | None = None  # id of the MLflow run to show this one under
 
     free: ClassVar[tuple[str, ...]] = FREE  # how the keys begin that a resumed run may change
@@ -125,7 +118,7 @@ def carry_out(task: Task) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Iterator[Held]:
+def opened(config: RunSettings, verb: str, free: tuple[str, ...] = FREE) -> Iterator[Held]:
     """The run directory, `.run` of what is yielded: new, wiped, or the one of an earlier attempt
     with the same settings. Inside the block this process alone may write into it.
 
@@ -139,7 +132,7 @@ def opened(config: Settings, verb: str, free: tuple[str, ...] = FREE) -> Iterato
         yield holder
 
 
-def _open(folder: Folder, config: Settings, verb: str, free: tuple[str, ...]) -> None:
+def _open(folder: Folder, config: RunSettings, verb: str, free: tuple[str, ...]) -> None:
     if not folder.exists(tracking.CONFIG):
         if folder.names():
             raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
@@ -173,7 +166,7 @@ def result(folder: Folder, *keys: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _beginning(folder: Folder, config: Settings, verb: str) -> Iterator[None]:
+def _beginning(folder: Folder, config: RunSettings, verb: str) -> Iterator[None]:
     """Around all that comes before the MLflow run: a kill leaves a run to resume, an error
     nothing."""
     if folder.exists(tracking.RECORD):

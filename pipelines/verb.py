@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from infra import command, tracking
+from infra.storage import Folder
 from pipelines.runs import DATA_ERRORS
 
 T = TypeVar("T")
@@ -20,6 +22,25 @@ class TrackingConfig(tracking.TrackingConfig):
     """Where runs are shown, by default in the experiment `dsl`."""
 
     experiment: str = "dsl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The run directory of a verb: `name` in `root`. If it exists, `existing` says whether to go on
+    from there or to wipe it."""
+
+    name: str
+    root: str = "runs"
+    existing: Literal["resume", "restart"] = "resume"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
+
+    @property
+    def folder(self) -> Folder:
+        return Folder.at(self.root) / self.name
 
 
 def run(

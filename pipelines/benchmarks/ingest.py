@@ -18,7 +18,7 @@ import torch
 from dsl.vocabulary import TOKENIZER
 from infra import cluster, shards, stream
 from infra.cluster import ClusterConfig
-from infra.shards import ROWS_PER_FILE, ROWS_PER_GROUP, Manifest, ShardWriter, read_manifest
+from infra.shards import ROWS_PER_GROUP, ShardWriter, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan, StreamConfig
 from pipelines import prepare
@@ -32,13 +32,12 @@ from pipelines.report import Row, Table
 CPU = torch.device("cpu")
 IDS = shards.VocabularyRecord(kind="bpe", sha256="0" * 64, size=50257)
 FACTS = {"source": "random", "split_rule": "all", "blocks": "eos"}
-DEEP = 1_000_000  # the step to resume from
 
 
 def run(config: BenchmarkConfig) -> Table:
     size, rounds = config.ingest, config.rounds
     with tempfile.TemporaryDirectory() as place:
-        rows = [step(size, rounds, Path(place)) for step in (reading, planning, preparing)]
+        rows = [step(size, rounds, Path(place)) for step in (reading, preparing)]
     note = (
         f"{size.rows:,} rows of {size.length} random tokens on this machine's disk, read in the "
         f"shuffled order of training by one worker. Text: {size.megabytes} MB of {size.source}."
@@ -84,39 +83,6 @@ def take(microbatches: Iterator[dict[int, np.ndarray]], rows: int) -> None:
     """Read on until so many more rows have come."""
     while rows > 0:
         rows -= len(next(microbatches)[0])
-
-
-def planning(size: IngestConfig, rounds: int, place: Path) -> Row:
-    """From the manifest to the first window of a resumed run, without reading the footers."""
-    files = [
-        shards.Shard(
-            name=f"train/part-{i:05d}.parquet", rows=ROWS_PER_FILE, bytes=1, sha256="0" * 64
-        )
-        for i in range(size.shards)
-    ]
-    splits = {"train": tuple(files)}
-    manifest = Manifest(vocabulary=IDS, length=size.length, splits=splits, commit="", **FACTS)
-    folder, content = Folder.at(str(place / "planned")), manifest.to_json()
-    folder.write_bytes(shards.MANIFEST, content)
-    groups = ROWS_PER_FILE // ROWS_PER_GROUP
-
-    def resume(number: int) -> object:
-        order = Plan(
-            folder=folder,
-            manifest=read_manifest(folder),
-            split="train",
-            config=StreamConfig(),
-            file_G=np.repeat(np.arange(size.shards), groups),
-            group_G=np.tile(np.arange(groups), size.shards),
-            rows_G=np.full(size.shards * groups, ROWS_PER_GROUP),
-        )
-        return next(order.windows((0,), DEEP))
-
-    sides = {"resume": resume, "json": lambda number: json.loads(content)}
-    timed = interleaved(sides, rounds, CPU)
-    what = f"planning a resume, {size.shards:,} shards"
-    bar = Bar("≤", 2.0, here=size.shards == IngestConfig.shards, unit="s")
-    return ratio("plan", what, "reading its JSON", timed["resume"], timed["json"], bar=bar)
 
 
 def preparing(size: IngestConfig, rounds: int, place: Path) -> Row:

@@ -6,13 +6,10 @@ Shapes: R rounds.
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +17,9 @@ import torch
 
 from infra import parallel
 from infra.errors import InfraError
+from pipelines.training.progress import peak_memory
 
 GIB = 2**30
-STATUS = Path("/proc/self/status")
 MATMUL = 2048  # rows and columns
 
 Procedure = Callable[[int], object]  # takes the number of the round, counted from 0
@@ -84,13 +81,4 @@ def peak_gib(procedure: Callable[..., object], *arguments: Any) -> float:
 def _peak_of(procedure: Callable[..., object], arguments: tuple[Any, ...]) -> int:
     with parallel.flushed():
         procedure(*arguments)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    # On Linux, getrusage also counts the parent's memory, from between fork and exec.
-    if STATUS.exists():
-        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()

@@ -5,7 +5,6 @@ Shapes: V tokens, W backbone width.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +13,7 @@ import torch
 from dsl.denoiser import BackboneShape, Denoiser, DenoiserConfig
 from dsl.dit import DiTShape
 from pipelines.prepare import BPE, TokenizerFile
-from pipelines.verb import TrackingConfig
+from pipelines.verb import RunSettings
 
 Name = Literal["sampler", "train", "converter", "ingest", "evaluate"]
 
@@ -98,12 +97,11 @@ class EvidenceConfig(Counts):
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig(Counts):
-    """What is read and prepared: shards of `rows` random rows, a manifest of `shards` files, and
-    `megabytes` of the text of `source`, which is repeated if it is shorter."""
+    """What is read and prepared: shards of `rows` random rows, and `megabytes` of the text of
+    `source`, which is repeated if it is shorter."""
 
     rows: int = 16_384
     length: int = 1024
-    shards: int = 10_000
     source: str = "cpython"
     text_field: str = "text"
     megabytes: int = 32
@@ -124,13 +122,11 @@ class FeaturesConfig(Counts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(Counts):
+class BenchmarkConfig(RunSettings, Counts):
     """Which benchmarks run (`only`), the rounds that each procedure is timed for, and the threads
     of the CPU (None: torch's choice)."""
 
     name: str = "benchmark"
-    root: str = "runs"
-    existing: Literal["resume", "restart"] = "resume"
     only: tuple[Name, ...] = ("sampler", "train", "converter")
     rounds: int = 5
     threads: int | None = None
@@ -140,11 +136,9 @@ class BenchmarkConfig(Counts):
     converter: EvidenceConfig = field(default_factory=EvidenceConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
     evaluate: FeaturesConfig = field(default_factory=FeaturesConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
+        RunSettings.__post_init__(self)
+        Counts.__post_init__(self)
         if not self.only:
             raise ValueError("only must name at least one benchmark")
-        super().__post_init__()

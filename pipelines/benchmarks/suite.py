@@ -16,7 +16,6 @@ import torch
 from infra import parallel
 from infra.config import to_tree
 from infra.console import clock, say
-from infra.storage import Folder
 from pipelines.benchmarks.settings import BenchmarkConfig
 from pipelines.report import Report, Table, markdown
 
@@ -27,7 +26,7 @@ def plan(config: BenchmarkConfig) -> dict[str, Any]:
     """What would be timed, for `--dry-run`."""
     pin(config)
     return {
-        "run": (Folder.at(config.root) / config.name).url,
+        "run": config.folder.url,
         "machine": machine_line(machine()),
         "benchmarks": config.only,
         "rounds": config.rounds,

@@ -6,57 +6,28 @@ good ones are, which say less about what makes a trial bad.
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pipelines.report import STDERR, Column, Row, Table
+from pipelines.report import Column, Table
 from pipelines.report.drawing import panels, widen
 from pipelines.sweeping.search import study
 from pipelines.sweeping.space import Choice, Space, label
 from pipelines.sweeping.trials import Trial
 
 LEAST = 4  # trials for an analysis of variance
-GROUPS = 3  # of the values of a range
-IMPORTANCE = (
-    Column("knob", "Knob"),
-    Column("early", "Importance at the first rung", ".2f"),
-    Column("late", "Importance at the end", ".2f"),
-)
-EFFECTS = (
-    Column("knob", "Knob"),
-    Column("value", "Value"),
-    Column("trials", "Trials"),
-    Column("bound", "Mean bound", ".4f"),
-    Column("best", "Best", ".4f"),
-)
+IMPORTANCE = (Column("knob", "Knob"), Column("share", "Share of the variance", ".2f"))
 
 
-def tables(space: Space, trials: Sequence[Trial], first: int, last: int) -> dict[str, Table]:
-    """Importance and effects of the knobs; `first` and `last` are the steps of the comparison."""
-    early, late = at(trials, first), at(trials, last)
-    found = importance(space, early), importance(space, late)
-    return {
-        "importance": Table(
-            title="Importance of the knobs",
-            note="Functional ANOVA: the share of the variance of the bound among trials that a "
-            f"knob explains, for {len(early)} trials at the first rung and {len(late)} at the end.",
-            columns=IMPORTANCE,
-            rows=[
-                {"knob": key, "early": found[0].get(key), "late": found[1].get(key)}
-                for key in space
-                if any(found)
-            ],
-        ),
-        "effects": Table(
-            title="Effect of the knobs",
-            note=f"Over all trials with this value at step {first}, whatever their other settings; "
-            "± is one standard error.",
-            columns=EFFECTS,
-            rows=list(effects(space, early)),
-        ),
-    }
+def table(space: Space, trials: Sequence[Trial]) -> Table:
+    """The importance of each knob; without rows where `importance` says nothing."""
+    return Table(
+        title="Importance of the knobs",
+        note="Functional ANOVA: the share of the variance of the bound among trials that a knob "
+        f"explains, over {len(trials)} trials.",
+        columns=IMPORTANCE,
+        rows=[{"knob": key, "share": share} for key, share in importance(space, trials).items()],
+    )
 
 
 def at(trials: Sequence[Trial], step: int) -> list[Trial]:
@@ -82,31 +53,6 @@ def importance(space: Space, trials: Sequence[Trial]) -> Mapping[str, float]:
     evaluator = FanovaImportanceEvaluator(seed=0)
     found = get_param_importances(study(space, trials), evaluator=evaluator)
     return {key: found.get(key, 0.0) for key in space}
-
-
-def effects(space: Space, trials: Sequence[Trial]) -> Iterator[Row]:
-    """The mean of the bounds, with its standard error, for each value of each choice and each
-    third of the trials in order of a range."""
-    for key, knob in space.items():
-        if isinstance(knob, Choice):
-            groups = {
-                label(value): [trial for trial in trials if trial.settings[key] == value]
-                for value in knob.values
-            }
-        else:
-            ordered = sorted(trials, key=lambda trial: trial.settings[key])
-            size = max(1, math.ceil(len(ordered) / GROUPS))
-            parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-            groups = {
-                f"{part[0].settings[key]:.3g} … {part[-1].settings[key]:.3g}": part
-                for part in parts
-            }
-        for value, group in groups.items():
-            if bounds := [trial.bound for trial in group]:
-                error = statistics.stdev(bounds) / len(bounds) ** 0.5 if bounds[1:] else math.nan
-                mean = {"bound": statistics.fmean(bounds), "bound" + STDERR: error}
-                row = {"knob": key, "value": value, "trials": len(bounds)}
-                yield {**row, **mean, "best": min(bounds)}
 
 
 def plot(space: Space, trials: Sequence[Trial]) -> bytes | None:

@@ -86,11 +86,10 @@ def _of_knobs(
         compared = against.compare(config, config.search, arms)
         drawn = ("against", "Arms against the base", against.plot(compared))
         return against.tables(config, compared), [drawn]
-    last = config.finetune.train.steps
-    first = config.asha.grace if config.asha else last
-    png = knobs.plot(config.space, knobs.at(trials, first))
-    tables = knobs.tables(config.space, trials, first, last)
-    return tables, [("knobs", f"Bound by knob at step {first}", png)]
+    step = config.asha.grace if config.asha else config.finetune.train.steps
+    there = knobs.at(trials, step)
+    drawn = ("knobs", f"Bound by knob at step {step}", knobs.plot(config.space, there))
+    return {"importance": knobs.table(config.space, there)}, [drawn]
 
 
 def _trials(config: SweepConfig, trials: Sequence[Trial]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
@@ -14,13 +13,12 @@ import numpy as np
 from infra import tracking
 from infra.config import overridden, to_tree
 from infra.errors import ConfigError
-from infra.storage import Folder
 from pipelines.evaluation.cells import PathConfig
 from pipelines.evaluation.settings import EvaluateConfig, Questions
 from pipelines.finetune import FinetuneConfig, Recipe
 from pipelines.sweeping.search import OneAtATime, Random, Search
 from pipelines.sweeping.space import Knob, Settings, label
-from pipelines.verb import TrackingConfig
+from pipelines.verb import RunSettings, TrackingConfig
 
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
 Bounds = Sequence[tuple[int, float]]  # (step, bound) of the validations of a trial, in order
@@ -87,7 +85,7 @@ class SecondConfig(Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(RunSettings):
     """Each trial is `finetune` with some settings replaced by values from `space`, whose keys are
     dotted keys of `finetune`.
 
@@ -95,23 +93,18 @@ class SweepConfig:
     `register` is the name of the best model in the registry.
     """
 
-    name: str
     data: str
     finetune: Recipe
     space: dict[str, Knob]
     search: Search = field(default_factory=Random)
     asha: Asha | None = None
     second: SecondConfig | None = None
-    root: str = "runs"
-    existing: Literal["resume", "restart"] = "resume"
     register: str | None = None
     seed: int = 0
     concurrent: int | None = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
+        super().__post_init__()
         if not self.space:
             raise ValueError("space must hold at least one knob")
         if self.concurrent is not None and self.concurrent < 1:
@@ -131,10 +124,6 @@ class SweepConfig:
             why = "arms that are stopped early cannot be set against the base"
             raise ConfigError("asha", why, "Leave it out, or set it to null")
         self._require_different(self.search.planned(self.space, self.seed))
-
-    @property
-    def folder(self) -> Folder:
-        return Folder.at(self.root) / self.name
 
     @property
     def shown(self) -> TrackingConfig:

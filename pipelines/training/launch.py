@@ -12,15 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsl.denoiser import Denoiser
+import torch
+
+from dsl.converter import ConverterConfig
+from dsl.denoiser import Denoiser, DenoiserConfig
+from dsl.dit import DiTShape
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
-from infra import cluster, journal
+from infra import cluster, journal, tracking
 from infra.preemption import Terminated, stoppable
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
 from pipelines import models, runs
+from pipelines.models import SCRATCH, Model
 from pipelines.runs import Made, Run
 from pipelines.training import worker
 from pipelines.training.settings import RunConfig
@@ -29,15 +34,39 @@ from pipelines.training.worker import Assignment
 H100_FLOPS = 0.4 * 989e12  # bf16, at a model FLOPs utilisation of 40 %
 
 
-def plan(config: RunConfig, denoiser: Denoiser) -> dict[str, Any]:
+def scratch(
+    config: RunConfig, converter: ConverterConfig, tokens: int, *, causal: bool
+) -> Denoiser:
+    """The network of `init: scratch`, the same for the same seed."""
+    torch.manual_seed(config.train.stream.seed)
+    backbone = (config.backbone or DiTShape()).config(tokens, causal=causal)
+    return Denoiser(DenoiserConfig(backbone=backbone, **vars(converter)))
+
+
+def given(config: RunConfig, converter: ConverterConfig) -> Model:
+    """The model at `init`; converter: of one that comes without."""
+    uri = tracking.locate(config.tracking, config.root)
+    return models.load(config.init, converter=converter, tracking_uri=uri, backbone=config.backbone)
+
+
+def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict[str, Any]:
     """What a run would take, for `--dry-run`."""
     manifest = read_manifest(config.data)
+    if config.init == SCRATCH:
+        with torch.device("meta"):
+            denoiser = scratch(config, converter, manifest.vocabulary.size, causal=causal)
+        kind = None
+    else:
+        model = given(config, converter)
+        denoiser, kind = model.denoiser, model.kind
     rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
     tokens = config.train.steps * rows * manifest.length
     parameters = sum(p.numel() for p in denoiser.parameters())
     flops = denoiser.backbone.flops_per_token(manifest.length) * tokens
     return {
-        "run": (Folder.at(config.root) / config.name).url,
+        "run": config.folder.url,
+        "init": config.init,
+        "init_objective": kind,
         "workers": config.workers.shown,
         "parameters": parameters,
         "steps": config.train.steps,
@@ -62,7 +91,7 @@ class TrainingTask(runs.Task):
     config: RunConfig
     kind: str
     objective: Callable[[Denoiser], Objective]
-    initial: Callable[[Manifest, Vocabulary], Denoiser]
+    initial: Callable[[Vocabulary], Denoiser]
     tags: Mapping[str, str]
     start: Callable[[Assignment], None] | None = None
 
@@ -79,7 +108,7 @@ class TrainingTask(runs.Task):
         Plan.of(data, self.manifest, "train", config.train.stream)
         worker.validation_rows(data, self.manifest, config.train)
         if not models.exists(folder / "init"):
-            self._save(folder / "init", self.initial(self.manifest, self.vocabulary))
+            self._save(folder / "init", self.initial(self.vocabulary))
         return self.manifest, self.tags
 
     def work(self, run: Run) -> None:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from infra import console, parallel
 
 SECONDS_BETWEEN_LINES = 5.0
+STATUS = Path("/proc/self/status")
 RECENT = 100  # steps of which percentiles are taken
 
 
@@ -127,9 +129,12 @@ class Progress:
         self.since, self.from_step, self.waited = now, self.step, 0.0
 
 
-def peak_memory() -> float:
+def peak_memory() -> int:
     """Bytes: of the GPU, where this process computes on one, else of the process."""
     if parallel.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if STATUS.exists():  # on Linux, getrusage also counts the parent's, from between fork and exec
+        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsl.denoiser import BackboneShape
 from infra.cluster import ClusterConfig
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
-from pipelines.verb import TrackingConfig
+from pipelines.verb import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,14 @@ class WorkersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How weights are trained, and on what."""
+    """How weights are trained, from what, and on what.
 
+    `init` is the address of a model, or `scratch`. `backbone` is that of `scratch`; any other
+    `init` brings its own, dropout included, and what is said here must agree with it.
+    """
+
+    init: str
+    backbone: BackboneShape | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
@@ -141,21 +147,13 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrainingConfig):
-    """What every training run has.
+class RunConfig(TrainingConfig, RunSettings):
+    """What every training run has. `register` names the model in the registry; null registers
+    nothing."""
 
-    `name` is its directory in `root`. If that exists, `existing` says whether to go on from there
-    or to wipe it. `register` names the model in the registry; null registers nothing.
-    """
-
-    name: str
     data: str
-    root: str = "runs"
-    existing: Literal["resume", "restart"] = "resume"
     register: str | None = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise ValueError(f"name must be letters, digits, _ . - only, got {self.name!r}")
+        TrainingConfig.__post_init__(self)
+        RunSettings.__post_init__(self)

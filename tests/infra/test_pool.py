@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from infra import pool
-from infra.errors import ConfigError, DataError, InfraError
+from infra.errors import DataError, InfraError
 from infra.pool import PoolConfig, RemoteTraceback
 from tests.infra.common import until
 
@@ -70,7 +70,7 @@ def test_no_jobs_need_no_processes() -> None:
 
 @pytest.mark.parametrize("wrong", [{"count": -1}, {"threads": 0}])
 def test_a_config_out_of_range(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=f"pool.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         PoolConfig(**wrong)
 
 

@@ -223,7 +223,7 @@ def test_lanes_must_share_out_evenly() -> None:
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"num_lanes": 0}, {"rows_per_microbatch": 0}])
 def test_a_config_out_of_range(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=f"stream.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         StreamConfig(**wrong)
 
 

@@ -21,7 +21,7 @@ SIZES = (
     "rounds=2", "model.backbone.width=16", "model.backbone.blocks=1", "model.backbone.heads=2",
     "model.backbone.cond_dim=4", "model.tokens=40", "model.embed_dim=8",
     "sampler.length=16", "sampler.budget=16", "train.rows=2", "train.length=16",
-    "converter.positions=8", "ingest.rows=512", "ingest.length=16", "ingest.shards=50",
+    "converter.positions=8", "ingest.rows=512", "ingest.length=16",
     "ingest.megabytes=1", "evaluate.width=16", "evaluate.blocks=1", "evaluate.heads=2",
     "evaluate.texts=4", "evaluate.max_tokens=12", "evaluate.batch=2",
     "tracking.uri=http://127.0.0.1:9",  # nothing answers there

@@ -12,7 +12,7 @@ from infra.errors import ConfigError
 from pipelines.evaluation.cells import Cell
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
-from pipelines.sweeping.knobs import at, effects, importance
+from pipelines.sweeping.knobs import at, importance
 from pipelines.sweeping.second import Walk
 from pipelines.sweeping.space import Choice, Knob, LogUniform
 from pipelines.sweeping.trials import Trial
@@ -60,17 +60,6 @@ def test_trials_are_compared_at_one_step() -> None:
     ]
     assert [(t.name, t.bound) for t in at(known, 10)] == [("trial-000", 3.0), ("trial-001", 3.5)]
     assert [(t.name, t.bound) for t in at(known, 11)] == [("trial-000", 2.0)]
-
-
-def test_effects_are_means_over_everything_else() -> None:
-    rows = {(row["knob"], row["value"]): row for row in effects(SPACE, at(trials(), 20))}
-    roar = rows["support", '{"kind": "roar"}']
-    other = rows["support", '{"kind": "lognormal"}']
-    assert roar["bound"] - other["bound"] == pytest.approx(1, abs=0.1)
-    assert roar["trials"] + other["trials"] == 60
-    assert roar["best"] == 3.0
-    thirds = [row for (knob, _), row in rows.items() if knob == "converter.beta"]
-    assert [row["trials"] for row in thirds] == [20, 20, 20]
 
 
 WALK = Hybrid(SentenceSDE(gamma_max=9.0), Masked(), split=(2, 3))
