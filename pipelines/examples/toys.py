@@ -142,7 +142,7 @@ def windows(out: Folder, seed: int) -> dict[str, Any]:
     (axes,) = made.axes
     for name, path_of in PATHS.items():
         calls = (WINDOW // 4, WINDOW // 2, WINDOW)
-        found = [_known(law, _drawn(law, path_of(budget), budget, rows, seed)) for budget in calls]
+        found = [judge(law, _drawn(law, path_of(budget), budget, rows, seed)) for budget in calls]
         axes.plot(calls, [row["share_valid"] for row in found], "o-", label=name)
         drawn += [
             {"path": name, "calls": budget, **row} for budget, row in zip(calls, found, strict=True)
@@ -183,11 +183,13 @@ def rotations(letters: int) -> dsl.ExactDenoiser:
 
 
 def judge(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
-    """The share of rows that the law knows, and of those that are its first sequence."""
-    equal_BS = (tokens_BL[:, None] == law.sequences_SL).all(-1).double()
+    """The share of rows that the law knows, how many different ones, and the share of those that
+    are its first sequence."""
+    equal_BS = (tokens_BL[:, None] == law.sequences_SL).all(-1)
     return {
-        "share_valid": float(equal_BS.sum(1).mean()),
-        "share_original": float(equal_BS[:, 0].mean()),
+        "share_valid": float(equal_BS.any(1).double().mean()),
+        "distinct": int(equal_BS.any(0).sum()),
+        "share_original": float(equal_BS[:, 0].double().mean()),
     }
 
 
@@ -214,14 +216,6 @@ def _drawn(law: dsl.ExactDenoiser, path: Path, calls: int, rows: int, seed: int)
         part = dsl.sample(law, path, state, budget=calls, seed=seed, first_row=first)
         parts.append(part.tokens_BL)
     return torch.cat(parts)
-
-
-def _known(law: dsl.ExactDenoiser, tokens_BL: Tensor) -> dict[str, float]:
-    known_B = (tokens_BL[:, None] == law.sequences_SL).all(-1).any(1)
-    return {
-        "share_valid": float(known_B.double().mean()),
-        "distinct": len(tokens_BL[known_B].unique(dim=0)),
-    }
 
 
 def _panels(titles: Sequence[str]) -> Panels:

@@ -1,22 +1,63 @@
-"""How much each knob matters in a search that changes all knobs at once.
+"""How much each knob matters: in a search that changes all knobs at once, and in one that changes
+one knob at a time.
 
-Trials are compared at one step. At the first rung of ASHA all of them are still there; later only
-good ones are, which say less about what makes a trial bad.
+In the first, trials are compared at one step. At the first rung of ASHA all of them are still
+there; later only good ones are, which say less about what makes a trial bad. In the second, each
+arm is set against the base, and there is a recommendation for each knob, with intervals.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from pipelines.report import Column, Table
-from pipelines.report.drawing import panels, widen
-from pipelines.sweeping.search import study
+from pipelines.report import SKIPPED, STDERR, Column, Row, Rows, Table
+from pipelines.report.drawing import COLOURS, GREY, measured, panels, widen
+from pipelines.sweeping.arms import LEVEL, NONE_SEEN, Arm, difference
+from pipelines.sweeping.search import BASE, OneAtATime, study
+from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.space import Choice, Space, label
 from pipelines.sweeping.trials import Trial
 
 LEAST = 4  # trials for an analysis of variance
 IMPORTANCE = (Column("knob", "Knob"), Column("share", "Share of the variance", ".2f"))
+INTERVAL = (
+    Column("difference", "Difference", ".4f"),
+    Column("low", "From", ".4f"),
+    Column("high", "To", ".4f"),
+)
+AGAINST = (
+    Column("knob", "Knob"),
+    Column("value", "Value"),
+    Column("repeats", "Repeats"),
+    *INTERVAL,
+    Column("verdict", "Verdict"),
+)
+RECOMMENDED = (
+    Column("knob", "Knob"),
+    Column("base", "Base"),
+    Column("recommended", "Recommended"),
+    Column("says", "Verdict"),
+    Column("value", "Nearest other value"),
+    *INTERVAL,
+)
+SEVERAL = "several at once"
+CONFIRMS, DIFFERS = "confirms the base", "differs from the base"
+OPEN = "keeps the base: no difference seen"
+WORDS, NAME = 60, 30  # characters of a value in a table, in a plot
+
+
+def short(value: Any) -> Any:
+    """A value as a cell of a table shows it."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return value
+    text = label(value)
+    return text if len(text) <= WORDS else text[: WORDS - 1] + "…"
+
+
+# --- all knobs at once -----------------------------------------------------------------------
 
 
 def table(space: Space, trials: Sequence[Trial]) -> Table:
@@ -70,4 +111,93 @@ def plot(space: Space, trials: Sequence[Trial]) -> bytes | None:
             widen(axes, "x", values)
         axes.set(ylabel="bound, nats per token")
         axes.grid(alpha=0.3)
+    return made.png()
+
+
+# --- one knob at a time ----------------------------------------------------------------------
+
+
+def compare(config: SweepConfig, search: OneAtATime, arms: Sequence[Arm]) -> list[Row]:
+    """A row for each arm but the base, the most promising first."""
+    finished = {label(arm.settings): arm for arm in arms}
+    base = finished.get(label({}))
+    rows = []
+    for name, settings in search.named(config.space).items():
+        if name == BASE:
+            continue
+        arm = finished.get(label(settings))
+        ((knob, value),) = [(name, SEVERAL)] if name in search.arms else settings.items()
+        row = {"knob": knob, "value": short(value)}
+        if arm and base:
+            found = difference(arm, base)
+            figures = {"difference": found.mean, "difference" + STDERR: found.stderr}
+            row |= {"repeats": found.pairs, **figures, "low": found.low, "high": found.high}
+            row["verdict"] = found.verdict
+        else:
+            row[SKIPPED] = "the base did not finish" if arm else "no repeat finished"
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.get("difference", math.inf))
+
+
+def recommend(config: SweepConfig, compared: Rows) -> list[Row]:
+    """The recommended value of each knob: the best of those that are better than the base's, or
+    else the base's, which is confirmed if every other value is worse."""
+    rows = []
+    for key in config.space:
+        own = [row for row in compared if row["knob"] == key and SKIPPED not in row]
+        if not own:
+            continue
+        better = [row for row in own if row["verdict"] == "better"]
+        worse = all(row["verdict"] == "worse" for row in own)
+        nearest, base = (better or own)[0], short(config.own(key))
+        rows.append(
+            {
+                **nearest,
+                "base": base,
+                "recommended": nearest["value"] if better else base,
+                "says": DIFFERS if better else CONFIRMS if worse else OPEN,
+            }
+        )
+    return rows
+
+
+def comparison(config: SweepConfig, compared: Rows) -> dict[str, Table]:
+    return {
+        "against": Table(
+            title="Against the base",
+            note="The bound of each arm minus that of the base, in nats per token; negative is "
+            "better. Mean over pairs of the same seed, ± one standard error, and the "
+            f"{LEVEL:.0%} interval of Student's t, without a correction for many comparisons: "
+            "about one in twenty arms without any effect is reported as different.",
+            columns=AGAINST,
+            rows=compared,
+        ),
+        "recommendation": Table(
+            title="Recommendation",
+            note="By knob, everything else as in the base. Figures are those of the best other "
+            "value.",
+            columns=RECOMMENDED,
+            rows=recommend(config, compared),
+        ),
+    }
+
+
+def plot_arms(compared: Rows) -> bytes | None:
+    """Differences and their intervals, one below the other."""
+    shown = measured(compared, "difference", "low", "high")
+    if not shown:
+        return None
+    made = panels([""], width=7.0, height=1.0 + 0.32 * len(shown))
+    (axes,) = made.axes
+    for place, row in enumerate(shown):
+        middle = row["difference"]
+        reach = [[middle - row["low"]], [row["high"] - middle]]
+        color = GREY if row["verdict"] == NONE_SEEN else COLOURS[0]
+        axes.errorbar(middle, place, xerr=reach, fmt="o", ms=4, capsize=3, color=color)
+    axes.axvline(0, color=GREY, ls=":")
+    names = [f"{row['knob'].rpartition('.')[2]}: {str(row['value'])[:NAME]}" for row in shown]
+    axes.set_yticks(range(len(shown)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"bound minus that of the base, nats per token, {LEVEL:.0%} intervals")
+    axes.grid(alpha=0.3, axis="x")
     return made.png()

@@ -9,9 +9,9 @@ from typing import Any
 from pipelines.evaluation.settings import QUALITY
 from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, plots
 from pipelines.report.drawing import curve, panels, styles
-from pipelines.sweeping import against, knobs
-from pipelines.sweeping.against import short
+from pipelines.sweeping import knobs
 from pipelines.sweeping.arms import LEVEL, Arm, difference
+from pipelines.sweeping.knobs import short
 from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.trials import SEED, Trial
@@ -83,9 +83,9 @@ def _of_knobs(
 ) -> tuple[dict[str, Table], list[Drawn]]:
     """What is known of the knobs, which depends on how settings were chosen."""
     if isinstance(config.search, OneAtATime):
-        compared = against.compare(config, config.search, arms)
-        drawn = ("against", "Arms against the base", against.plot(compared))
-        return against.tables(config, compared), [drawn]
+        compared = knobs.compare(config, config.search, arms)
+        drawn = ("against", "Arms against the base", knobs.plot_arms(compared))
+        return knobs.comparison(config, compared), [drawn]
     step = config.asha.grace if config.asha else config.finetune.train.steps
     there = knobs.at(trials, step)
     drawn = ("knobs", f"Bound by knob at step {step}", knobs.plot(config.space, there))

@@ -63,7 +63,9 @@ class Asha:
             return False
         first = (next((bound for step, bound in other if step >= rung), None) for other in others)
         there = [bound for bound in first if bound is not None]
-        return bool(there) and bound > np.nanpercentile(there, 100 / self.reduction)
+        # In the form of Ray's own rule, so that equal bounds are judged alike, to the last bit.
+        share = (1 - 1 / self.reduction) * 100
+        return bool(there) and -bound < np.nanpercentile(np.negative(there), share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ State = Literal["running", "finished", "stopped", "failed", "lost"]
 
 
 class Validation(NamedTuple):
-    """What a trial reports at a step: upper bounds in nats per token (see `pipelines.bounds`)."""
+    """What a trial reports at a step: upper bounds in nats per token (see `pipelines.kinds`)."""
 
     step: int
     bound: float

@@ -19,7 +19,7 @@ from dsl.noise import generator
 from dsl.objective import Loss, Objective
 from infra import parallel
 from infra.parallel import ParallelConfig
-from pipelines.bounds import Bounds
+from pipelines.kinds import Bounds
 from pipelines.training.settings import TrainConfig
 
 # Steps are counted from 1; the noise of validation is keyed where no training step can be.

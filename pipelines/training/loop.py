@@ -19,7 +19,7 @@ from infra import parallel
 from infra.errors import ConfigError, InfraError
 from infra.parallel import ParallelConfig
 from infra.preemption import Notice
-from pipelines.bounds import Bounds
+from pipelines.kinds import Bounds
 from pipelines.training.learner import Learner, Microbatches
 from pipelines.training.monitor import Monitor
 from pipelines.training.progress import Progress

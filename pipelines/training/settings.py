@@ -56,7 +56,7 @@ class TrainConfig:
     """`steps` global steps of `stream.num_lanes` microbatches; `stream.seed` seeds everything.
 
     A validation looks at `validation_microbatches` of each lane, and takes `bound_samples` terms
-    of each bound on their likelihood (see `pipelines.bounds`).
+    of each bound on their likelihood (see `pipelines.kinds`).
     """
 
     steps: int = 1000

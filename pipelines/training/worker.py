@@ -20,9 +20,9 @@ from pipelines import models
 from pipelines.kinds import KINDS
 from pipelines.runs import Run
 from pipelines.training import loop
-from pipelines.training.gauges import Gauges
 from pipelines.training.learner import Microbatches
 from pipelines.training.monitor import Monitor, Show
+from pipelines.training.progress import Gauges
 from pipelines.training.settings import RunConfig, TrainConfig
 
 # (order of the rows, lanes, steps done) -> the microbatches of the steps that follow

@@ -71,15 +71,6 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_learning_rate_beyond_all_bounds(
-    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
-) -> None:
-    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.optimizer.lr=1e30"]
-    code, said = main("pretrain", *argv)
-    assert (code, "of step 2 is inf; there is no checkpoint" in said) == (2, True), said
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
 def test_an_mlflow_server_that_does_not_answer(
     main: Callable[..., tiny.Outcome],
     tmp_path: Path,

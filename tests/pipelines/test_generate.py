@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +18,10 @@ import torch
 import dsl
 from dsl.dit import DiTConfig
 from dsl.paths import from_dict
-from infra import command
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
 from pipelines import generate, models, prompts
 from pipelines.examples import toys
-from pipelines.runs import DATA_ERRORS
 from pipelines.watch import TerminalRecorder
 from tests.pipelines.test_film import References
 
@@ -59,16 +59,9 @@ def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*settings: str) -> tuple[int, dict[str, Any], str]:
         named = any(s.startswith(("model=", "toy=")) for s in settings)
         argv = [*settings, f"out={tmp_path}/out", f"root={tmp_path}/runs"]
-        code = command.run(
-            "generate",
-            generate.GenerateConfig,
-            plan=generate.dry_run,
-            execute=generate.execute,
-            presets=Path(generate.__file__).with_name("presets"),
-            doc="",
-            argv=argv if named else [f"model={model}", *argv],
-            data_errors=DATA_ERRORS,
-        )
+        given = argv if named else [f"model={model}", *argv]
+        with mock.patch.object(sys, "argv", ["generate", *given]):
+            code = generate.main()
         out, err = capsys.readouterr()
         return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
 

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from pipelines.training.gauges import GAUGES
-from pipelines.training.progress import Progress
+from pipelines.training.progress import GAUGES, Progress
 
 
 class Clock:

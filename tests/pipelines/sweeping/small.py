@@ -7,13 +7,14 @@ runs it as its own command line would.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 from infra import config
 from pipelines import sweep
-from pipelines.sweeping.settings import SweepConfig
-from pipelines.sweeping.trials import BOUND, PARTS, State, Trial, Validation
+from pipelines.sweeping.settings import TRIALS, SweepConfig
+from pipelines.sweeping.trials import BOUND, PARTS, State, Trial, Trials, Validation
 from tests.pipelines import tiny
 
 COMMON = [*tiny.SIZE, *(s for s in tiny.TRAIN if s.startswith(("train.", "workers.")))]
@@ -56,6 +57,21 @@ def write(run: Path, *bounds: float) -> None:
     for number, bound in enumerate(bounds, 1):
         journal.append(10 * number, {BOUND: bound, PARTS[0]: bound + 0.1, PARTS[1]: bound - 0.1})
     journal.close()
+
+
+def one_by_one(config: SweepConfig, parent: str | None, most: float = math.inf) -> None:
+    """The trials in this process, in the place of Ray Tune, interrupted after so many of them.
+
+    `tuning._start` must be replaced, too: `lambda workers: worker.train`.
+    """
+    from pipelines.sweeping import tuning
+
+    proposals = tuning.Proposals(config, Trials(folder=config.folder / TRIALS))
+    while isinstance(chosen := proposals.suggest(""), dict):
+        if most < 1:
+            raise KeyboardInterrupt
+        tuning._trial(chosen, config, parent)
+        most -= 1
 
 
 if __name__ == "__main__":

@@ -13,22 +13,19 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.tune.search import Searcher
 
 from infra.config import load
 from infra.errors import ConfigError
 from infra.tracking import connect
 from pipelines import sweep
 from pipelines.finetune import FinetuneConfig
-from pipelines.sweeping import against, pages, recommendation, tuning
+from pipelines.sweep import plan
+from pipelines.sweeping import knobs, pages, recommendation, tuning
 from pipelines.sweeping.arms import NONE_SEEN, difference, paired, ranked
-from pipelines.sweeping.driver import Proposals
-from pipelines.sweeping.estimate import plan
 from pipelines.sweeping.search import OneAtATime
-from pipelines.sweeping.settings import TRIALS, SweepConfig
-from pipelines.sweeping.trials import SEED, Trial, Trials
+from pipelines.sweeping.settings import SweepConfig
+from pipelines.sweeping.trials import SEED, Trial
 from pipelines.training import worker
-from pipelines.training.settings import WorkersConfig
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
@@ -154,7 +151,7 @@ def told() -> tuple[SweepConfig, list[Trial]]:
 
 
 def compared(made: SweepConfig, trials: list[Trial]) -> list[Any]:
-    return against.compare(made, search(made), ranked(trials))
+    return knobs.compare(made, search(made), ranked(trials))
 
 
 def test_every_arm_stands_against_the_base(told: tuple[SweepConfig, list[Trial]]) -> None:
@@ -171,18 +168,18 @@ def test_every_arm_stands_against_the_base(told: tuple[SweepConfig, list[Trial]]
 
 def test_each_knob_is_confirmed_or_not(told: tuple[SweepConfig, list[Trial]]) -> None:
     made, trials = told
-    beta, skip = against.recommend(made, compared(made, trials))
-    assert (beta["base"], beta["recommended"], beta["says"]) == ("null", 3.0, against.DIFFERS)
-    assert (skip["recommended"], skip["says"]) == ("true", against.CONFIRMS)
-    (_, skip) = against.recommend(made, compared(made, swept(made, {}, noise=0.5)))
-    assert (skip["recommended"], skip["says"]) == ("true", against.OPEN)
+    beta, skip = knobs.recommend(made, compared(made, trials))
+    assert (beta["base"], beta["recommended"], beta["says"]) == ("null", 3.0, knobs.DIFFERS)
+    assert (skip["recommended"], skip["says"]) == ("true", knobs.CONFIRMS)
+    (_, skip) = knobs.recommend(made, compared(made, swept(made, {}, noise=0.5)))
+    assert (skip["recommended"], skip["says"]) == ("true", knobs.OPEN)
 
 
 def test_a_sure_gain_is_recommended_before_a_larger_one_that_may_be_chance() -> None:
     made = config()
     known = {"knob": "converter.beta", "value": 0.3, "verdict": NONE_SEEN, "difference": -0.9}
     sure = {"knob": "converter.beta", "value": 3.0, "verdict": "better", "difference": -0.2}
-    (beta,) = against.recommend(made, [known, sure])
+    (beta,) = knobs.recommend(made, [known, sure])
     assert (beta["recommended"], beta["difference"]) == (3.0, -0.2)
 
 
@@ -197,7 +194,7 @@ def test_what_did_not_finish_is_said_and_not_compared(
     }  # fmt: skip
     no_base = [replace(t, state="failed") if not t.arm else t for t in trials]
     assert {row["skipped"] for row in compared(made, no_base)} == {"the base did not finish"}
-    assert against.plot(compared(made, no_base)) is None
+    assert knobs.plot_arms(compared(made, no_base)) is None
 
 
 def test_the_report_and_the_preset(told: tuple[SweepConfig, list[Trial]]) -> None:
@@ -227,32 +224,17 @@ def test_a_sweep_of_arms_from_its_beginning_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without Ray, and interrupted after two trials."""
-    trained: list[str] = []
-
-    def one_by_one(config: SweepConfig, parent: str | None, left: int) -> None:
-        proposals = Proposals(config, Trials(folder=config.folder / TRIALS))
-        while (chosen := proposals.suggest("")) != Searcher.FINISHED:
-            if len(trained) == left:
-                raise KeyboardInterrupt
-            assert isinstance(chosen, dict)
-            tuning._trial(chosen, config, parent)
-            trained.append(chosen["trial"])
-
-    def in_this_process(workers: WorkersConfig) -> Any:
-        return worker.train
-
-    monkeypatch.setattr(tuning, "_start", in_this_process)
+    monkeypatch.setattr(tuning, "_start", lambda workers: worker.train)
     argv = [f"data={tiny.shards(tmp_path / 'data')}", f"root={tmp_path}", SECOND, "register=tried"]
     space = "{converter.beta: {kind: choice, values: [3.0]}}"
     made = small.load("search={kind: one_at_a_time, repeats: 2}", *argv, space=space)
 
-    monkeypatch.setattr(tuning, "run", partial(one_by_one, left=2))
+    monkeypatch.setattr(tuning, "run", partial(small.one_by_one, most=2))
     with pytest.raises(KeyboardInterrupt):
         sweep.execute(made)
-    monkeypatch.setattr(tuning, "run", partial(one_by_one, left=9))
+    # The third has been proposed, and is not trained yet; it is the first of the last two.
+    monkeypatch.setattr(tuning, "run", partial(small.one_by_one, most=2))
     result = sweep.execute(made)
-    # The third had been proposed when the interrupt came, and was not trained yet.
-    assert trained == [f"trial-{n:03d}" for n in range(4)]
 
     told = json.loads((tmp_path / "tried/report/sweep.json").read_text())
     (row,) = told["against"]

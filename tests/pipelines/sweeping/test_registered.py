@@ -8,25 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.tune.search import Searcher
 
 from infra import tracking
 from infra.tracking import connect
 from pipelines import sweep
 from pipelines.sweeping import tuning
-from pipelines.sweeping.driver import Proposals
-from pipelines.sweeping.settings import TRIALS, SweepConfig
-from pipelines.sweeping.trials import Trials
 from pipelines.training import worker
 from tests.pipelines.sweeping import small
-
-
-def one_by_one(config: SweepConfig, parent: str | None) -> None:
-    """The trials in this process, in the place of Ray Tune."""
-    proposals = Proposals(config, Trials(folder=config.folder / TRIALS))
-    while (chosen := proposals.suggest("")) != Searcher.FINISHED:
-        assert isinstance(chosen, dict)
-        tuning._trial(chosen, config, parent)
 
 
 def away(*_: object) -> Any:
@@ -36,7 +24,7 @@ def away(*_: object) -> Any:
 def test_a_server_that_was_away_gets_the_winner_from_the_same_command(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "run", one_by_one)
+    monkeypatch.setattr(tuning, "run", small.one_by_one)
     monkeypatch.setattr(tuning, "_start", lambda workers: worker.train)
     space = "{converter.beta: {kind: choice, values: [3.0]}}"
     config = small.load(f"data={data}", f"root={tmp_path}", "register=tried", space=space)

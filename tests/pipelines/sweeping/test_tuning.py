@@ -16,8 +16,8 @@ from ray.tune.search import Searcher
 from infra.errors import ConfigError, InfraError
 from infra.storage import Folder
 from pipelines import finetune
-from pipelines.sweeping import driver, tuning
-from pipelines.sweeping.estimate import expected_steps
+from pipelines.sweep import expected_steps
+from pipelines.sweeping import tuning
 from pipelines.sweeping.settings import Asha
 from pipelines.sweeping.trials import BOUND, Trials
 from pipelines.training.settings import WorkersConfig
@@ -30,7 +30,7 @@ def of_tune(name: str) -> Any:
     return SimpleNamespace(trial_id=name, config={"trial": name})
 
 
-def judge(halving: driver.Halving, name: str, step: int, bound: float) -> str:
+def judge(halving: tuning.Halving, name: str, step: int, bound: float) -> str:
     return halving.on_trial_result(None, of_tune(name), {"step": step, BOUND: bound})
 
 
@@ -41,7 +41,7 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
         small.trial(1, {}, "stopped", 3.0),
         small.trial(2, {}, "running", 2.5, 2.4),
     ]
-    halving = driver.Halving(asha, 40, known)
+    halving = tuning.Halving(asha, 40, known)
     assert judge(halving, "trial-003", 10, 2.6) == STOP  # the median is 2.5
     assert judge(halving, "trial-004", 10, 1.9) == CONTINUE
     # It passed both rungs, and is not judged there again when it resumes from a checkpoint.
@@ -52,7 +52,7 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
 
 
 def test_without_others_at_the_rung_a_trial_goes_on() -> None:
-    assert judge(driver.Halving(Asha(grace=10), 40, []), "trial-003", 10, 99.0) == CONTINUE
+    assert judge(tuning.Halving(Asha(grace=10), 40, []), "trial-003", 10, 99.0) == CONTINUE
 
 
 @given(
@@ -65,7 +65,7 @@ def test_the_rule_is_that_of_rays_asha(
     order: list[str], bounds: list[int], grace: int, reduction: int
 ) -> None:
     """For any order in which trials report, each at every tenth step."""
-    halving = driver.Halving(Asha(grace=10 * grace, reduction=reduction), 80, [])
+    halving = tuning.Halving(Asha(grace=10 * grace, reduction=reduction), 80, [])
     rays = ASHAScheduler(
         time_attr="step", metric=BOUND, mode="min", max_t=80, grace_period=10 * grace,
         reduction_factor=reduction, stop_last_trials=False,
@@ -98,7 +98,7 @@ def test_interrupted_trials_come_first_and_ended_ones_never(tmp_path: Path) -> N
     names = [trials.add(n, {"converter.beta": beta}) for n, beta in enumerate((0.3, 1.0))]
     trials.end(names[0], "failed", "because")
     trials.end(names[1], "lost", "its node went away")
-    proposals = driver.Proposals(config, trials)
+    proposals = tuning.Proposals(config, trials)
     assert proposals.suggest("x") == {"trial": "trial-001"}
     assert trials.read("trial-001").state == "running"
     assert proposals.suggest("y") == {"trial": "trial-002"}
