@@ -16,6 +16,7 @@ import torch
 from infra import journal
 from infra.checkpoints import committed
 from tests.conftest import ROOT
+from tests.infra.common import until
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
 
@@ -70,7 +71,7 @@ class Run:
             assert found or self.process.poll() is None, self.said
             return found
 
-        return until(met)
+        return until(met, PATIENCE_S)
 
     def recovered(self, step: int, since: float) -> float:
         """Seconds from `since` (of the epoch) until `step` had been done again."""
@@ -104,15 +105,6 @@ def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
         if process.poll() is None:
             process.terminate()
             process.wait(PATIENCE_S)
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """What the condition holds, once it holds something."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s"
-        time.sleep(0.1)
-    return found
 
 
 def assert_equal(run: Path, reference: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_driver(undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Co
         killed.process.kill()
         when, step = time.time(), killed.step
     with finetune(tmp_path) as run:
-        processes.until(lambda: not any(map(nodes.alive, orphans)))
+        processes.until(lambda: not any(map(nodes.alive, orphans)), processes.PATIENCE_S)
         gone_s = time.time() - when
         again = run.recovered(step, when)
         assert run.wait() == 0, run.said

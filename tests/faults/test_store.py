@@ -22,8 +22,10 @@ from tests.faults.conftest import Cost
 from tests.faults.processes import PATIENCE_S
 from tests.infra import operations
 from tests.infra.faulty import BUCKET, FAULTS, FaultyStore, answer
-from tests.infra.operations import OPERATIONS
+from tests.infra.operations import OPERATIONS, folder, store
 from tests.pipelines import tiny
+
+__all__ = ["folder", "store"]
 
 RUNS = f"s3://{BUCKET}/runs"
 EVERY = 3  # steps from one checkpoint to the next
@@ -34,19 +36,6 @@ def _server(data: Path) -> Iterator[FaultyStore]:
     with FaultyStore() as store:
         store.filesystem.put(f"{data}/", f"{BUCKET}/data/", recursive=True)
         yield store
-
-
-@pytest.fixture
-def store(_server: FaultyStore) -> Iterator[FaultyStore]:
-    with _server.lent() as store:
-        yield store
-
-
-@pytest.fixture
-def folder(store: FaultyStore) -> Folder:
-    folder = Folder.at(f"s3://{BUCKET}/{uuid4().hex}")
-    operations.furnish(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

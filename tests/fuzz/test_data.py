@@ -14,14 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from infra.shards import (
-    MANIFEST,
-    ShardWriter,
-    VocabularyRecord,
-    check_files,
-    read_group,
-    read_manifest,
-)
+from infra.shards import MANIFEST, ShardWriter, VocabularyRecord, read_manifest
 from infra.storage import Folder
 from infra.stream import Plan, StreamConfig, read
 from pipelines import prompts
@@ -29,6 +22,7 @@ from pipelines.corpus import pieces
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
 from tests.fuzz.mutate import seeds
+from tests.infra.common import rows_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,16 +44,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(folder: Path) -> np.ndarray:
     """Every training row, once what a run looks at before it starts has been looked at."""
-    manifest, place = read_manifest(str(folder), length=8), Folder.at(str(folder))
+    manifest, place = read_manifest(str(folder)), Folder.at(str(folder))
     next(read(Plan.of(place, manifest, "train", ORDER), (0, 1), 0))
-    groups = check_files(place, manifest, "train")
-    return np.concatenate(
-        [
-            read_group(place, manifest, file.name, index)
-            for file, sizes in zip(manifest.files("train"), groups, strict=True)
-            for index in range(len(sizes))
-        ]
-    )
+    return rows_of(place, manifest, "train")
 
 
 def require_rows(folder: Path, *names: str) -> None:

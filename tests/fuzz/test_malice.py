@@ -62,6 +62,10 @@ def as_torch(file: Path, bomb: Bomb) -> None:
     torch.save({"state_dict": bomb}, file)
 
 
+def as_old_torch(file: Path, bomb: Bomb) -> None:
+    torch.save({"state_dict": bomb}, file, _use_new_zipfile_serialization=False)
+
+
 def as_npy(file: Path, bomb: Bomb) -> None:
     with file.open("wb") as sink:
         np.save(sink, np.array([bomb], dtype=object), allow_pickle=True)
@@ -72,7 +76,13 @@ def as_average(file: Path, bomb: Bomb) -> None:
     torch.save(training_file() | {"hyper_parameters": {"tokenizer": bomb}}, file)
 
 
-FORMS: tuple[Callable[[Path, Bomb], None], ...] = (as_pickle, as_torch, as_npy, as_average)
+FORMS: tuple[Callable[[Path, Bomb], None], ...] = (
+    as_pickle,
+    as_torch,
+    as_old_torch,
+    as_npy,
+    as_average,
+)
 NAMES = ("run.ckpt", "weights.pt", "weights.npy", "pytorch_model.bin", "model.safetensors")
 
 

@@ -1,13 +1,22 @@
-"""What several tests of this folder need: a port, some patience, and a trap for unpickling."""
+"""What several tests need: a port, some patience, an MLflow server, rows, a trap for unpickling."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from infra.shards import Manifest, check_files, read_group
+from infra.storage import Folder
 
 
 def free_port() -> int:
@@ -16,12 +25,64 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(done: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait until something is true."""
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What the condition holds, once it holds something."""
     limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, "waited in vain"
+    while not (found := condition()):
+        assert time.monotonic() < limit, f"not within {seconds:.0f} s"
         time.sleep(0.02)
+    return found
+
+
+class MLflowServer:
+    """`mlflow server` on a port of its own, as often started and killed as a test likes."""
+
+    def __init__(self, folder: Path, database: str) -> None:
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder, self.database = folder, database
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def up(self) -> None:
+        """Returns once it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", self.database]
+        command += ["--artifacts-destination", str(self.folder / "server-artifacts")]
+        with (self.folder / "server.log").open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                start_new_session=True,
+            )
+        until(self._healthy, 300)
+
+    def down(self) -> None:
+        """SIGKILL for it and the processes it serves with, which are one group."""
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _healthy(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+
+def rows_of(folder: Folder, manifest: Manifest, split: str) -> np.ndarray:
+    """The rows of a split as they stand in its shards [N, L]."""
+    groups = zip(manifest.files(split), check_files(folder, manifest, split), strict=True)
+    return np.concatenate(
+        [
+            read_group(folder, manifest, file.name, index)
+            for file, rows in groups
+            for index in range(len(rows))
+        ]
+    )
 
 
 class Bomb:

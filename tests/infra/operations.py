@@ -1,20 +1,41 @@
-"""What a run asks of its store, each as one function to be disturbed."""
+"""What a run asks of its store, each as one function to be disturbed.
+
+The fixtures `store` and `folder` need a `_server`, which a module makes for itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
+import pytest
 import torch
 
 from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.errors import InfraError
-from infra.shards import ShardWriter, VocabularyRecord, read_group, read_manifest
+from infra.shards import ShardWriter, VocabularyRecord, read_manifest
 from infra.storage import Folder
+from tests.infra.common import rows_of
+from tests.infra.faulty import BUCKET, FaultyStore
 
 IDS_NL = np.arange(64 * 8).reshape(64, 8) % 32
 SHARD = "train/part-00000.parquet"
+
+
+@pytest.fixture
+def store(_server: FaultyStore) -> Iterator[FaultyStore]:
+    with _server.lent() as store:
+        yield store
+
+
+@pytest.fixture
+def folder(store: FaultyStore) -> Folder:
+    folder = Folder.at(f"s3://{BUCKET}/{uuid4().hex}")
+    furnish(folder)
+    store.requests.clear()
+    return folder
 
 
 class Operation(NamedTuple):
@@ -53,8 +74,7 @@ def readable(folder: Folder) -> list[int]:
 
 def read_shard(folder: Folder) -> None:
     manifest = read_manifest(folder / "data")
-    rows_NL = [read_group(folder / "data", manifest, SHARD, group) for group in range(64)]
-    np.testing.assert_array_equal(np.concatenate(rows_NL), IDS_NL)
+    np.testing.assert_array_equal(rows_of(folder / "data", manifest, "train"), IDS_NL)
 
 
 def read_the_manifest(folder: Folder) -> None:

@@ -61,11 +61,9 @@ def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         three(tmp_path, "stop").resume(numbers(0))
     file = next((tmp_path / "step_000003").glob("*.safetensors"))
-    assert str(caught.value) == (
-        f"{file}: damaged checkpoint: the numbers of a[0,0] do not match their checksum. Remove "
-        "the folder of this step, or have damaged checkpoints skipped (corrupt=skip), to go back "
-        "to the checkpoint before it"
-    )
+    assert caught.value.where == str(file)
+    assert "the numbers of a[0,0] do not match their checksum" in caught.value.why
+    assert "corrupt=skip" in caught.value.fix
     assert committed(str(tmp_path)) == [1, 2, 3]
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from infra import command
-from infra.errors import ConfigError, DataError, InfraError, Problem, nearest
+from infra.errors import ConfigError, DataError, InfraError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +178,6 @@ def test_problems_pickle(kind: type[Problem]) -> None:
     assert str(again) == str(problem) == "optimizer.lr: not a number. Give a float"
     assert (again.where, again.why, again.fix) == (problem.where, problem.why, problem.fix)
     assert again.exit_code == {Problem: 1, ConfigError: 2, DataError: 3, InfraError: 4}[kind]
-
-
-def test_nearest() -> None:
-    assert nearest("stpes", ["seed", "steps"]) == "steps"
-    assert nearest("zzz", ["seed", "steps"]) is None
 
 
 def test_a_problem_raised_anew_from_its_wrapper_is_still_one_message() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -118,21 +117,6 @@ def copied(run: RunHandle, made: registry.ModelVersion, to: Path) -> Path:
     with registry.downloaded(made.uri, run.uri) as folder:
         root = next(above for above in folder.parents if (above / "MLmodel").exists())
         return Path(shutil.copytree(root, to))
-
-
-def test_a_stranger_loads_the_model(
-    run: RunHandle, made: registry.ModelVersion, tmp_path: Path
-) -> None:
-    """A process that has MLflow, the registry's address and nothing of this repository."""
-    code = (
-        "import mlflow, os\n"
-        f"mlflow.set_tracking_uri({run.uri!r})\n"
-        f"print(mlflow.pyfunc.load_model({made.candidate_uri!r}).predict(['ab'])[0])\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ended.stdout.strip().endswith("ababab6"), ended.stderr
 
 
 def test_aliases_move(run: RunHandle, made: registry.ModelVersion, sources: Path) -> None:

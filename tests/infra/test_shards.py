@@ -21,6 +21,7 @@ from infra.shards import (
     read_manifest,
 )
 from infra.storage import Folder
+from tests.infra.common import rows_of
 from tests.infra.faulty import BUCKET, FaultyStore
 
 L, V = 8, 300
@@ -34,17 +35,6 @@ def writer(url: str | Folder, size: int = V, **options: bool) -> ShardWriter:
 
 def ids(rows: int, size: int = V, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, size, (rows, L))
-
-
-def all_rows(folder: Folder, manifest: Manifest, split: str) -> np.ndarray:
-    groups = zip(manifest.files(split), check_files(folder, manifest, split), strict=True)
-    return np.concatenate(
-        [
-            read_group(folder, manifest, file.name, index)
-            for file, rows in groups
-            for index in range(len(rows))
-        ]
-    )
 
 
 @pytest.fixture
@@ -69,9 +59,9 @@ def test_round_trip(tmp_path: Path, size: int, dtype: str) -> None:
     manifest = read_manifest(folder)
     assert manifest == out.manifest
     assert manifest.extra == {"bytes": {"train": 12345}}
-    assert manifest.dtype == dtype == all_rows(folder, manifest, "train").dtype
-    np.testing.assert_array_equal(all_rows(folder, manifest, "train"), rows_NL)
-    np.testing.assert_array_equal(all_rows(folder, manifest, "test"), rows_NL[:3])
+    assert manifest.dtype == dtype == rows_of(folder, manifest, "train").dtype
+    np.testing.assert_array_equal(rows_of(folder, manifest, "train"), rows_NL)
+    np.testing.assert_array_equal(rows_of(folder, manifest, "test"), rows_NL[:3])
     schema = pq.read_schema(tmp_path / "train/part-00000.parquet")
     assert f"fixed_size_list<element: {dtype} not null>[{L}]" in str(schema.field("tokens"))
 
@@ -247,11 +237,11 @@ def test_an_id_out_of_range_is_named_by_its_row(finished: tuple[Folder, Manifest
         **{**vars(manifest), "vocabulary": VocabularyRecord(kind="char", sha256="", size=290)}
     )
     name = manifest.files("train")[0].name
-    rows_NL = all_rows(folder, manifest, "train")
+    rows_NL = rows_of(folder, manifest, "train")
     row = int((rows_NL >= 290).any(axis=1).argmax())
     group, within = divmod(row, 200 // 64)
     with pytest.raises(DataError, match=rf"{name} row group {group} row {within}: id 29\d where"):
-        all_rows(folder, small, "train")
+        rows_of(folder, small, "train")
 
 
 @pytest.fixture
@@ -269,7 +259,7 @@ def test_s3(bucket: str) -> None:
         out.write("train", rows_NL)
     manifest = read_manifest(bucket)
     assert manifest == out.manifest
-    np.testing.assert_array_equal(all_rows(folder, manifest, "train"), rows_NL)
+    np.testing.assert_array_equal(rows_of(folder, manifest, "train"), rows_NL)
     assert folder.names() == ["manifest.json", "train"]
     elsewhere = type(folder.filesystem)(skip_instance_cache=True)
     elsewhere.pipe_file(f"{folder.path}/other", b"")
@@ -288,11 +278,6 @@ def test_s3(bucket: str) -> None:
     with pytest.raises(DataError, match="s3://no-such-bucket/x/a: not found"):
         Folder.at("s3://no-such-bucket/x").write_bytes("a", b"")
     name = manifest.files("train")[0].name
-    folder.write_bytes(name, folder.read_bytes(name)[:-1])
-    with pytest.raises(DataError, match=rf"{name}: \d+ bytes where"):
-        check_files(folder, manifest, "train")
-    with pytest.raises(DataError, match=rf"{name} row group 0: not readable as parquet"):
-        read_group(folder, manifest, name, 0)
     folder.remove(name)
     with pytest.raises(DataError, match=rf"{name} row group 0: not found"):
         read_group(folder, manifest, name, 0)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
-from uuid import uuid4
 
 import fsspec
 import pytest
@@ -21,29 +20,17 @@ from infra.errors import InfraError
 from infra.parallel import ParallelConfig
 from infra.storage import Folder
 from tests.infra import operations
-from tests.infra.faulty import BUCKET, FAULTS, FaultyStore, answer, cut_answer, cut_request, slow
-from tests.infra.operations import OPERATIONS
+from tests.infra.faulty import FAULTS, FaultyStore, answer, cut_answer, cut_request, slow
+from tests.infra.operations import OPERATIONS, folder, store
 from tests.infra.workers import in_workers
+
+__all__ = ["folder", "store"]
 
 
 @pytest.fixture(scope="module")
 def _server() -> Iterator[FaultyStore]:
     with FaultyStore() as store:
         yield store
-
-
-@pytest.fixture
-def store(_server: FaultyStore) -> Iterator[FaultyStore]:
-    with _server.lent() as store:
-        yield store
-
-
-@pytest.fixture
-def folder(store: FaultyStore) -> Folder:
-    folder = Folder.at(f"s3://{BUCKET}/{uuid4().hex}")
-    operations.furnish(folder)
-    store.requests.clear()
-    return folder
 
 
 @pytest.fixture

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from infra import journal, tracking
 from infra.errors import ConfigError, DataError, InfraError
 from infra.journal import Journal
 from infra.tracking import Logger, RunHandle, TrackingConfig, connect
-from tests.infra.common import free_port, until
+from tests.infra.common import MLflowServer, until
 
 PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,48 +51,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-class Server:
-    """`mlflow server` on a port of its own, as often started and killed as a test likes."""
-
-    def __init__(self, folder: Path, database: str) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.folder, self.database = folder, database
-        self.process: subprocess.Popen | None = None
-
-    def up(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", self.database]
-        command += ["--artifacts-destination", str(self.folder / "server-artifacts")]
-        with (self.folder / "server.log").open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=output,
-                cwd=self.folder,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-            )
-        until(self.healthy, 120)
-
-    def healthy(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def down(self) -> None:
-        if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
 @pytest.fixture(scope="module")
-def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     folder = tmp_path_factory.mktemp("server")
     start(root, "migrates the database")
-    server = Server(folder, f"sqlite:///{root}/mlflow.db")
+    server = MLflowServer(folder, f"sqlite:///{root}/mlflow.db")
     yield server
     server.down()
 
@@ -380,7 +340,7 @@ def test_import_is_light() -> None:
 
 
 def test_a_server_that_dies_comes_back_or_never_was(
-    server: Server,
+    server: MLflowServer,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
