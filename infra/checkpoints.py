@@ -74,21 +74,19 @@ class Checkpoints:
         keep: int,
         milestone_every: int | None = None,
         max_failures: int = 3,
-        asynchronous: bool = True,
         permit: Callable[[], None] = lambda: None,
         corrupt: Literal["stop", "skip"] = "stop",
     ) -> None:
         """keep: how many of the latest stay, besides the multiples of `milestone_every` steps.
 
         max_failures: that many failed checkpoints in a row end the run with an InfraError; fewer
-        are warnings. asynchronous: write while training goes on, one checkpoint at a time.
+        are warnings.
         permit: called before a commit; raises if this process may no longer write the run.
         corrupt: what `resume` does with a damaged checkpoint.
         """
         self.folder = Folder.at(folder)
         self.keep, self.milestone_every = keep, milestone_every
-        self.max_failures, self.asynchronous = max_failures, asynchronous
-        self.permit, self.corrupt = permit, corrupt
+        self.max_failures, self.permit, self.corrupt = max_failures, permit, corrupt
         self._writing: tuple[int, threading.Thread] | None = None
         self._failure: str | None = None  # of the write in flight; set by its thread
         self._failures = 0
@@ -125,8 +123,6 @@ class Checkpoints:
         thread = threading.Thread(target=self._write, args=(step, staged, meta), daemon=True)
         self._writing = (step, thread)
         thread.start()
-        if not self.asynchronous:
-            self.wait()
 
     def wait(self) -> None:
         """Wait for the checkpoint in flight and judge it; raises as `save` does."""

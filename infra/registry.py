@@ -135,19 +135,12 @@ def downloaded(model_uri: str, uri: str) -> Iterator[Path]:
     Nothing is executed. DataError for a model, version or alias that does not exist, for a damaged
     file, and for one that could hold a pickle.
     """
-    import mlflow.artifacts
-
     with tempfile.TemporaryDirectory(prefix="model-") as into:
-        with _registry(uri) as client:
-            found = _find(client, model_uri)
-            source = client.get_model_version_download_uri(found.name, found.version)
-            local = mlflow.artifacts.download_artifacts(
-                artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=into
-            )
+        root = _fetch(model_uri, uri, into)
         # Loading a model in place leaves bytecode beside it, which need not match the source.
-        _drop_bytecode(Path(local))
-        folder = _check_model(Path(local))
-        _verify(Path(local), model_uri)
+        _drop_bytecode(root)
+        folder = _check_model(root)
+        _verify(root, model_uri)
         yield folder
 
 
@@ -185,6 +178,18 @@ def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
         return describe(f"models:/{name}@{alias}", uri)
     except DataError:
         return None
+
+
+def _fetch(model_uri: str, uri: str, into: str) -> Path:
+    import mlflow.artifacts
+
+    with _registry(uri) as client:
+        found = _find(client, model_uri)
+        source = client.get_model_version_download_uri(found.name, found.version)
+        local = mlflow.artifacts.download_artifacts(
+            artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=into
+        )
+    return Path(local)
 
 
 def _find(client: MlflowClient, model_uri: str) -> Any:

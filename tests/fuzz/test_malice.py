@@ -22,7 +22,7 @@ import yaml
 import dsl
 from dsl.vocabulary import Vocabulary
 from infra import registry
-from infra.checkpoints import COMMIT, Checkpoints, consolidate
+from infra.checkpoints import COMMIT, consolidate
 from infra.errors import Problem
 from infra.shards import Shard, read_manifest
 from infra.storage import Folder
@@ -36,6 +36,7 @@ from tests.fuzz.judge import judge
 from tests.fuzz.test_data import prepared
 from tests.fuzz.test_models import saved
 from tests.infra.common import Bomb
+from tests.infra.workers import Patient
 
 __all__ = ["prepared", "saved"]
 
@@ -131,7 +132,7 @@ def test_a_tokenizer(tmp_path: Path, canary: Path, form: Callable[..., None]) ->
 def test_the_pickles_of_torchs_own_checkpoints(tmp_path: Path, canary: Path) -> None:
     """They are passed over beside ours, and are none without it."""
     numbers = {"a": torch.arange(3.0)}
-    Checkpoints(str(tmp_path / "run"), keep=1, asynchronous=False).save(1, numbers, {})
+    Patient(str(tmp_path / "run"), keep=1).save(1, numbers, {})
     step = tmp_path / "run/step_000001"
     for name in (".metadata", "__0_0.distcp", "commit.pkl"):
         (step / name).write_bytes(pickle.dumps(Bomb(canary)))
@@ -143,7 +144,7 @@ def test_the_pickles_of_torchs_own_checkpoints(tmp_path: Path, canary: Path) -> 
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "s3://else/where"])
 def test_a_commit_does_not_reach_out(tmp_path: Path, name: str) -> None:
     numbers = {"a": torch.arange(3.0)}
-    Checkpoints(str(tmp_path / "run"), keep=1, asynchronous=False).save(1, numbers, {})
+    Patient(str(tmp_path / "run"), keep=1).save(1, numbers, {})
     step = tmp_path / "run/step_000001"
     (file,) = step.glob("*.safetensors")
     shutil.copy(file, tmp_path / "secret.safetensors")

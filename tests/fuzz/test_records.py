@@ -30,6 +30,7 @@ from pipelines.verb import TrackingConfig
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
 from tests.fuzz.mutate import seeds
+from tests.infra.workers import Patient
 from tests.pipelines.sweeping import small
 
 pytestmark = pytest.mark.timeout(120)
@@ -48,7 +49,7 @@ META = {"step": 3, "config": {"lr": 0.1}, "digest": "ab"}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    Checkpoints(str(folder), keep=1, asynchronous=False).save(3, NUMBERS, META)
+    Patient(str(folder), keep=1).save(3, NUMBERS, META)
     return folder
 
 

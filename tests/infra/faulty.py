@@ -44,9 +44,7 @@ class Request:
 
     method: str
     key: str
-    query: str
     sent: int
-    range: str
     received: int
 
 
@@ -154,9 +152,7 @@ class FaultyStore:
             Request(
                 environ["REQUEST_METHOD"],
                 _key(environ),
-                environ["QUERY_STRING"],
                 int(environ.get("CONTENT_LENGTH") or 0),
-                environ.get("HTTP_RANGE", ""),
                 len(body),
             )
         )

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from infra.checkpoints import Checkpoints, committed, consolidate
+from infra.checkpoints import committed, consolidate
 from infra.errors import InfraError
 from infra.shards import ShardWriter, VocabularyRecord, read_manifest
 from infra.storage import Folder
 from tests.infra.common import rows_of
 from tests.infra.faulty import BUCKET, FaultyStore
+from tests.infra.workers import Patient
 
 IDS_NL = np.arange(64 * 8).reshape(64, 8) % 32
-SHARD = "train/part-00000.parquet"
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def furnish(folder: Folder) -> None:
     checkpoints(folder).save(1, tensors(1), {})
 
 
-def checkpoints(folder: Folder) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", keep=2, max_failures=1, asynchronous=False)
+def checkpoints(folder: Folder) -> Patient:
+    return Patient(folder / "checkpoints", keep=2, max_failures=1)
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:

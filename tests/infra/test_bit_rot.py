@@ -14,7 +14,7 @@ from infra import checkpoints, parallel
 from infra.checkpoints import Checkpoints, committed, consolidate
 from infra.errors import DataError
 from tests.infra.test_checkpoints import FLOAT32, numbers, same, saved, tensors_of
-from tests.infra.workers import Trained, full, in_workers
+from tests.infra.workers import Patient, Trained, full, in_workers
 
 __all__ = ["saved"]
 
@@ -49,7 +49,7 @@ def test_any_flipped_bit_is_found_or_does_not_matter(saved: Path) -> None:
 
 
 def three(folder: Path, corrupt: Literal["stop", "skip"]) -> Checkpoints:
-    store = Checkpoints(str(folder), keep=3, asynchronous=False, corrupt=corrupt)
+    store = Patient(str(folder), keep=3, corrupt=corrupt)
     for step in (1, 2, 3):
         store.save(step, numbers(step), {"step": step})
     for step in (2, 3):

@@ -28,10 +28,9 @@ from infra.errors import DataError, InfraError
 from infra.parallel import ParallelConfig
 from infra.storage import Folder, explained
 from tests.infra.common import Bomb
-from tests.infra.workers import Toy, Trained, batch, full, in_workers
+from tests.infra.workers import Patient, Toy, Trained, batch, full, in_workers
 
 FLOAT32 = ParallelConfig(compute_dtype="float32", threads=1)
-PREFIXES = ("model.", "ema.", "optimizer.")
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +135,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(
     with pytest.raises(BrokenProcessPool):
         in_workers(1, save_twice, folder, die)
     assert (tmp_path / "step_000002").exists()
-    store = Checkpoints(folder, keep=2, asynchronous=False)
+    store = Patient(folder, keep=2)
     assert (store.steps(), store.latest()) == ([1], 1)
     tensors = numbers(0)
     store.load(1, tensors)
@@ -195,7 +194,7 @@ def test_the_latest_and_the_milestones_stay_and_the_commit_goes_first(
         lambda self, name="": (removed.append(self.url_of(name)), remove(self, name)),
     )
     folder = Folder.at("memory://retention")
-    store = Checkpoints(folder, keep=2, milestone_every=4, asynchronous=False)
+    store = Patient(folder, keep=2, milestone_every=4)
     for step in range(1, 10):
         store.save(step, numbers(step), {})
     assert store.steps() == [4, 8, 9]
@@ -208,7 +207,7 @@ def test_a_half_written_folder_of_the_past_is_removed(tmp_path: Path) -> None:
     (tmp_path / "step_000001" / "stale.safetensors").write_bytes(b"half")
     (tmp_path / "step_000002").mkdir()
     (tmp_path / "step_000002" / "stale.safetensors").write_bytes(b"half")
-    Checkpoints(str(tmp_path), keep=2, asynchronous=False).save(2, numbers(2), {})
+    Patient(str(tmp_path), keep=2).save(2, numbers(2), {})
     assert not (tmp_path / "step_000001").exists()
     assert not (tmp_path / "step_000002" / "stale.safetensors").exists()
 
@@ -228,7 +227,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 def test_a_failed_write_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PAUSES_S", (0.0, 0.0))
     full_disk(monkeypatch, times=2)
-    store = Checkpoints(str(tmp_path), keep=1, max_failures=1, asynchronous=False)
+    store = Patient(str(tmp_path), keep=1, max_failures=1)
     store.save(1, numbers(1), {})
     assert store.steps() == [1]
 
@@ -236,7 +235,7 @@ def test_a_failed_write_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monke
 def test_few_failures_warn_and_many_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Checkpoints(str(tmp_path), keep=3, max_failures=2, asynchronous=False)
+    store = Patient(str(tmp_path), keep=3, max_failures=2)
     full_disk(monkeypatch, times=1)
     with caplog.at_level(logging.WARNING):
         store.save(1, numbers(1), {})
@@ -297,7 +296,7 @@ def test_disks_that_are_not_shared_make_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_another_model_is_one_error_that_lists_the_differences(tmp_path: Path) -> None:
-    store = Checkpoints(str(tmp_path), keep=1, asynchronous=False)
+    store = Patient(str(tmp_path), keep=1)
     store.save(1, {"a": torch.zeros(2, 3), "b": torch.zeros(1), "c": torch.zeros(4)}, {})
     wanted = {"a": torch.zeros(3, 2), "c": torch.zeros(4).double(), "d": torch.ones(())}
     with pytest.raises(DataError) as caught:
@@ -315,7 +314,7 @@ def test_another_model_is_one_error_that_lists_the_differences(tmp_path: Path) -
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(1, numbers(1), {})
+    Patient(str(tmp_path), keep=1).save(1, numbers(1), {})
     return tmp_path / "step_000001"
 
 
@@ -417,7 +416,7 @@ def test_any_dtype_shape_and_name_comes_back(
         tensors[key] = tensor.mT if turned and tensor.dim() > 1 else tensor  # strided as well
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dcp, "CHUNK_BYTES", chunk_bytes)
-        Checkpoints(str(tmp_path), keep=1, asynchronous=False).save(7, tensors, {})
+        Patient(str(tmp_path), keep=1).save(7, tensors, {})
     back = consolidate(str(tmp_path), 7, "")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)

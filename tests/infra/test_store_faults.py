@@ -22,7 +22,7 @@ from infra.storage import Folder
 from tests.infra import operations
 from tests.infra.faulty import FAULTS, FaultyStore, answer, cut_answer, cut_request, slow
 from tests.infra.operations import OPERATIONS, folder, store
-from tests.infra.workers import in_workers
+from tests.infra.workers import Patient, in_workers
 
 __all__ = ["folder", "store"]
 
@@ -108,7 +108,7 @@ def test_a_reader_sees_whole_checkpoints_only(store: FaultyStore, folder: Folder
     store.fail(cut_request, method="PUT", key="*/step_000002/*", times=1)
     store.fail(cut_answer, method="POST", key="*/step_000003/*", times=1)
     store.fail(look, method="PUT|POST|DELETE")
-    writer = Checkpoints(folder / "checkpoints", keep=1, asynchronous=False)
+    writer = Patient(folder / "checkpoints", keep=1)
     for step in (2, 3):
         writer.save(step, operations.tensors(step), {})
     assert [steps for n, steps in enumerate(seen) if steps not in seen[:n]] == [
@@ -130,7 +130,7 @@ def test_a_put_that_is_cut_leaves_what_was_there(store: FaultyStore, folder: Fol
 
 
 def test_retention_on_a_bucket(store: FaultyStore, folder: Folder) -> None:
-    writer = Checkpoints(folder / "kept", keep=2, milestone_every=4, asynchronous=False)
+    writer = Patient(folder / "kept", keep=2, milestone_every=4)
     for step in range(1, 8):
         writer.save(step, operations.tensors(step), {})
     assert (folder / "kept").names() == ["step_000004", "step_000006", "step_000007"]
@@ -158,7 +158,7 @@ def move(environment: dict[str, str], folder: Folder) -> None:
     """Two ranks: save and load in halves, and load what one process has written."""
     os.environ.update(environment)
     with parallel.join(ParallelConfig(compute_dtype="float32", threads=1)) as mesh:
-        together = Checkpoints(folder / "two", keep=1, asynchronous=False)
+        together = Patient(folder / "two", keep=1)
         together.save(1, {"weight": distribute_tensor(WEIGHT, mesh, [Shard(0)])}, {})
         for store in (together, Checkpoints(folder / "one", keep=1)):
             held = {"weight": distribute_tensor(torch.zeros_like(WEIGHT), mesh, [Shard(0)])}
@@ -170,7 +170,7 @@ def test_each_rank_moves_its_own_part_only(
     store: FaultyStore, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dcp, "CHUNK_BYTES", WEIGHT.nbytes // 8)
-    Checkpoints(folder / "one", keep=1, asynchronous=False).save(1, {"weight": WEIGHT}, {})
+    Patient(folder / "one", keep=1).save(1, {"weight": WEIGHT}, {})
     store.requests.clear()
     in_workers(2, move, store.environment, folder)
     sent = [r.sent for r in store.requests if r.key.endswith(".safetensors") and r.sent]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from infra import parallel
+from infra.checkpoints import Checkpoints
 from infra.parallel import ParallelConfig
 
 WIDTH, TOKENS = 8, 11  # 11 rows do not divide by two workers
@@ -94,6 +95,14 @@ class Trained:
         self.optimizer.zero_grad()
         self.average.update_parameters(self.model)
         return losses
+
+
+class Patient(Checkpoints):
+    """Each of whose checkpoints is judged before training goes on."""
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        super().save(step, tensors, meta)
+        self.wait()
 
 
 def batch(step: int, lane: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ SPACE: dict[str, Knob] = {
     "converter.embed_dim": Uniform(low=4, high=8),
     "support": Choice(values=({"kind": "roar"}, {"kind": "lognormal", "mu": 1.0})),
 }
-LIST = small.SPACE
 
 
 def bowl(settings: dict[str, object]) -> float:
