@@ -97,21 +97,19 @@ class Notice(IntEnum):
 
 
 @contextmanager
-def notices(
-    *, stop: Callable[[], bool], leaving: Callable[[], bool]
-) -> Iterator[Callable[[], Notice]]:
+def notices(run: Folder | None) -> Iterator[Callable[[], Notice]]:
     """A function that tells the latest notice, inside the block.
 
-    stop: whether the run is to stop. leaving: whether this machine is about to go. A thread calls
-    both, since a store or a cluster may answer slowly.
+    run: the one whose workers may be asked to stop; None: listen to this machine alone. A thread
+    asks, since a store or a cluster may answer slowly.
     """
     latest, closed = [Notice.NONE], threading.Event()
 
     def listen() -> None:
         while latest[0] is not Notice.END and not closed.wait(ASK_S):
-            if stop():
+            if run is not None and stop_requested(run):
                 latest[0] = Notice.END
-            elif latest[0] is Notice.NONE and leaving():
+            elif latest[0] is Notice.NONE and node_is_leaving():
                 latest[0] = Notice.SAVE
 
     thread = threading.Thread(target=listen, name="notices", daemon=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from infra import parallel, stall, tracking
-from infra.preemption import Notice, node_is_leaving, notices, stop_requested
+from infra.preemption import Notice, notices
 from pipelines.runs import Run
 
 Show = Callable[[int, Mapping[str, float]], None]
@@ -41,9 +41,7 @@ class Monitor:
         """
         first = parallel.world()[0] == 0
         self._logger = self._open(done) if first else None
-        listening = notices(
-            stop=lambda: first and stop_requested(self.run.folder), leaving=node_is_leaving
-        )
+        listening = notices(self.run.folder if first else None)
         try:
             with listening as self._latest, stall.detected(self.stall_s, done or 0) as self._rank:
                 yield

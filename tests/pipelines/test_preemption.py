@@ -77,14 +77,16 @@ def test_the_ranks_agree_on_what_the_highest_has_heard() -> None:
     assert in_workers(2, agreed, [Notice.NONE, Notice.END]) == [Notice.END, Notice.END]
 
 
-def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails() -> None:
-    answers = {"stop": False, "leaving": True}
-    listening = notices(stop=lambda: answers["stop"], leaving=lambda: answers["leaving"])
-    with listening as latest:
+def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preemption, "node_is_leaving", lambda: True)
+    run = Folder.at("memory://leaving/run")
+    with notices(run) as latest:
         while latest() is Notice.NONE:
             time.sleep(0.01)
         assert latest() is Notice.SAVE
-        answers["stop"] = True
+        run.write_bytes(preemption.STOP, b"")
         while latest() is not Notice.END:
             time.sleep(0.01)
 
