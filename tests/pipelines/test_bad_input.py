@@ -6,6 +6,7 @@ Everything goes through the verbs' own `main`, and nothing may be left that look
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from infra.shards import MANIFEST, ShardWriter, read_manifest
 from pipelines import pretrain
@@ -218,3 +220,24 @@ def test_a_vocabulary_of_another_size(
     argv = [f"data={data}", f"root={tmp_path}", "name=run", f"init={finished}"]
     code, said = main("finetune", *argv)
     assert (code, "has 28 tokens, the data has 300" in said) == (3, True), said
+
+
+def test_a_store_that_does_not_answer(
+    main: Callable[..., tiny.Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is down is no missing file."""
+
+    def refuse(self: MemoryFileSystem, path: str, **kwargs: object) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    code, said = main("prepare", "source=memory://bucket/a.txt", f"out={tmp_path / 'out'}")
+    assert (code, "memory://bucket/a.txt: the store does not answer" in said) == (4, True), said
+
+
+def test_a_registry_that_does_not_answer(
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "init=models:/dsl@champion"]
+    code, said = main("finetune", *argv)
+    assert (code, "the model registry refused or did not answer" in said) == (4, True), said

@@ -6,7 +6,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import fsspec
@@ -210,3 +210,16 @@ def test_a_column_of_another_name_is_offered(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet(["text"]))
     with pytest.raises(DataError, match=r"no column 'body'; it has id, text. Set text_field=…"):
         list(pieces(str(tmp_path / "a.parquet"), "body"))
+
+
+def test_real_web_text(test_data: Path, tmp_path: Path) -> None:
+    """OpenWebText's documents by GPT-2's BPE: whole and in pieces, the same ids."""
+    gpt2 = Vocabulary.load(test_data / "gpt2")
+    with lzma.open(test_data / "owt" / "owt_docs.jsonl.xz", "rt", encoding="utf-8") as file:
+        lines = list(islice(file, 100))
+    (tmp_path / "owt.jsonl").write_text("".join(lines))
+    found = list(pieces(str(tmp_path / "owt.jsonl"), "text"))
+    documents = [json.loads(line)["text"] for line in lines]
+    assert joined(found) == documents
+    assert len(found) > len(documents)
+    assert ids(gpt2, [piece.text for piece in found]) == ids(gpt2, documents)

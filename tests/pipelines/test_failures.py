@@ -212,3 +212,12 @@ def test_a_corrupt_shard_that_is_skipped(
     assert skipped == sorted(skipped)
     shutil.copy(data / "train" / shard.name, shard)
     assert main("pretrain", *argv, "name=stop").code == 0
+
+
+def test_a_learning_rate_beyond_all_bounds(
+    main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
+) -> None:
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.optimizer.lr=1e30"]
+    code, said = main("pretrain", *argv)
+    assert (code, "of step 2 is inf; there is no checkpoint" in said) == (2, True), said
+    assert not (tmp_path / "run" / "result.json").exists()

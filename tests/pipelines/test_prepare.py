@@ -236,3 +236,22 @@ def test_open_web_text(test_data: Path, tmp_path: Path) -> None:
         ends = "<|endoftext|>"
         begun += held["characters"] + len(ends) * held["documents"]
     assert begun == len(whole)
+
+
+def test_text8(test_data: Path, tmp_path: Path) -> None:
+    """text8 by its 27 characters: the ids are the letters, one eos at the very end."""
+    with lzma.open(test_data / "text8" / "text8.first12549840.xz", "rt") as file:
+        text = file.read(400_000)
+    (tmp_path / "text8.xz").write_bytes(lzma.compress(text.encode(), preset=0))
+    out = str(tmp_path / "out")
+    made(f"source={tmp_path / 'text8.xz'}", f"out={out}", "length=256")
+    manifest, begun = read_manifest(out), 0
+    assert manifest.vocabulary.size == 28
+    for split in ("train", "validation", "test"):
+        held, ids = manifest.extra["text"][split], rows(out, split).ravel()
+        part = text[begun : begun + held["characters"]]
+        begun += len(part)
+        wanted = [" abcdefghijklmnopqrstuvwxyz".index(c) for c in part[: len(ids)]]
+        np.testing.assert_array_equal(ids[: len(wanted)], wanted)
+        assert held["tokens"] == len(part) + (split == "test")
+    assert begun == len(text)
