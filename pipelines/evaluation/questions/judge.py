@@ -171,7 +171,8 @@ class NGramJudge(Reader):
     """An interpolated n-gram model of the training rows that an evaluation looks at: exact, made in
     seconds, and no network.
 
-    It reads the very ids that were drawn, and every one of them counts, ends of documents too.
+    It reads the very ids that were drawn, and every one of them counts, ends of documents too. What
+    is drawn from n-grams it finds likelier than real text: another judge must tell these apart.
     `order`: tokens of its longest n-grams; None for 6, or as many as the vocabulary and the rows
     allow where that is fewer.
     """

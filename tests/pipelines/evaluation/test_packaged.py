@@ -19,7 +19,7 @@ from pipelines.evaluation import hub, packaged
 from pipelines.evaluation.questions.judge import HubJudge, PackagedJudge
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
-from tests.pipelines.evaluation.conftest import Refused
+from tests.pipelines.evaluation.conftest import Refused, Run
 
 NAMES = (packaged.PACKAGE, *packaged.CONVERTERS)
 LACKING = [name for name in NAMES if find_spec(name) is None]
@@ -221,9 +221,12 @@ def llama(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-@pytest.mark.skipif(
+convertible = pytest.mark.skipif(
     any(name in LACKING for name in packaged.CONVERTERS), reason="no package to convert it with"
 )
+
+
+@convertible
 def test_a_small_file_is_read_as_the_hub_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +261,32 @@ def test_a_small_file_is_read_as_the_hub_reads_it(
     PackagedJudge(max_tokens=POSITIONS).check("")
     with pytest.raises(ConfigError, match=r"judge\.max_tokens"):
         PackagedJudge(max_tokens=POSITIONS + 1).check("")
+
+
+@convertible
+def test_every_judge_has_bits_per_byte_of_every_row(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(tmp_path / "tiny.gguf")
+    place = convert(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(packaged, "find", lambda where: place)
+    code, _, err = run(
+        f"models={{flat: {world / 'flat'}}}",
+        "paths={masked: {path: masked, budgets: [1]}}",
+        "judge={kind: packaged, max_tokens: 40}",
+        "judges.packaged={kind: packaged, max_tokens: 40}",
+        f"judges.hub={{kind: hub, model: {place}, max_tokens: 40}}",
+        f"judges.own={{kind: own, model: {world / 'flat_ar'}}}",
+        "judges.ngram={kind: ngram}",
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "judged/report/evaluation.json").read_text())["samples"]
+    assert [row["model"] for row in rows] == ["unigram", "real", "flat"]
+    for row in rows:
+        alike = [row[f"bits_per_byte_{name}"] for name in ("packaged", "hub")]
+        assert alike == [row["judged_bits_per_byte"]] * 2
+        assert row["bits_per_byte_own"] > 0
+        assert row["bits_per_byte_ngram"] > 0
 
 
 # --- the package itself --------------------------------------------------------------------------
