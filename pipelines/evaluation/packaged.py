@@ -40,12 +40,11 @@ def find(where: str) -> Path:
     Raises ConfigError for a package that is not installed, DataError for a file that cannot be
     converted, InfraError where the cache cannot be written.
     """
-    spec = find_spec(PACKAGE)
     missing = [name for name in (PACKAGE, *CONVERTERS) if find_spec(name) is None]
-    if missing or spec is None or spec.origin is None:
-        names = ", ".join(missing or [PACKAGE]).replace("_", "-")
+    if missing:
+        names = ", ".join(missing).replace("_", "-")
         raise ConfigError(where, f"these packages are not installed: {names}", INSTALL)
-    gguf = Path(spec.origin).parent / FILE
+    gguf = Path(find_spec(PACKAGE).submodule_search_locations[0]) / FILE
     if not gguf.is_file():
         why = f"{gguf.name} is not in the package {PACKAGE.replace('_', '-')}"
         raise ConfigError(where, why, INSTALL)

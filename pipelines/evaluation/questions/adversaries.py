@@ -23,8 +23,10 @@ from pipelines.evaluation.cells import REAL
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.ngram import NGram, default_order
 from pipelines.evaluation.parts import chunks, matrix, texts
-from pipelines.evaluation.question import Question, Questions
+from pipelines.evaluation.question import Merit, Question, Questions
+from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
+from pipelines.report import Column, Row, Table
 
 STREAM = 7  # of random numbers, behind the evaluation's seed
 TEMPERATURES = (1.0, 0.8, 0.6)
@@ -189,6 +191,7 @@ ADVERSARIES: Mapping[str, Make] = dict(
 
 class Adversaries(Question):
     section, settings = "adversaries", bool
+    title = "Adversaries"
 
     def beside(self, config: Questions) -> tuple[str, ...]:
         return tuple(ADVERSARIES) if config.adversaries else ()
@@ -215,3 +218,40 @@ class Adversaries(Question):
             return ""
         sentences = " ".join(family.said for family in FAMILIES)
         return f"Of no model, made to fool the figures. {sentences}"
+
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
+        """Which figure prefers what stands beside the models to how many of their rows."""
+        config = survey.config
+        if not (config.adversaries and survey.walked):
+            return {}
+        walked = [_figures(survey, cell.name) for cell in survey.walked]
+        merits = [merit for merit in config.merits if merit.better and merit.key in walked[0]]
+        rows = []
+        for source in config.beside:
+            found = _figures(survey, source)
+            beaten = {merit: [_beats(found, row, merit) for row in walked] for merit in merits}
+            shares = {f"beats_{m.key}": sum(won) / len(won) for m, won in beaten.items()}
+            rows.append({"model": source, **shares})
+        made = Table(
+            title="What fools which figure",
+            note="The share of the models' rows in the table of texts that each of the others "
+            "beats, by each figure. Real text should beat them all; where nonsense does, too, the "
+            "figure says nothing by itself.",
+            columns=(
+                Column("model", "Model"),
+                *(Column(f"beats_{merit.key}", merit.title, ".2f") for merit in merits),
+            ),
+            rows=rows,
+        )
+        return {"fooled": made}
+
+
+def _figures(survey: Survey, source: str) -> Row:
+    """What all questions say of the texts of a source."""
+    asked = (question.of_source(survey, source) for question in survey.config.questions)
+    return dict(chain.from_iterable(row.items() for row in asked))
+
+
+def _beats(one: Row, other: Row, merit: Merit) -> bool:
+    """Never where either was not measured."""
+    return merit.better * (one.get(merit.key, math.nan) - other.get(merit.key, math.nan)) > 0

@@ -151,7 +151,8 @@ def test_they_are_rows_of_the_tables_and_the_copier_is_flagged(
 ) -> None:
     code, made, err = run(
         f"models={{flat: {world / 'flat'}}}",
-        "samples={rows: 40}",
+        "paths={masked: {path: masked, budgets: [1]}}",
+        "samples={rows: 40, traced: 0}",
         "adversaries=true",
         "judge={kind: ngram}",
         "memorisation={}",
@@ -160,7 +161,7 @@ def test_they_are_rows_of_the_tables_and_the_copier_is_flagged(
     assert code == 0, err
     tables = json.loads((tmp_path / "judged/report/evaluation.json").read_text())
     rows = {row["model"]: row for row in tables["samples"]}
-    assert list(rows) == ["unigram", "real", *ADVERSARIES]
+    assert list(rows) == ["unigram", "real", *ADVERSARIES, "flat"]
     assert [row["model"] for row in tables["divergence"]] == list(rows)
 
     # The judge likes what is wrong less and less, and what has been copied it does not mind.
@@ -169,6 +170,12 @@ def test_they_are_rows_of_the_tables_and_the_copier_is_flagged(
     assert perplexity["real"] < perplexity["replaced-2"] < perplexity["replaced-5"]
     assert perplexity["replaced-5"] < perplexity["replaced-10"] < perplexity["shuffled"]
     assert made["metrics"]["copier/perplexity"] == perplexity["copier"]
+
+    # What is said of them against the one row of a model, whose tokens are as likely as each other.
+    beaten = {row["model"]: row["beats_perplexity"] for row in tables["fooled"]}
+    assert beaten == {name: float(perplexity[name] < perplexity["flat"]) for name in beaten}
+    assert list(beaten) == ["unigram", "real", *ADVERSARIES]
+    assert beaten["copier"] == 1
     assert rows["copier"]["copied"] == rows["repeated"]["copied"] == 1
     assert (rows["copier"]["memorised"], rows["repeated"]["memorised"]) == ("yes", "yes")
     assert {rows[name]["memorised"] for name in ("unigram", "real", "shuffled")} == {"no"}
