@@ -17,7 +17,7 @@ from dsl.objective import ARObjective, DSLObjective, MDLMObjective, Objective
 from dsl.paths import LEFT_TO_RIGHT, AnyPath
 from pipelines.bounds import Bounds, endpoint, hybrid
 
-View = Literal["exact", "endpoint_bound", "path_integral", "hybrid_bound"]
+View = Literal["exact", "endpoint_bound", "path_integral", "hybrid_bound", "unmasking"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ class ModelKind:
 
 MDLM = ModelKind(
     name="mdlm",
-    views=("endpoint_bound",),
+    views=("endpoint_bound", "unmasking"),
     objectives={"mdlm": MDLMObjective, "mdlm_flat": partial(MDLMObjective, weighting="flat")},
     bounds={"endpoint_bound": endpoint},
 )
 AR = ModelKind(name="ar", views=("exact",), objectives={"ar": ARObjective}, causal=True)
 DSL = ModelKind(
     name="dsl",
-    views=("endpoint_bound", "path_integral", "hybrid_bound"),
+    views=("endpoint_bound", "path_integral", "hybrid_bound", "unmasking"),
     objectives={"dsl": DSLObjective},
     bounds={"endpoint_bound": endpoint, "hybrid_bound": hybrid},
     finite_snr=True,
