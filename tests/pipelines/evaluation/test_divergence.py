@@ -145,6 +145,8 @@ def test_every_source_has_a_row_and_real_text_is_the_floor(
     for row in rows:
         assert row["js_3_low"] <= row["js_3"] <= row["js_3_high"]
     assert made["metrics"]["flat/masked/1/js_1"] == flat["js_1"]
+    plots = {path.name for path in (tmp_path / "judged/report").glob("js_*.png")}
+    assert plots == {"js_1_by_calls.png", "js_3_by_calls.png"}
 
 
 @pytest.mark.parametrize(
