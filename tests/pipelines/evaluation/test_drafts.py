@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from pipelines.evaluation.questions.drafts import DraftsConfig, sureness
 from tests.dsl.laws import random_law
 from tests.pipelines.evaluation.conftest import Refused, Run
 
-LAW = random_law(tokens=3, length=6, dim=2, seed=1, sharpness=3.0)
-ROWS = 4000
-SHARES = (0.34, 0.5, 0.84)  # 2, 3 and 5 of 6 tokens
+LAW = random_law(tokens=3, length=5, dim=2, seed=1, sharpness=3.0)
+ROWS = 3000
+SHARES = (0.4, 0.6, 0.8)  # 2, 3 and 4 of 5 tokens
+EXACT, SHARP = LAW.denoiser(), Truncated(LAW.denoiser(), 0.5)
 
 
+@cache
 def own(denoiser: Denoises) -> Tensor:
     """Texts that a denoiser draws, one token a call."""
-    start = State.masked(ROWS, 6, 2)
-    return dsl.sample(denoiser, Order("random"), start, budget=6, seed=7).tokens_BL
+    start = State.masked(ROWS, 5, 2)
+    return dsl.sample(denoiser, Order("random"), start, budget=5, seed=7).tokens_BL
 
 
 def both(denoiser: Any, tokens_BL: Tensor, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -49,8 +52,8 @@ def apart(one_N: np.ndarray, other_N: np.ndarray) -> float:
 def test_both_figures_are_those_of_the_law() -> None:
     tokens_BL = LAW.draw(20, 0)
     for row, tokens_L in enumerate(tokens_BL):
-        found = sureness(LAW.denoiser(), tokens_L[None], revealed=0.5, seed=3, first_row=row)  # type: ignore[arg-type]
-        kept_L = Revealed(share=0.5).gamma(1, 6, Draws(3, row, 0))[0].isinf()
+        found = sureness(EXACT, tokens_L[None], revealed=0.6, seed=3, first_row=row)  # type: ignore[arg-type]
+        kept_L = Revealed(share=0.6).gamma(1, 5, Draws(3, row, 0))[0].isinf()
         assert kept_L.sum() == 3
         agrees_S = (LAW.sequences_SL[:, kept_L] == tokens_L[kept_L]).all(1)
         p_S = LAW.p_S * agrees_S / (LAW.p_S * agrees_S).sum()
@@ -59,15 +62,14 @@ def test_both_figures_are_those_of_the_law() -> None:
             p_V = torch.zeros(3).double().index_add(0, LAW.sequences_SL[:, at], p_S)
             entropies.append(-(p_V * p_V.log()).sum())
             nats.append(-p_V[tokens_L[at]].log())
-        assert found["entropy"][0] == pytest.approx(float(sum(entropies)) / 3, rel=1e-9)
-        assert found["nats"][0] == pytest.approx(float(sum(nats)) / 3, rel=1e-9)
+        assert found["entropy"][0] == pytest.approx(float(sum(entropies)) / 2, rel=1e-9)
+        assert found["nats"][0] == pytest.approx(float(sum(nats)) / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_exact_posterior_is_as_sure_of_its_own_texts_as_of_real_ones(share: float) -> None:
-    exact = LAW.denoiser()
-    own_entropy_N, own_nats_N = both(exact, own(exact), share)
-    entropy_N, nats_N = both(exact, LAW.draw(ROWS, 0), share)
+    own_entropy_N, own_nats_N = both(EXACT, own(EXACT), share)
+    entropy_N, nats_N = both(EXACT, LAW.draw(ROWS, 0), share)
     assert abs(apart(own_entropy_N, entropy_N)) < 4
     assert abs(apart(own_nats_N, nats_N)) < 4
     # And it is as often right as it is sure.
@@ -76,23 +78,22 @@ def test_the_exact_posterior_is_as_sure_of_its_own_texts_as_of_real_ones(share: 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_a_sharpened_model_is_surer_of_its_own_texts(share: float) -> None:
-    sharp = Truncated(LAW.denoiser(), 0.5)
-    drafts_NL, real_NL = own(sharp), LAW.draw(ROWS, 0)
-    for asked in (sharp, LAW.denoiser()):
+    drafts_NL, real_NL = own(SHARP), LAW.draw(ROWS, 0)
+    for asked in (SHARP, EXACT):
         (own_entropy_N, own_nats_N), (entropy_N, nats_N) = (
             both(asked, tokens_NL, share) for tokens_NL in (drafts_NL, real_NL)
         )
-        assert apart(own_entropy_N, entropy_N) < -5
-        assert apart(own_nats_N, nats_N) < -5
+        assert apart(own_entropy_N, entropy_N) < -3
+        assert apart(own_nats_N, nats_N) < -3
     # Of real text the sharpened model is surer than it is right.
-    entropy_N, nats_N = both(sharp, real_NL, share)
+    entropy_N, nats_N = both(SHARP, real_NL, share)
     assert apart(nats_N, entropy_N) > 5
 
 
 def test_figures_do_not_depend_on_batches() -> None:
     tokens_BL = LAW.draw(7, 1)
-    whole_B, _ = both(LAW.denoiser(), tokens_BL, 0.5)
-    part = sureness(LAW.denoiser(), tokens_BL[3:], revealed=0.5, seed=3, first_row=3)  # type: ignore[arg-type]
+    whole_B, _ = both(EXACT, tokens_BL, 0.5)
+    part = sureness(EXACT, tokens_BL[3:], revealed=0.5, seed=3, first_row=3)  # type: ignore[arg-type]
     assert list(part["entropy"]) == list(whole_B[3:])
 
 
