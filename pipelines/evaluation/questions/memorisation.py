@@ -71,7 +71,7 @@ class Memorisation(Question):
     )
     merits = (
         Merit("longest_copy", "Longest copy of a text, tokens", ".1f"),
-        Merit("copied", "Share copied from the training split", ".4f"),
+        Merit("copied", "Share copied from the training split", ".4f", bounds=(0, 1)),
     )
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
