@@ -40,6 +40,7 @@ from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row, Rows, Table
 from pipelines.report.drawing import curve, groups, panels, styles
 
+LATER = 2**32  # a step that no walk gets to: what is hidden does not depend on how it was drawn
 WAYS = {"entropy": "entropy", "nats": "cross-entropy"}
 
 
@@ -64,8 +65,8 @@ def sureness(
 ) -> Columns:
     """Means over the hidden tokens of each text, one denoiser call: the ``entropy`` of the
     posterior and the cross-entropy of the tokens that stood there, in ``nats``."""
-    condition = Revealed(share=revealed)
-    tokens_BL, state = shown(denoiser, tokens_BL, condition, seed=seed, first_row=first_row)
+    how = {"seed": seed, "first_row": first_row, "step": LATER}
+    tokens_BL, state = shown(denoiser, tokens_BL, Revealed(share=revealed), **how)
     both_2B = mean_hidden(denoiser(state), _both, tokens_BL, state.masked_BL).double().cpu()
     return dict(zip(WAYS, both_2B.numpy(), strict=True))
 

@@ -213,7 +213,7 @@ class Mauve(Question):
         if not survey.parts.present(f"parts/mauve/{source}"):
             return {}
         found = survey.parts.read(f"parts/mauve/{source}")["mauve"].to_pylist()
-        if found[0] is None:
+        if None in found:
             return {}
         per_seed_RS = np.array(found)
         spread = float(per_seed_RS.std(1, ddof=1).mean())

@@ -17,11 +17,11 @@ from torch import Tensor
 import dsl
 from dsl.noise import Draws
 from dsl.paths import Order
-from dsl.posterior import Denoises
+from dsl.posterior import Denoises, Posterior
 from dsl.state import State
 from dsl.truncation import Truncated
 from pipelines.evaluation.conditions import Revealed
-from pipelines.evaluation.questions.drafts import DraftsConfig, sureness
+from pipelines.evaluation.questions.drafts import LATER, DraftsConfig, sureness
 from tests.dsl.laws import random_law
 from tests.pipelines.evaluation.conftest import Refused, Run
 
@@ -53,7 +53,7 @@ def test_both_figures_are_those_of_the_law() -> None:
     tokens_BL = LAW.draw(20, 0)
     for row, tokens_L in enumerate(tokens_BL):
         found = sureness(EXACT, tokens_L[None], revealed=0.6, seed=3, first_row=row)  # type: ignore[arg-type]
-        kept_L = Revealed(share=0.6).gamma(1, 5, Draws(3, row, 0))[0].isinf()
+        kept_L = Revealed(share=0.6).gamma(1, 5, Draws(3, row, LATER))[0].isinf()
         assert kept_L.sum() == 3
         agrees_S = (LAW.sequences_SL[:, kept_L] == tokens_L[kept_L]).all(1)
         p_S = LAW.p_S * agrees_S / (LAW.p_S * agrees_S).sum()
@@ -88,6 +88,24 @@ def test_a_sharpened_model_is_surer_of_its_own_texts(share: float) -> None:
     # Of real text the sharpened model is surer than it is right.
     entropy_N, nats_N = both(SHARP, real_NL, share)
     assert apart(nats_N, entropy_N) > 5
+
+
+def test_what_is_hidden_does_not_depend_on_the_walk() -> None:
+    """Of 3 of 5 tokens that a path would have revealed first, 9/5 are kept by chance."""
+    asked = []
+
+    class Watched:
+        table_VD = EXACT.table_VD
+
+        def __call__(self, state: State) -> Posterior:
+            asked.append(state)
+            return EXACT(state)
+
+    sureness(Watched(), LAW.draw(500, 0), revealed=0.6, seed=3)  # type: ignore[arg-type]
+    for step in range(5):
+        first_BL = Revealed(share=0.6).gamma(500, 5, Draws(3, 0, step)).isinf()
+        both_B = (first_BL & asked[0].revealed_BL).sum(1).double()
+        assert abs(both_B.mean() - 9 / 5) < 5 * both_B.std() / 500**0.5
 
 
 def test_figures_do_not_depend_on_batches() -> None:

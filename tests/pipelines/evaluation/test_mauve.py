@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from infra import config
 from pipelines.evaluation.features import HubFeaturizer, OwnFeaturizer
+from pipelines.evaluation.parts import lists
 from pipelines.evaluation.questions import mauve
 from pipelines.evaluation.questions.mauve import LEAST, MauveConfig
 from tests.pipelines import tiny
@@ -122,6 +125,24 @@ def test_what_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=why):
         mauve.per_seed(p_NF, q_MF, MauveConfig(**settings))
+
+
+def test_only_texts_of_equal_length_are_scored() -> None:
+    """64 tokens each beside 64, 63 (a cut at the end) and 40."""
+    features_NF = {"parts/features/references": normal(0), "parts/features/dsl": normal(1)}
+
+    def score(tokens: int) -> Any:
+        def read(group: str, columns: list[str]) -> pa.Table:
+            size = 64 if group.endswith("references") else tokens
+            column = lists(features_NF[group])
+            return pa.table({"features": column, "tokens": np.full(LEAST, size)})
+
+        asked = SimpleNamespace(mauve=MauveConfig(), samples=SimpleNamespace(rows=LEAST))
+        workspace: Any = SimpleNamespace(config=asked, parts=SimpleNamespace(read=read))
+        return mauve._score(workspace, source="dsl", first=0)["mauve"].to_pylist()[0]
+
+    assert score(64) == score(63) == mauve.per_seed(normal(1), normal(0), MauveConfig())
+    assert score(40) is None
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": 4}, {"scaling": 0.0}, {"buckets": 1}])
