@@ -37,6 +37,7 @@ class HiddenChainDenoiser(MarkovDenoiser):
             )
         require_probabilities("emission", emission_SV)
         self.table_VD = table_VD.double()
+        # Its table is never read: only its messages are asked for.
         self.chain = ChainDenoiser(torch.eye(states).to(self.table_VD), initial_S, transition_SS)
         self.emission_SV = log(emission_SV.to(self.table_VD))
 
@@ -51,7 +52,7 @@ class HiddenChainDenoiser(MarkovDenoiser):
         return torch.multinomial(probs_NV, 1, generator=generator).view(rows, length)
 
     def marginals(self, evidence_BLV: Tensor) -> tuple[Tensor, Tensor]:
-        # Without what all tokens of a position share: small numbers are exact ones.
+        # The largest evidence of a position becomes 0: small numbers lose less to rounding.
         peak_BL1 = evidence_BLV.amax(-1, keepdim=True)
         said_BLSV = (evidence_BLV - peak_BL1)[:, :, None] + self.emission_SV
         own_BLS = said_BLSV.logsumexp(-1)

@@ -7,8 +7,8 @@ itself is known, and the exact posterior answers alike for both: its texts are d
 ones, and so are these with the same tokens hidden. The states in the middle of a walk would differ
 from real text by the path's own error, too.
 
-The model itself is asked, without the temperature and nucleus that its texts were drawn with:
-texts that are sharper for them look surer to it, and less surprising, than real ones.
+The model itself is asked, without the temperature and nucleus that its texts were drawn with. Where
+these make its texts sharper, it finds them less surprising than real ones.
 
 Shapes: B rows, L positions, V tokens, A asked positions (flat, in [0, B·L)), N texts.
 """
