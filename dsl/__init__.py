@@ -10,6 +10,7 @@ from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiT, DiTConfig
 from dsl.errors import PathError, TextError, VocabularyError, WeightsError
 from dsl.exact import ExactDenoiser
+from dsl.hidden import HiddenChainDenoiser
 from dsl.mdlm import from_mdlm
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
@@ -24,6 +25,7 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "ExactDenoiser",
+    "HiddenChainDenoiser",
     "PathError",
     "Posterior",
     "Sample",

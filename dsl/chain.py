@@ -4,6 +4,8 @@ Shapes: B rows, L positions, V tokens, D table dimension, N texts, K order, S = 
 R the V^(K-1) histories less their first token.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,60 @@ CERTAIN = 1e6
 MOST_ELEMENTS = 2**25
 
 
-class ChainDenoiser:
-    """``p(s_i | state)`` of a Markov chain of order K, by messages forwards and backwards.
+class MarkovDenoiser(ABC):
+    """``p(s_i | state)`` of a law by its marginals, given what each position says for itself.
 
     A token at finite SNR weighs its position by ``exp(z_i · x_v)`` (003 A.1), a revealed one allows
-    itself alone, a masked one says nothing. Where the chain cannot produce the revealed tokens,
-    the texts that maximise ``sum_i x_token · x_{s_i}`` over them remain, as for `ExactDenoiser`.
-    Computed in float64. A call costs ``O(B L V^(K + 1))``.
+    itself alone, a masked one says nothing. Where the law cannot produce the revealed tokens, the
+    texts that maximise ``sum_i x_token · x_{s_i}`` over them remain, as for `ExactDenoiser`.
+    Computed in float64.
+    """
+
+    table_VD: Tensor
+
+    @abstractmethod
+    def marginals(self, evidence_BLV: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised log-probabilities ``[B, L, V]``, and the log of the whole mass ``[B]``, where
+        each token's chance is multiplied by ``exp(evidence_BLV)``."""
+
+    @abstractmethod
+    def log_prob(self, tokens_BL: Tensor) -> Tensor:
+        """``log P(text)`` of each row ``[B]`` in nats, float64; at most `NEVER` if impossible."""
+
+    @abstractmethod
+    def draw(self, rows: int, length: int, seed: int) -> Tensor:
+        """``[rows, length]`` texts of the law itself."""
+
+    def __call__(self, state: State) -> Posterior:
+        state = state.like(self.table_VD)
+        agreeing_BLV = self._evidence(state)
+        log_probs_BLV, total_B = self.marginals(agreeing_BLV)
+        impossible_R = (total_B < NEVER / 2).nonzero().squeeze(1)
+        if len(impossible_R):
+            rows = state.rows(impossible_R)
+            rows_BLD = CERTAIN * self.table_VD[rows.tokens_BL]
+            near_BLV = torch.where(
+                rows.revealed_BL[..., None],
+                (rows_BLD[:, :, None] * self.table_VD).sum(-1),
+                agreeing_BLV[impossible_R],
+            )
+            near_BLV, _ = self.marginals(near_BLV)
+            log_probs_BLV = log_probs_BLV.index_copy(0, impossible_R, near_BLV)
+        return ChainPosterior(state, self.table_VD, log_probs_BLV)
+
+    def _evidence(self, state: State) -> Tensor:
+        """What each position says for itself, ``[B, L, V]``."""
+        # One product and sum per entry, not a matmul: its rounding must not depend on B.
+        score_BLV = (state.z_BLD[:, :, None] * self.table_VD).sum(-1)
+        every_V = torch.arange(len(self.table_VD), device=score_BLV.device)
+        other_BLV = state.revealed_BL[..., None] & (state.tokens_BL[..., None] != every_V)
+        return score_BLV.masked_fill(other_BLV, NEVER)
+
+
+class ChainDenoiser(MarkovDenoiser):
+    """A Markov chain of order K, by messages forwards and backwards.
+
+    A call costs ``O(B L V^(K + 1))``.
 
     Args:
         table_VD: unit rows.
@@ -43,16 +92,12 @@ class ChainDenoiser:
                 f"for {tokens} tokens and order K, initial must be [{tokens}] * K and transition "
                 f"[{tokens}] * (K + 1), got {tuple(initial_V.shape)}, {tuple(transition_VV.shape)}"
             )
-        for name, part, sums in (
-            ("initial", initial_V, initial_V.sum()),
-            ("transition", transition_VV, transition_VV.sum(-1)),
-        ):
-            if not ((part >= 0).all() and ((sums - 1).abs() < 1e-6).all()):
-                raise ValueError(f"{name} must hold probabilities that sum to 1")
+        require_probabilities("initial", initial_V.flatten())
+        require_probabilities("transition", transition_VV)
         self.table_VD = table_VD.double()
         self.order = order
-        self.initial = _log(initial_V.to(self.table_VD))
-        self.transition_VRV = _log(transition_VV.to(self.table_VD)).view(tokens, -1, tokens)
+        self.initial = log(initial_V.to(self.table_VD))
+        self.transition_VRV = log(transition_VV.to(self.table_VD)).view(tokens, -1, tokens)
 
     @classmethod
     def fit(
@@ -89,7 +134,6 @@ class ChainDenoiser:
         return cls(table_VD, seen.squeeze(-1) / seen.sum(), transition)
 
     def log_prob(self, tokens_BL: Tensor) -> Tensor:
-        """``log P(text)`` of each row ``[B]`` in nats, float64; at most `NEVER` if impossible."""
         tokens_BL = tokens_BL.to(self.table_VD.device, torch.int64)
         first = self._first(tokens_BL.shape[1])
         total_B = first[tuple(tokens_BL[:, : first.ndim].T)]
@@ -100,7 +144,6 @@ class ChainDenoiser:
         return total_B
 
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
-        """``[rows, length]`` texts of the chain itself, token after token."""
         generator = torch.Generator(self.table_VD.device).manual_seed(seed)
         first, tokens = self._first(length), len(self.table_VD)
         history_B = torch.multinomial(
@@ -114,38 +157,12 @@ class ChainDenoiser:
             digits.append(next_B)
         return torch.stack(digits, dim=1)
 
-    def __call__(self, state: State) -> Posterior:
-        state = state.like(self.table_VD)
-        agreeing_BLV = self._evidence(state)
-        log_probs_BLV, total_B = self._marginals(agreeing_BLV)
-        impossible_R = (total_B < NEVER / 2).nonzero().squeeze(1)
-        if len(impossible_R):
-            rows = state.rows(impossible_R)
-            rows_BLD = CERTAIN * self.table_VD[rows.tokens_BL]
-            near_BLV = torch.where(
-                rows.revealed_BL[..., None],
-                (rows_BLD[:, :, None] * self.table_VD).sum(-1),
-                agreeing_BLV[impossible_R],
-            )
-            near_BLV, _ = self._marginals(near_BLV)
-            log_probs_BLV = log_probs_BLV.index_copy(0, impossible_R, near_BLV)
-        return ChainPosterior(state, self.table_VD, log_probs_BLV)
-
     def _first(self, length: int) -> Tensor:
         """Log-probabilities of the first K tokens, or of all of a shorter text."""
         spare = tuple(range(length, self.order))
         return self.initial.logsumexp(spare) if spare else self.initial
 
-    def _evidence(self, state: State) -> Tensor:
-        """What each position says for itself, ``[B, L, V]``."""
-        # One product and sum per entry, not a matmul: its rounding must not depend on B.
-        score_BLV = (state.z_BLD[:, :, None] * self.table_VD).sum(-1)
-        every_V = torch.arange(len(self.table_VD), device=score_BLV.device)
-        other_BLV = state.revealed_BL[..., None] & (state.tokens_BL[..., None] != every_V)
-        return score_BLV.masked_fill(other_BLV, NEVER)
-
-    def _marginals(self, evidence_BLV: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised log-probabilities ``[B, L, V]``, and the log of the whole mass ``[B]``."""
+    def marginals(self, evidence_BLV: Tensor) -> tuple[Tensor, Tensor]:
         length, tokens = evidence_BLV.shape[1:]
         each = tokens**self.order * max(length, tokens)
         rows = max(1, MOST_ELEMENTS // each)
@@ -201,5 +218,12 @@ class ChainPosterior(Posterior):
         return ChainPosterior(state, self.table_VD, log_probs_BLV)
 
 
-def _log(probs: Tensor) -> Tensor:
+def log(probs: Tensor) -> Tensor:
+    """Natural logarithms of probabilities, `NEVER` for 0."""
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log().masked_fill(probs == 0, NEVER)
+
+
+def require_probabilities(name: str, probs: Tensor) -> None:
+    """ValueError unless these are probabilities that sum to 1 along the last dimension."""
+    if not ((probs >= 0).all() and ((probs.sum(-1) - 1).abs() < 1e-6).all()):
+        raise ValueError(f"{name} must hold probabilities that sum to 1")

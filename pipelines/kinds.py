@@ -31,7 +31,7 @@ from dsl.paths import LEFT_TO_RIGHT, AnyPath
 
 SEED = 0  # of the noise of bounds, which is the same for every run
 
-View = Literal["exact", "endpoint_bound", "path_integral", "hybrid_bound"]
+View = Literal["exact", "endpoint_bound", "path_integral", "hybrid_bound", "unmasking"]
 # (denoiser, tokens_BL, samples, number of the first row) -> nats per token
 Bound = Callable[[Denoiser, Tensor, int, int], float]
 Bounds = Mapping[str, Bound]
@@ -91,14 +91,14 @@ class ModelKind:
 
 MDLM = ModelKind(
     name="mdlm",
-    views=("endpoint_bound",),
+    views=("endpoint_bound", "unmasking"),
     objectives={"mdlm": MDLMObjective, "mdlm_flat": partial(MDLMObjective, weighting="flat")},
     bounds={"endpoint_bound": endpoint},
 )
 AR = ModelKind(name="ar", views=("exact",), objectives={"ar": ARObjective}, causal=True)
 DSL = ModelKind(
     name="dsl",
-    views=("endpoint_bound", "path_integral", "hybrid_bound"),
+    views=("endpoint_bound", "path_integral", "hybrid_bound", "unmasking"),
     objectives={"dsl": DSLObjective},
     bounds={"endpoint_bound": endpoint, "hybrid_bound": hybrid},
     finite_snr=True,

@@ -20,7 +20,7 @@ from pipelines.benchmarks.measure import interleaved
 from pipelines.benchmarks.results import Bar, ratio, table
 from pipelines.benchmarks.settings import BenchmarkConfig, FeaturesConfig
 from pipelines.corpus import embedded
-from pipelines.evaluation.questions.mauve import HubFeaturizer
+from pipelines.evaluation.features import HubFeaturizer
 from pipelines.report import Table
 
 

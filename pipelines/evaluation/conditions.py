@@ -53,10 +53,19 @@ Condition = Revealed | AtSNR
 
 
 def shown(
-    denoiser: Denoiser, tokens_BL: Tensor, condition: Condition, *, seed: int, first_row: int
+    denoiser: Denoiser,
+    tokens_BL: Tensor,
+    condition: Condition,
+    *,
+    seed: int,
+    first_row: int,
+    step: int = 0,
 ) -> tuple[Tensor, State]:
-    """The rows on the denoiser's device, and what the condition shows of them."""
-    table_VD, draws = denoiser.table_VD, Draws(seed, first_row, 0)
+    """The rows on the denoiser's device, and what the condition shows of them.
+
+    step: of the draws. Texts that were drawn themselves have used as many as they took calls.
+    """
+    table_VD, draws = denoiser.table_VD, Draws(seed, first_row, step)
     tokens_BL = tokens_BL.to(table_VD.device)
     gamma_BL = condition.gamma(*tokens_BL.shape, draws)
     return tokens_BL, observe(table_VD, tokens_BL, gamma_BL, draws)

@@ -1,14 +1,18 @@
 """How much of a text stands word for word in the training tokens: exact, over all of them.
 
-Shapes: R training rows, N texts, L positions, P positions of the training tokens, Q asked suffixes.
+Shapes: R training rows, N texts, L positions, T positions of the texts one after another,
+P positions of the training tokens, Q asked suffixes.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 ENDS = -1  # stands after every training row, so that no copy reaches into the next
-MOST_ELEMENTS = 2**24  # of one comparison of suffixes with training tokens
+MOST_SUFFIXES = 2**20  # that are looked up together
+AT_ONCE = 4  # tokens of two suffixes that are compared together
 
 
 class Copies:
@@ -32,39 +36,47 @@ class Copies:
         """How many tokens of each text from each position on are a copy of training tokens of one
         row, ``[N, L]`` int64."""
         rows, length = tokens_NL.shape
-        padded = np.full((rows, 2 * length), ENDS - 1, np.int64)  # equal to no training token
-        padded[:, :length] = tokens_NL
         width = min(length, self.length)
-        suffix_Q = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)[:, :length]
-        suffix_Q = suffix_Q.reshape(-1, width)
-        size = max(1, MOST_ELEMENTS // width)
-        found = [
-            self._longest(suffix_Q[first : first + size]) for first in range(0, len(suffix_Q), size)
-        ]
+        # Behind each text, so that every suffix has as many tokens as are compared.
+        padded = np.full((rows, length + width), ENDS - 1, np.int32)  # equal to no training token
+        padded[:, :length] = tokens_NL
+        start_NL = np.arange(padded.size).reshape(padded.shape)[:, :length]
+        pieces = np.array_split(start_NL.ravel(), math.ceil(start_NL.size / MOST_SUFFIXES))
+        found = [self._longest(padded.ravel(), start_Q, width) for start_Q in pieces]
         return np.concatenate(found).reshape(rows, length)
 
-    def _longest(self, suffix_Q: np.ndarray) -> np.ndarray:
+    def _longest(self, texts_T: np.ndarray, start_Q: np.ndarray, width: int) -> np.ndarray:
         """By bisection: a longest copy is next to where the suffix itself would be sorted."""
-        low_Q, high_Q = np.zeros(len(suffix_Q), int), np.full(len(suffix_Q), len(self.sorted_P))
-        best_Q = np.zeros(len(suffix_Q), int)
+        low_Q, high_Q = np.zeros(len(start_Q), int), np.full(len(start_Q), len(self.sorted_P))
+        best_Q = np.zeros(len(start_Q), int)
         while (low_Q < high_Q).any():
             middle_Q = np.minimum((low_Q + high_Q) // 2, len(self.sorted_P) - 1)
-            common_Q, before_Q = self._compare(suffix_Q, self.sorted_P[middle_Q])
+            place_Q = self.sorted_P[middle_Q]
+            common_Q, before_Q = self._compare(texts_T, start_Q, place_Q, width)
             best_Q = np.maximum(best_Q, common_Q)
             open_Q = low_Q < high_Q
             high_Q = np.where(open_Q & before_Q, middle_Q, high_Q)
             low_Q = np.where(open_Q & ~before_Q, middle_Q + 1, low_Q)
         return best_Q
 
-    def _compare(self, suffix_Q: np.ndarray, place_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens agree from the first on, and whether the asked suffix sorts before."""
-        width = suffix_Q.shape[1]
-        there_Q = self.tokens_P[place_Q[:, None] + np.arange(width)]
-        differs_Q = suffix_Q != there_Q
-        common_Q = np.where(differs_Q.any(1), differs_Q.argmax(1), width)
-        at_Q = np.minimum(common_Q, width - 1)[:, None]
-        asked_Q, other_Q = (np.take_along_axis(side, at_Q, 1)[:, 0] for side in (suffix_Q, there_Q))
-        return common_Q, asked_Q < other_Q
+    def _compare(
+        self, texts_T: np.ndarray, start_Q: np.ndarray, place_Q: np.ndarray, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many of `width` tokens agree from the first on, and whether the asked suffix sorts
+        before."""
+        common_Q, before_Q = np.zeros(len(start_Q), int), np.zeros(len(start_Q), bool)
+        open_Q = np.arange(len(start_Q))
+        # A few tokens at a time: most suffixes differ in the first of them.
+        for first in range(0, width, AT_ONCE):
+            ahead = np.arange(first, min(first + AT_ONCE, width))
+            asked_Q = texts_T[start_Q[open_Q, None] + ahead]
+            there_Q = self.tokens_P[place_Q[open_Q, None] + ahead]
+            differs_Q = asked_Q != there_Q
+            found_Q, at_Q = differs_Q.any(1), differs_Q.argmax(1)[:, None]
+            common_Q[open_Q] += np.where(found_Q, at_Q[:, 0], len(ahead))
+            before_Q[open_Q] = np.take_along_axis(asked_Q < there_Q, at_Q, 1)[:, 0]
+            open_Q = open_Q[~found_Q]
+        return common_Q, before_Q
 
 
 def share_copied(longest_NL: np.ndarray, size: int) -> np.ndarray:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from infra.errors import ConfigError
+
 if TYPE_CHECKING:
     from pipelines.evaluation.settings import GateConfig
     from pipelines.evaluation.survey import Survey
@@ -104,12 +106,16 @@ def ratios(parts_N: np.ndarray, wholes_N: np.ndarray, rows_RN: np.ndarray) -> np
 
 @dataclass(frozen=True, kw_only=True)
 class OfTexts:
-    """The base of metrics that compare the texts of one path at one budget."""
+    """The base of metrics that compare the texts of one path at one budget.
+
+    section: that of the configuration without which it is not measured, where there is one.
+    """
 
     path: str
     budget: int
 
     resamples: ClassVar[int | None] = None
+    section: ClassVar[str] = ""
 
     @property
     def label(self) -> str:
@@ -121,8 +127,12 @@ class OfTexts:
         return survey.source(model, self.path, self.budget)
 
     def require(self, survey: Survey, candidate: str) -> None:
-        """ConfigError where the evaluation draws no such texts of the candidate."""
+        """ConfigError where the evaluation draws no such texts of the candidate, or does not
+        measure this of any."""
         self.source(survey, candidate)
+        if self.section and getattr(survey.config, self.section) is None:
+            why = f"asks for {type(self).kind}, which is not measured"
+            raise ConfigError("gate", why, f"Give {self.section}, too")
 
 
 def require_resamples(resamples: int) -> None:

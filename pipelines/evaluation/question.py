@@ -194,10 +194,20 @@ class RowQuestion(Question):
         """What the table says of a model."""
         return ()
 
+    def asked_rows(self, config: Questions, asked: str) -> int:
+        """How many rows one of the things asked is measured on."""
+        rows: int = config.likelihood.rows
+        return rows
+
+    def found(self, survey: Survey, subject: Subject) -> dict[str, dict[str, np.ndarray]]:
+        """The columns of each of the things asked of a model, each ``[N]``."""
+        asked = self.asked(survey.config, subject.trained_as)
+        return {name: survey.columns(self.group(subject.name, name)) for name in asked}
+
     def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
         config = survey.config
         for asked, measure in self.asked(config, subject.trained_as).items():
-            for first, count in chunks(config.likelihood.rows, config.batch):
+            for first, count in chunks(self.asked_rows(config, asked), config.batch):
                 rows = {"model": subject.name, "first": first, "count": count}
                 work = partial(_of_rows, measure=measure, **rows)
                 yield Part(group=self.group(subject.name, asked), first=first, work=work)
@@ -230,6 +240,12 @@ def parts_of_texts(group: str, source: str, texts: int, measure: OfTexts) -> Ite
     for first, count in chunks(texts, TEXTS):
         work = partial(_of_texts, source=source, first=first, count=count, measure=measure)
         yield Part(group=group, first=first, work=work)
+
+
+def tokens_of(workspace: Workspace, source: str, first: int, count: int) -> np.ndarray:
+    """Tokens of texts of a source, ``[B, L]`` int64."""
+    table = workspace.parts.read(f"samples/{source}", ["tokens"]).slice(first, count)
+    return matrix(table["tokens"], np.int64)
 
 
 def repeats(survey: Survey, texts: int) -> range:

@@ -5,6 +5,7 @@ from pipelines.evaluation.questions.adversaries import Adversaries
 from pipelines.evaluation.questions.calibration import Calibration
 from pipelines.evaluation.questions.converter import Converter
 from pipelines.evaluation.questions.divergence import Divergence
+from pipelines.evaluation.questions.drafts import Drafts
 from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.judges import Judges
 from pipelines.evaluation.questions.likelihood import Likelihood
@@ -27,6 +28,7 @@ QUESTIONS: tuple[Question, ...] = (
     Likelihood(),
     States(),
     Calibration(),
+    Drafts(),
     Converter(),
     Robustness(),
     Traces(),

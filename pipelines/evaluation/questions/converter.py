@@ -59,8 +59,8 @@ class Converter(RowQuestion):
         }
 
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
-        for condition in _conditions(survey.config, subject.trained_as):
-            read = survey.columns(self.group(subject.name, condition.name))
+        asked = _conditions(survey.config, subject.trained_as)
+        for condition, read in zip(asked, self.found(survey, subject).values(), strict=True):
             yield {
                 "model": subject.name,
                 "state": condition.name,

@@ -30,12 +30,12 @@ from infra.errors import ConfigError
 from pipelines.evaluation.cells import REAL, REFERENCES
 from pipelines.evaluation.gate import OfTexts, Resamples, means
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.parts import matrix
-from pipelines.evaluation.question import Part, Question, Questions
+from pipelines.evaluation.question import Drawn, Part, Question, Questions, tokens_of
 from pipelines.evaluation.questions.texts import LABELS, labels
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row, Table
+from pipelines.report.plots import quality
 
 FOLDS = 5
 LEAST = 4 * FOLDS  # texts
@@ -114,15 +114,11 @@ def _numbered(p_NL: np.ndarray, q_ML: np.ndarray, order: int) -> tuple[np.ndarra
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _tokens(workspace: Workspace, source: str) -> np.ndarray:
-    column = workspace.parts.read(f"samples/{source}", ["tokens"])["tokens"]
-    return matrix(column, np.int64)[: workspace.config.samples.rows]
-
-
 def _scored(workspace: Workspace, *, source: str) -> pa.Table:
     """The scores by order, ``texts_n`` and ``references_n``; no row for the references themselves,
     under whatever name."""
-    p_NL, q_ML = _tokens(workspace, source), _tokens(workspace, REFERENCES)
+    rows = workspace.config.samples.rows
+    p_NL, q_ML = (tokens_of(workspace, name, 0, rows) for name in (source, REFERENCES))
     columns: dict[str, Any] = {}
     for order in workspace.config.divergence.orders:
         p_N, q_M = scores(p_NL, q_ML, order)
@@ -146,6 +142,7 @@ class NGramDivergence(OfTexts):
     kind: Literal["divergence"] = "divergence"
 
     sign: ClassVar[int] = -1
+    section: ClassVar[str] = "divergence"
 
     @property
     def label(self) -> str:
@@ -157,10 +154,9 @@ class NGramDivergence(OfTexts):
 
     def require(self, survey: Survey, candidate: str) -> None:
         super().require(survey, candidate)
-        asked = survey.config.divergence
-        if asked is None or self.order not in asked.orders:
+        if self.order not in survey.config.divergence.orders:
             why = f"asks for the divergence of {self.order}-grams, which is not measured"
-            raise ConfigError("gate", why, "Give divergence, with that order")
+            raise ConfigError("gate", why, "Give it among divergence.orders, too")
 
 
 # --- the question ------------------------------------------------------------------------------
@@ -204,6 +200,15 @@ class Divergence(Question):
             rows=rows,
         )
         return {"divergence": made}
+
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+        """Against calls, beside what stands beside the models."""
+        rows = [{**row, "calls": row.get("budget")} for row in tables["divergence"].rows]
+        for n in survey.config.divergence.orders:
+            key, title = f"js_{n}", f"Divergence of {n}-grams from held-out text"
+            anchors = {row["model"]: row[key] for row in rows if "path" not in row and key in row}
+            walked = [row for row in rows if "path" in row]
+            yield f"{key}_by_calls", title, quality(walked, key, label="bits", anchors=anchors)
 
 
 def _rows(survey: Survey) -> Iterator[Row]:

@@ -282,15 +282,11 @@ class GenerativePerplexity(OfTexts):
     kind: Literal["generative_perplexity"] = "generative_perplexity"
 
     sign: ClassVar[int] = -1
+    section: ClassVar[str] = "judge"
 
     def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
         judged = Judged(**survey.columns(_group(self.source(survey, model))))
         return np.exp(ratios(judged.nats_N, judged.tokens_N, draws.rows(len(judged.nats_N))))
-
-    def require(self, survey: Survey, candidate: str) -> None:
-        super().require(survey, candidate)
-        if survey.config.judge is None:
-            raise ConfigError("gate", "asks for a judge, and there is none", "Give judge, too")
 
 
 class Judge(Question):

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from dsl import likelihood
+from dsl import likelihood, unmasking
 from dsl.denoiser import Denoiser
 from dsl.likelihood import Estimate, PathName
+from dsl.paths import EntropyBounded
 from infra.errors import ConfigError
 from pipelines.evaluation import metrics
 from pipelines.evaluation.cells import UNIGRAM
@@ -33,7 +34,7 @@ from pipelines.kinds import AR, ModelKind
 from pipelines.report import BOUND, Column, Row, Rows, Table
 from pipelines.report.plots import nll
 
-EXACT = "exact"
+EXACT, UNMASKING = "exact", "unmasking"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,8 @@ class LikelihoodConfig:
     over SNR. The path integral goes to `gamma_max` along each of the `contours`: the exact
     posterior gives one number on all of them, so their spread says how far a model is from being
     one. The hybrid bound is taken at every `gamma_star`: choose the best with `split=validation`
-    and report that one, not the minimum, on the test split.
+    and report that one, not the minimum, on the test split. The first `unmasking_rows` rows also
+    get their exact likelihood under unmasking, at one denoiser call a token; none leaves it out.
     """
 
     rows: int = 256
@@ -53,11 +55,14 @@ class LikelihoodConfig:
     gamma_max: float = 100.0
     gamma_star: tuple[float, ...] = (100.0,)
     contours: tuple[PathName, ...] = ("diffusion",)
+    unmasking_rows: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 2), ("samples", 2), ("steps", 2)):
+        for name, least in (("rows", 2), ("samples", 2), ("steps", 2), ("unmasking_rows", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.unmasking_rows > self.rows:
+            raise ValueError(f"unmasking_rows is {self.unmasking_rows}, and rows {self.rows}")
         for gamma in (self.gamma_max, *self.gamma_star):
             if not 0 < gamma < math.inf:
                 raise ValueError(f"gamma_max and gamma_star must be positive, got {gamma}")
@@ -84,6 +89,7 @@ def views(kind: ModelKind, config: LikelihoodConfig, seed: int) -> list[View]:
     no_bound = f"estimate, no bound: stops at SNR {config.gamma_max:g}"
     bound = partial(likelihood.hybrid_bound, **calls)
     name, to = "hybrid_bound_{:g}", "upper bound, to SNR {:g}"
+    by_order = f"exact for texts drawn a token a call, surest first: {config.unmasking_rows:,} rows"
     known = {
         "exact": [View(EXACT, "exact", _ar)],
         "endpoint_bound": [
@@ -97,6 +103,9 @@ def views(kind: ModelKind, config: LikelihoodConfig, seed: int) -> list[View]:
             View(name.format(at), to.format(at), partial(bound, gamma_star=at), at)
             for at in config.gamma_star
         ],
+        "unmasking": [View(UNMASKING, by_order, partial(_unmasking, seed=seed))]
+        if config.unmasking_rows
+        else [],
     }
     return [view for name in kind.views for view in known[name]]
 
@@ -107,6 +116,12 @@ def _integral_name(contour: PathName) -> str:
 
 def _ar(denoiser: Denoiser, tokens_BL: Tensor, *, first_row: int) -> Estimate:
     return likelihood.ar(denoiser, tokens_BL)
+
+
+def _unmasking(denoiser: Denoiser, tokens_BL: Tensor, *, seed: int, first_row: int) -> Estimate:
+    """Under the order that the posterior decides: the position of least entropy comes next."""
+    how = {"budget": tokens_BL.shape[1], "seed": seed, "first_row": first_row}
+    return unmasking.estimate(denoiser, tokens_BL, EntropyBounded(bound=0.0), **how)
 
 
 def _nats(
@@ -181,6 +196,11 @@ class Likelihood(RowQuestion):
         found = views(kind, config.likelihood, config.seed)
         return {view.name: partial(_nats, view.measure) for view in found}
 
+    def asked_rows(self, config: Questions, asked: str) -> int:
+        settings = config.likelihood
+        rows: int = settings.unmasking_rows if asked == UNMASKING else settings.rows
+        return rows
+
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
         config = survey.config
         for view in views(subject.trained_as, config.likelihood, config.seed):
@@ -214,7 +234,8 @@ def _bytes(survey: Survey) -> np.ndarray:
 
 
 def _row(survey: Survey, model: str, view: View) -> Row:
-    nats_N, bytes_N = survey.columns(_group(model, view.name))["nats"], _bytes(survey)
+    nats_N = survey.columns(_group(model, view.name))["nats"]
+    bytes_N = _bytes(survey)[: len(nats_N)]
     nats, bits_N = metrics.mean(nats_N), nats_N * survey.held_out.manifest.length / math.log(2)
     perplexity = likelihood.perplexity(nats.value)
     return {

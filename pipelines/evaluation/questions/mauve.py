@@ -1,8 +1,10 @@
 """MAUVE between the texts of a source and held-out text, by their features (arXiv 2102.01454),
 through mauve-text.
 
-Shapes: N texts, M references, L positions, F features, B rows of a batch, H hidden width,
-R repeats, S seeds of k-means.
+Only sets of equally long texts are compared: the score of real text against real text falls with a
+difference in length alone.
+
+Shapes: N texts, M references, L positions, F features, R repeats, S seeds of k-means.
 """
 
 from __future__ import annotations
@@ -17,12 +19,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from dsl.state import State
-from infra.errors import ConfigError
-from pipelines.evaluation import hub
-from pipelines.evaluation.cells import REFERENCES
+from pipelines.evaluation.cells import REAL, REFERENCES
+from pipelines.evaluation.features import AnyFeaturizer, Features, HubFeaturizer, same_length
 from pipelines.evaluation.gate import OfTexts, Resamples, require_resamples
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.parts import lists, matrix
@@ -36,91 +35,30 @@ from pipelines.evaluation.question import (
     parts_of_texts,
     repeats,
 )
-from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row
 
 LEAST = 500  # texts in a set: at 50 anything scores near 1
+LEAST_SEEDS = 5
 FIRST_SEED = 25  # mauve-text's default
-
-
-# From texts, and their rows of ids [N, L] in the data's vocabulary, to features [N, F] float32.
-Featurize = Callable[[Sequence[str], np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubFeaturizer(HubReader):
-    """The last hidden state at a text's last token, as in MAUVE's paper (arXiv 2102.01454, §4).
-
-    Text is cut at `max_tokens` of the model's own tokenizer, to which `<|endoftext|>` means what
-    the tokenizer says. A text without any token is read as the one token that begins texts;
-    mauve-text would drop it. Features do not depend on the batch, up to rounding.
-    """
-
-    head: ClassVar[hub.Head] = "AutoModel"
-    where: ClassVar[str] = "mauve.featurizer.model"
-
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
-        opened = self.open(device)
-        tokenizer, network = opened.tokenizer, opened.network
-
-        @torch.no_grad()
-        def featurize(texts: Sequence[str], tokens_NL: np.ndarray) -> np.ndarray:
-            cut = {"truncation": True, "max_length": self.max_tokens}
-            ids = [row or [opened.start] for row in tokenizer(list(texts), **cut)["input_ids"]]
-            features_NF = np.empty((len(ids), network.config.hidden_size), np.float32)
-            for batch in hub.batches(ids, self.batch, device):
-                read = network(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)
-                last_B1 = batch.mask_BL.sum(1, keepdim=True) - 1
-                states_BLF = read.last_hidden_state
-                last_BF = states_BLF.take_along_dim(last_B1[:, :, None], dim=1).squeeze(1)
-                features_NF[batch.rows] = last_BF.cpu().numpy()
-            return features_NF
-
-        return featurize
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnFeaturizer(OwnReader):
-    """The offline stand-in: the mean over positions of the hidden states of a model of our own.
-
-    Normally of an AR model; any kind reads the text with every token revealed.
-    """
-
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
-        denoiser = self.open(device, open_model)
-
-        @torch.no_grad()
-        def featurize(texts: Sequence[str], tokens_NL: np.ndarray) -> np.ndarray:
-            table_VD, features_NF = denoiser.table_VD, []
-            for tokens_BL in self.batches(tokens_NL):
-                known_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
-                hidden_BLH = denoiser.hidden(State.from_tokens(table_VD, tokens_BL, known_BL))
-                features_NF.append(hidden_BLH.float().mean(1).cpu().numpy())
-            return np.concatenate(features_NF)
-
-        return featurize
-
-
-AnyFeaturizer = HubFeaturizer | OwnFeaturizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class MauveConfig:
-    """Texts are clustered by `featurizer`'s features with `seeds` seeds of k-means, whose choice
-    moves the score as much as many reported gaps. `scaling` is c of the paper's eq. 2; `buckets`
-    is how many clusters there are, a tenth of the texts where it is None. All else, and these
-    by default, as the paper and mauve-text have it."""
+    """Texts are clustered by `featurizer`'s features with `seeds` seeds of k-means, at least 5: the
+    choice of one moves the score as much as many reported gaps. `scaling` is c of the paper's
+    eq. 2; `buckets` is how many clusters there are, a tenth of the texts where it is None. All
+    else, and these by default, as the paper and mauve-text have it."""
 
     featurizer: AnyFeaturizer = field(default_factory=HubFeaturizer)
-    seeds: int = 5
+    seeds: int = LEAST_SEEDS
     scaling: float = 5.0
     buckets: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if self.seeds < LEAST_SEEDS:
+            raise ValueError(f"seeds must be at least {LEAST_SEEDS}, got {self.seeds}")
         if not 0 < self.scaling < math.inf:
             raise ValueError(f"scaling must be positive, got {self.scaling}")
         if self.buckets is not None and self.buckets < 2:
@@ -183,21 +121,26 @@ def _compute() -> Callable[..., Any]:
 def _features(
     featurizer: AnyFeaturizer, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
 ) -> Columns:
-    return {"features": lists(workspace.reader(featurizer)(texts, tokens_NL))}
+    found: Features = workspace.reader(featurizer)(texts, tokens_NL)
+    return {"features": lists(found.features_NF), "tokens": found.tokens_N}
 
 
 def _score(workspace: Workspace, *, source: str, first: int) -> pa.Table:
-    """By k-means seed, of one repeat; null for the references themselves, under whatever name."""
+    """By k-means seed, of one repeat; null for the references themselves, under whatever name, and
+    for texts of another length."""
     config, rows = workspace.config.mauve, workspace.config.samples.rows
-    own_NF = _read(workspace.parts, source)[first : first + rows]
-    real_MF = _read(workspace.parts, REFERENCES)[:rows]
-    same = np.array_equal(own_NF, real_MF)
-    return pa.table({"mauve": [None if same else per_seed(own_NF, real_MF, config)]})
+    own = _read(workspace.parts, source, first, rows)
+    real = _read(workspace.parts, REFERENCES, 0, rows)
+    same = np.array_equal(own.features_NF, real.features_NF)
+    left_out = same or not same_length(own.tokens_N, real.tokens_N)
+    scores = None if left_out else per_seed(own.features_NF, real.features_NF, config)
+    return pa.table({"mauve": [scores]})
 
 
-def _read(parts: Any, source: str) -> np.ndarray:
-    """``[N, F]``"""
-    return matrix(parts.read(f"parts/features/{source}", ["features"])["features"], np.float32)
+def _read(parts: Any, source: str, first: int, rows: int) -> Features:
+    """Of these texts of a source."""
+    table = parts.read(f"parts/features/{source}", ["features", "tokens"]).slice(first, rows)
+    return Features(matrix(table["features"], np.float32), table["tokens"].to_numpy())
 
 
 # --- what the gate may compare -------------------------------------------------------------------
@@ -219,23 +162,20 @@ class MauveGain(OfTexts):
     kind: Literal["mauve"] = "mauve"
 
     sign: ClassVar[int] = 1
+    section: ClassVar[str] = "mauve"
 
     def __post_init__(self) -> None:
         require_resamples(self.resamples)
 
     def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
         config, rows = survey.config.mauve, survey.config.samples.rows
-        texts_NF = _read(survey.parts, self.source(survey, model))[:rows]
-        real_MF = _read(survey.parts, REFERENCES)[:rows]
-        taken = zip(
-            draws.rows(len(texts_NF)), draws.references(len(real_MF)), draws.seeds(), strict=True
-        )
-        return np.array([one(texts_NF[n], real_MF[m], config, seed) for n, m, seed in taken])
-
-    def require(self, survey: Survey, candidate: str) -> None:
-        super().require(survey, candidate)
-        if survey.config.mauve is None:
-            raise ConfigError("gate", "asks for MAUVE, which is not measured", "Give mauve, too")
+        own = _read(survey.parts, self.source(survey, model), 0, rows)
+        real = _read(survey.parts, REFERENCES, 0, rows)
+        p_NF, q_MF = own.features_NF, real.features_NF
+        taken = zip(draws.rows(len(p_NF)), draws.references(len(q_MF)), draws.seeds(), strict=True)
+        if not same_length(own.tokens_N, real.tokens_N):
+            return np.full(1 + draws.resamples, math.nan)
+        return np.array([one(p_NF[n], q_MF[m], config, seed) for n, m, seed in taken])
 
 
 # --- the question ------------------------------------------------------------------------------
@@ -273,15 +213,18 @@ class Mauve(Question):
         if not survey.parts.present(f"parts/mauve/{source}"):
             return {}
         found = survey.parts.read(f"parts/mauve/{source}")["mauve"].to_pylist()
-        if found[0] is None:
+        if None in found:
             return {}
         per_seed_RS = np.array(found)
         spread = float(per_seed_RS.std(1, ddof=1).mean())
         return {**entries("mauve", mean(per_seed_RS.mean(1))), "mauve_spread": spread}
 
     def note(self, config: Questions) -> str:
+        featurizer = config.mauve.featurizer
         return (
-            f"MAUVE on features of {config.mauve.featurizer.label}, mean over "
+            f"MAUVE on features of {featurizer.label} (pooling={featurizer.pooling}), mean over "
             f"{config.mauve.seeds} k-means seeds (spread: their standard deviation); ± is the "
-            "standard error over repeats, where there are several."
+            f"standard error over repeats, where there are several. {REAL} is what real text of "
+            "the same size scores. None for texts that the featurizer finds longer or shorter "
+            "than real ones."
         )

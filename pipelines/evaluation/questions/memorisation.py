@@ -20,6 +20,7 @@ from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.question import (
     Columns,
+    Merit,
     Part,
     Question,
     Questions,
@@ -67,6 +68,10 @@ class Memorisation(Question):
         Column("longest_copy_of_all", "of all texts"),
         Column("copied", "Copied", ".4f"),
         Column("memorised", "Memorised"),
+    )
+    merits = (
+        Merit("longest_copy", "Longest copy of a text, tokens", ".1f"),
+        Merit("copied", "Share copied from the training split", ".4f", bounds=(0, 1)),
     )
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:

@@ -57,23 +57,15 @@ def replace(tokens_BL: Tensor, visible_BL: Tensor, share: float, size: int, draw
 
 @torch.no_grad()
 def nats(
-    denoiser: Denoiser,
-    tokens_BL: Tensor,
-    *,
-    replaced: tuple[float, ...],
-    seed: int,
-    first_row: int = 0,
+    denoiser: Denoiser, tokens_BL: Tensor, *, replaced: float, seed: int, first_row: int = 0
 ) -> Columns:
-    """Cross-entropy per masked token of each row, ``[B]``, by `state`: with no token replaced, and
-    with each share."""
+    """Cross-entropy per masked token of each row, ``[B]``, with this share of tokens replaced."""
     tokens_BL, state = shown(denoiser, tokens_BL, VISIBLE, seed=seed, first_row=first_row)
-    draws, size, found = Draws(seed, first_row, 1), len(denoiser.table_VD), {}
-    for share in (0.0, *replaced):
-        seen_BL = replace(tokens_BL, state.revealed_BL, share, size, draws)
-        seen = observe(denoiser.table_VD, seen_BL, state.gamma_BL, draws)
-        nats_B, _ = mean_errors(denoiser(seen), tokens_BL, state.masked_BL).double().cpu()
-        found[_state(share)] = nats_B.numpy()
-    return found
+    draws, size = Draws(seed, first_row, 1), len(denoiser.table_VD)
+    seen_BL = replace(tokens_BL, state.revealed_BL, replaced, size, draws)
+    seen = observe(denoiser.table_VD, seen_BL, state.gamma_BL, draws)
+    nats_B, _ = mean_errors(denoiser(seen), tokens_BL, state.masked_BL).double().cpu()
+    return {"nats": nats_B.numpy()}
 
 
 def _state(share: float) -> str:
@@ -96,19 +88,20 @@ class Robustness(RowQuestion):
     )
 
     def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
-        replaced = config.robustness.replaced
-        if kind.causal or not replaced:
+        shares = config.robustness.replaced
+        if kind.causal or not shares:
             return {}
-        return {"": partial(nats, replaced=replaced, seed=config.seed)}
+        return {
+            _state(share): partial(nats, replaced=share, seed=config.seed)
+            for share in (0.0, *shares)
+        }
 
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
-        if not self.asked(survey.config, subject.trained_as):
-            return
-        found = survey.columns(self.group(subject.name))
-        for share in (0.0, *survey.config.robustness.replaced):
-            nats_N = found[_state(share)]
+        found = [columns["nats"] for columns in self.found(survey, subject).values()]
+        shares = (0.0, *survey.config.robustness.replaced)
+        for share, nats_N in zip(shares, found, strict=False):
             row = {"model": subject.name, "state": _state(share), "replaced": share}
-            rise = entries("rise", mean(nats_N - found[_state(0.0)])) if share else {}
+            rise = entries("rise", mean(nats_N - found[0])) if share else {}
             yield {**row, **entries("nats", mean(nats_N)), **rise}
 
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:

@@ -1,13 +1,14 @@
 """The error of each model in the states that it was trained on: masked and revealed tokens side by
 side, and evidence at one SNR.
 
-Shapes: B rows of a part, L positions, V tokens, A asked positions (flat, in [0, B·L)), N rows.
+Shapes: B rows of a part, L positions, V tokens, A asked positions (flat, in [0, B·L)), K figures of
+each, N rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,18 +66,30 @@ def errors(
 
 
 def mean_errors(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
-    """``[2, B]``: cross-entropy and squared error, means over the hidden tokens of each row, from
-    one projection onto the vocabulary."""
+    """``[2, B]``: cross-entropy and squared error, means over the hidden tokens of each row."""
     table_VD = posterior.table_VD
 
     def both(log_probs_AV: Tensor, tokens_A: Tensor) -> Tensor:
         off_AD = table_VD[tokens_A] - log_probs_AV.exp().to(table_VD) @ table_VD
         return torch.stack([-log_prob_of(log_probs_AV, tokens_A), off_AD.square().sum(1)], dim=1)
 
+    return mean_hidden(posterior, both, tokens_BL, hidden_BL)
+
+
+def mean_hidden(
+    posterior: Posterior,
+    function: Callable[[Tensor, Tensor], Tensor],
+    tokens_BL: Tensor,
+    hidden_BL: Tensor,
+) -> Tensor:
+    """What ``function`` of log-probabilities ``[A, V]`` and tokens ``[A]`` answers, ``[A, K]``, as
+    means over the hidden tokens of each row, ``[K, B]``; from one projection onto the vocabulary.
+    """
     at_A = hidden_BL.flatten().nonzero().squeeze(1)
-    errors_BL2 = table_VD.new_zeros(*tokens_BL.shape, 2)
-    errors_BL2[hidden_BL] = posterior.summarise(both, at_A, tokens_BL.flatten()[at_A])
-    return (errors_BL2.sum(1) / hidden_BL.sum(1, keepdim=True)).T
+    values_AK = posterior.summarise(function, at_A, tokens_BL.flatten()[at_A])
+    values_BLK = values_AK.new_zeros(*tokens_BL.shape, values_AK.shape[1])
+    values_BLK[hidden_BL] = values_AK
+    return (values_BLK.sum(1) / hidden_BL.sum(1, keepdim=True)).T
 
 
 class States(RowQuestion):
@@ -101,8 +114,8 @@ class States(RowQuestion):
 
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
         name, kind = subject.name, subject.trained_as
-        for condition in conditions(kind, survey.config.states):
-            found = survey.columns(self.group(name, condition.name))
+        asked = conditions(kind, survey.config.states)
+        for condition, found in zip(asked, self.found(survey, subject).values(), strict=True):
             # Distances in a table that was never trained would mean nothing.
             squared = entries("squared_error", mean(found["squared"])) if kind.finite_snr else {}
             snr = {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}

@@ -112,7 +112,7 @@ def interrupted(action: Callable[..., None]) -> Callable[..., None]:
         (
             ["models={a: 'models:/tiny/1'}", *QUICK,
              "gate={model: a, metric: {kind: mauve, path: p, budget: 4}}"],
-            2, ["gate", "MAUVE", "not measured"],
+            2, ["gate", "mauve", "not measured"],
         ),
         (
             ["models={a: 'models:/tiny/1'}", *QUICK,

@@ -155,7 +155,7 @@ def test_what_others_say_of_the_texts(run: Run, world: Path, tmp_path: Path) -> 
         "samples={rows: 500, repeats: 2, traced: 0}",
         "batch=250",
         f"judge={own}",
-        f"mauve={{featurizer: {{kind: own, model: {world / 'ar'}}}, seeds: 2}}",
+        f"mauve={{featurizer: {{kind: own, model: {world / 'ar'}}}}}",
     )
     assert code == 0, err
     folder = tmp_path / "judged"

@@ -15,8 +15,8 @@ from dsl.noise import Draws
 from infra.errors import ConfigError, DataError, InfraError, Problem
 from infra.storage import Folder
 from pipelines import models
-from pipelines.evaluation import hub
-from pipelines.evaluation.questions.mauve import HubFeaturizer, OwnFeaturizer
+from pipelines.evaluation import held_out, hub
+from pipelines.evaluation.features import HubFeaturizer, OwnFeaturizer
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
 from tests.pipelines.evaluation.small import own
@@ -49,7 +49,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def featurize(folder: Path, texts: list[str], **settings: Any) -> np.ndarray:
     featurizer = HubFeaturizer(model=str(folder), **settings)
-    return featurizer.load("cpu", strangers.none_of_ours)(texts, NO_TOKENS[: len(texts)])
+    read = featurizer.load("cpu", strangers.none_of_ours)(texts, NO_TOKENS[: len(texts)])
+    return read.features_NF
 
 
 # --- a stranger's model --------------------------------------------------------------------------
@@ -101,6 +102,35 @@ def test_an_empty_text_is_read_as_the_start_token(folder: Path) -> None:
     np.testing.assert_array_equal(empty, start)
 
 
+def test_the_mean_over_tokens_leaves_the_padding_out(folder: Path) -> None:
+    texts = ["one", "two thousand three", "twenty"]
+    alone = featurize(folder, texts, max_tokens=40, batch=1, pooling="mean")
+    batched = featurize(folder, texts, max_tokens=40, batch=3, pooling="mean")
+    np.testing.assert_allclose(batched, alone, atol=2e-6)
+    last = featurize(folder, texts, max_tokens=40, batch=1)
+    np.testing.assert_allclose(  # of a single token they are the same
+        *(featurize(folder, ["x"], max_tokens=2, pooling=pooling) for pooling in ("mean", "last"))
+    )
+    assert np.abs(last - alone).max() > 1e-3
+
+
+def test_real_texts_must_be_as_long_as_the_cut(folder: Path, world: Path) -> None:
+    """Rows of 32 characters: no features are taken of texts that differ in length."""
+    data = held_out.read(str(world / "data/shards"), "validation", 6, corpus_rows=9, seed=0)
+    tokenizer = hub.open(str(folder), "AutoModel", "cpu", where="").tokenizer
+    texts = [data.vocabulary.decode(row) for row in data.rows_NL.tolist()]
+    shortest = min(len(tokenizer(text)["input_ids"]) for text in texts)
+    HubFeaturizer(model=str(folder), max_tokens=shortest).check_data(data)
+    with pytest.raises(ConfigError, match=rf"max_tokens.*At most {shortest}$"):
+        HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check_data(data)
+
+
+def test_lengths_are_the_tokens_that_were_read(folder: Path) -> None:
+    featurizer = HubFeaturizer(model=str(folder), max_tokens=3)
+    read = featurizer.load("cpu", strangers.none_of_ours)(["", "x", TEXTS[1]], NO_TOKENS[:3])
+    assert read.tokens_N.tolist() == [1, 1, 3]
+
+
 def test_a_folder_is_checked_without_a_hub(folder: Path, cache: Any) -> None:
     cache("http://127.0.0.1:9")
     HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check("")
@@ -114,7 +144,7 @@ def test_a_name_is_downloaded_once(folder: Path, cache: Any) -> None:
     cache("http://127.0.0.1:9")  # and now without a network
     featurizer.check("")
     np.testing.assert_array_equal(
-        featurizer.load("cpu", strangers.none_of_ours)(TEXTS, NO_TOKENS),
+        featurizer.load("cpu", strangers.none_of_ours)(TEXTS, NO_TOKENS).features_NF,
         featurize(folder, TEXTS, max_tokens=8),
     )
 
@@ -232,26 +262,40 @@ def test_more_tokens_than_positions_are_refused(folder: Path) -> None:
 # --- a model of our own --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("kind", ["ar", "mdlm", "dsl"])
-def test_own_features_are_means_of_hidden_states(kind: str) -> None:
+def test_own_features_are_pooled_hidden_states(kind: str, pooling: Any) -> None:
     model = own(kind)
     tokens_NL = np.random.default_rng(0).integers(0, 28, (7, 12)).astype(np.uint16)
-    featurizer = OwnFeaturizer(model="runs/own", batch=3)
+    featurizer = OwnFeaturizer(model="runs/own", batch=3, pooling=pooling)
     assert featurizer.addresses() == ("runs/own",)
     assert featurizer.label.startswith("stand-in: ")
     opened = []
-    features_NF = featurizer.load("cpu", lambda address: opened.append(address) or model)(
+    read = featurizer.load("cpu", lambda address: opened.append(address) or model)(
         [""] * 7, tokens_NL
     )
     assert opened == ["runs/own"]
     tokens_BL = torch.from_numpy(tokens_NL.astype(np.int64))
+    if kind == "ar":  # it reads a token one place later
+        tokens_BL = torch.cat([tokens_BL, tokens_BL[:, :1]], dim=1)
     state = observe(
-        model.denoiser.table_VD, tokens_BL, torch.full((7, 12), torch.inf), Draws(0, 0, 0)
+        model.denoiser.table_VD, tokens_BL, torch.full(tokens_BL.shape, torch.inf), Draws(0, 0, 0)
     )
     with torch.no_grad():
-        hidden_BLH = model.denoiser.eval().hidden(state)
-    assert features_NF.dtype == np.float32
-    np.testing.assert_allclose(features_NF, hidden_BLH.mean(1).numpy(), atol=1e-6)
+        states_BLH = model.denoiser.eval().hidden(state)[:, -12:]
+    expected_BH = states_BLH[:, -1] if pooling == "last" else states_BLH.mean(1)
+    assert read.features_NF.dtype == np.float32
+    np.testing.assert_allclose(read.features_NF, expected_BH.numpy(), atol=1e-6)
+    assert read.tokens_N.tolist() == [12] * 7
+
+
+@pytest.mark.parametrize("kind", ["ar", "mdlm", "dsl"])
+def test_the_last_token_has_been_read(kind: str) -> None:
+    tokens_NL = np.zeros((2, 12), np.uint16)
+    tokens_NL[1, -1] = 5
+    featurize = OwnFeaturizer(model="runs/own").load("cpu", lambda address: own(kind))
+    one_F, other_F = featurize([""] * 2, tokens_NL).features_NF
+    assert np.abs(one_F - other_F).max() > 1e-3
 
 
 def test_own_model_is_checked(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Made:
     words_2N: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     entropies_N: dict[str, np.ndarray] = field(default_factory=dict)
     features_NF: dict[str, np.ndarray] = field(default_factory=dict)
+    tokens_N: dict[str, np.ndarray] = field(default_factory=dict)
     kinds = MappingProxyType({"old": MDLM, "new": MDLM})
     config = SimpleNamespace(mauve=None, samples=SimpleNamespace(rows=N))
 
@@ -64,7 +65,9 @@ class Made:
 
     def read(self, group: str, columns: list[str]) -> pa.Table:
         model = {"parts/features/references": "real"}.get(group, group.rpartition("/")[2])
-        return pa.table({"features": lists(self.features_NF[model])})
+        features_NF = self.features_NF[model]
+        tokens_N = self.tokens_N.get(model, np.full(len(features_NF), 64))
+        return pa.table({"features": lists(features_NF), "tokens": tokens_N})
 
 
 @pytest.fixture(autouse=True)
@@ -293,6 +296,14 @@ def test_mauve_resamples_both_models_alike(
     assert len({seed for *_, seed in new}) == 21
     assert len({tuple(p_NF.ravel()) for p_NF, *_ in new}) > 15
     assert len({tuple(q_MF.ravel()) for _, q_MF, _ in new}) > 15
+
+
+def test_mauve_of_texts_of_another_length_is_not_measurable() -> None:
+    scores = features(0)
+    scores.tokens_N = {"new": np.full(N, 60)}
+    assert decide(scores, MauveGain(**TEXTS, resamples=20)).metric.verdict == "not measurable"
+    scores.tokens_N = {"new": np.full(N, 63.5)}
+    assert decide(scores, MauveGain(**TEXTS, resamples=20)).metric.verdict == "undecided"
 
 
 # --- guards --------------------------------------------------------------------------------------

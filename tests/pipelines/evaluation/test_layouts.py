@@ -12,7 +12,10 @@ from pipelines.evaluation.questions.likelihood import bits
 from pipelines.evaluation.settings import MERITS, QUALITY
 from pipelines.report import Row, markdown
 
-MAUVE, PERPLEXITY, WORDS, ENTROPY = MERITS
+BY_KEY = {merit.key: merit for merit in MERITS}
+MAUVE, PERPLEXITY, WORDS, ENTROPY = map(
+    BY_KEY.__getitem__, ("mauve", "perplexity", "words", "entropy")
+)
 REASON = "mdlm was not trained on finite SNR"
 TEXTS: list[Row] = [
     {"model": "unigram", "mauve": 0.01, "words": 0.2},

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from infra import config
+from pipelines.evaluation.features import HubFeaturizer, OwnFeaturizer
+from pipelines.evaluation.parts import lists
 from pipelines.evaluation.questions import mauve
-from pipelines.evaluation.questions.mauve import LEAST, HubFeaturizer, MauveConfig, OwnFeaturizer
+from pipelines.evaluation.questions.mauve import LEAST, MauveConfig
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
 
@@ -47,13 +51,13 @@ def test_the_numbers_are_those_of_mauve_text() -> None:
     from mauve import compute_mauve
 
     p_NF, q_MF = normal(0), normal(1, 620, 0.3)
-    found = mauve.per_seed(p_NF, q_MF, MauveConfig(seeds=3))
+    found = mauve.per_seed(p_NF, q_MF, MauveConfig())
     theirs = [
         float(compute_mauve(p_features=p_NF, q_features=q_MF, seed=seed).mauve)
-        for seed in (25, 26, 27)
+        for seed in range(25, 30)
     ]
     assert found == theirs
-    assert len(set(theirs)) == 3
+    assert len(set(theirs)) == 5
     assert mauve.one(p_NF, q_MF, MauveConfig(), 26) == theirs[1]
 
 
@@ -64,8 +68,8 @@ def test_settings_reach_mauve_text() -> None:
     theirs = compute_mauve(
         p_features=p_NF, q_features=q_MF, seed=25, num_buckets=17, mauve_scaling_factor=2
     )
-    found = mauve.per_seed(p_NF, q_MF, MauveConfig(seeds=1, buckets=17, scaling=2.0))
-    assert found == [float(theirs.mauve)]
+    found = mauve.one(p_NF, q_MF, MauveConfig(buckets=17, scaling=2.0), 25)
+    assert found == float(theirs.mauve)
 
 
 def test_texts_give_what_mauve_text_makes_of_them(tmp_path: Path) -> None:
@@ -76,25 +80,23 @@ def test_texts_give_what_mauve_text_makes_of_them(tmp_path: Path) -> None:
     theirs = compute_mauve(
         p_text=p, q_text=q, featurize_model_name=str(folder), max_text_length=16, seed=25
     )
-    settings = MauveConfig(
-        featurizer=HubFeaturizer(model=str(folder), max_tokens=16, batch=64), seeds=1
-    )
-    featurize = settings.featurizer.load("cpu", lambda address: pytest.fail(address))
-    no_tokens = np.zeros((LEAST, 0), np.int64)
-    (found,) = mauve.per_seed(featurize(p, no_tokens), featurize(q, no_tokens), settings)
+    featurizer = HubFeaturizer(model=str(folder), max_tokens=16, batch=64)
+    featurize = featurizer.load("cpu", lambda address: pytest.fail(address))
+    p_NF, q_MF = (featurize(texts, np.zeros((LEAST, 0))).features_NF for texts in (p, q))
+    found = mauve.one(p_NF, q_MF, MauveConfig(), 25)
     assert 0.01 < found < 0.99
     assert found == pytest.approx(float(theirs.mauve), abs=0.02)  # features round otherwise
 
 
 def test_identical_sets_score_one() -> None:
-    assert mauve.per_seed(normal(0), normal(0), MauveConfig(seeds=2)) == pytest.approx([1, 1])
+    assert mauve.per_seed(normal(0), normal(0), MauveConfig()) == pytest.approx([1] * 5)
 
 
 def test_disjoint_sets_score_the_least_there_is() -> None:
     p_NF, q_MF = blobs((250, 250), 0), blobs((0, 0, 250, 250), 1)
-    found = mauve.per_seed(p_NF, q_MF, MauveConfig(seeds=2, buckets=4))
+    found = mauve.per_seed(p_NF, q_MF, MauveConfig(buckets=4))
     half = np.array([0.5, 0.5, 0, 0])
-    assert found == pytest.approx([area(half, half[::-1], 5.0)] * 2, rel=1e-6)
+    assert found == pytest.approx([area(half, half[::-1], 5.0)] * 5, rel=1e-6)
     # Without the 25 points of the curve: c B(c + 1, c), which is 1 / 252 at c = 5.
     assert found[0] == pytest.approx(1 / 252, rel=0.05)
 
@@ -103,9 +105,9 @@ def test_disjoint_sets_score_the_least_there_is() -> None:
 def test_known_histograms_give_their_area_in_any_order(order: int) -> None:
     p_NF = blobs((300, 150, 50), 2 * order)
     q_MF = blobs((100, 250, 250), 2 * order + 1)
-    found = mauve.per_seed(p_NF, q_MF, MauveConfig(seeds=2, buckets=3))
+    found = mauve.per_seed(p_NF, q_MF, MauveConfig(buckets=3))
     expected = area(np.array([0.6, 0.3, 0.1]), np.array([100, 250, 250]) / 600, 5.0)
-    assert found == pytest.approx([expected, expected], rel=1e-6)
+    assert found == pytest.approx([expected] * 5, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,25 @@ def test_what_means_nothing_is_refused(
         mauve.per_seed(p_NF, q_MF, MauveConfig(**settings))
 
 
-@pytest.mark.parametrize("wrong", [{"seeds": 0}, {"scaling": 0.0}, {"buckets": 1}])
+def test_only_texts_of_equal_length_are_scored() -> None:
+    """64 tokens each beside 64, 63 (a cut at the end) and 40."""
+    features_NF = {"parts/features/references": normal(0), "parts/features/dsl": normal(1)}
+
+    def score(tokens: int) -> Any:
+        def read(group: str, columns: list[str]) -> pa.Table:
+            size = 64 if group.endswith("references") else tokens
+            column = lists(features_NF[group])
+            return pa.table({"features": column, "tokens": np.full(LEAST, size)})
+
+        asked = SimpleNamespace(mauve=MauveConfig(), samples=SimpleNamespace(rows=LEAST))
+        workspace: Any = SimpleNamespace(config=asked, parts=SimpleNamespace(read=read))
+        return mauve._score(workspace, source="dsl", first=0)["mauve"].to_pylist()[0]
+
+    assert score(64) == score(63) == mauve.per_seed(normal(1), normal(0), MauveConfig())
+    assert score(40) is None
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": 4}, {"scaling": 0.0}, {"buckets": 1}])
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MauveConfig(**wrong)
@@ -136,8 +156,9 @@ def test_a_configuration_holds_either_featurizer() -> None:
         return config.load(MauveConfig, verb="evaluate", argv=given, presets=Path())
 
     assert load() == MauveConfig(featurizer=HubFeaturizer(model="gpt2-large", max_tokens=1024))
-    own = load("featurizer.kind=own", "featurizer.model=runs/ar", "seeds=2")
-    assert own == MauveConfig(featurizer=OwnFeaturizer(model="runs/ar"), seeds=2)
+    own = load("featurizer={kind: own, model: runs/ar, pooling: mean}", "seeds=7")
+    featurizer = OwnFeaturizer(model="runs/ar", pooling="mean")
+    assert own == MauveConfig(featurizer=featurizer, seeds=7)
 
 
 def test_the_terminal_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,19 @@ import torch
 from torch import Tensor
 
 from dsl.likelihood import path_integral
+from dsl.state import State
+from dsl.vocabulary import Vocabulary
 from infra.shards import read_manifest
 from pipelines.evaluation import held_out
 from pipelines.evaluation.conditions import AtSNR, Revealed
+from pipelines.evaluation.metrics import text_bytes
 from pipelines.evaluation.questions.converter import reading
-from pipelines.evaluation.questions.likelihood import LikelihoodConfig, View, views
+from pipelines.evaluation.questions.likelihood import Likelihood, LikelihoodConfig, View, views
 from pipelines.evaluation.questions.states import errors
-from pipelines.kinds import DSL
+from pipelines.kinds import DSL, MDLM
+from tests.dsl.laws import random_law
 from tests.pipelines import tiny
+from tests.pipelines.evaluation.conftest import Run
 from tests.pipelines.evaluation.small import LENGTH, network, rows_of
 
 
@@ -122,3 +129,58 @@ def test_the_corpus_is_whole_and_in_order(world: Path) -> None:
     few = held_out.read(url, "validation", 2, corpus_rows=3, seed=0)
     assert 1 / few.unigram.p_V.min() == pytest.approx(3 * LENGTH + 28)
     assert few.words < found.words
+
+
+# --- the likelihood under unmasking --------------------------------------------------------------
+
+UNMASKED: Any = SimpleNamespace(likelihood=LikelihoodConfig(unmasking_rows=9), seed=0)
+EVERY_SL = torch.cartesian_prod(*[torch.arange(3)] * 4)
+
+
+def under_unmasking(denoiser: Any) -> np.ndarray:
+    """The probability of every text by the question's own view."""
+    asked = Likelihood().asked(UNMASKED, MDLM)
+    nats_S = np.array(asked["unmasking"](denoiser, EVERY_SL, first_row=0)["nats"])
+    return np.exp(-4 * nats_S)
+
+
+def test_unmasking_with_the_exact_posterior_is_the_law() -> None:
+    law = random_law(tokens=3, length=4, dim=2, seed=3)
+    expected_S = (-4 * law.nats(EVERY_SL)).exp().numpy()
+    assert under_unmasking(law.denoiser()) == pytest.approx(expected_S, abs=1e-6)
+
+
+@torch.no_grad()
+def test_unmasking_of_a_network_is_the_product_of_its_draws() -> None:
+    """Each text by hand: the hidden token of least entropy is the next one."""
+    denoiser = network(3).double()
+    found_S = under_unmasking(denoiser)
+    assert found_S.sum() == pytest.approx(1, abs=1e-6)
+    for tokens_L, found in zip(EVERY_SL, found_S, strict=True):
+        known_L, chance = torch.zeros(4, dtype=torch.bool), 1.0
+        for _ in range(4):
+            state = State.from_tokens(denoiser.table_VD, tokens_L[None], known_L[None])
+            log_probs_LV = denoiser(state).log_probs()[0]
+            entropy_L = torch.special.entr(log_probs_LV.exp()).sum(1)
+            at = int(entropy_L.masked_fill(known_L, torch.inf).argmin())
+            chance *= float(log_probs_LV[at, tokens_L[at]].exp())
+            known_L[at] = True
+        assert found == pytest.approx(chance, abs=1e-6)
+
+
+def test_the_first_rows_are_unmasked(run: Run, world: Path, tmp_path: Path) -> None:
+    models = ", ".join(f"{kind}: {world / kind}" for kind in ("mdlm", "ar", "flat"))
+    code, _, err = run(f"models={{{models}}}", "likelihood.unmasking_rows=3")
+    assert code == 0, err
+    tables = json.loads((tmp_path / "judged/report/evaluation.json").read_text())
+    rows = {row["model"]: row for row in tables["likelihood"] if row["view"] == "unmasking"}
+    assert list(rows) == ["mdlm", "flat"]
+    assert rows["flat"]["nats_per_token"] == pytest.approx(math.log(28), rel=1e-5)
+    rows_NL = rows_of(world, 3)
+    bits = math.log2(28) * rows_NL.size / text_bytes(rows_NL, Vocabulary.char()).sum()
+    assert rows["flat"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_no_more_rows_are_unmasked_than_there_are() -> None:
+    with pytest.raises(ValueError, match="unmasking_rows is 9, and rows 8"):
+        LikelihoodConfig(rows=8, unmasking_rows=9)

@@ -57,6 +57,8 @@ def test_every_source_is_looked_up_in_the_training_split(
     assert rows["real"]["copied"] == pytest.approx(share_copied(longest_NL, 4).mean())
     assert made["metrics"]["real/copied"] == rows["real"]["copied"] > rows["flat"]["copied"]
     assert {row["memorised"] for row in rows.values()} == {"no"}
+    assert (tmp_path / "judged/report/copied_by_calls.png").exists()
+    assert (tmp_path / "judged/report/longest_copy_by_calls.png").exists()
 
 
 def test_a_stretch_of_nothing_is_refused(refused: Refused) -> None:

@@ -31,6 +31,14 @@ def with_chances(p_S: Tensor) -> Law:
     return Law(table_VD=LAW.table_VD, sequences_SL=LAW.sequences_SL, p_S=p_S)
 
 
+def each(law: Law, tokens_BL: Tensor, **how: Any) -> dict[float, np.ndarray]:
+    """The cross-entropies ``[B]`` with no token replaced and with every share."""
+    return {
+        share: np.array(nats(law.denoiser(), tokens_BL, replaced=share, **how)["nats"])
+        for share in (0.0, *SHARES)
+    }
+
+
 class Watched:
     """The exact denoiser of a law; keeps the states that it is asked about."""
 
@@ -56,10 +64,15 @@ def test_the_cross_entropies_are_those_of_the_law() -> None:
     tokens_BL = LAW.draw(20, 0)
     for row in range(len(tokens_BL)):
         denoiser = Watched(LAW)
-        found = nats(denoiser, tokens_BL[row : row + 1], replaced=SHARES, seed=3, first_row=row)
+        found = [
+            nats(denoiser, tokens_BL[row : row + 1], replaced=share, seed=3, first_row=row)
+            for share in (0.0, *SHARES)
+        ]
         clean, *wrong = denoiser.states
-        for values_B, state in zip(found.values(), denoiser.states, strict=True):
-            assert values_B[0] == pytest.approx(enumerated(LAW, state, tokens_BL[row]), rel=1e-9)
+        for columns, state in zip(found, denoiser.states, strict=True):
+            assert columns["nats"][0] == pytest.approx(
+                enumerated(LAW, state, tokens_BL[row]), rel=1e-9
+            )
             # Paired: what is masked is the same whatever is replaced.
             assert torch.equal(state.masked_BL, clean.masked_BL)
             assert state.revealed_BL.sum() == 3
@@ -71,7 +84,7 @@ def test_the_cross_entropies_are_those_of_the_law() -> None:
 def test_nothing_rises_where_tokens_are_independent() -> None:
     p_V = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     law = with_chances(p_V[LAW.sequences_SL].prod(1))
-    clean_B, *wrong = nats(law.denoiser(), law.draw(30, 0), replaced=SHARES, seed=0).values()
+    clean_B, *wrong = each(law, law.draw(30, 0), seed=0).values()
     for nats_B in wrong:
         assert nats_B == pytest.approx(clean_B, rel=1e-9)
 
@@ -81,19 +94,18 @@ def test_the_law_itself_is_hurt_by_wrong_tokens_and_the_more_the_more() -> None:
     same_S = (LAW.sequences_SL == LAW.sequences_SL[:, :1]).all(1)
     p_S = 0.9 * same_S / same_S.sum() + 0.1 / len(same_S)
     copies = with_chances(p_S.double())
-    found = nats(copies.denoiser(), copies.draw(4000, 0), replaced=SHARES, seed=0).values()
+    found = each(copies, copies.draw(4000, 0), seed=0).values()
     clean, *wrong = (values_B.mean() for values_B in found)
     assert clean < wrong[0] < wrong[1] < wrong[2]
 
 
 def test_figures_do_not_depend_on_batches() -> None:
     tokens_BL = LAW.draw(7, 1)
-    whole = nats(LAW.denoiser(), tokens_BL, replaced=SHARES, seed=5)
-    part = nats(LAW.denoiser(), tokens_BL[3:], replaced=SHARES, seed=5, first_row=3)
-    for state, values_B in whole.items():
-        assert part[state].tolist() == values_B[3:].tolist()
-    other = nats(LAW.denoiser(), tokens_BL, replaced=SHARES, seed=6)
-    assert not np.array_equal(other["replaced 0"], whole["replaced 0"])
+    whole = each(LAW, tokens_BL, seed=5)
+    part = each(LAW, tokens_BL[3:], seed=5, first_row=3)
+    for share, values_B in whole.items():
+        assert part[share].tolist() == values_B[3:].tolist()
+    assert not np.array_equal(each(LAW, tokens_BL, seed=6)[0.0], whole[0.0])
 
 
 @given(seed=st.integers(0, 99), share=st.floats(0, 1), size=st.integers(2, 9))
