@@ -5,6 +5,7 @@ from pipelines.evaluation.questions.adversaries import Adversaries
 from pipelines.evaluation.questions.calibration import Calibration
 from pipelines.evaluation.questions.converter import Converter
 from pipelines.evaluation.questions.divergence import Divergence
+from pipelines.evaluation.questions.frontier import Frontier
 from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.judges import Judges
 from pipelines.evaluation.questions.likelihood import Likelihood
@@ -17,6 +18,7 @@ from pipelines.evaluation.questions.traces import Traces
 
 # In the order of the report.
 QUESTIONS: tuple[Question, ...] = (
+    Frontier(),
     Mauve(),
     Judge(),
     Judges(),
