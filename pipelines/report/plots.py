@@ -201,7 +201,7 @@ def frontier(rows: Rows, key: str, *, across: str, label: str, goal: str) -> byt
 def _walk(row: Row) -> str:
     """The name of a curve in a panel of one budget."""
     split = "{} + {}".format(*row["split"]) if row.get("split") else ""
-    cut = f"nucleus {row['p']:g}" if "p" in row else ""
+    cut = f"nucleus {row['p']:g}" if row.get("p") else ""
     return " ".join(filter(None, (row["model"], row["path"], split, cut)))
 
 

@@ -213,7 +213,7 @@ def _head(found: Measured, confidence: float) -> Row:
     place, temperatures = found.crossing, found.curve.temperatures
     row = {**found.curve.labels, "reached": place.said, "lost": place.lost}
     if place.reached and temperatures:
-        temperatures_TR = np.broadcast_to(np.c_[temperatures], found.diversity_TR.shape)
+        temperatures_TR = np.array(temperatures)[:, None] + 0 * found.diversity_TR
         row["at"] = float(place.of(temperatures_TR)[0])
     for name, bits_R in found.bits_R.items():
         if math.isfinite(bits_R[0]):
