@@ -79,7 +79,10 @@ def report(
     tables |= {"fooled": _fooled(fooled(texts, config.merits, others))}
     topics["Adversaries"] = {"fooled"}
     merit = leading(texts, config.merits)
-    first = {merit.plot} if merit else set()
+    shown = {name for name, _, png in drawn if png}
+    # A plot that is made for a merit says more than the merit against calls, though none reach it.
+    ahead = [each.plot for each in config.merits if each.own_plot in shown]
+    first = set(ahead[:1] or ([merit.plot] if merit else []))
     made = Report(
         name="evaluation",
         title=f"Evaluation {config.name}",

@@ -186,7 +186,11 @@ class Frontier(Question):
         """One for each judge."""
         rows, across = tables["frontier"].rows, DIVERSITIES[_kind(survey)].title
         for name in judges(survey.config):
-            label, caption = f"bits per byte by {name}", f"{_title(name)}: where a curve passes it"
+            label = f"bits per byte by {name}"
+            caption = (
+                f"Quality, in {label}, against diversity by temperature. The headline is where a "
+                "curve crosses the dotted line, and the star is real text."
+            )
             png = frontier(rows, _key(name), across=across, label=label, goal=REAL)
             yield _key(name), caption, png
 

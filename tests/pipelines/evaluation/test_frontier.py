@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -347,9 +348,11 @@ def test_from_the_command_line_to_the_page(run: Run, world: Path, tmp_path: Path
     # It leads the page, and its plot stands before what is folded.
     page = (folder / "report/report.html").read_text()
     assert 'class="verdict">Bits per byte by judge at the diversity of real text: ' in page
-    assert page.index("data:image/png") < page.index("<details>")
-    shown = {file.name for file in (folder / "report").iterdir()}
-    assert {"frontier_judge.png", "frontier_short.png"} <= shown
+    ahead = page[: page.index("<details>")]
+    (shown,) = re.findall(r'<img alt="([^"]*)"', ahead)
+    assert "bits per byte by judge" in shown
+    files = {file.name for file in (folder / "report").iterdir()}
+    assert {"frontier_judge.png", "frontier_short.png"} <= files
     fooled = {row["model"]: row["above"] for row in tables["fooled"]}
     assert "perplexity" in fooled["repeated"]
     assert "diversity of real text" not in fooled["repeated"]
