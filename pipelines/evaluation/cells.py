@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dsl.paths import AnyPath, Hybrid, choose
 from dsl.truncation import Nucleus
@@ -75,6 +76,12 @@ class Cell:
     def split(self) -> tuple[int, int] | None:
         """A hybrid's calls on its first path and on its second."""
         return self.walk.split if isinstance(self.walk, Hybrid) else None
+
+
+def labels(cell: Cell) -> dict[str, Any]:
+    """What tells the row of a cell from others."""
+    split = {"split": list(cell.split)} if cell.split else {}
+    return {"model": cell.model, "path": cell.path, **split, "budget": cell.budget}
 
 
 def cells(models: Iterable[str], paths: Mapping[str, PathConfig], length: int) -> list[Cell]:

@@ -19,7 +19,7 @@ from dsl.sampling import Sample, sample
 from dsl.state import State
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from pipelines.evaluation import layouts, metrics
-from pipelines.evaluation.cells import REFERENCES, Cell
+from pipelines.evaluation.cells import REFERENCES, Cell, labels
 from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import NGRAMS
@@ -259,12 +259,6 @@ def _of_cell(survey: Survey, cell: Cell) -> Row:
         **_of_source(survey, cell.name),
         "seconds": sum(note["seconds"] for note in notes) / len(calls_N),
     }
-
-
-def labels(cell: Cell) -> dict[str, Any]:
-    """What tells the row of a cell from others."""
-    split = {"split": list(cell.split)} if cell.split else {}
-    return {"model": cell.model, "path": cell.path, **split, "budget": cell.budget}
 
 
 def _of_source(survey: Survey, source: str) -> dict[str, Any]:
