@@ -24,9 +24,11 @@ from infra.shards import Manifest
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import engine, held_out, preparation, promotion
+from pipelines.evaluation.cells import cells
 from pipelines.evaluation.pages import report
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
+from pipelines.evaluation.survey import further
 from pipelines.evaluation.workspace import MODELS
 from pipelines.runs import Made, Run
 
@@ -34,16 +36,18 @@ from pipelines.runs import Made, Run
 def plan(config: EvaluateConfig) -> dict[str, Any]:
     """What would be asked, for `--dry-run`."""
     manifest = held_out.require(config.data, config.split, config.held_out_rows)
-    walks = [walk for entry in config.paths.values() for walk in entry.walks(manifest.length)]
-    texts = config.samples.rows * config.samples.repeats
+    walks = cells(["any"], config.paths, manifest.length)
+    texts = dict.fromkeys(walks, config.samples.rows * config.samples.repeats)
+    texts |= further(config, walks)
     return {
         "run": (Folder.at(config.root) / config.name).url,
         "models": ", ".join(f"{name}: {address}" for name, address in config.models.items()),
         "split": f"{config.split}, {manifest.rows(config.split)} rows of {manifest.length} tokens",
         "likelihood_rows": config.likelihood.rows,
-        "texts_per_model": len(walks) * texts,
-        "calls_per_text_on_all_paths": sum(budget for _, budget in walks),
-        "tokens_per_model": sum(budget for _, budget in walks) * texts * manifest.length,
+        "texts_per_model": sum(texts.values()),
+        "calls_per_text_on_all_paths": sum(cell.budget for cell in walks),
+        "tokens_per_model": sum(cell.budget * rows for cell, rows in texts.items())
+        * manifest.length,
         "processes": config.workers.count,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dsl.paths import AnyPath, Hybrid, choose
 from dsl.truncation import Nucleus
@@ -48,24 +49,39 @@ class PathConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model on one path at one budget: a row of the table of texts."""
+    """One model on one path at one budget: a row of the table of texts, unless it has a temperature
+    of its own.
+
+    nucleus, temperature: of these texts alone; None for those of all samples.
+    """
 
     model: str
     path: str  # its name in the configuration
     walk: AnyPath
     budget: int
     nucleus: Nucleus | None = None
+    temperature: float | None = None
 
     @property
     def name(self) -> str:
         """Tells cells apart, in folders and figures."""
         calls = str(self.budget) if self.split is None else "{}+{}".format(*self.split)
-        return f"{self.model}-{self.path}-{calls}"
+        name = f"{self.model}-{self.path}-{calls}"
+        if self.temperature is None:
+            return name
+        cut = f"-p{self.nucleus.p}" if self.nucleus else ""
+        return f"{name}-t{self.temperature}{cut}"
 
     @property
     def split(self) -> tuple[int, int] | None:
         """A hybrid's calls on its first path and on its second."""
         return self.walk.split if isinstance(self.walk, Hybrid) else None
+
+
+def labels(cell: Cell) -> dict[str, Any]:
+    """What tells the row of a cell from others."""
+    split = {"split": list(cell.split)} if cell.split else {}
+    return {"model": cell.model, "path": cell.path, **split, "budget": cell.budget}
 
 
 def cells(models: Iterable[str], paths: Mapping[str, PathConfig], length: int) -> list[Cell]:

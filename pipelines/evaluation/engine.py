@@ -48,7 +48,8 @@ def measure(survey: Survey) -> list[Cost]:
     config = survey.config
     with pool.connected(config.workers):
         costs = [_run("models", list(_of_models(survey)), survey, config.workers)]
-        texts = {source: survey.count(source) for source in survey.sources}
+        drawn = (*survey.sources, *(cell.name for cell in survey.further))
+        texts = {source: survey.count(source) for source in drawn}
         # Few texts are read sooner than a process has started.
         few = sum(texts.values()) <= TEXTS
         workers = replace(config.workers, count=0) if few else config.workers
@@ -56,8 +57,8 @@ def measure(survey: Survey) -> list[Cost]:
             parts = [
                 part
                 for question in config.questions
-                for source, count in texts.items()
-                for part in getattr(question, ask)(survey, source, count)
+                for source in survey.read_by(question)
+                for part in getattr(question, ask)(survey, source, texts[source])
             ]
             costs.append(_run(stage, parts, survey, workers))
     return costs

@@ -89,13 +89,34 @@ class Resamples:
         return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
+def percentiles(values_R: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The percentile interval of resamples ``[R]``.
+
+    A value that is NaN may lie anywhere: it counts as the least for the lower end and as the
+    greatest for the upper one. Where more than ``(1 - confidence) / 2`` of them are, both ends are
+    infinite.
+    """
+    tail, lost_R = (1 - confidence) / 2, np.isnan(values_R)
+    with np.errstate(invalid="ignore"):
+        low = np.quantile(np.where(lost_R, -np.inf, values_R), tail)
+        high = np.quantile(np.where(lost_R, np.inf, values_R), 1 - tail)
+    # numpy finds NaN between two values of which one or both are infinite.
+    return (
+        -math.inf if math.isnan(low) else float(low),
+        math.inf if math.isnan(high) else float(high),
+    )
+
+
 def means(values_N: np.ndarray, rows_RN: np.ndarray) -> np.ndarray:
     """The mean of each resample, ``[R]``."""
     return ratios(values_N, np.ones(len(values_N)), rows_RN)
 
 
 def ratios(parts_N: np.ndarray, wholes_N: np.ndarray, rows_RN: np.ndarray) -> np.ndarray:
-    """``sum(parts) / sum(wholes)`` of each resample, ``[R]``; NaN where there is no whole."""
+    """``sum(parts) / sum(wholes)`` of each resample, ``[R]``; NaN where there is no whole.
+
+    Of K figures at once, ``[R, K]``, where both are ``[N, K]``.
+    """
     times_RN = np.stack([np.bincount(rows_N, minlength=len(parts_N)) for rows_N in rows_RN])
     with np.errstate(invalid="ignore", divide="ignore"):
         return (times_RN @ parts_N.astype(float)) / (times_RN @ wholes_N.astype(float))
@@ -158,7 +179,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+        if not all(map(math.isfinite, (self.difference, self.low, self.high))):
             return "not measurable"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
@@ -230,13 +251,12 @@ def _interval(
     draws = Resamples(seed, metric.resamples or config.resamples)
     ours_R, theirs_R = (metric.figures(survey, model, draws) for model in (candidate, other))
     differences_R = metric.sign * (ours_R - theirs_R)
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(differences_R[1:], (tail, 1 - tail))
+    low, high = percentiles(differences_R[1:], config.confidence)
     return Interval(
         metric=metric.label,
         candidate=float(ours_R[0]),
         other=float(theirs_R[0]),
         difference=float(differences_R[0]),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
     )

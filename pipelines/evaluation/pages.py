@@ -10,18 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from infra import journal
-from pipelines.evaluation.cells import REFERENCES, Cell
+from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell
 from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.question import Drawn
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
-from pipelines.evaluation.verdict import leading, ranked, verdict
+from pipelines.evaluation.verdict import fooled, leading, ranked, verdict
 from pipelines.report import Column, Plot, Report, Rows, Table, Text
 from pipelines.report.plots import courses, losses
 
 TEXTS = 2  # of each source are shown; all of them are in the run directory
 # What tells the rows of a table apart, in the names of their figures.
-LABELS = ("model", "view", "state", "path", "split", "budget")
+LABELS = ("model", "view", "state", "path", "split", "budget", "p", "temperature")
 DIAGNOSTICS = (
     Column("model", "Model"),
     Column("kind", "Trained as"),
@@ -33,6 +33,11 @@ DIAGNOSTICS = (
     Column("address", "Address"),
     Column("run_id", "Run"),
     Column("weights", "SHA-256 of the weights"),
+)
+FOOLED = (
+    Column("model", "Texts"),
+    Column("above", "Rank above every model by"),
+    Column("below", "Do not by"),
 )
 GATE = (
     Column("role", "As"),
@@ -70,8 +75,14 @@ def report(
     topics["Models and their training"] = {"diagnostics", *(name for name, *_ in training)}
     topics["Time"] = {"time"}
     texts = [row for table in measured.values() for row in table.rows]
+    others = [name for name in config.beside if name not in (UNIGRAM, REAL)]
+    tables |= {"fooled": _fooled(fooled(texts, config.merits, others))}
+    topics["Adversaries"] = {"fooled"}
     merit = leading(texts, config.merits)
-    first = {merit.plot} if merit else set()
+    shown = {name for name, _, png in drawn if png}
+    # A plot that is made for a merit says more than the merit against calls, though none reach it.
+    ahead = [each.plot for each in config.merits if each.own_plot in shown]
+    first = set(ahead[:1] or ([merit.plot] if merit else []))
     made = Report(
         name="evaluation",
         title=f"Evaluation {config.name}",
@@ -156,6 +167,15 @@ def _diagnostics(subjects: Sequence[Subject]) -> Table:
         "its spectral entropy, in [1, D]; a table that collapses shows in both (003 B.1).",
         columns=DIAGNOSTICS,
         rows=[{"model": s.name, "kind": s.kind, **s.origin, **s.facts} for s in subjects],
+    )
+
+
+def _fooled(rows: Rows) -> Table:
+    return Table(
+        title="Which figures the adversaries fool",
+        note="A figure by which texts of no model rank above every model says nothing by itself.",
+        columns=FOOLED,
+        rows=rows,
     )
 
 

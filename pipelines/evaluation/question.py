@@ -54,7 +54,8 @@ class Merit(NamedTuple):
     """A figure that texts are compared by, under `key` in the table of texts.
 
     better: +1 where more is better, -1 where less is, 0 where neither is. bounds: of its axis.
-    published: the papers' table of it by budget. plot: the name of its plot against calls.
+    published: the papers' table of it by budget. plot: the name of its plot, which is against calls
+    unless `own_plot` names another.
     """
 
     key: str
@@ -63,10 +64,11 @@ class Merit(NamedTuple):
     better: int = 0
     bounds: tuple[float, float] | None = None
     published: str = ""
+    own_plot: str = ""
 
     @property
     def plot(self) -> str:
-        return f"{self.key}_by_calls"
+        return self.own_plot or f"{self.key}_by_calls"
 
 
 class Question:
@@ -76,6 +78,7 @@ class Question:
     only where that section is given. gate_metrics: what the gate may compare, see
     `pipelines.evaluation.gate.Metric`. columns, merits: of the table of texts, where the
     configuration does not name them. title: heads its tables and plots on the page.
+    reads_further: is also asked about the texts of the cells that questions ask for (`cells`).
     """
 
     section: ClassVar[str] = ""
@@ -85,6 +88,7 @@ class Question:
     gate_metrics: ClassVar[tuple[type, ...]] = ()
     columns: ClassVar[tuple[Column, ...]] = ()
     merits: ClassVar[tuple[Merit, ...]] = ()
+    reads_further: ClassVar[bool] = False
 
     # --- before the first part ---
 
@@ -102,6 +106,16 @@ class Question:
     def readers(self, config: Questions) -> Sequence[Reader]:
         """What it has read the texts of the models."""
         return ()
+
+    def cells(self, config: Questions, walked: Sequence[Cell]) -> Mapping[Cell, int]:
+        """Cells beyond those that are walked for all questions, and how many texts of each are to
+        be drawn. Their texts stand in no table of texts."""
+        return {}
+
+    def judged(self, config: Questions) -> Mapping[str, str]:
+        """Where its judges keep what they say of each text: a folder by the judge's name. The group
+        of a source lies in it, with columns `nats_N` and `bytes_N`."""
+        return {}
 
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         """A `Problem` for settings that this data, or its readers, cannot meet; `uri` of the

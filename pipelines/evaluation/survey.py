@@ -18,7 +18,8 @@ from pipelines.evaluation.subjects import Subject
 from pipelines.kinds import ModelKind
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.settings import EvaluateConfig
+    from pipelines.evaluation.question import Question
+    from pipelines.evaluation.settings import EvaluateConfig, Questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,20 @@ class Survey:
         """Every model on every path that it can walk."""
         return tuple(cell for cell, refusal in self._cells() if refusal is None)
 
+    @cached_property
+    def further(self) -> Mapping[Cell, int]:
+        """How many texts are drawn along cells that stand in no table of texts."""
+        return further(self.config, self.walked)
+
     @property
     def sources(self) -> tuple[str, ...]:
-        """What there are texts of: all that stands beside the models, and every cell."""
+        """What the table of texts is about: all that stands beside the models, and every cell."""
         return (*self.config.beside, REFERENCES, *(cell.name for cell in self.walked))
+
+    def read_by(self, question: Question) -> tuple[str, ...]:
+        """The sources whose texts a question is asked about."""
+        more = (cell.name for cell in self.further) if question.reads_further else ()
+        return (*self.sources, *more)
 
     def refused(self) -> Iterator[tuple[str, str, str]]:
         """(model, paths, reason) for the paths that a model cannot walk, one for each reason."""
@@ -85,6 +96,15 @@ class Survey:
         length = self.held_out.manifest.length
         for cell in cells(self.kinds, self.config.paths, length):
             yield cell, self.kinds[cell.model].refusal(cell.walk, cell.budget, length)
+
+
+def further(config: Questions, walked: Sequence[Cell]) -> dict[Cell, int]:
+    """How many texts questions want along cells beyond those that are walked for all of them."""
+    wanted: dict[Cell, int] = {}
+    for question in config.questions:
+        for cell, rows in question.cells(config, walked).items():
+            wanted[cell] = max(rows, wanted.get(cell, 0))
+    return wanted
 
 
 def _numbers(column: pa.ChunkedArray) -> Any:

@@ -34,6 +34,28 @@ def ranked(texts: Rows, merit: Merit) -> list[Row]:
     return sorted(walks, key=lambda row: -merit.better * number(row[merit.key]))
 
 
+def fooled(texts: Rows, merits: Iterable[Merit], names: Iterable[str]) -> list[Row]:
+    """For each of the texts of these names, which no model has written: the titles of the merits
+    by which they rank above every walk (`above`), and of those by which they do not (`below`).
+
+    Only merits that walks have, and of which one side is better. Texts without one do not rank
+    above by it.
+    """
+    best = {
+        merit: ranked(texts, merit)[0] for merit in merits if merit.better and ranked(texts, merit)
+    }
+    found = []
+    for name in names:
+        said: dict[str, list[str]] = {"above": [], "below": []}
+        beside = [row for row in texts if row.get("model") == name and "path" not in row]
+        for merit, first in best.items():
+            values = (number(row.get(merit.key)) - number(first[merit.key]) for row in beside)
+            above = any(merit.better * value > 0 for value in values)
+            said["above" if above else "below"].append(merit.title.strip(" ↑↓"))
+        found.append({"model": name, **{key: ", ".join(said[key]) or "none" for key in said}})
+    return found
+
+
 def _best(texts: Rows, merit: Merit | None) -> str:
     if merit is None:
         return "No model has written texts that could be ranked."

@@ -16,6 +16,7 @@ from pipelines.report.drawing import (
     COLOURS,
     CURVES,
     GREY,
+    MARKERS,
     curve,
     groups,
     measured,
@@ -160,6 +161,55 @@ def quality(
     made.figure.supylabel(label, fontsize="medium")
     made.legend(below=single)
     return made.png()
+
+
+def frontier(rows: Rows, key: str, *, across: str, label: str, goal: str) -> bytes | None:
+    """A figure against `diversity`, whose axis says `across`: a curve by temperature for each model
+    and path, a panel for each budget.
+
+    Rows without a path are drawn in grey, but for that of `goal`, a star. Those that lie far from
+    the curves and the star are left out.
+    """
+    rows = measured(rows, "diversity", key)
+    walks = [row for row in rows if "path" in row]
+    if not walks:
+        return None
+    aims = [row for row in rows if row["model"] == goal]
+    beside = [row for row in rows if "path" not in row and row["model"] != goal]
+    parts = groups(walks, lambda row: f"{row['budget']} calls")
+    lines = styles(map(_walk, walks))
+    made = panels(list(parts), width=4.8, columns=1)
+    around = {way: _around([*walks, *aims], way) for way in ("diversity", key)}
+    near = [row for row in beside if all(a <= row[way] <= b for way, (a, b) in around.items())]
+    for axes, part in zip(made.axes, parts.values(), strict=True):
+        for name, of_curve in groups(part, _walk).items():
+            curve(axes, of_curve, "diversity", key, label=name, **lines[name])
+        for place, (name, of_curve) in enumerate(groups(near, itemgetter("model")).items()):
+            look = {"color": GREY, "marker": MARKERS[place % len(MARKERS)], "mfc": "none"}
+            curve(axes, of_curve, "diversity", key, label=name, ms=5, lw=0.8, ls=":", **look)
+        for row in aims:
+            star = {"color": "black", "marker": "*", "ms": 12, "ls": "none", "zorder": 3}
+            axes.plot(row["diversity"], row[key], label=goal, **star)
+            axes.axvline(row["diversity"], color=GREY, ls=":", lw=1, zorder=0)
+        axes.set(xlabel=across, xlim=around["diversity"], ylim=around[key])
+        axes.grid(alpha=0.3)
+    made.figure.supylabel(label, fontsize="medium")
+    made.legend(below=True)
+    return made.png()
+
+
+def _walk(row: Row) -> str:
+    """The name of a curve in a panel of one budget."""
+    split = "{} + {}".format(*row["split"]) if row.get("split") else ""
+    cut = f"nucleus {row['p']:g}" if row.get("p") else ""
+    return " ".join(filter(None, (row["model"], row["path"], split, cut)))
+
+
+def _around(rows: Rows, key: str) -> Bounds:
+    """Their values and a tenth more on either side."""
+    values = numbers(row[key] for row in rows)
+    room = 0.1 * (max(values) - min(values)) or 0.1
+    return min(values) - room, max(values) + room
 
 
 def splits(rows: Rows, key: str, *, label: str, show: str = ".3g") -> bytes | None:

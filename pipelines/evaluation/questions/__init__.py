@@ -6,6 +6,7 @@ from pipelines.evaluation.questions.calibration import Calibration
 from pipelines.evaluation.questions.converter import Converter
 from pipelines.evaluation.questions.divergence import Divergence
 from pipelines.evaluation.questions.drafts import Drafts
+from pipelines.evaluation.questions.frontier import Frontier
 from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.judges import Judges
 from pipelines.evaluation.questions.likelihood import Likelihood
@@ -18,6 +19,7 @@ from pipelines.evaluation.questions.traces import Traces
 
 # In the order of the report.
 QUESTIONS: tuple[Question, ...] = (
+    Frontier(),
     Mauve(),
     Judge(),
     Judges(),

@@ -6,7 +6,7 @@ Shapes: N texts, L positions, B windows of a batch, V tokens of the judge, R res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -41,6 +41,7 @@ from pipelines.models import Model
 from pipelines.report import Column, Row
 
 WHERE = "judge.model"
+FOLDER = "parts/judged"
 
 
 class Judged(NamedTuple):
@@ -269,7 +270,7 @@ def _judged(
 
 
 def _group(source: str) -> str:
-    return f"parts/judged/{source}"
+    return f"{FOLDER}/{source}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,12 +292,16 @@ class GenerativePerplexity(OfTexts):
 
 class Judge(Question):
     section, settings, optional = "judge", AnyJudge, True
+    reads_further = True
     gate_metrics = (GenerativePerplexity,)
     columns = (
         Column("perplexity", "Generative perplexity", ".2f"),
         Column("judged_bits_per_byte", "Judged bits per byte", ".3f"),
     )
     merits = (Merit("perplexity", "Generative perplexity ↓", ".1f", better=-1),)
+
+    def judged(self, config: Questions) -> Mapping[str, str]:
+        return {self.section: FOLDER}
 
     def readers(self, config: Questions) -> Sequence[AnyJudge]:
         return (config.judge,)

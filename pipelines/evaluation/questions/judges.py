@@ -3,7 +3,7 @@ tokenizers compare."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,8 +47,12 @@ def _judged(
         return workspace.reader(judge)(texts, tokens_NL)._asdict()
 
 
+def _folder(name: str) -> str:
+    return f"parts/judges/{name}"
+
+
 def _group(name: str, source: str) -> str:
-    return f"parts/judges/{name}/{source}"
+    return f"{_folder(name)}/{source}"
 
 
 def _key(name: str) -> str:
@@ -88,6 +92,7 @@ class JudgedBits(OfTexts):
 
 class Judges(Question):
     section, settings, optional = "judges", dict[str, AnyJudge], True
+    reads_further = True
     gate_metrics = (JudgedBits,)
 
     def check(self, config: Questions) -> None:
@@ -100,6 +105,9 @@ class Judges(Question):
         return tuple(
             Merit(_key(name), f"{_title(name)} ↓", ".3f", better=-1) for name in config.judges or ()
         )
+
+    def judged(self, config: Questions) -> Mapping[str, str]:
+        return {name: _folder(name) for name in config.judges}
 
     def readers(self, config: Questions) -> Sequence[AnyJudge]:
         return tuple(config.judges.values())

@@ -19,7 +19,7 @@ from dsl.sampling import Sample, sample
 from dsl.state import State
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from pipelines.evaluation import layouts, metrics
-from pipelines.evaluation.cells import REFERENCES, Cell
+from pipelines.evaluation.cells import REFERENCES, Cell, labels
 from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import NGRAMS
@@ -49,7 +49,8 @@ SECONDS = Column("seconds", "Seconds a text", ".4f")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """`rows` texts for each model, path and budget, at one temperature and nucleus for all.
+    """`rows` texts for each model, path and budget, at one temperature and nucleus for all cells
+    that have none of their own.
 
     `repeats`: all of it so many times, with other noise, for the spread of what is measured on
     texts as a whole. `traced` of them are also watched step by step.
@@ -67,9 +68,9 @@ class SamplesConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         require_temperature(self.temperature)
 
-    def sharpen(self, denoiser: Denoiser, nucleus: Nucleus | None) -> Truncated:
-        nucleus = nucleus or self.nucleus
-        return Truncated(denoiser, self.temperature, nucleus.p, nucleus.convention)
+    def sharpen(self, denoiser: Denoiser, cell: Cell) -> Truncated:
+        nucleus, temperature = cell.nucleus or self.nucleus, cell.temperature or self.temperature
+        return Truncated(denoiser, temperature, nucleus.p, nucleus.convention)
 
 
 # --- parts -------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def draw(
     config, denoiser = workspace.config, workspace.model(cell.model).denoiser
     length = workspace.rows(0, 1).shape[1]
     return sample(
-        config.samples.sharpen(denoiser, cell.nucleus),
+        config.samples.sharpen(denoiser, cell),
         cell.walk,
         State.masked(count, length, denoiser.config.embed_dim),
         budget=cell.budget,
@@ -175,9 +176,10 @@ class Texts(Question):
 
     def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
         config, samples = survey.config, survey.config.samples
-        for cell in survey.walked:
+        every = dict.fromkeys(survey.walked, samples.rows * samples.repeats)
+        for cell, rows in {**every, **survey.further}.items():
             if cell.model == subject.name:
-                for first, count in chunks(samples.rows * samples.repeats, config.batch):
+                for first, count in chunks(rows, config.batch):
                     work = partial(_draw, cell=cell, first=first, count=count)
                     yield Part(group=f"samples/{cell.name}", first=first, work=work)
 
@@ -233,10 +235,12 @@ class Texts(Question):
         return layouts.of_texts(tables["samples"].rows, config.merits, config.published)
 
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
-        """Every merit against calls; of hybrid paths by split."""
+        """Every merit that was measured here against calls; of hybrid paths by split."""
         rows = tables["samples"].rows
         by_split = [row for row in rows if "split" in row]
         for merit in survey.config.merits:
+            if not any(merit.key in row for row in rows):
+                continue
             look = {"label": merit.title, "bounds": merit.bounds, "anchors": _anchors(rows, merit)}
             png = quality(rows, merit.key, **look)
             yield merit.plot, f"{merit.title} against calls", png
@@ -255,12 +259,6 @@ def _of_cell(survey: Survey, cell: Cell) -> Row:
         **_of_source(survey, cell.name),
         "seconds": sum(note["seconds"] for note in notes) / len(calls_N),
     }
-
-
-def labels(cell: Cell) -> dict[str, Any]:
-    """What tells the row of a cell from others."""
-    split = {"split": list(cell.split)} if cell.split else {}
-    return {"model": cell.model, "path": cell.path, **split, "budget": cell.budget}
 
 
 def _of_source(survey: Survey, source: str) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dsl import paths
+from dsl.truncation import Nucleus
 from pipelines import kinds
 from pipelines.evaluation.cells import PathConfig, cells, longest
 from pipelines.kinds import KINDS
@@ -52,6 +54,20 @@ def test_a_hybrid_is_walked_with_every_split() -> None:
     assert [cell.split for cell in found[:2]] == [(16, 48), (32, 32)]
     names = [cell.name for cell in found]
     assert names == ["a-hybrid-16+48", "a-hybrid-32+32", "b-hybrid-16+48", "b-hybrid-32+32"]
+
+
+def test_no_two_cells_share_a_name() -> None:
+    entries = {"m": PathConfig(path=MASKED, budgets=(4, 8)), "h": PathConfig(path=HYBRID)}
+    walked = cells(["a", "b"], entries, 8)
+    nuclei = (None, Nucleus(p=0.9), Nucleus(p=1.0))
+    heated = [
+        replace(cell, temperature=temperature, nucleus=nucleus)
+        for cell in walked
+        for temperature in (0.7, 0.75, 1.0)
+        for nucleus in nuclei
+    ]
+    names = [cell.name for cell in (*walked, *heated)]
+    assert len(set(names)) == len(names)
 
 
 def test_the_longest_walk_of_each_path_is_watched() -> None:

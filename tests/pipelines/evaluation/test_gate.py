@@ -165,6 +165,29 @@ def test_resampled_ratios_equal_direct_computation(rows: list[tuple[int, int]]) 
     assert gate.ratios(parts_N, wholes_N, rows_RN) == pytest.approx(direct)
 
 
+@given(
+    st.lists(st.floats(-9, 9) | st.just(math.nan), min_size=1, max_size=60), st.floats(0.5, 0.99)
+)
+def test_what_is_not_known_widens_the_interval(values: list[float], confidence: float) -> None:
+    low, high = gate.percentiles(np.array(values), confidence)
+    assert low <= high
+    for known in (-9.0, 0.0, 9.0):
+        filled = np.where(np.isnan(values), known, values)
+        ends = np.quantile(filled, ((1 - confidence) / 2, (1 + confidence) / 2))
+        assert low - 1e-9 <= ends[0]
+        assert ends[1] <= high + 1e-9
+    if not np.isnan(values).any():
+        assert (low, high) == pytest.approx(ends)
+
+
+def test_too_many_unknown_values_leave_no_interval() -> None:
+    values_R = np.arange(100.0)
+    values_R[[3, 50]] = math.nan
+    assert all(map(math.isfinite, gate.percentiles(values_R, 0.95)))
+    values_R[[4, 5]] = math.nan
+    assert gate.percentiles(values_R, 0.95) == (-math.inf, math.inf)
+
+
 # --- each metric points the right way ------------------------------------------------------------
 
 

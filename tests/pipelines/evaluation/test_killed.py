@@ -22,12 +22,13 @@ PATHS = """{masked: {path: masked, budgets: [4, 8]}, hybrid: {path: {kind: hybri
 
 
 def command(world: Path, root: Path) -> list[str]:
-    """`evaluate` of 2 models, 4 cells, 20 texts each in parts of 5."""
+    """`evaluate` of 2 models, 4 cells and 2 of another temperature, 20 texts each in parts of 5."""
     models = ", ".join(f"{name}: {world / name}" for name in ("mdlm", "dsl"))
     given = [
         *(f"data={world / 'data/shards'}", f"root={root}", f"models={{{models}}}"),
         *(f"paths={PATHS}", "samples={rows: 20, traced: 2}"),
         *("judge={kind: own, model: " + str(world / "ar") + "}",),
+        "frontier={temperatures: [0.5, 1.0], paths: [masked], budgets: [4], resamples: 20}",
     ]
     return [sys.executable, str(SCRIPT), *SETTINGS, *given]
 

@@ -10,7 +10,7 @@ import pytest
 from pipelines.evaluation.gate import Decision, Interval
 from pipelines.evaluation.question import Merit
 from pipelines.evaluation.settings import MERITS
-from pipelines.evaluation.verdict import leading, ranked, verdict
+from pipelines.evaluation.verdict import fooled, leading, ranked, verdict
 from pipelines.report import Row
 
 LESS = Merit("perplexity", "Generative perplexity ↓", ".1f", better=-1)
@@ -71,6 +71,25 @@ def test_less_is_better_where_the_merit_says_so() -> None:
     assert [r["model"] for r in ranked(rows, LESS)] == ["b", "a"]
     assert "better by 10.0" in verdict(rows, [MORE, LESS], None)
     assert leading([*rows, row("a", 0.5)], [MORE, LESS]) == MORE
+
+
+def test_adversaries_fool_the_figures_by_which_they_pass_every_walk() -> None:
+    rows = [
+        row("a", 0.5, perplexity=20.0),
+        row("b", 0.6, perplexity=30.0),
+        {"model": "copier", "words": 0.9, "perplexity": 10.0},
+        {"model": "shuffled", "words": 0.9, "perplexity": 20.0},
+        {"model": "repeated", "perplexity": math.nan, "view": "other"},
+    ]
+    head = Merit("headline", "Headline ↓", ".3f", better=-1)  # which nobody has
+    side = Merit("entropy", "Entropy", ".3f")
+    found = fooled(rows, [MORE, LESS, head, side], ["copier", "shuffled", "repeated"])
+    words, perplexity = "Words in corpus", "Generative perplexity"
+    assert found == [
+        {"model": "copier", "above": f"{words}, {perplexity}", "below": "none"},
+        {"model": "shuffled", "above": words, "below": perplexity},
+        {"model": "repeated", "above": "none", "below": f"{words}, {perplexity}"},
+    ]
 
 
 def test_the_second_sentence_is_the_gates() -> None:

@@ -27,6 +27,26 @@ def texts(models: int = 2, paths: int = 3, budgets: tuple[int, ...] = (16, 64, 2
     ]
 
 
+def frontier(models: int = 2, paths: int = 2, budgets: tuple[int, ...] = (16, 64)) -> list[Row]:
+    """Every model on every path at every budget and three temperatures, and what stands beside:
+    real text, texts nearby at two temperatures, and texts far away."""
+    walks: list[Row] = [
+        {"model": f"model {m}", "path": f"path {p}", "budget": budget, "temperature": temperature}
+        | {"diversity": 2 * temperature, "bits": 1 + m + temperature + p / 4, "bits_stderr": 0.1}
+        for m in range(models)
+        for p in range(paths)
+        for budget in budgets
+        for temperature in (0.6, 0.8, 1.0)
+    ]
+    return [
+        {"model": "real", "diversity": 1.7, "bits": 1.0, "bits_stderr": 0.1},
+        {"model": "near", "temperature": 0.8, "diversity": 1.5, "bits": 1.5},
+        {"model": "near", "temperature": 1.0, "diversity": 1.7, "bits": 1.6},
+        {"model": "far", "diversity": 0.0, "bits": 9.0},
+        *walks,
+    ]
+
+
 def calibration(models: int = 2, gammas: tuple[float, ...] = (1.0, 100.0)) -> list[Row]:
     edges = [0.05 + 0.1 * k for k in range(10)]
     return [

@@ -29,6 +29,10 @@ PLOTS: dict[str, tuple[Draw, list[Row]]] = {
         rows.texts(),
     ),
     "splits": (lambda rows: plots.splits(rows, "mauve", label="MAUVE", show=".3f"), rows.texts()),
+    "frontier": (
+        lambda rows: plots.frontier(rows, "bits", across="nats", label="bits", goal="real"),
+        rows.frontier(),
+    ),
     "reliability": (plots.reliability, rows.calibration()),
     "nll": (plots.nll, rows.likelihood()),
     "errors_by_snr": (lambda rows: plots.by_snr(rows, plots.ERRORS), rows.states()),
@@ -86,7 +90,17 @@ def test_a_plot_is_a_png_and_leaves_nothing_behind(name: str) -> None:
 @pytest.mark.parametrize("name", PLOTS)
 def test_nothing_to_show_is_no_plot(name: str) -> None:
     draw, given = PLOTS[name]
-    labels = {"model", "path", "budget", "split", "view", "step", "gamma", "gamma_star"}
+    labels = {
+        "model",
+        "path",
+        "budget",
+        "split",
+        "temperature",
+        "view",
+        "step",
+        "gamma",
+        "gamma_star",
+    }
     bare = [{key: value for key, value in row.items() if key in labels} for row in given]
     empty = [
         {k: [None] * len(v) if isinstance(v, list) and k != "split" else v for k, v in row.items()}
@@ -210,6 +224,22 @@ def test_splits_have_continuous_calls_down_and_endpoint_calls_across(drawn: list
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     assert shown == {(0, 0): "0.0480", (1, 0): "0.0800", (1, 1): "0.0960"}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("endpoint calls", "continuous calls")
+
+
+def test_a_frontier_has_a_panel_for_each_budget_with_the_star_to_hit(drawn: list[Figure]) -> None:
+    plots.frontier(rows.frontier()[::-1], "bits", across="nats", label="bits", goal="real")
+    first, second = panels(drawn[0])
+    assert {first.get_title(), second.get_title()} == {"16 calls", "64 calls"}
+    walks = {f"model {m} path {p}" for m in range(2) for p in range(2)}
+    assert set(lines(first)) == set(lines(second)) == {*walks, "real", "near"}
+    expected = [(2 * t, pytest.approx(2 + t + 0.25)) for t in (0.6, 0.8, 1.0)]
+    assert points(first, "model 1 path 1") == expected
+    assert points(first, "real") == [(1.7, 1.0)]
+    assert points(second, "near") == [(1.5, 1.5), (1.7, 1.6)]
+    low, high = first.get_ylim()
+    assert low < 1 < high < 9
+    box = drawn[0].legends[0].get_window_extent()
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in panels(drawn[0]))
 
 
 def test_reliability_has_a_panel_for_each_snr_and_models_side_by_side(

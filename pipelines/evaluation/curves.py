@@ -1,0 +1,80 @@
+"""What a curve of quality against diversity says at the diversity of real text.
+
+Texts get better and less diverse as the temperature falls, so a judge's figure compares models only
+where their texts are equally diverse: at the diversity of real text, interpolated linearly between
+the two temperatures that bracket it.
+
+Shapes: T temperatures (ascending), R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.evaluation.gate import percentiles
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a curve has a diversity, in each of 1 + R resamples, the first of which is the texts
+    as they are.
+
+    lower_R: the number of the temperature below. weight_R: of the next temperature, in [0, 1]; NaN
+    where the curve does not reach that diversity. gap_T: how far the texts as they are lie above
+    it at each temperature.
+    """
+
+    lower_R: np.ndarray
+    weight_R: np.ndarray
+    gap_T: np.ndarray
+
+    @property
+    def reached(self) -> bool:
+        """Whether the texts as they are reach it."""
+        return math.isfinite(self.weight_R[0])
+
+    @property
+    def lost(self) -> int:
+        """In how many resamples it is not reached."""
+        return int(np.isnan(self.weight_R[1:]).sum())
+
+    @property
+    def said(self) -> str:
+        """Whether the texts as they are reach it, and where they lie if they do not."""
+        if self.reached:
+            return "yes"
+        return "no, less diverse" if self.gap_T.max() < 0 else "no, more diverse"
+
+    def of(self, values_TR: np.ndarray) -> np.ndarray:
+        """Another figure of the curve there, ``[1 + R]``; NaN where it is not reached."""
+        resample_R = np.arange(len(self.lower_R))
+        next_R = np.minimum(self.lower_R + 1, len(values_TR) - 1)
+        lower_R, upper_R = values_TR[self.lower_R, resample_R], values_TR[next_R, resample_R]
+        return (1 - self.weight_R) * lower_R + self.weight_R * upper_R
+
+
+def crossing(diversity_TR: np.ndarray, target_R: np.ndarray, confidence: float) -> Crossing:
+    """Where a curve has the diversity ``target_R``, by ``diversity_TR`` at each temperature.
+
+    Of the neighbouring temperatures between which it lies, the two nearest to it; of several that
+    are equally near, the lowest. A curve of one temperature reaches it where the difference of the
+    two diversities cannot be told from 0: where its interval at ``confidence`` holds 0.
+    """
+    gap_TR = diversity_TR - target_R
+    if len(gap_TR) == 1:
+        low, high = percentiles(gap_TR[0, 1:], confidence)
+        weight_R = np.full(gap_TR.shape[1], 0.0 if low <= 0 <= high else math.nan)
+        return Crossing(np.zeros(len(weight_R), int), weight_R, gap_TR[:, 0])
+    below_TR, above_TR = gap_TR[:-1], gap_TR[1:]
+    between_TR = np.sign(below_TR) * np.sign(above_TR) <= 0
+    width_TR = np.abs(below_TR) + np.abs(above_TR)
+    lower_R = np.where(between_TR, width_TR, math.inf).argmin(0)
+    resample_R = np.arange(len(lower_R))
+    from_R, width_R = (values[lower_R, resample_R] for values in (below_TR, width_TR))
+    # No width: both temperatures have the very diversity.
+    weight_R = np.abs(from_R) / np.where(width_R > 0, width_R, 1)
+    found_R = between_TR[lower_R, resample_R]
+    return Crossing(lower_R, np.where(found_R, weight_R, math.nan), gap_TR[:, 0])

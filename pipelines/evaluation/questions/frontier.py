@@ -1,0 +1,255 @@
+"""The frontier: quality against diversity over a grid of temperatures; and the headline: a judge's
+bits per byte at the diversity of real text.
+
+Shapes: N texts, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from infra.errors import ConfigError, nearest
+from pipelines.evaluation.cells import REAL, UNIGRAM, Cell
+from pipelines.evaluation.diversity import DIVERSITIES, LEAST, Kind, telling
+from pipelines.evaluation.gate import OfTexts, Resamples, percentiles
+from pipelines.evaluation.grid import (
+    FrontierConfig,
+    Measured,
+    curves,
+    grid,
+    group,
+    judges,
+    measure,
+    texts_of,
+)
+from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.parts import matrix
+from pipelines.evaluation.question import Drawn, Merit, Part, Question, Questions
+from pipelines.evaluation.questions.texts import LABELS
+from pipelines.evaluation.survey import Survey
+from pipelines.evaluation.workspace import Workspace
+from pipelines.report import STDERR, Column, Row, Table
+from pipelines.report.plots import frontier
+
+# Of some curves only.
+OWN = (Column("split", "Split"), Column("budget", "Budget"), Column("p", "Nucleus"))
+HEADLINE = (
+    Column("reached", "Reached"),
+    Column("at", "at temperature", ".2f"),
+    Column("lost", "Resamples lost"),
+)
+POINT = (Column("temperature", "Temperature", "g"), Column("diversity", "Diversity", ".3f"))
+
+
+def _diversity(workspace: Workspace, *, source: str, kind: Kind) -> pa.Table:
+    tokens = workspace.parts.read(f"samples/{source}", ["tokens"])["tokens"]
+    tokens_NL = matrix(tokens[: texts_of(workspace.config)], np.int64)
+    return pa.table({"diversity": DIVERSITIES[kind].of(tokens_NL, workspace.vocabulary.size)})
+
+
+# --- what the gate may compare -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline(OfTexts):
+    """Bits per byte for a judge at the diversity of real text; lower is better. `judge` is a name
+    among `judges`, or "judge" for the one of that section.
+
+    The unigram, which stands for a champion where there is none, has no temperature and counts with
+    its bits as they are.
+    """
+
+    judge: str = "judge"
+    kind: Literal["headline"] = "headline"
+
+    sign: ClassVar[int] = -1
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} by {self.judge}"
+
+    def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
+        source = self.source(survey, model)
+        wanted = (curve for curve in curves(survey) if curve.name == source)
+        (found,) = measure(survey, wanted, draws)
+        return found.bits_TR[self.judge][0] if source == UNIGRAM else found.bits_R[self.judge]
+
+    def require(self, survey: Survey, candidate: str) -> None:
+        source, config = self.source(survey, candidate), survey.config
+        if config.frontier is None:
+            raise ConfigError(
+                "gate", "asks for a headline, and there is none", "Give frontier, too"
+            )
+        if self.judge not in judges(config):
+            why = f"asks for the judge {self.judge}, and there is none of that name"
+            raise ConfigError("gate", why, f"Name one of: {', '.join(judges(config))}")
+        found = sum(curve.name == source for curve in curves(survey))
+        if found != 1:
+            why = f"the frontier has {found} curves along {self.path} with {self.budget} calls"
+            fix = (
+                "Have frontier.paths and frontier.budgets hold them, and at most one of the nuclei"
+            )
+            raise ConfigError("gate", why, fix)
+
+
+# --- the question --------------------------------------------------------------------------------
+
+
+class Frontier(Question):
+    section, settings, optional = "frontier", FrontierConfig, True
+    title = "Frontier"
+    gate_metrics = (Headline,)
+    reads_further = True
+
+    def check(self, config: Questions) -> None:
+        names = [name for question in config.questions for name in question.judged(config)]
+        if not names:
+            why = "without a judge there is no quality to set against diversity"
+            raise ConfigError("frontier", why, "Give a judge, too, such as judge.kind=ngram")
+        if len(set(names)) < len(names):
+            why = "a judge of judges has the name of the one in judge"
+            raise ConfigError("judges", why, "Choose another name")
+        if unknown := [path for path in config.frontier.paths if path not in config.paths]:
+            near = nearest(unknown[0], config.paths)
+            fix = f"Did you mean {near}?" if near else f"Name some of: {', '.join(config.paths)}"
+            raise ConfigError("frontier.paths", f"no path is named {unknown[0]}", fix)
+        texts, there = texts_of(config), config.samples.rows
+        if not LEAST <= texts <= there:
+            why = f"{texts} texts at each temperature, where samples.rows is {there}"
+            fix = f"Take at least {LEAST}, and no more than samples.rows, as there is real text"
+            raise ConfigError("frontier.rows", why, fix)
+
+    def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
+        asked, length = config.frontier, held_out.manifest.length
+        walks = (config.paths[name].walks(length) for name in asked.paths or config.paths)
+        there = {budget for _, budget in chain.from_iterable(walks)}
+        if unknown := set(asked.budgets) - there:
+            why = f"no path of the frontier is walked with {min(unknown)} calls"
+            fix = f"Name some of: {', '.join(map(str, sorted(there)))}"
+            raise ConfigError("frontier.budgets", why, fix)
+
+    def cells(self, config: Questions, walked: Sequence[Cell]) -> Mapping[Cell, int]:
+        every = chain.from_iterable(grid(config, walked).values())
+        return {cell: texts_of(config) for cell in every if cell not in walked}
+
+    def of_corpus(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
+        if any(source in curve.sources for curve in curves(survey)):
+            work = partial(_diversity, source=source, kind=_kind(survey))
+            yield Part(group=group(source), first=0, work=work)
+
+    def merits_in(self, config: Questions) -> tuple[Merit, ...]:
+        if config.frontier is None:
+            return ()
+        return tuple(
+            Merit(_headline(name), f"{_title(name)} ↓", ".3f", better=-1, own_plot=_key(name))
+            for name in judges(config)
+        )
+
+    def tables(self, survey: Survey) -> Mapping[str, Table]:
+        config, asked = survey.config, survey.config.frontier
+        draws = Resamples(config.seed, asked.resamples)
+        measured = list(measure(survey, curves(survey), draws))
+        heads = [_head(found, asked.confidence) for found in measured]
+        own = (column for column in OWN if any(column.key in row for row in heads))
+        walk, names = (*LABELS, *own), judges(config)
+        bits = tuple(Column(_key(name), f"Bits per byte by {name}", ".3f") for name in names)
+        return {
+            "headline": Table(
+                title="Bits per byte at the diversity of real text",
+                note="Interpolated linearly between the two nearest temperatures that bracket it; "
+                "lower is better. What has a single temperature reaches it where the difference in "
+                f"diversity cannot be told from 0. Intervals at {asked.confidence:.0%} from "
+                f"{asked.resamples:,} resamples of the same rows of all texts. In a resample that "
+                "is lost the diversity is not reached: its value counts as the least at the lower "
+                "end of the interval and as the greatest at the upper one.",
+                columns=(*walk, *HEADLINE, *chain.from_iterable(map(_headline_columns, names))),
+                rows=heads,
+            ),
+            "frontier": Table(
+                title="Quality against diversity",
+                note=f"{texts_of(config):,} texts of every source. Diversity: "
+                f"{DIVERSITIES[_kind(survey)].note}. Bits per byte: lower is better.",
+                columns=(*walk, *POINT, *bits),
+                rows=list(chain.from_iterable(map(_points, measured))),
+            ),
+        }
+
+    def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
+        """One for each judge."""
+        rows, across = tables["frontier"].rows, DIVERSITIES[_kind(survey)].title
+        for name in judges(survey.config):
+            label = f"bits per byte by {name}"
+            caption = (
+                f"Quality, in {label}, against diversity by temperature. The headline is where a "
+                "curve crosses the dotted line, and the star is real text."
+            )
+            png = frontier(rows, _key(name), across=across, label=label, goal=REAL)
+            yield _key(name), caption, png
+
+
+def _kind(survey: Survey) -> Kind:
+    size, length = survey.held_out.vocabulary.size, survey.held_out.manifest.length
+    return survey.config.frontier.diversity or telling(size, length)
+
+
+def _points(found: Measured) -> Iterator[Row]:
+    """The rows of a curve in the table of the frontier."""
+    for number, _ in enumerate(found.curve.sources):
+        row: dict[str, Any] = {**found.curve.labels}
+        if found.curve.temperatures:
+            row["temperature"] = found.curve.temperatures[number]
+        row |= _entries("diversity", found.diversity_TR[number])
+        for name, bits_TR in found.bits_TR.items():
+            row |= _entries(_key(name), bits_TR[number])
+        yield row
+
+
+def _head(found: Measured, confidence: float) -> Row:
+    """The row of a curve in the table of the headline."""
+    place, temperatures = found.crossing, found.curve.temperatures
+    row = {**found.curve.labels, "reached": place.said, "lost": place.lost}
+    if place.reached and temperatures:
+        temperatures_TR = np.array(temperatures)[:, None] + 0 * found.diversity_TR
+        row["at"] = float(place.of(temperatures_TR)[0])
+    for name, bits_R in found.bits_R.items():
+        if math.isfinite(bits_R[0]):
+            key, (low, high) = _headline(name), percentiles(bits_R[1:], confidence)
+            row |= {f"{key}_low": low, f"{key}_high": high}
+            if math.isfinite(low) and math.isfinite(high):
+                found_R = bits_R[1:][np.isfinite(bits_R[1:])]
+                row |= {key + STDERR: float(found_R.std())}
+                row[f"{key}_interval"] = f"{low:.3f} to {high:.3f}"
+            else:
+                row[f"{key}_interval"] = "unbounded"
+            row[key] = float(bits_R[0])
+    return row
+
+
+def _entries(key: str, values_R: np.ndarray) -> dict[str, float]:
+    """A figure of the texts as they are, and its standard error over resamples."""
+    return {key: float(values_R[0]), key + STDERR: float(values_R[1:].std())}
+
+
+def _headline_columns(name: str) -> tuple[Column, Column]:
+    key = _headline(name)
+    return Column(key, f"Bits per byte by {name}", ".3f"), Column(f"{key}_interval", "Interval")
+
+
+def _headline(name: str) -> str:
+    return f"headline_{name}"
+
+
+def _title(name: str) -> str:
+    return f"Bits per byte by {name} at the diversity of real text"
+
+
+def _key(name: str) -> str:
+    return f"frontier_{name}"
