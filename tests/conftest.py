@@ -1,4 +1,4 @@
-"""Fixtures every room shares: one Ray cluster a session, and real data where it is given."""
+"""How the tests are shared out to processes; one Ray cluster a process; real data where given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,7 +24,6 @@ os.environ.update(
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_TRAIN_METRICS_ENABLED="0",
-    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10",
     OMP_NUM_THREADS="1",
 )
 os.environ.setdefault("MKL_CBWR", "AUTO")  # as `infra` does, which not every test imports
@@ -32,6 +32,54 @@ os.environ.setdefault("MKL_CBWR", "AUTO")  # as `infra` does, which not every te
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The files that take longest, longest first; those of a row run in one process, and so share its
+# Ray cluster. All others follow, file by file.
+LONGEST = (
+    (
+        "pipelines/test_workers.py", "infra/test_group.py", "infra/test_pool.py",
+        "infra/test_stream.py", "pipelines/benchmarks/test_benchmarks.py",
+    ),
+    ("pipelines/sweeping/test_killed.py",),
+    ("infra/test_cluster.py",),
+    ("pipelines/test_submit.py",),
+    ("pipelines/evaluation/test_killed.py",),
+    ("infra/test_stall.py",),
+    ("infra/test_tracking.py",),
+    ("pipelines/test_launch.py",),
+)  # fmt: skip
+MOST_PROCESSES = 4  # each takes about a GiB, and the workers of Ray come on top
+
+
+def _rank(file: Path) -> int:
+    """The row of `LONGEST` that a test file is in, or the number of rows."""
+    name = file.resolve().relative_to(ROOT / "tests").as_posix()
+    return next((rank for rank, row in enumerate(LONGEST) if name in row), len(LONGEST))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _rank(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores, as many tests wait for other processes."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files, in the order in which they were collected, and whole rows of `LONGEST`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Rows(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            rank = _rank(ROOT / file)
+            return LONGEST[rank][0] if rank < len(LONGEST) else file
+
+    config.option.loadscopereorder = False  # which would begin with the files of most tests
+    return Rows(config, log)
 
 
 def pytest_report_header() -> str:

@@ -24,6 +24,7 @@ from tests.infra.common import free_port
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long  # test_group.py and pipelines/test_workers.py have its two halves
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Path) -> None:
     def worker(payload: dict[str, Any]) -> None:
