@@ -16,7 +16,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(done: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(done: Callable[[], bool], seconds: float = 300.0) -> None:
     """Wait until something is true."""
     limit = time.monotonic() + seconds
     while not done():

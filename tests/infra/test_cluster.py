@@ -104,7 +104,7 @@ def test_commit_from_git_or_from_the_submission(
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "infra.cluster", "--state", str(state), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     assert long.stdout is not None
     assert any(line.startswith("begun") for line in long.stdout)
     assert command(state, "down").returncode == 0
-    long.communicate(timeout=60)
+    long.communicate(timeout=300)
     assert long.returncode
     assert not processes_of(record.folder)
     assert not processes_of("5000.125")
