@@ -37,28 +37,27 @@ ROOT = Path(__file__).resolve().parent.parent
 # Ray cluster. All others follow, file by file.
 LONGEST = (
     (
-        "pipelines/test_workers.py", "infra/test_group.py", "infra/test_pool.py",
-        "infra/test_stream.py", "pipelines/benchmarks/test_benchmarks.py",
+        "tests/pipelines/test_workers.py", "tests/infra/test_group.py", "tests/infra/test_pool.py",
+        "tests/infra/test_stream.py", "tests/pipelines/benchmarks/test_benchmarks.py",
     ),
-    ("pipelines/sweeping/test_killed.py",),
-    ("infra/test_cluster.py",),
-    ("pipelines/test_submit.py",),
-    ("pipelines/evaluation/test_killed.py",),
-    ("infra/test_stall.py",),
-    ("infra/test_tracking.py",),
-    ("pipelines/test_launch.py",),
+    ("tests/pipelines/sweeping/test_killed.py",),
+    ("tests/infra/test_cluster.py",),
+    ("tests/pipelines/test_submit.py",),
+    ("tests/pipelines/evaluation/test_killed.py",),
+    ("tests/infra/test_stall.py",),
+    ("tests/infra/test_tracking.py",),
+    ("tests/pipelines/test_launch.py",),
 )  # fmt: skip
 MOST_PROCESSES = 4  # each takes about a GiB, and the workers of Ray come on top
 
 
-def _rank(file: Path) -> int:
+def _rank(file: str) -> int:
     """The row of `LONGEST` that a test file is in, or the number of rows."""
-    name = file.resolve().relative_to(ROOT / "tests").as_posix()
-    return next((rank for rank, row in enumerate(LONGEST) if name in row), len(LONGEST))
+    return next((rank for rank, row in enumerate(LONGEST) if file in row), len(LONGEST))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _rank(item.path))
+    items.sort(key=lambda item: _rank(item.nodeid.split("::")[0]))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -74,8 +73,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Rows(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            rank = _rank(ROOT / file)
+            file: str = super()._split_scope(nodeid)
+            rank = _rank(file)
             return LONGEST[rank][0] if rank < len(LONGEST) else file
 
     config.option.loadscopereorder = False  # which would begin with the files of most tests
@@ -103,6 +102,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+    # Another process for each group, which infra.cluster does without in a local Ray, too.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     ray.init(
         address="local",
         num_cpus=4,
