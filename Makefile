@@ -7,7 +7,7 @@ ready  := .venv/.installed
 DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export DSL_TEST_DATA
 
-.PHONY: setup quickstart test test-faults lint format clean
+.PHONY: setup quickstart test test-all test-faults lint format clean
 setup: $(ready)
 
 # torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
@@ -23,8 +23,12 @@ EXISTING ?= resume
 quickstart: $(ready)
 	$(BIN)/python -m pipelines.examples.quickstart existing=$(EXISTING)
 
+# What each target of tests holds is said in tests/README.md.
 test: $(ready)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+
+test-all: $(ready)
+	$(BIN)/python -m pytest -n auto -m ""
 
 # Real processes that are killed, starved and lied to: half an hour on 2 cores.
 test-faults: $(ready)

@@ -1,4 +1,4 @@
-"""Fixtures every room shares: one Ray cluster a session, and real data where it is given."""
+"""How the tests are shared out to processes; one Ray cluster a process; real data where given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,7 +24,6 @@ os.environ.update(
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_TRAIN_METRICS_ENABLED="0",
-    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10",
     OMP_NUM_THREADS="1",
 )
 os.environ.setdefault("MKL_CBWR", "AUTO")  # as `infra` does, which not every test imports
@@ -32,6 +32,53 @@ os.environ.setdefault("MKL_CBWR", "AUTO")  # as `infra` does, which not every te
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The files that take longest, longest first; those of a row run in one process, and so share its
+# Ray cluster. All others follow, file by file.
+LONGEST = (
+    (
+        "tests/pipelines/test_workers.py", "tests/infra/test_group.py", "tests/infra/test_pool.py",
+        "tests/infra/test_stream.py", "tests/pipelines/benchmarks/test_benchmarks.py",
+    ),
+    ("tests/pipelines/sweeping/test_killed.py",),
+    ("tests/infra/test_cluster.py",),
+    ("tests/pipelines/test_submit.py",),
+    ("tests/pipelines/evaluation/test_killed.py",),
+    ("tests/infra/test_stall.py",),
+    ("tests/infra/test_tracking.py",),
+    ("tests/pipelines/test_launch.py",),
+)  # fmt: skip
+MOST_PROCESSES = 4  # each takes about a GiB, and the workers of Ray come on top
+
+
+def _rank(file: str) -> int:
+    """The row of `LONGEST` that a test file is in, or the number of rows."""
+    return next((rank for rank, row in enumerate(LONGEST) if file in row), len(LONGEST))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _rank(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores, as many tests wait for other processes."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files, in the order in which they were collected, and whole rows of `LONGEST`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Rows(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            rank = _rank(file)
+            return LONGEST[rank][0] if rank < len(LONGEST) else file
+
+    config.option.loadscopereorder = False  # which would begin with the files of most tests
+    return Rows(config, log)
 
 
 def pytest_report_header() -> str:
@@ -55,6 +102,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+    # Another process for each group, which infra.cluster does without in a local Ray, too.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     ray.init(
         address="local",
         num_cpus=4,

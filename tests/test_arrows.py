@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("dsl", "infra", "pipelines", "tests")
 MAX_BYTES = 20_000
@@ -85,3 +87,7 @@ def test_files_stay_readable() -> None:
     }
     assert sizes, "no files were found: the test looks in the wrong place"
     assert not {name: size for name, size in sizes.items() if size > MAX_BYTES}
+
+
+def test_the_longest_files_are_where_they_are_looked_for() -> None:
+    assert not [name for row in LONGEST for name in row if not (ROOT / name).exists()]

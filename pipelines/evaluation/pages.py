@@ -76,8 +76,9 @@ def report(
     topics["Time"] = {"time"}
     texts = [row for table in measured.values() for row in table.rows]
     others = [name for name in config.beside if name not in (UNIGRAM, REAL)]
-    tables |= {"fooled": _fooled(fooled(texts, config.merits, others))}
-    topics["Adversaries"] = {"fooled"}
+    if others:
+        tables |= {"fooled": _fooled(fooled(texts, config.merits, others))}
+        topics["Adversaries"] = {"fooled"}
     merit = leading(texts, config.merits)
     shown = {name for name, _, png in drawn if png}
     # A plot that is made for a merit says more than the merit against calls, though none reach it.

@@ -224,7 +224,7 @@ from dsl.support import LogNormal
 torch.set_num_threads(1)
 objective = DSLObjective(make(tokens=50257, dtype=torch.float32), LogNormal())
 peak = []
-for rows in (1, 8):
+for rows in (1, 4):
     objective(torch.zeros(rows, 512, dtype=torch.int64), generator(0, 0, 0)).value.backward()
     peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(peak[1] - peak[0])
@@ -245,7 +245,7 @@ def test_peak_memory_does_not_grow_with_positions_times_vocabulary():
         check=True,
     )
     growth = int(ran.stdout) * 1024
-    more_positions = 4096 - 512
+    more_positions = 2048 - 512
     assert growth < 0.1 * more_positions * 50257 * 4, f"{growth / 2**20:.0f} MiB"
 
 

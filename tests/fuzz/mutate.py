@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+FEW = 20
 DEEP = 10_000
 LONG = "x" * 10_000_000
 
@@ -32,8 +33,13 @@ STRANGERS: tuple[Any, ...] = (
 
 
 def seeds(count: int) -> pytest.MarkDecorator:
-    """A case for each seed; the hyphen at the end keeps 1 apart from 17."""
-    return pytest.mark.parametrize("seed", [f"seed{seed}-" for seed in range(count)])
+    """A case for each seed, of which `make test` runs the first `FEW`; the hyphen at the end keeps
+    1 apart from 17."""
+    few, many = (), pytest.mark.long
+    return pytest.mark.parametrize(
+        "seed",
+        [pytest.param(f"seed{seed}-", marks=few if seed < FEW else many) for seed in range(count)],
+    )
 
 
 def bytes_(rng: Random, content: bytes) -> bytes:

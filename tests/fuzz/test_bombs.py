@@ -22,6 +22,8 @@ import zstandard
 from infra.shards import MANIFEST, ShardWriter, VocabularyRecord
 from tests.dsl.test_mdlm import training_file
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 MOST = 700  # MiB that a refusal may take; every bomb holds, or claims, more than 1,000

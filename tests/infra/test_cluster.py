@@ -24,6 +24,7 @@ from tests.infra.common import free_port
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long  # test_group.py and pipelines/test_workers.py have its two halves
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Path) -> None:
     def worker(payload: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def test_commit_from_git_or_from_the_submission(
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "infra.cluster", "--state", str(state), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     assert long.stdout is not None
     assert any(line.startswith("begun") for line in long.stdout)
     assert command(state, "down").returncode == 0
-    long.communicate(timeout=60)
+    long.communicate(timeout=300)
     assert long.returncode
     assert not processes_of(record.folder)
     assert not processes_of("5000.125")

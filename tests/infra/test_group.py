@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from infra import cluster
-from infra.errors import InfraError
+from infra.errors import DataError, InfraError
 
 
 class UnreadableWeights(ValueError):
@@ -15,12 +16,22 @@ class UnreadableWeights(ValueError):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_error_that_the_caller_calls_fatal_is_not_tried_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (UnreadableWeights("model.safetensors: the file ends early"), Exception),
+        (DataError("part-0.parquet, row 3", "token 9 of 8", "Prepare it again"), DataError),
+    ],
+    ids=["which the caller calls fatal", "in the data"],
+)
+def test_an_error_that_is_not_tried_again(
+    error: Exception, raised: type[Exception], tmp_path: Path
+) -> None:
     def worker(folder: Path) -> None:
         (folder / str(len(list(folder.iterdir())))).touch()
-        raise UnreadableWeights("model.safetensors: the file ends early")
+        raise error
 
-    with pytest.raises(Exception, match="the file ends early"):
+    with pytest.raises(raised, match=re.escape(str(error))):
         cluster.run_group(
             worker, tmp_path, name="fatal", num_workers=1, max_failures=5, fatal=(ValueError,)
         )
@@ -33,8 +44,9 @@ def test_a_group_that_finds_no_room_gives_up(
     count: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a number of workers or a range, for both of which Ray itself would wait for ever."""
-    monkeypatch.setattr(cluster, "START_S", 3.0)
-    with pytest.raises(InfraError, match="3 workers of 2 CPU each could not be started within 3 s"):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    monkeypatch.setattr(cluster, "START_S", 1.0)
+    with pytest.raises(InfraError, match="3 workers of 2 CPU each could not be started within 1 s"):
         cluster.run_group(print, None, name="x", num_workers=count, resources_per_worker={"CPU": 2})
 
 

@@ -96,7 +96,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
         pass
     assert f"process {first.pid} on " in str(refused.value)
     assert "Wait for it, stop it, or choose another name" in str(refused.value)
-    first.communicate("\n", timeout=60)
+    first.communicate("\n", timeout=300)
     with held(run):
         pass
 

@@ -343,7 +343,7 @@ def test_ray_reads_the_same(plan: Plan) -> None:
         batches.close()
     ahead = [thread for thread in threading.enumerate() if thread.name == "stream"]
     for thread in ahead:
-        thread.join(10)
+        thread.join(300)
     assert not any(thread.is_alive() for thread in ahead)
 
 

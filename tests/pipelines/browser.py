@@ -44,7 +44,7 @@ def dump(file: Path, profile: Path) -> tuple[str, list[str]]:
     # In virtual time, so that a film has played to its end.
     command += ["--virtual-time-budget=20000", f"--user-data-dir={profile}", "--dump-dom"]
     done = subprocess.run(
-        [*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, file.as_uri()], capture_output=True, text=True, timeout=600, check=True
     )
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

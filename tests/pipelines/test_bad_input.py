@@ -77,7 +77,7 @@ def test_the_real_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl.gz", gzip.compress(b"\n\n"), "the corpus is empty"),
+        ("empty.jsonl.gz", gzip.compress(b"\n\n", mtime=0), "the corpus is empty"),
         ("short.txt", b"a few words", "11 characters are too few for a validation share of 0.05"),
         ("garbage.txt", bytes(range(256)) * 99, "not UTF-8 text"),  # more in test_corpus.py
         ("Upper.jsonl", b'{"text": "lower UPPER"}\n' * 99, "'U' is not in this vocabulary of 28"),

@@ -114,7 +114,10 @@ def test_ctrl_c_at_any_stage(
     assert_same_run(whole["pretrain"], tmp_path / "run")
 
 
-@pytest.mark.parametrize("instructions", ["as is", "avx2", "default"])
+@pytest.mark.parametrize(
+    "instructions",
+    ["as is", *(pytest.param(name, marks=pytest.mark.long) for name in ("avx2", "default"))],
+)
 def test_a_real_ctrl_c(
     instructions: str, tmp_path: Path, data: str, whole: dict[str, Path]
 ) -> None:
@@ -123,9 +126,10 @@ def test_a_real_ctrl_c(
     On CPUs of any instruction set: what torch computes with is taken from it by name.
     """
     root = Path(runs.__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": str(root)}
+    env, undisturbed = {**os.environ, "PYTHONPATH": str(root)}, whole["finetune"]
     if instructions != "as is":
         env["ATEN_CPU_CAPABILITY"] = instructions
+        undisturbed = tmp_path / "whole"
 
     def finetune(name: str, *options: str) -> subprocess.CompletedProcess[str]:
         argv = arguments("finetune", data, tmp_path / name, whole)
@@ -138,8 +142,9 @@ def test_a_real_ctrl_c(
     assert stopped.stderr.splitlines()[-1] == "interrupted; run the same command again to resume"
     assert "Traceback" not in stopped.stderr
     assert 0 < len(curve(tmp_path / "run")) < STEPS
-    assert finetune("run").returncode == finetune("whole").returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert finetune("run").returncode == 0
+    assert undisturbed.exists() or finetune("whole").returncode == 0
+    assert_same_run(undisturbed, tmp_path / "run")
 
 
 def test_a_step_is_what_a_page_of_plain_torch_says(data: str, whole: dict[str, Path]) -> None:

@@ -1,7 +1,7 @@
 """Training through Ray: what a killed worker loses, and what the number of workers changes.
 
 Three runs of the same twenty steps: by two workers; by two workers of which one is killed with
-SIGKILL in step 13, after the checkpoint of step 10; by one worker.
+SIGKILL in step 13, after the checkpoint of step 10; by this process, without Ray.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dsl.support import LogNormal, Mixed
 from infra.tracking import connect
 from pipelines import runs as ritual
 from pipelines.finetune import initial
+from pipelines.training import worker
 from pipelines.training.launch import TrainingTask
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
@@ -63,6 +64,7 @@ def run(root: Path, data: Path, name: str, workers: int, objective: Any) -> dict
         objective=objective,
         initial=partial(initial, config),
         tags={},
+        start=None if workers > 1 else worker.train,
     )
     return ritual.carry_out(task)
 

@@ -26,6 +26,7 @@ def command(world: Path, root: Path) -> list[str]:
     models = ", ".join(f"{name}: {world / name}" for name in ("mdlm", "dsl"))
     given = [
         *(f"data={world / 'data/shards'}", f"root={root}", f"models={{{models}}}"),
+        f"tracking.uri=sqlite:///{world / 'runs/mlflow.db'}",
         *(f"paths={PATHS}", "samples={rows: 20, traced: 2}"),
         *("judge={kind: own, model: " + str(world / "ar") + "}",),
         "frontier={temperatures: [0.5, 1.0], paths: [masked], budgets: [4], resamples: 20}",
