@@ -11,20 +11,17 @@ Shapes: B rows, L positions, V tokens, D table dimension, W backbone width, N pr
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsl.channel import observe
 from dsl.denoiser import Denoiser
+from dsl.head import nats
 from dsl.state import State, flat
 from dsl.support import Support, stratified
 
 # Where the integral over t starts, as in the public MDLM: the weight 1/t has infinite variance
 # on (0, 1]. It moves the bound by a share of about EPS.
 EPS = 1e-3
-
-# Of logits at a time, 64 MiB in float32. Each chunk passes over the whole gradient of the head.
-CHUNK_ELEMENTS = 2**24
 
 
 class Loss(NamedTuple):
@@ -41,24 +38,10 @@ class Loss(NamedTuple):
 def cross_entropy(denoiser: Denoiser, state: State, tokens_BL: Tensor, at_N: Tensor) -> Tensor:
     """Nats ``[N]``, float32 or better: ``-log p(tokens | state)`` at flat positions ``at_N``.
 
-    The head runs at those positions only and in chunks, which its backward recomputes: no
-    ``[N, V]`` exists. From a bfloat16 head each term comes rounded to 8 bits, without bias.
+    The head runs at those positions only, see `dsl.head`: no ``[N, V]`` exists.
     """
     hidden_NW = denoiser.hidden(state).flatten(0, 1)[at_N]
-    weight_VW, bias_V = denoiser.head
-    nats_N = F.linear_cross_entropy(
-        hidden_NW,
-        weight_VW,
-        tokens_BL.flatten()[at_N],
-        linear_bias=bias_V,
-        reduction="none",
-        # The automatic size makes hundreds of small chunks, and rounds the head's gradient to
-        # the compute dtype after each.
-        options=nn.LinearCrossEntropyOptions(
-            batch_chunk_size=max(1, CHUNK_ELEMENTS // len(weight_VW))
-        ),
-    )
-    return nats_N.to(torch.promote_types(nats_N.dtype, torch.float32))
+    return nats(hidden_NW, *denoiser.head, tokens_BL.flatten()[at_N])
 
 
 class DSLObjective(nn.Module):
