@@ -23,10 +23,8 @@ from pipelines.evaluation.cells import REAL
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.ngram import NGram, default_order
 from pipelines.evaluation.parts import chunks, matrix, texts
-from pipelines.evaluation.question import Merit, Question, Questions
-from pipelines.evaluation.survey import Survey
+from pipelines.evaluation.question import Question, Questions
 from pipelines.evaluation.workspace import Workspace
-from pipelines.report import Column, Row, Table
 
 STREAM = 7  # of random numbers, behind the evaluation's seed
 TEMPERATURES = (1.0, 0.8, 0.6)
