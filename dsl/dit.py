@@ -22,7 +22,15 @@ SINUSOID = 256  # width of the timestep sinusoid in every public checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class DiTShape:
-    """What may be chosen freely of a DiT. The defaults are the size of the public checkpoints."""
+    """What may be chosen freely of a DiT. The defaults are the size of the public checkpoints.
+
+    start: how a network that is trained from nothing begins. "zero", as in the public code: the
+        gates of the blocks and the head are 0, so every block is the identity and the posterior
+        uniform. "open": the gates are 1 and the head is drawn from N(0, 1/W). A masked position of
+        a "zero" network learns token frequencies first and needs many steps to begin to use its
+        neighbours, because the gates, the head and attention all have to grow for that. "open"
+        spares small networks and short runs these steps.
+    """
 
     kind: Literal["dit"] = "dit"
     width: int = 768
@@ -30,6 +38,7 @@ class DiTShape:
     heads: int = 12
     cond_dim: int = 128
     dropout: float = 0.0
+    start: Literal["zero", "open"] = "zero"
 
     def config(self, tokens: int, *, causal: bool) -> "DiTConfig":
         """With what data (V tokens) and objective add to it."""
@@ -72,6 +81,8 @@ class DiT(nn.Module):
         self.sigma_map = ZeroTimestep(config.cond_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_layer = OutputLayer(config)
+        if config.start == "open":
+            self._open()
 
     def forward(self, inputs_BLW: Tensor) -> Tensor:
         """Hidden states after the last norm, in the compute dtype."""
@@ -93,6 +104,14 @@ class DiT(nn.Module):
     def head(self) -> tuple[Tensor, Tensor]:
         """``weight_VW, bias_V`` of the vocabulary projection."""
         return self.output_layer.linear.weight, self.output_layer.linear.bias
+
+    @torch.no_grad()
+    def _open(self) -> None:
+        """Let every block act from the first step on; see `DiTShape.start`."""
+        for block in self.blocks:
+            for gate_W in block.adaLN_modulation.bias.chunk(6)[2::3]:
+                gate_W.fill_(1)
+        nn.init.normal_(self.output_layer.linear.weight, std=self.config.width**-0.5)
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one token's forward and backward pass, head included.
@@ -222,7 +241,7 @@ def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:
-    """Start a layer at zero: every block begins as the identity, the posterior as uniform."""
+    """Start a layer at zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

@@ -69,7 +69,7 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
     A local cluster has logical CPUs for `needed_cpus` and for the data tasks beside them. It
     requires a token that only this process and its children know, so that Ray writes none into the
     home folder. What workers write appears as `console.relay` shows it. Raises InfraError if there
-    is no cluster at the address.
+    is no cluster at the address, or if this machine is too busy to start one.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -93,14 +93,18 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # never preempted
         # Ray's default of 15 leaves a worker nearly nothing of a core that other work wants, too.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        with _its_address_known(), _sigterm_kept():
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=True,  # without it Ray Train logs a complaint every second
-                logging_level="error",
-            )
+        try:
+            with _its_address_known(), _sigterm_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=True,  # without it Ray Train logs a complaint every second
+                    logging_level="error",
+                )
+        except Exception as error:  # a bare one, where Ray's processes are not up within its limit
+            why, fix = str(error).splitlines()[0], "See that the machine has time and memory left"
+            raise InfraError("Ray on this machine", why, f"{fix}, then run it again") from error
     _relayed()
     try:
         yield

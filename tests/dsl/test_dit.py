@@ -3,6 +3,8 @@
 Shapes: B rows, L positions, W width, V tokens.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,6 +49,19 @@ def test_a_new_backbone_is_the_identity_up_to_the_norm_and_its_logits_are_zero()
     torch.testing.assert_close(hidden_BLW, torch.nn.functional.layer_norm(inputs_BLW, (16,)))
     assert not weight_VW.any()
     assert not bias_V.any()
+
+
+@pytest.mark.parametrize("start", ["zero", "open"])
+def test_what_a_first_step_can_teach_the_blocks(start):
+    """Nothing, where gates and head are zero; every part of an open one."""
+    torch.manual_seed(0)
+    backbone = DiT(replace(CONFIG, start=start))
+    hidden_BLW = backbone(torch.randn(2, 5, 16))
+    weight_VW, bias_V = backbone.head
+    (hidden_BLW @ weight_VW.T + bias_V).log_softmax(-1)[..., 0].sum().backward()
+    taught = {bool(parameter.grad.any()) for parameter in backbone.blocks.parameters()}
+    assert taught == {start == "open"}
+    assert bias_V.grad.any()
 
 
 @pytest.mark.parametrize("causal", [True, False])

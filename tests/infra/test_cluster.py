@@ -51,6 +51,20 @@ def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Pat
     assert started == ["rank0-0", "rank0-1", "rank1-0", "rank1-1"], "bad data is not tried again"
 
 
+def test_a_machine_too_busy_for_ray_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InfraError) as caught, cluster.connected(cluster.ClusterConfig()):
+        pass
+    assert caught.value.where == "Ray on this machine"
+
+
 def test_a_local_cluster_is_the_one_its_processes_find() -> None:
     """However many there are on the machine, and whichever is the latest."""
     script = """
