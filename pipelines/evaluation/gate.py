@@ -185,8 +185,8 @@ class Interval:
 
     def __str__(self) -> str:
         return (
-            f"{self.metric}: {self.candidate:.4g} against {self.other:.4g}, better by "
-            f"{self.difference:.4g} [{self.low:.4g}, {self.high:.4g}]"
+            f"{self.metric}: {self.candidate:.4g} against {self.other:.4g}, a difference of "
+            f"{self.difference:.4g} [{self.low:.4g}, {self.high:.4g}] (above 0 is better)"
         )
 
 
