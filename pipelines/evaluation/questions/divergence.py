@@ -164,6 +164,7 @@ class NGramDivergence(OfTexts):
 
 class Divergence(Question):
     section, settings, optional = "divergence", DivergenceConfig, True
+    title = "N-grams against held-out text"
     gate_metrics = (NGramDivergence,)
 
     def check(self, config: Questions) -> None:

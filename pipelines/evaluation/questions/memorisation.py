@@ -63,6 +63,7 @@ def _group(source: str) -> str:
 
 class Memorisation(Question):
     section, settings, optional = "memorisation", MemorisationConfig, True
+    title = "Memorisation"
     columns = (
         Column("longest_copy", "Longest copy", ".1f"),
         Column("longest_copy_of_all", "of all texts"),

@@ -17,6 +17,7 @@ from infra.tracking import connect
 from pipelines import evaluate
 from pipelines.evaluation import held_out, metrics, questions
 from pipelines.evaluation.ngram import NGram
+from pipelines.evaluation.question import Question
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Refused, Run
 from tests.pipelines.evaluation.small import LENGTH, rows_of
@@ -325,3 +326,15 @@ def test_every_preset_can_be_read(preset: str) -> None:
     length = {"text8": 256, "owt": 1024}.get(preset, 64)
     assert all(entry.walks(length) for entry in found.paths.values())
     assert found.name == f"{preset}-evaluation"
+
+
+def test_what_a_question_shows_has_a_heading_of_its_own() -> None:
+    """Its tables and plots are folded under its title on the page."""
+    base = vars(Question)
+    shows = [
+        question.title
+        for question in questions.QUESTIONS
+        if any(getattr(type(question), name) is not base[name] for name in ("tables", "plots"))
+    ]
+    assert all(shows)
+    assert len(shows) == len(set(shows))
