@@ -27,7 +27,7 @@ from pipelines.evaluation.question import Question, Questions
 from pipelines.evaluation.workspace import Workspace
 
 STREAM = 7  # of random numbers, behind the evaluation's seed
-TEMPERATURES = (1.0, 0.8, 0.6)
+TEMPERATURES = (1.2, 1.0, 0.8, 0.6)  # from more diverse than real text to less
 PERCENT = (2, 5, 10)  # of the tokens that are replaced
 PHRASES, PHRASE = 1000, 5  # how many phrases, and the tokens of one
 
