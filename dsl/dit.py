@@ -81,8 +81,6 @@ class DiT(nn.Module):
         self.sigma_map = ZeroTimestep(config.cond_dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_layer = OutputLayer(config)
-        if config.start == "open":
-            self._open()
 
     def forward(self, inputs_BLW: Tensor) -> Tensor:
         """Hidden states after the last norm, in the compute dtype."""
@@ -104,14 +102,6 @@ class DiT(nn.Module):
     def head(self) -> tuple[Tensor, Tensor]:
         """``weight_VW, bias_V`` of the vocabulary projection."""
         return self.output_layer.linear.weight, self.output_layer.linear.bias
-
-    @torch.no_grad()
-    def _open(self) -> None:
-        """Let every block act from the first step on; see `DiTShape.start`."""
-        for block in self.blocks:
-            for gate_W in block.adaLN_modulation.bias.chunk(6)[2::3]:
-                gate_W.fill_(1)
-        nn.init.normal_(self.output_layer.linear.weight, std=self.config.width**-0.5)
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one token's forward and backward pass, head included.
@@ -162,6 +152,9 @@ class Block(nn.Module):
             nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width)
         )
         self.adaLN_modulation = zeroed(nn.Linear(config.cond_dim, 6 * width))
+        if config.start == "open":
+            for gate_W in self.adaLN_modulation.bias.detach().chunk(6)[2::3]:
+                gate_W.fill_(1)
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor, turn_2LK: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond_C).chunk(6)
@@ -193,6 +186,8 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(config.width)
         self.linear = zeroed(nn.Linear(config.width, config.tokens))
+        if config.start == "open":
+            nn.init.normal_(self.linear.weight, std=config.width**-0.5)
         self.adaLN_modulation = zeroed(nn.Linear(config.cond_dim, 2 * config.width))
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor) -> Tensor:
