@@ -186,9 +186,9 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(config.width)
         self.linear = zeroed(nn.Linear(config.width, config.tokens))
+        self.adaLN_modulation = zeroed(nn.Linear(config.cond_dim, 2 * config.width))
         if config.start == "open":
             nn.init.normal_(self.linear.weight, std=config.width**-0.5)
-        self.adaLN_modulation = zeroed(nn.Linear(config.cond_dim, 2 * config.width))
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond_C).chunk(2)
