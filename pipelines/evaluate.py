@@ -40,7 +40,7 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
     texts = dict.fromkeys(walks, config.samples.rows * config.samples.repeats)
     texts |= further(config, walks)
     return {
-        "run": (Folder.at(config.root) / config.name).url,
+        "run": (config.folder).url,
         "models": ", ".join(f"{name}: {address}" for name, address in config.models.items()),
         "split": f"{config.split}, {manifest.rows(config.split)} rows of {manifest.length} tokens",
         "likelihood_rows": config.likelihood.rows,
@@ -62,7 +62,7 @@ class EvaluationTask(runs.Task):
     keys = ("run", "models")
 
     def stands(self, result: Mapping[str, Any]) -> bool:
-        folder = Folder.at(self.config.root) / self.config.name
+        folder = self.config.folder
         origins = preparation.origins(self.config, folder, self._uri)
         preparation.require_same(result["models"], origins, folder)
         return True

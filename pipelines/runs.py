@@ -126,7 +126,7 @@ def opened(config: RunSettings, verb: str, free: tuple[str, ...] = FREE) -> Iter
     ConfigError where the directory holds a run with other settings, or is no run, and InfraError
     where another process has the right to write there.
     """
-    folder = Folder.at(config.root) / config.name
+    folder = config.folder
     with held(folder) as holder:
         _open(folder, config, verb, free)
         yield holder

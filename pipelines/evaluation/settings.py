@@ -13,7 +13,7 @@ from pipelines.evaluation.question import Merit, Question, require_names
 from pipelines.evaluation.questions import QUESTIONS
 from pipelines.evaluation.readers import Reader
 from pipelines.models import ConverterConfig
-from pipelines.verb import TrackingConfig
+from pipelines.verb import RunSettings
 
 # `likelihood`, `states`, `samples`, …: None by default where a question is only asked on demand.
 Sections = make_dataclass(
@@ -108,21 +108,17 @@ class GateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Questions):
+class EvaluateConfig(Questions, RunSettings):
     """`models` go by names of your choice; every model walks every path it can.
 
     `data` are the shards of `prepare`. `gate` is left out where it is not given.
     """
 
-    name: str
     data: str
     models: dict[str, str]
-    root: str = "runs"
-    existing: Literal["resume", "restart"] = "resume"
     gate: GateConfig | None = None
     published: tuple[Published, ...] = ()
     converter: ConverterConfig = field(default_factory=ConverterConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,6 @@ import pyarrow as pa
 import torch
 
 from dsl.vocabulary import Vocabulary
-from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation.cells import REFERENCES
 from pipelines.evaluation.copies import Copies
@@ -35,7 +34,7 @@ class Workspace:
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
-        self.folder = Folder.at(config.root) / config.name
+        self.folder = config.folder
         self.parts = Parts(self.folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._opened: tuple[str, Model] | None = None

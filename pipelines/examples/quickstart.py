@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,9 @@ def execute(config: QuickstartConfig) -> dict[str, Any]:
     from infra import cluster
 
     began = time.monotonic()
-    with cluster.connected(cluster.ClusterConfig(), needed_cpus=WORKERS):
+    finished = config.existing == "resume" and all(map(_is_finished, RUNS[1:]))
+    ray = cluster.connected(cluster.ClusterConfig(), needed_cpus=WORKERS)
+    with nullcontext() if finished else ray:
         made = {name: _run(name, f"existing={config.existing}") for name in RUNS}
         texts = dict(_texts())
     folder, name = Folder.holding(made["evaluate"]["tables"])
@@ -55,6 +58,13 @@ def execute(config: QuickstartConfig) -> dict[str, Any]:
         "report": made["evaluate"]["report"],
         "texts": len(texts),
     }
+
+
+def _is_finished(name: str) -> bool:
+    """Whether a verb has nothing left to do, so that Ray need not be started for it."""
+    from pipelines.runs import RESULT
+
+    return bool(_config(name).folder.exists(RESULT))
 
 
 def _run(name: str, *argv: str, **given: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,9 +79,17 @@ def test_a_summary_without_a_gate_or_a_registered_model() -> None:
     assert "interval" not in text
 
 
-def test_ray_is_started_once_for_all_verbs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("finished", [False, True])
+def test_ray_is_started_once_for_all_verbs_and_for_none_that_are_finished(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    finished: bool,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mdlm", "dsl", "evaluation") if finished else ():
+        (tmp_path / f"runs/quickstart-{name}").mkdir(parents=True)
+        (tmp_path / f"runs/quickstart-{name}/result.json").write_text("{}")
     starts: list[str] = []
     connected = [False]
 
@@ -99,7 +108,7 @@ def test_ray_is_started_once_for_all_verbs(
 
     def module(name: str) -> Any:
         def execute(config: Any, show: Any = None) -> Any:
-            with cluster.connected(ClusterConfig()):
+            with nullcontext() if finished else cluster.connected(ClusterConfig()):
                 ran.append(name)
             if show:
                 show({"text": "a text", "calls": config.budget})
@@ -109,7 +118,7 @@ def test_ray_is_started_once_for_all_verbs(
 
     monkeypatch.setattr(quickstart, "_module", module)
     result = quickstart.execute(QuickstartConfig())
-    assert starts == ["ray"]
+    assert starts == ([] if finished else ["ray"])
     assert not connected[0]
     assert ran[:4] == ["prepare", "pretrain", "finetune", "evaluate"]
     assert set(ran[4:]) == {"generate"}
