@@ -78,7 +78,7 @@ def drain(nodes: Nodes, node: str) -> None:
 
 def test_a_rank_that_hangs(undisturbed: Path, finetune: Begin, tmp_path: Path, cost: Cost) -> None:
     with finetune(tmp_path, f"workers.parallel.stall_s={STALL_S}") as run:
-        run.until(lambda: run.step >= 25)
+        run.until(lambda: run.step >= 25 and run.checkpoints)
         victim = workers()[-1]
         kept = max(run.checkpoints)
         os.kill(victim, signal.SIGSTOP)
