@@ -102,8 +102,12 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
                     include_dashboard=True,  # without it Ray Train logs a complaint every second
                     logging_level="error",
                 )
-        except Exception as error:  # a bare one, where Ray's processes are not up within its limit
-            why, fix = str(error).splitlines()[0], "See that the machine has time and memory left"
+        except Exception as error:
+            # Ray raises a bare one where its processes are not up in time; any other is a bug.
+            if type(error) is not Exception:
+                raise
+            why = str(error).partition("\n")[0]
+            fix = "See that the machine has time and memory left"
             raise InfraError("Ray on this machine", why, f"{fix}, then run it again") from error
     _relayed()
     try:

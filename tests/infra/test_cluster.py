@@ -64,6 +64,13 @@ def test_a_machine_too_busy_for_ray_is_no_bug(monkeypatch: pytest.MonkeyPatch) -
         pass
     assert caught.value.where == "Ray on this machine"
 
+    def wrong(**_: Any) -> None:
+        raise TypeError("an argument that Ray does not know")
+
+    monkeypatch.setattr(ray, "init", wrong)
+    with pytest.raises(TypeError), cluster.connected(cluster.ClusterConfig()):
+        pass
+
 
 def test_a_local_cluster_is_the_one_its_processes_find() -> None:
     """However many there are on the machine, and whichever is the latest."""
