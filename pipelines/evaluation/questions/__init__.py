@@ -9,6 +9,7 @@ from pipelines.evaluation.questions.drafts import Drafts
 from pipelines.evaluation.questions.frontier import Frontier
 from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.questions.judges import Judges
+from pipelines.evaluation.questions.law import Law
 from pipelines.evaluation.questions.likelihood import Likelihood
 from pipelines.evaluation.questions.mauve import Mauve
 from pipelines.evaluation.questions.memorisation import Memorisation
@@ -29,6 +30,7 @@ QUESTIONS: tuple[Question, ...] = (
     Divergence(),
     Likelihood(),
     States(),
+    Law(),
     Calibration(),
     Drafts(),
     Converter(),

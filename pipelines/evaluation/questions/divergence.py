@@ -221,12 +221,15 @@ def _rows(survey: Survey) -> Iterator[Row]:
         for order in survey.config.divergence.orders:
             p_N, q_M = found[f"texts_{order}"], found[f"references_{order}"]
             if len(p_N):
-                js_R = divergence(p_N, q_M, Resamples(survey.config.seed, RESAMPLES))
-                tail = (1 - CONFIDENCE) / 2
-                low, high = np.quantile(js_R[1:], (tail, 1 - tail)).tolist()
-                row |= {f"js_{order}": float(js_R[0]), f"js_{order}_low": low}
-                row |= {
-                    f"js_{order}_high": high,
-                    f"js_{order}_interval": f"{low:.4f} to {high:.4f}",
-                }
+                row |= estimated(f"js_{order}", p_N, q_M, survey.config.seed)
         yield row
+
+
+def estimated(key: str, p_N: np.ndarray, q_M: np.ndarray, seed: int) -> Row:
+    """A divergence and its interval, as a table holds them, from the scores of texts and
+    references."""
+    js_R = divergence(p_N, q_M, Resamples(seed, RESAMPLES))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(js_R[1:], (tail, 1 - tail)).tolist()
+    interval = {f"{key}_low": low, f"{key}_high": high}
+    return {key: float(js_R[0]), **interval, f"{key}_interval": f"{low:.4f} to {high:.4f}"}
