@@ -43,15 +43,23 @@ def terminable(first: Callable[[], None] | None = None) -> Iterator[None]:
         yield
         return
     pending = [first] if first else []
+    raised = False
 
     def handle(*_: object) -> None:
+        nonlocal raised
         if not pending:
+            raised = True
             raise Terminated
         pending.pop()()
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
+    except KeyboardInterrupt as error:
+        # While it waits for results, Ray turns what a handler raises into a plain one.
+        if raised and not isinstance(error, Terminated):
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -16,7 +16,14 @@ import torch.distributed as dist
 from infra import journal, parallel, preemption, ranklog
 from infra.checkpoints import committed
 from infra.errors import InfraError
-from infra.preemption import Notice, Terminated, notices, stop_requested, stoppable
+from infra.preemption import (
+    Notice,
+    Terminated,
+    notices,
+    stop_requested,
+    stoppable,
+    terminable,
+)
 from infra.storage import Folder
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
@@ -125,6 +132,17 @@ def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
     monkeypatch.setattr(Folder, "exists", refuse)
     assert not stop_requested(run)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_stays_one_where_a_library_raises_a_plain_interrupt() -> None:
+    with pytest.raises(Terminated), terminable():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise KeyboardInterrupt from None  # as Ray does
+    with pytest.raises(KeyboardInterrupt) as found, terminable():
+        raise KeyboardInterrupt
+    assert found.type is KeyboardInterrupt
 
 
 def test_a_log_is_kept_in_any_store_and_appended_to() -> None:
