@@ -157,7 +157,7 @@ class Frontier(Question):
         config, asked = survey.config, survey.config.frontier
         draws = Resamples(config.seed, asked.resamples)
         measured = list(measure(survey, curves(survey), draws))
-        heads = [_head(found, asked.confidence) for found in measured]
+        heads = [_head(found, asked.confidence) | _below(found, measured) for found in measured]
         own = (column for column in OWN if any(column.key in row for row in heads))
         walk, names = (*LABELS, *own), judges(config)
         bits = tuple(Column(_key(name), f"Bits per byte by {name}", ".3f") for name in names)
@@ -169,7 +169,9 @@ class Frontier(Question):
                 f"diversity cannot be told from 0. Intervals at {asked.confidence:.0%} from "
                 f"{asked.resamples:,} resamples of the same rows of all texts. In a resample that "
                 "is lost the diversity is not reached: its value counts as the least at the lower "
-                "end of the interval and as the greatest at the upper one.",
+                "end of the interval and as the greatest at the upper one. Below every model: the "
+                "share of resamples in which what no model has written has no headline, or a worse "
+                "one than the best walk of each model.",
                 columns=(*walk, *HEADLINE, *chain.from_iterable(map(_headline_columns, names))),
                 rows=heads,
             ),
@@ -233,14 +235,36 @@ def _head(found: Measured, confidence: float) -> Row:
     return row
 
 
+def _below(found: Measured, measured: Sequence[Measured]) -> Row:
+    """By judge, in which share of the resamples a source that no model has written has no headline,
+    or a worse one than the best walk of every model. Nothing for a walk, or for real text."""
+    walks = [other for other in measured if "path" in other.curve.labels]
+    if not walks or "path" in found.curve.labels or found.curve.name == REAL:
+        return {}
+    row = {}
+    for name, bits_R in found.bits_R.items():
+        best: dict[str, np.ndarray] = {}
+        for walk in walks:
+            walk_R = np.nan_to_num(walk.bits_R[name], nan=np.inf)
+            model = walk.curve.labels["model"]
+            best[model] = np.minimum(best.get(model, np.inf), walk_R)
+        below_R = np.isnan(bits_R) | (bits_R > np.max(list(best.values()), axis=0))
+        row[f"below_{name}"] = float(below_R[1:].mean())
+    return row
+
+
 def _entries(key: str, values_R: np.ndarray) -> dict[str, float]:
     """A figure of the texts as they are, and its standard error over resamples."""
     return {key: float(values_R[0]), key + STDERR: float(values_R[1:].std())}
 
 
-def _headline_columns(name: str) -> tuple[Column, Column]:
+def _headline_columns(name: str) -> tuple[Column, ...]:
     key = _headline(name)
-    return Column(key, f"Bits per byte by {name}", ".3f"), Column(f"{key}_interval", "Interval")
+    return (
+        Column(key, f"Bits per byte by {name}", ".3f"),
+        Column(f"{key}_interval", "Interval"),
+        Column(f"below_{name}", "Below every model", ".3f"),
+    )
 
 
 def _headline(name: str) -> str:

@@ -19,7 +19,7 @@ from dsl.sampling import Sample, sample
 from dsl.state import State
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from pipelines.evaluation import layouts, metrics
-from pipelines.evaluation.cells import REFERENCES, Cell, labels
+from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell, labels
 from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import NGRAMS
@@ -270,5 +270,9 @@ def _of_source(survey: Survey, source: str) -> dict[str, Any]:
 
 
 def _anchors(rows: Rows, merit: Merit) -> dict[str, float]:
-    """The merit of what stands beside the models."""
-    return {row["model"]: row[merit.key] for row in rows if "path" not in row and merit.key in row}
+    """The merit of real text and of the unigram; the adversaries would bury the models' curves."""
+    return {
+        row["model"]: row[merit.key]
+        for row in rows
+        if row["model"] in (REAL, UNIGRAM) and merit.key in row
+    }

@@ -25,7 +25,7 @@ from pipelines.evaluation.cells import PathConfig, cells
 from pipelines.evaluation.diversity import ngram_entropies
 from pipelines.evaluation.gate import Resamples
 from pipelines.evaluation.grid import FrontierConfig
-from pipelines.evaluation.questions.frontier import Headline
+from pipelines.evaluation.questions.frontier import Headline, _below
 from pipelines.evaluation.questions.texts import SamplesConfig
 from tests.pipelines.evaluation.conftest import Refused, Run
 
@@ -163,6 +163,8 @@ def test_from_the_command_line_to_the_page(run: Run, world: Path, tmp_path: Path
     assert "less" in heads["repeated"]["reached"]
     assert "more" in heads["shuffled"]["reached"]
     assert "headline_judge" not in heads["shuffled"]
+    assert (heads["shuffled"]["below_judge"], heads["repeated"]["below_judge"]) == (1, 1)
+    assert all("below_judge" not in heads[name] for name in ("dsl", "real"))
     logged = made["metrics"]
     assert logged["dsl/masked/4/headline_short"] == pytest.approx(head["headline_short"])
     assert logged["dsl/masked/4/0.02/diversity"] == pytest.approx(diversity[0])
@@ -178,6 +180,29 @@ def test_from_the_command_line_to_the_page(run: Run, world: Path, tmp_path: Path
     fooled = {row["model"]: row["above"] for row in tables["fooled"]}
     assert "perplexity" in fooled["repeated"]
     assert "diversity of real text" not in fooled["repeated"]
+
+
+def measured(bits_R: list[float], **labels: Any) -> grid.Measured:
+    curve = grid.Curve("x", labels, ("x",))
+    nothing: Any = None
+    return grid.Measured(curve, nothing, {}, nothing, {"judge": np.array(bits_R)})
+
+
+def test_an_adversary_must_beat_the_best_walk_of_some_model() -> None:
+    """Four resamples behind the texts as they are: worse than all, between the models, above both,
+    and without a headline."""
+    none = math.nan
+    walks = [
+        measured([2, 2, 2, 2, 2], model="a", path="m"),
+        measured([9, 9, 9, 9, 9], model="a", path="n"),
+        measured([3, 3, 3, 3, 3], model="b", path="m"),
+    ]
+    adversary = measured([0, 4, 2.5, 1, none], model="nonsense")
+    assert _below(adversary, walks) == {"below_judge": 0.5}
+    # A model that does not reach the diversity of real text is beaten by whoever does.
+    lost = measured([none] * 5, model="c", path="m")
+    assert _below(adversary, [*walks, lost]) == {"below_judge": 0.25}
+    assert _below(walks[0], walks) == {}
 
 
 # --- the gate ------------------------------------------------------------------------------------
