@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from infra import parallel
 from infra.config import to_tree
-from infra.console import clock, say
+from infra.console import Meter, say
 from pipelines.benchmarks.settings import BenchmarkConfig
 from pipelines.report import Report, Table, markdown
 
@@ -41,12 +40,11 @@ def pin(config: BenchmarkConfig) -> None:
 def measured(config: BenchmarkConfig) -> Iterator[tuple[str, Table]]:
     """The tables by benchmark, each shown as soon as it is measured."""
     with parallel.flushed():  # as in training workers
-        for name in config.only:
-            began = time.monotonic()
+        meter = Meter(f"benchmark {config.name}", len(config.only), "benchmarks")
+        for name in meter.over(config.only):
             # Imported late: only `ingest` needs Ray.
             table = importlib.import_module(f"pipelines.benchmarks.{name}").run(config)
             say(f"\n{table.title}. {table.note}\n{markdown(table)}")
-            say(f"{name}: {clock(time.monotonic() - began)} min")
             yield name, table
 
 

@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 from infra import cluster, tracking
 from infra.cluster import DATA_CPUS
 from infra.command import explain
-from infra.console import clock, say
+from infra.console import line, progress, say
 from infra.errors import InfraError
 from pipelines import finetune
 from pipelines.runs import DATA_ERRORS
@@ -189,8 +189,7 @@ class SweepCallback(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if BOUND in result:
-            name, total = trial.config["trial"], self.config.finetune.train.steps
-            say(f"{name}  step {result['step']}/{total}  bound {result[BOUND]:.4f}{self._rest()}")
+            self._show(f"{trial.config['trial']} at step {result['step']}", result[BOUND])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
@@ -219,21 +218,20 @@ class SweepCallback(tune.Callback):
     def _steps(self) -> int:
         return sum(trial.step for trial in self.trials.all())
 
-    def _rest(self) -> str:
-        """How many trials have ended and how, and the time that the rest takes at most."""
+    def _show(self, trial: str, bound: float) -> None:
+        """A line of progress. The rest takes at most the time that it says: trials may be
+        stopped."""
         known = self.trials.all()
-        states = [trial.state for trial in known]
-        ended = "".join(
-            f"  {states.count(state)} {state}"
-            for state in ("finished", "stopped", "failed", "lost")
-            if state in states
-        )
         steps = self.config.finetune.train.steps
         left = steps * (self.count - len(known))
         left += sum(steps - trial.step for trial in known if trial.state == "running")
         done = max(sum(trial.step for trial in known) - self.first, 1)
-        eta = left * (time.monotonic() - self.began) / done
-        return f"  of {self.count}:{ended or '  none ended'}  ETA at most {clock(eta)}"
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        ended = sum(trial.state != "running" for trial in known)
+        facts = trial, f"bound {bound:.4f}"
+        rate, what = f"{done / elapsed:,.1f} steps/s", f"sweep {self.config.name}"
+        eta_s = left * elapsed / done
+        progress(line(what, ended, self.count, "trials", *facts, rate=rate, eta_s=eta_s))
 
 
 def close(trials: Trials) -> None:
