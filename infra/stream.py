@@ -15,12 +15,12 @@ import heapq
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count, islice
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from infra.errors import ConfigError, DataError, Problem
 from infra.shards import Manifest, check_files, read_group
 from infra.storage import Folder
 
-HOLDOUT = (1 << 64) - 1  # the generator's stream for `holdout`: beyond those of all windows
+# The generator's streams for `holdout` and for mixtures: beyond those of all windows.
+HOLDOUT, MIXING = (1 << 64) - 1, (1 << 64) - 2
 WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
 STEPS_AHEAD = 64
 READERS = 2  # tasks at a time for one worker
@@ -163,13 +164,29 @@ class Plan:
         nth = int(np.searchsorted(ends, row, side="right"))
         return Position(epoch, int(windows[nth]), row - int(ends[nth - 1] if nth else 0))
 
-    def windows(self, lanes: Sequence[int], step: int = 0) -> Iterator[tuple[int, Window]]:
-        """Endless (lane, window) pairs from a step on, in the order in which rows are needed."""
+    def windows(
+        self, lanes: Sequence[int], step: int | Sequence[int] = 0
+    ) -> Iterator[tuple[int, Window]]:
+        """Endless (lane, window) pairs from a step on, or from a step of each lane on, in the order
+        in which rows are needed."""
+        steps = [step] * len(lanes) if isinstance(step, int) else step
         layout = lru_cache(maxsize=2)(self._layout)  # lanes are in two epochs at the turn of one
         return (
             (lane, self._window(layout(place.epoch), place))
-            for _, lane, place in heapq.merge(*(self._places(lane, step) for lane in lanes))
+            for _, lane, place in heapq.merge(*map(self._places, lanes, steps))
         )
+
+    # --- as a mixture of one source, see `Order` ---
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        return (self,)
+
+    def source(self, lane: int, step: int) -> int:
+        return 0
+
+    def before(self, lane: int, step: int) -> list[int]:
+        return [step]
 
     def _places(self, lane: int, step: int) -> Iterator[tuple[int, int, Position]]:
         """(rows of the lane before it, lane, position) of every window to read."""
@@ -241,25 +258,32 @@ def read_window(
     return rows_NL[order_N[window.skip :]], len(rows_NL) - len(spare_NL)
 
 
-def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict[int, np.ndarray]]:
+class Order(Protocol):
+    """Which microbatches come when: of one source, or of several (`infra.mixture`)."""
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The order of each source by itself; all with one configuration."""
+
+    def source(self, lane: int, step: int) -> int:
+        """The number of the source that a lane's microbatch behind `step` finished ones is of."""
+
+    def before(self, lane: int, step: int) -> list[int]:
+        """How many of the first `step` microbatches of a lane are of each source."""
+
+
+def read(
+    order: Order, lanes: Sequence[int], start_step: int = 0
+) -> Iterator[dict[int, np.ndarray]]:
     """Each step's microbatches from `start_step` on, endless: {lane: ids [R, L] int64}."""
-    return _microbatches(
-        plan,
-        lanes,
-        ((lane, plan.read(window)) for lane, window in plan.windows(lanes, start_step)),
-    )
+    return _steps(order, lanes, start_step, _pieces)
 
 
 def ray_batches(
-    plan: Plan, lanes: Sequence[int], start_step: int = 0
+    order: Order, lanes: Sequence[int], start_step: int = 0
 ) -> Iterator[dict[int, np.ndarray]]:
     """The same as `read`, read ahead by Ray Data tasks on this worker's node."""
-    windows = plan.windows(lanes, start_step)
-    horizons = iter(lambda: list(islice(windows, WINDOWS_PER_HORIZON)), [])
-    rows = (piece for horizon in horizons for piece in _through_ray(plan, horizon))
-    # Enough must be ready to last through the start of the next horizon, about a second.
-    windows_ahead = STEPS_AHEAD * plan.config.rows_per_microbatch * plan.num_windows // plan.rows
-    return _microbatches(plan, lanes, _ahead(rows, len(lanes) * max(2, windows_ahead)))
+    return _steps(order, lanes, start_step, _pieces_by_ray)
 
 
 def holdout(folder: Folder, manifest: Manifest, split: str, rows: int, seed: int) -> np.ndarray:
@@ -290,20 +314,56 @@ def holdout(folder: Folder, manifest: Manifest, split: str, rows: int, seed: int
     return chosen_NL
 
 
-def _microbatches(
-    plan: Plan, lanes: Sequence[int], pieces: Iterator[tuple[int, np.ndarray]]
+Pieces = Iterator[tuple[int, np.ndarray]]  # endless: (lane, some of its rows [N, L])
+
+
+def _pieces(plan: Plan, lanes: Sequence[int], steps: Sequence[int]) -> Pieces:
+    return ((lane, plan.read(window)) for lane, window in plan.windows(lanes, steps))
+
+
+def _pieces_by_ray(plan: Plan, lanes: Sequence[int], steps: Sequence[int]) -> Pieces:
+    windows = plan.windows(lanes, steps)
+    horizons = iter(lambda: list(islice(windows, WINDOWS_PER_HORIZON)), [])
+    rows = (piece for horizon in horizons for piece in _through_ray(plan, horizon))
+    # Enough must be ready to last through the start of the next horizon, about a second.
+    windows_ahead = STEPS_AHEAD * plan.config.rows_per_microbatch * plan.num_windows // plan.rows
+    return _ahead(rows, len(lanes) * max(2, windows_ahead))
+
+
+class _Rows:
+    """Cuts the pieces of a source into the microbatches of its lanes."""
+
+    def __init__(self, plan: Plan, lanes: Sequence[int], pieces: Pieces) -> None:
+        self.size, self.pieces = plan.config.rows_per_microbatch, pieces
+        empty_NL = np.empty((0, plan.manifest.length), plan.manifest.dtype)
+        self.ready = dict.fromkeys(lanes, empty_NL)
+
+    def take(self, lane: int) -> np.ndarray:
+        while len(self.ready[lane]) < self.size:
+            owner, piece_NL = next(self.pieces)
+            self.ready[owner] = np.concatenate([self.ready[owner], piece_NL])
+        taken_RL, self.ready[lane] = np.split(self.ready[lane], [self.size])
+        return taken_RL.astype(np.int64)
+
+
+def _steps(
+    order: Order,
+    lanes: Sequence[int],
+    start_step: int,
+    pieces: Callable[[Plan, Sequence[int], Sequence[int]], Pieces],
 ) -> Iterator[dict[int, np.ndarray]]:
-    """Cut the lanes' rows, which come in (lane, [N, L]) pieces, into microbatches."""
-    rows = plan.config.rows_per_microbatch
-    ready = {lane: np.empty((0, plan.manifest.length), plan.manifest.dtype) for lane in lanes}
-    with closing(pieces):
-        while True:
+    """Each step's microbatches. A source is opened when the first of its own is due."""
+    opened: dict[int, _Rows] = {}
+    with ExitStack() as stack:
+        for step in count(start_step):
             batch = {}
             for lane in lanes:
-                while len(ready[lane]) < rows:
-                    owner, piece_NL = next(pieces)
-                    ready[owner] = np.concatenate([ready[owner], piece_NL])
-                batch[lane], ready[lane] = ready[lane][:rows].astype(np.int64), ready[lane][rows:]
+                nth = order.source(lane, step)
+                if nth not in opened:
+                    steps = [order.before(each, step)[nth] for each in lanes]
+                    found = stack.enter_context(closing(pieces(order.plans[nth], lanes, steps)))
+                    opened[nth] = _Rows(order.plans[nth], lanes, found)
+                batch[lane] = opened[nth].take(lane)
             yield batch
 
 
@@ -392,5 +452,10 @@ def _permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
 
     From the generator's raw bits, which numpy never changes, unlike its distributions.
     """
-    key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, stream], np.uint64)
-    return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(size), kind="stable")
+    return np.argsort(philox(seed, epoch, stream).random_raw(size), kind="stable")
+
+
+def philox(seed: int, number: int, stream: int) -> np.random.Philox:
+    """A counter-based generator of its own for (seed, number, stream)."""
+    key, counter = np.array([seed, number], np.uint64), np.array([0, 0, 0, stream], np.uint64)
+    return np.random.Philox(key=key, counter=counter)

@@ -1,0 +1,144 @@
+"""Several sources of rows in one order: which of them every microbatch comes from.
+
+The microbatch of (step, lane) comes from one source, which is a function of (seed, step, lane) and
+the weights alone: neither a restart nor another number of workers changes it. Lane k walks through
+the multiples of the golden ratio from an offset of its own, and takes the source whose share of the
+unit interval holds the fractional part. So of any n steps of a lane in a row, a source of share w
+has n·w up to a term of order log(n). A source is read in its own order, as if it were alone: the
+n-th microbatch that a lane takes from it is the n-th of that lane.
+
+Shapes: S sources, N steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from infra.errors import DataError
+from infra.shards import Manifest, read_manifest
+from infra.storage import Folder
+from infra.stream import MIXING, Plan, StreamConfig, philox
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+AT_ONCE = 1 << 20  # steps of a lane that are counted together
+
+Weights = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Other weights from a step on, counted from 1."""
+
+    step: int
+    weights: Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Several sources of one vocabulary and length.
+
+    sources: addresses of shards, by names of your choice. weights: the share of the microbatches
+    that each source has, up to a common factor; a source that is not named has none. changes: other
+    weights from given steps on, in ascending order.
+    """
+
+    sources: dict[str, str]
+    weights: Weights
+    changes: tuple[Change, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources must name at least one")
+        for weights in (self.weights, *(change.weights for change in self.changes)):
+            if unknown := sorted(set(weights) - set(self.sources)):
+                raise ValueError(f"weights name {unknown[0]}, which is none of the sources")
+            shares = list(weights.values())
+            if not all(math.isfinite(w) and w >= 0 for w in shares) or not sum(shares) > 0:
+                raise ValueError(f"weights are at least 0 and one of them is more, got {weights}")
+        steps = [1, *(change.step for change in self.changes)]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            raise ValueError(f"changes come at ascending steps from 2 on, got {steps[1:]}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture:
+    """The order of several sources; what `stream.read` takes in the place of a single plan."""
+
+    config: MixtureConfig
+    plans: tuple[Plan, ...]
+
+    @classmethod
+    def of(cls, config: MixtureConfig, split: str, stream: StreamConfig) -> Mixture:
+        """Check the files of all sources; DataError where one is damaged, or does not fit."""
+        manifests = read_manifests(config)
+        plans = (
+            Plan.of(Folder.at(config.sources[name]), manifest, split, stream)
+            for name, manifest in manifests.items()
+        )
+        return cls(config=config, plans=tuple(plans))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.config.sources)
+
+    def source(self, lane: int, step: int) -> int:
+        """The number of the source that the microbatch behind ``step`` finished ones comes from."""
+        return int(self._sources(lane, step, step + 1)[0])
+
+    def before(self, lane: int, step: int) -> list[int]:
+        """How many of the first ``step`` microbatches of a lane come from each source, ``[S]``."""
+        counts_S = np.zeros(len(self.plans), np.int64)
+        for first in range(0, step, AT_ONCE):
+            sources_N = self._sources(lane, first, min(first + AT_ONCE, step))
+            counts_S += np.bincount(sources_N, minlength=len(self.plans))
+        return counts_S.tolist()
+
+    def _sources(self, lane: int, first: int, last: int) -> np.ndarray:
+        """The numbers of the sources of steps ``[first, last)``."""
+        seed = self.plans[0].config.seed
+        (offset,) = philox(seed, lane, MIXING).random_raw(1)
+        steps_N = np.arange(first, last, dtype=np.uint64)
+        place_N = (np.uint64(offset) + steps_N * np.uint64(GOLDEN)) >> np.uint64(1)
+        sources_N = np.empty(last - first, np.int64)
+        for begin, end, edges_S in self._spans:
+            here = slice(max(begin - first, 0), max(min(end, last) - first, 0))
+            sources_N[here] = np.searchsorted(edges_S, place_N[here], side="right")
+        return sources_N
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int, np.ndarray]]:
+        """The steps (from 0) between two changes, and where the share of each source but the last
+        ends there, in units of 2^-63."""
+        begins = [0, *(change.step - 1 for change in self.config.changes), 1 << 62]
+        weights = [self.config.weights, *(change.weights for change in self.config.changes)]
+        return [
+            (begin, end, self._edges(shares))
+            for (begin, end), shares in zip(pairwise(begins), weights, strict=True)
+        ]
+
+    def _edges(self, weights: Weights) -> np.ndarray:
+        shares = [Fraction(weights.get(name, 0)) for name in self.names]
+        ends = accumulate(shares[:-1])
+        return np.array([math.floor(end / sum(shares) * 2**63) for end in ends], np.uint64)
+
+
+def read_manifests(config: MixtureConfig) -> Mapping[str, Manifest]:
+    """Of all sources, by name; DataError where two differ in what the network must know."""
+    manifests = {name: read_manifest(url) for name, url in config.sources.items()}
+    (first, one), *others = manifests.items()
+    for name, other in others:
+        for what, ours, theirs in (
+            ("vocabulary", one.vocabulary.sha256, other.vocabulary.sha256),
+            ("length", one.length, other.length),
+        ):
+            if ours != theirs:
+                why = f"its {what} is not that of {first} ({config.sources[first]})"
+                raise DataError(config.sources[name], why, f"Prepare both with one {what}")
+    return manifests
