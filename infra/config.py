@@ -144,7 +144,7 @@ def describe(config_type: Any) -> Iterator[Field]:
             key, default = f"{prefix}{field.name}", getattr(given, field.name, _default(field))
             members = _members(annotation)
             kinds = _kinds(members)
-            if not members and field.name != "kind":
+            if (not members or str in _options(annotation)) and field.name != "kind":
                 shown = "required" if default is REQUIRED else json.dumps(to_tree(default))
                 yield Field(key, _spell(annotation) + note, shown)
             if kinds:
@@ -250,6 +250,11 @@ def _build(annotation: Any, layers: list[Layer], path: str) -> Any:
     if last.value is None and type(None) in arguments:
         return None
     if members := _members(annotation):
+        if str in _options(annotation):  # text, or a mapping that replaces it
+            if isinstance(last.value, str):
+                return last.value
+            texts = [i for i, layer in enumerate(layers) if isinstance(layer.value, str)]
+            layers = layers[texts[-1] + 1 :] if texts else layers
         kinds = _kinds(members)
         return _kind(kinds, layers, path) if kinds else _dataclass(members[0], layers, path)
     if origin is dict and isinstance(last.value, dict):
@@ -302,7 +307,7 @@ def _dataclass(config_type: type[T], layers: list[Layer], path: str) -> T:
         elif default is REQUIRED:
             # A required dataclass whose own fields all have defaults need not be mentioned.
             members = _members(annotation)
-            if len(members) != 1:
+            if len(members) != 1 or str in _options(annotation):
                 spelt = " | ".join(_kinds(members)) or _spell(annotation)
                 raise ConfigError(f"{dotted}{name}", f"required, a {spelt}", "Set it")
             values[name] = _dataclass(members[0], [], f"{dotted}{name}")

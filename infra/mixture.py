@@ -13,7 +13,7 @@ Shapes: S sources, N steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -40,6 +40,9 @@ class Change:
     weights: Weights
 
 
+ALONE = ""  # the name of a source that is not one of several
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
     """Several sources of one vocabulary and length.
@@ -52,6 +55,16 @@ class MixtureConfig:
     sources: dict[str, str]
     weights: Weights
     changes: tuple[Change, ...] = ()
+
+    @classmethod
+    def alone(cls, url: str) -> MixtureConfig:
+        """The mixture of one source, whose order is that of the source itself."""
+        return cls(sources={ALONE: url}, weights={ALONE: 1.0})
+
+    def shares(self, step: int) -> Weights:
+        """The share of every source from a step on, counted from 1; they sum to 1."""
+        held = [self.weights, *(c.weights for c in self.changes if c.step <= step)][-1]
+        return {name: held.get(name, 0.0) / sum(held.values()) for name in self.sources}
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -67,43 +80,33 @@ class MixtureConfig:
             raise ValueError(f"changes come at ascending steps from 2 on, got {steps[1:]}")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Mixture:
-    """The order of several sources; what `stream.read` takes in the place of a single plan."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which source every microbatch comes from; sources are numbered in their order."""
 
     config: MixtureConfig
-    plans: tuple[Plan, ...]
+    seed: int
 
-    @classmethod
-    def of(cls, config: MixtureConfig, split: str, stream: StreamConfig) -> Mixture:
-        """Check the files of all sources; DataError where one is damaged, or does not fit."""
-        manifests = read_manifests(config)
-        plans = (
-            Plan.of(Folder.at(config.sources[name]), manifest, split, stream)
-            for name, manifest in manifests.items()
-        )
-        return cls(config=config, plans=tuple(plans))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.config.sources)
+    def names(self, lanes: Sequence[int], step: int) -> dict[int, str]:
+        """Of the sources of the lanes' microbatches behind `step` finished ones."""
+        there = list(self.config.sources)
+        return {lane: there[self.source(lane, step)] for lane in lanes}
 
     def source(self, lane: int, step: int) -> int:
-        """The number of the source that the microbatch behind ``step`` finished ones comes from."""
+        """Of the microbatch behind `step` finished ones."""
         return int(self._sources(lane, step, step + 1)[0])
 
     def before(self, lane: int, step: int) -> list[int]:
-        """How many of the first ``step`` microbatches of a lane come from each source, ``[S]``."""
-        counts_S = np.zeros(len(self.plans), np.int64)
+        """How many of the first `step` microbatches of a lane come from each source, ``[S]``."""
+        counts_S = np.zeros(len(self.config.sources), np.int64)
         for first in range(0, step, AT_ONCE):
             sources_N = self._sources(lane, first, min(first + AT_ONCE, step))
-            counts_S += np.bincount(sources_N, minlength=len(self.plans))
+            counts_S += np.bincount(sources_N, minlength=len(counts_S))
         return counts_S.tolist()
 
     def _sources(self, lane: int, first: int, last: int) -> np.ndarray:
         """The numbers of the sources of steps ``[first, last)``."""
-        seed = self.plans[0].config.seed
-        (offset,) = philox(seed, lane, MIXING).random_raw(1)
+        (offset,) = philox(self.seed, lane, MIXING).random_raw(1)
         steps_N = np.arange(first, last, dtype=np.uint64)
         place_N = (np.uint64(offset) + steps_N * np.uint64(GOLDEN)) >> np.uint64(1)
         sources_N = np.empty(last - first, np.int64)
@@ -124,12 +127,35 @@ class Mixture:
         ]
 
     def _edges(self, weights: Weights) -> np.ndarray:
-        shares = [Fraction(weights.get(name, 0)) for name in self.names]
+        shares = [Fraction(weights.get(name, 0)) for name in self.config.sources]
         ends = accumulate(shares[:-1])
         return np.array([math.floor(end / sum(shares) * 2**63) for end in ends], np.uint64)
 
 
-def read_manifests(config: MixtureConfig) -> Mapping[str, Manifest]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture(Schedule):
+    """The order of the rows of several sources, as `stream.read` takes it."""
+
+    plans: tuple[Plan, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: MixtureConfig,
+        manifests: Mapping[str, Manifest],
+        split: str,
+        stream: StreamConfig,
+    ) -> Mixture:
+        """Check the files of all sources, and plan their order; DataError where one is not as its
+        manifest says."""
+        plans = (
+            Plan.of(Folder.at(url), manifests[name], split, stream)
+            for name, url in config.sources.items()
+        )
+        return cls(config=config, seed=stream.seed, plans=tuple(plans))
+
+
+def read_manifests(config: MixtureConfig) -> dict[str, Manifest]:
     """Of all sources, by name; DataError where two differ in what the network must know."""
     manifests = {name: read_manifest(url) for name, url in config.sources.items()}
     (first, one), *others = manifests.items()

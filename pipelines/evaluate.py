@@ -20,7 +20,6 @@ from typing import Any
 
 from infra import tracking
 from infra.console import say
-from infra.shards import Manifest
 from infra.storage import Folder
 from pipelines import runs, verb
 from pipelines.evaluation import engine, held_out, preparation, promotion
@@ -30,7 +29,7 @@ from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin
 from pipelines.evaluation.survey import further
 from pipelines.evaluation.workspace import MODELS
-from pipelines.runs import Made, Run
+from pipelines.runs import Dataset, Made, Run
 
 
 def plan(config: EvaluateConfig) -> dict[str, Any]:
@@ -67,12 +66,12 @@ class EvaluationTask(runs.Task):
         preparation.require_same(result["models"], origins, folder)
         return True
 
-    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
+    def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
         config, self.began = self.config, time.monotonic()
         self.origins = preparation.origins(config, folder, self._uri)
         rows = preparation.rows(config)
         self.survey = preparation.prepare(config, folder, self.origins, rows, self._uri)
-        return rows.manifest, _lineage(self.origins)
+        return runs.dataset({config.data: rows.manifest}), _lineage(self.origins)
 
     def work(self, run: Run) -> None:
         self.costs = engine.measure(self.survey)

@@ -31,6 +31,8 @@ FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "t
 # What counts as bad data or weights beside infra's own errors.
 DATA_ERRORS = (WeightsError, VocabularyError)
 
+Dataset = Mapping[str, str]  # `name`, `digest` and `source`, as MLflow shows them
+
 
 class Run(NamedTuple):
     """A run directory into which this process alone may write, and the run in MLflow."""
@@ -66,9 +68,9 @@ class Task(ABC):
         return True
 
     @abstractmethod
-    def prepare(self, folder: Folder) -> tuple[Manifest | None, Mapping[str, str]]:
-        """Check all that is given, and write what `work` starts from; (the manifest of the data,
-        if there is any; tags), for MLflow. An error here leaves no run directory behind."""
+    def prepare(self, folder: Folder) -> tuple[Dataset | None, Mapping[str, str]]:
+        """Check all that is given, and write what `work` starts from; (the data, if there is any;
+        tags), for MLflow. An error here leaves no run directory behind."""
 
     @abstractmethod
     def work(self, run: Run) -> None:
@@ -181,12 +183,20 @@ def _beginning(folder: Folder, config: RunSettings, verb: str) -> Iterator[None]
         raise
 
 
-def _start(task: Task, manifest: Manifest | None, tags: Mapping[str, str]) -> RunHandle:
+def dataset(manifests: Mapping[str, Manifest]) -> Dataset:
+    """What MLflow is told of shards, by their address: of one source, or of several as one, whose
+    digest is that of their digests."""
+    digests = [manifest.digest for manifest in manifests.values()]
+    return {
+        "name": " + ".join(manifest.source for manifest in manifests.values()),
+        "digest": digests[0] if len(digests) == 1 else digest(digests),
+        "source": " ".join(Folder.at(url).url for url in manifests),
+    }
+
+
+def _start(task: Task, data: Dataset | None, tags: Mapping[str, str]) -> RunHandle:
     """Open the MLflow run of a run directory, with all that says where it came from."""
-    config, commit, dataset = task.config, cluster.commit(), None
-    if manifest is not None:
-        source = Folder.at(config.data).url
-        dataset = {"name": manifest.source, "digest": manifest.digest, "source": source}
+    config, commit = task.config, cluster.commit()
     return tracking.start(
         config.tracking,
         root=config.root,
@@ -201,7 +211,7 @@ def _start(task: Task, manifest: Manifest | None, tags: Mapping[str, str]) -> Ru
             **tags,
         },
         config_yaml=to_yaml(config, task.verb),
-        dataset=dataset,
+        dataset=data,
         parent=task.parent,
     )
 

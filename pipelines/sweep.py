@@ -19,11 +19,11 @@ from typing import Any
 
 from infra import journal
 from infra.console import say
-from infra.shards import Manifest, read_manifest
+from infra.shards import read_manifest
 from infra.storage import Folder
 from pipelines import finetune, runs, verb
 from pipelines.report import markdown
-from pipelines.runs import Made, Run
+from pipelines.runs import Dataset, Made, Run
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.search import OneAtATime
@@ -47,8 +47,10 @@ class Sweep(runs.Task):
         name = self.config.register
         return name is None or f"models:/{name}/" in str(result.get("model_uri"))
 
-    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
-        return read_manifest(self.config.data), {"parent_model": self.config.finetune.init}
+    def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
+        data = self.config.data
+        tags = {"parent_model": self.config.finetune.init}
+        return runs.dataset({data: read_manifest(data)}), tags
 
     def work(self, run: Run) -> None:
         """Both levels."""

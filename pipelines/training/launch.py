@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsl.converter import ConverterConfig
@@ -20,13 +21,13 @@ from dsl.dit import DiTShape
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
 from infra import cluster, journal, tracking
+from infra.mixture import ALONE, Mixture, Schedule, read_manifests
 from infra.preemption import Terminated, stoppable
-from infra.shards import Manifest, read_manifest
+from infra.shards import Manifest
 from infra.storage import Folder
-from infra.stream import Plan
 from pipelines import models, runs
 from pipelines.models import SCRATCH, Model
-from pipelines.runs import Made, Run
+from pipelines.runs import Dataset, Made, Run
 from pipelines.training import worker
 from pipelines.training.settings import RunConfig
 from pipelines.training.worker import Assignment
@@ -51,7 +52,8 @@ def given(config: RunConfig, converter: ConverterConfig) -> Model:
 
 def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict[str, Any]:
     """What a run would take, for `--dry-run`."""
-    manifest = read_manifest(config.data)
+    manifests = read_manifests(config.mixture)
+    manifest = next(iter(manifests.values()))
     if config.init == SCRATCH:
         with torch.device("meta"):
             denoiser = scratch(config, converter, manifest.vocabulary.size, causal=causal)
@@ -71,12 +73,25 @@ def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict
         "parameters": parameters,
         "steps": config.train.steps,
         "tokens": tokens,
-        "epochs": round(config.train.steps * rows / manifest.rows("train"), 2),
+        "epochs": _epochs(config, manifests),
         # Weights, their average and AdamW's two moments, in float32.
         "checkpoint_bytes": 4 * 4 * parameters,
         "training_flops": flops,
         "h100_hours_at_40_percent": round(flops / H100_FLOPS / 3600, 4),
     }
+
+
+def _epochs(config: RunConfig, manifests: Mapping[str, Manifest]) -> float | dict[str, float]:
+    """How often each row is seen, by source where there are several."""
+    stream = config.train.stream
+    schedule = Schedule(config=config.mixture, seed=stream.seed)
+    lanes = range(stream.num_lanes)
+    counts_S = np.sum([schedule.before(lane, config.train.steps) for lane in lanes], axis=0)
+    found = {
+        name: round(count * stream.rows_per_microbatch / manifest.rows("train"), 2)
+        for count, (name, manifest) in zip(counts_S.tolist(), manifests.items(), strict=True)
+    }
+    return found.get(ALONE, found)
 
 
 @dataclass(kw_only=True)
@@ -100,16 +115,19 @@ class TrainingTask(runs.Task):
     def stands(self, result: Mapping[str, Any]) -> bool:
         return bool(result["register"] == self.config.register)
 
-    def prepare(self, folder: Folder) -> tuple[Manifest, Mapping[str, str]]:
-        config, data = self.config, Folder.at(self.config.data)
-        self.manifest = read_manifest(config.data)
-        self.vocabulary = models.vocabulary_of(self.manifest, data)
+    def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
+        config, mixture = self.config, self.config.mixture
+        self.manifests = read_manifests(mixture)
+        for name, url in mixture.sources.items():
+            self.vocabulary = models.vocabulary_of(self.manifests[name], Folder.at(url))
         # Errors in the data are found here, before any worker is started.
-        Plan.of(data, self.manifest, "train", config.train.stream)
-        worker.validation_rows(data, self.manifest, config.train)
+        Mixture.of(mixture, self.manifests, "train", config.train.stream)
+        worker.validation_rows(mixture, self.manifests, config.train)
         if not models.exists(folder / "init"):
             self._save(folder / "init", self.initial(self.vocabulary))
-        return self.manifest, self.tags
+        return runs.dataset(
+            {mixture.sources[name]: manifest for name, manifest in self.manifests.items()}
+        ), self.tags
 
     def work(self, run: Run) -> None:
         from infra.checkpoints import drop_damaged  # half a second that `--help` is not to pay
@@ -122,7 +140,7 @@ class TrainingTask(runs.Task):
             verb=self.verb,
             config=self.config,
             kind=self.kind,
-            manifest=self.manifest,
+            manifests=self.manifests,
             objective=self.objective,
             run=run,
             began=time.time(),
@@ -163,7 +181,7 @@ class TrainingTask(runs.Task):
         return self.config.train.steps in committed(folder / "checkpoints")
 
     def _save(self, folder: Folder, denoiser: Denoiser) -> None:
-        length = self.manifest.length
+        length = next(iter(self.manifests.values())).length
         models.save(folder, denoiser, self.vocabulary, kind=self.kind, length=length)
 
 

@@ -9,6 +9,7 @@ Shapes: N rows, R rows of a microbatch, L positions, V tokens, D dimensions of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from dsl.denoiser import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
 from infra import parallel
+from infra.mixture import ALONE
 from infra.parallel import ParallelConfig
 from pipelines.kinds import Bounds
 from pipelines.training.settings import TrainConfig
@@ -26,6 +28,8 @@ from pipelines.training.settings import TrainConfig
 VALIDATION = 0
 
 Microbatches = Mapping[int, np.ndarray]  # lane -> [R, L] token ids
+NO_NAMES: Mapping[int, str] = MappingProxyType({})
+Numbered = Sequence[tuple[int, np.ndarray]]  # number, [R, L] token ids
 
 
 class Learner:
@@ -63,18 +67,24 @@ class Learner:
 
         return training_tensors(self.objective, self.average, self.optimizer)
 
-    def step(self, step: int, microbatches: Microbatches) -> dict[str, float]:
-        """One optimizer step over all lanes of all workers; the means of its metrics."""
+    def step(
+        self, step: int, microbatches: Microbatches, sources: Mapping[int, str] = NO_NAMES
+    ) -> dict[str, float]:
+        """One optimizer step over all lanes of all workers; the means of its metrics.
+
+        sources: the names of the sources that the microbatches of all workers' lanes are of; of
+        each one that has a name the mean loss is told.
+        """
         optimizer = self.config.optimizer
         lr = optimizer.lr_at(step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.objective.train()
-        losses: list[Loss] = []
+        losses: dict[int, Loss] = {}
 
         def loss_of(lane: int) -> Tensor:
-            losses.append(self._loss(self.objective, step, lane, microbatches[lane]))
-            return losses[-1].value
+            losses[lane] = self._loss(self.objective, step, lane, microbatches[lane])
+            return losses[lane].value
 
         parallel.accumulate(self.objective, sorted(microbatches), loss_of)
         norm = parallel.clip_grad_norm(
@@ -83,24 +93,38 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.objective)
-        return _means(losses) | {"grad_norm": norm.item(), "lr": lr}
+        found = _mean_loss(list(losses.values())) | _by_source(losses, sources)
+        return parallel.mean_over_ranks(found) | {"grad_norm": norm.item(), "lr": lr}
 
     @torch.no_grad()
     def validate(
-        self, microbatches: Sequence[tuple[int, np.ndarray]], bounds: Bounds
+        self, held_out: Mapping[str, Numbered], shares: Mapping[str, float], bounds: Bounds
     ) -> dict[str, float]:
         """Metrics of the averaged weights on numbered microbatches, at noise that never changes.
 
-        The number of a microbatch says which rows it holds. bounds: of their likelihood, by name;
-        their mean is `validation/bound`. All in nats per token.
+        held_out: by source; the number of a microbatch says which rows it holds. bounds: of their
+        likelihood, by name; their mean is `validation/bound`. All in nats per token: a mean over
+        the sources, of which each counts by its share, and where there are several, of each.
         """
+        by_source = {name: self._validated(rows, bounds) for name, rows in held_out.items()}
+        found = {
+            key: sum(shares[name] * values[key] for name, values in by_source.items())
+            for key in next(iter(by_source.values()))
+        }
+        for name, values in by_source.items():
+            if name != ALONE:
+                found |= {f"{key}/{name}": value for key, value in values.items()}
+        return found | self._of_table()
+
+    def _validated(self, microbatches: Numbered, bounds: Bounds) -> dict[str, float]:
         module = self.average.module.eval()
-        found = _means([self._loss(module, VALIDATION, key, rows) for key, rows in microbatches])
+        losses = [self._loss(module, VALIDATION, key, rows) for key, rows in microbatches]
+        found = parallel.mean_over_ranks(_mean_loss(losses))
         if bounds:
             nats = [self._bounds(module, bounds, key, rows) for key, rows in microbatches]
             over_all = parallel.mean_over_ranks(_mean(nats))
             found |= over_all | {"bound": sum(over_all.values()) / len(bounds)}
-        return {f"validation/{name}": value for name, value in found.items()} | self._of_table()
+        return {f"validation/{name}": value for name, value in found.items()}
 
     def _bounds(
         self, module: Objective, bounds: Bounds, number: int, rows_RL: np.ndarray
@@ -135,10 +159,19 @@ class Learner:
         return torch.from_numpy(rows_RL).to(self.device, torch.int64)
 
 
-def _means(losses: list[Loss]) -> dict[str, float]:
-    """Means over this worker's microbatches, then over the workers, which hold equally many."""
-    rows = [{"loss": loss.value.detach(), **loss.metrics} for loss in losses]
-    return parallel.mean_over_ranks(_mean(rows))
+def _mean_loss(losses: list[Loss]) -> dict[str, float]:
+    """Means over this worker's microbatches."""
+    return _mean([{"loss": loss.value.detach(), **loss.metrics} for loss in losses])
+
+
+def _by_source(losses: Mapping[int, Loss], sources: Mapping[int, str]) -> dict[str, float | Tensor]:
+    """What this worker's lanes add to the mean loss of each source of this step: values whose means
+    over the workers are those losses. Nothing where there is one source alone."""
+    size, found = parallel.world()[1], {}
+    for name in sorted(set(sources.values()) - {ALONE}):
+        mine = [loss.value.detach() for lane, loss in losses.items() if sources[lane] == name]
+        found[f"loss/{name}"] = size * sum(mine) / list(sources.values()).count(name)
+    return found
 
 
 def _mean(rows: Sequence[Mapping[str, float | Tensor]]) -> dict[str, float]:

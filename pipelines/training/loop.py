@@ -17,6 +17,7 @@ import torch
 from dsl.objective import Objective
 from infra import parallel
 from infra.errors import ConfigError, InfraError
+from infra.mixture import Schedule
 from infra.parallel import ParallelConfig
 from infra.preemption import Notice
 from pipelines.kinds import Bounds
@@ -33,13 +34,15 @@ if TYPE_CHECKING:  # torch's checkpoints take half a second to import, which `--
 class Data:
     """The rows of a run, as one worker reads them.
 
-    batches: (lanes, steps done) -> the microbatches of the steps that follow. validation_NL:
-    held-out rows, the same on every worker. counts: what this worker has counted while it read;
-    the sums over all workers are logged.
+    batches: (lanes, steps done) -> the microbatches of the steps that follow. schedule: which
+    source each of them is of. validation: held-out rows ``[N, L]`` of every source, the same on
+    every worker. counts: what this worker has counted while it read; the sums over all workers are
+    logged.
     """
 
     batches: Callable[[tuple[int, ...], int], Iterator[Microbatches]]
-    validation_NL: np.ndarray
+    schedule: Schedule
+    validation: Mapping[str, np.ndarray]
     counts: Callable[[], Mapping[str, float]]
 
 
@@ -69,8 +72,9 @@ def train(
         done, saved = checkpoints.resume(learner.tensors())
         saved = {"began": monitor.began, **saved}
         lanes = config.stream.lanes(*parallel.world())
-        held_out = _held_out(data.validation_NL, config, lanes)
-        length = data.validation_NL.shape[1]
+        held_out = {n: _held_out(rows, config, lanes) for n, rows in data.validation.items()}
+        length = next(iter(data.validation.values())).shape[1]
+        every, mixture = range(config.stream.num_lanes), data.schedule.config
         progress = _progress(learner, sharding, done or 0, length, saved, monitor.what)
         batches, heeded = data.batches(lanes, done or 0), Notice.NONE
 
@@ -82,7 +86,7 @@ def train(
                     microbatches = _next(batches, checkpoints)
                 monitor.doing(f"in step {step}")
                 with progress.stepping():
-                    metrics = learner.step(step, microbatches)
+                    metrics = learner.step(step, microbatches, data.schedule.names(every, step - 1))
                 _must_be_finite(step, metrics, checkpoints)
                 monitor.finished(step)
                 notice = monitor.notice()
@@ -90,7 +94,7 @@ def train(
                 validated = last or step % config.validate_every == 0
                 if validated:
                     monitor.doing(f"in the validation after step {step}")
-                    metrics |= learner.validate(held_out, bounds)
+                    metrics |= learner.validate(held_out, mixture.shares(step), bounds)
                 if validated or step % config.log_every == 0:
                     counted = parallel.sum_over_ranks(data.counts())
                     monitor.log(step, metrics | counted | progress.metrics(checkpoints.last))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from dsl.denoiser import BackboneShape
 from infra.cluster import ClusterConfig
+from infra.mixture import MixtureConfig
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
 from pipelines.verb import RunSettings
@@ -148,12 +149,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainingConfig, RunSettings):
-    """What every training run has. `register` names the model in the registry; null registers
-    nothing."""
+    """What every training run has. `data` are prepared shards, or a mixture of several. `register`
+    names the model in the registry; null registers nothing."""
 
-    data: str
+    data: str | MixtureConfig
     register: str | None = None
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
         RunSettings.__post_init__(self)
+
+    @property
+    def mixture(self) -> MixtureConfig:
+        """The sources of the rows."""
+        return MixtureConfig.alone(self.data) if isinstance(self.data, str) else self.data

@@ -13,9 +13,10 @@ from dsl.denoiser import Denoiser
 from dsl.objective import Objective
 from infra import parallel, ranklog, stream
 from infra.errors import DataError
+from infra.mixture import Mixture, MixtureConfig
 from infra.shards import Manifest
 from infra.storage import Folder
-from infra.stream import Plan
+from infra.stream import Order
 from pipelines import models
 from pipelines.kinds import KINDS
 from pipelines.runs import Run
@@ -26,7 +27,7 @@ from pipelines.training.progress import Gauges
 from pipelines.training.settings import RunConfig, TrainConfig
 
 # (order of the rows, lanes, steps done) -> the microbatches of the steps that follow
-Batches = Callable[[Plan, tuple[int, ...], int], Iterator[Microbatches]]
+Batches = Callable[[Order, tuple[int, ...], int], Iterator[Microbatches]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Assignment:
     verb: str
     config: RunConfig
     kind: str
-    manifest: Manifest
+    manifests: Mapping[str, Manifest]
     objective: Callable[[Denoiser], Objective]
     run: Run
     began: float
@@ -69,8 +70,8 @@ def train(
     from infra.checkpoints import Checkpoints  # half a second that `--help` is not to pay
 
     config, run = assignment.config, assignment.run
-    settings, data = config.train, Folder.at(config.data)
-    order = Plan.of(data, assignment.manifest, "train", settings.stream)
+    settings, mixture = config.train, config.mixture
+    order = Mixture.of(mixture, assignment.manifests, "train", settings.stream)
     checkpoints = Checkpoints(
         run.folder / "checkpoints",
         keep=settings.checkpoint.keep,
@@ -86,7 +87,8 @@ def train(
             config.workers.parallel,
             data=loop.Data(
                 batches=partial(batches, order),
-                validation_NL=validation_rows(data, assignment.manifest, settings),
+                schedule=order,
+                validation=validation_rows(mixture, assignment.manifests, settings),
                 counts=partial(_skipped, order),
             ),
             bounds=KINDS[assignment.kind].bounds,
@@ -102,21 +104,29 @@ def train(
         )
 
 
-def _skipped(order: Plan) -> Mapping[str, float]:
+def _skipped(order: Mixture) -> Mapping[str, float]:
     """How many rows this worker has skipped, where damaged shards do not stop the run."""
-    if order.config.corrupt == "stop":
+    if order.plans[0].config.corrupt == "stop":
         return {}
-    return {"data/skipped_rows": sum(order.skipped.values())}
+    return {"data/skipped_rows": sum(sum(plan.skipped.values()) for plan in order.plans)}
 
 
-def validation_rows(data: Folder, manifest: Manifest, config: TrainConfig) -> np.ndarray:
-    """Held-out rows ``[N, L]``: whole microbatches, equally many for every lane."""
+def validation_rows(
+    mixture: MixtureConfig, manifests: Mapping[str, Manifest], config: TrainConfig
+) -> dict[str, np.ndarray]:
+    """Held-out rows ``[N, L]`` of every source: whole microbatches, equally many for every lane."""
     share = config.stream.num_lanes * config.stream.rows_per_microbatch
-    wanted = min(config.validation_microbatches, manifest.rows("validation") // share) * share
-    if not wanted:
-        raise DataError(
-            (data / "validation").url,
-            f"{manifest.rows('validation')} rows, where the lanes take {share} at a time",
-            "Prepare a larger validation split, or train with fewer lanes or rows per microbatch",
-        )
-    return stream.holdout(data, manifest, "validation", wanted, config.stream.seed)
+    made = {}
+    for name, url in mixture.sources.items():
+        data, manifest = Folder.at(url), manifests[name]
+        wanted = min(config.validation_microbatches, manifest.rows("validation") // share) * share
+        if not wanted:
+            raise DataError(
+                (data / "validation").url,
+                f"{manifest.rows('validation')} rows, where the lanes take {share} at a time",
+                "Prepare a larger validation split, or train with fewer lanes or rows per "
+                "microbatch",
+            )
+        seed = config.stream.seed
+        made[name] = stream.holdout(data, manifest, "validation", wanted, seed)
+    return made

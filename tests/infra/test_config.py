@@ -124,6 +124,30 @@ def test_unions(argv: list[str], expected: object) -> None:
     assert load("source=s", *argv).path == expected
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    food: str | Optimizer
+    other: int = 0
+
+
+def test_text_or_a_mapping_in_its_place(tmp_path: Path) -> None:
+    def fed(*argv: str) -> object:
+        preset(tmp_path, "finetune: {food: bread}")
+        return config.load(Fed, verb="finetune", argv=["small", *argv], presets=tmp_path).food
+
+    mapping = "food={lr: 2.0, betas: [0.5, 0.5]}"
+    assert fed() == "bread"
+    assert fed(mapping, "food.lr=3") == Optimizer(lr=3.0, betas=(0.5, 0.5))
+    assert fed(mapping, "food=water") == "water"
+    with pytest.raises(ConfigError, match=r"^food: required, a str"):
+        config.load(Fed, verb="finetune", argv=["other=1"], presets=tmp_path)
+    with pytest.raises(ConfigError, match="food"):
+        fed("food=3")
+    shown = {field.key: field for field in config.describe(Fed)}
+    assert shown["food"].default == "required"
+    assert "food.lr" in shown
+
+
 def test_optional_unions_and_null() -> None:
     assert load("source=s", "judge=remask", "judge.eta=0.5").judge == Remask(eta=0.5)
     assert load("source=s", "judge={kind: remask, eta: 0.5}", "judge=null").judge is None

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import DataError
-from infra.mixture import Change, Mixture, MixtureConfig
+from infra.mixture import Change, Mixture, MixtureConfig, Schedule, read_manifests
 from infra.shards import ShardWriter, VocabularyRecord
-from infra.stream import StreamConfig, read
+from infra.stream import Order, StreamConfig, read
 
 L, LANES, R = 4, 4, 3
 STREAM = StreamConfig(seed=3, num_lanes=LANES, rows_per_microbatch=R, window_groups=2)
@@ -44,23 +44,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> MixtureConfig:
 
 @pytest.fixture(scope="module")
 def mixture(config: MixtureConfig) -> Mixture:
-    return Mixture.of(config, "train", STREAM)
+    return planned(config)
 
 
-def imagined(weights: list[float], seed: int) -> Mixture:
-    """Of sources that are not there."""
+def planned(config: MixtureConfig) -> Mixture:
+    return Mixture.of(config, read_manifests(config), "train", STREAM)
+
+
+def imagined(weights: list[float], seed: int) -> Schedule:
     names = [f"s{nth}" for nth in range(len(weights))]
     config = MixtureConfig(
         sources=dict.fromkeys(names, ""), weights=dict(zip(names, weights, strict=True))
     )
-
-    class Nowhere:
-        config = StreamConfig(seed=seed)
-
-    return Mixture(config=config, plans=(Nowhere(),) * len(weights))  # type: ignore[arg-type]
+    return Schedule(config=config, seed=seed)
 
 
-def taken(order: Mixture, lanes: tuple[int, ...], start: int, steps: int) -> np.ndarray:
+def taken(order: Order, lanes: tuple[int, ...], start: int, steps: int) -> np.ndarray:
     """The first ids of the rows, ``[steps, lanes, R]``."""
     batches = islice(read(order, lanes, start), steps)
     return np.array([[batch[lane][:, 0] for lane in lanes] for batch in batches])
@@ -108,7 +107,7 @@ def test_weights_hold_from_their_step_on(mixture: Mixture) -> None:
 
 def test_a_source_is_read_as_if_it_were_alone(mixture: Mixture) -> None:
     steps, lanes = 90, tuple(range(LANES))
-    alone = [taken(plan, lanes, 0, steps) for plan in mixture.plans]  # type: ignore[arg-type]
+    alone = [taken(plan, lanes, 0, steps) for plan in mixture.plans]
     mixed, seen = taken(mixture, lanes, 0, steps), np.zeros((3, LANES), int)
     for step in range(steps):
         for lane in lanes:
@@ -141,11 +140,15 @@ def test_the_order_is_pinned(mixture: Mixture) -> None:
 
 
 def test_one_source_is_the_plan_itself(config: MixtureConfig) -> None:
-    only = replace(config, weights={"a": 0.1}, changes=())
-    mixture = Mixture.of(only, "train", STREAM)
-    lanes = tuple(range(LANES))
-    alone = taken(mixture.plans[0], lanes, 0, 40)  # type: ignore[arg-type]
+    mixture, lanes = planned(MixtureConfig.alone(config.sources["a"])), tuple(range(LANES))
+    alone = taken(mixture.plans[0], lanes, 0, 40)
     np.testing.assert_array_equal(taken(mixture, lanes, 0, 40), alone)
+
+
+def test_shares_are_those_of_the_step(config: MixtureConfig) -> None:
+    assert config.shares(1) == config.shares(30) == {"a": 0.75, "b": 0.25, "c": 0}
+    assert config.shares(31) == {"a": 0, "b": 0, "c": 1}
+    assert config.shares(10**6) == {"a": 0.5, "b": 0, "c": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_settings_that_make_no_mixture(
     config: MixtureConfig, given: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        replace(config, **given)  # type: ignore[arg-type]
+        replace(config, **given)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_settings_that_make_no_mixture(
 def test_sources_must_agree(
     config: MixtureConfig, tmp_path: Path, given: dict[str, object], word: str
 ) -> None:
-    other = shards(tmp_path / "other", 0, 50, **given)  # type: ignore[arg-type]
+    other = shards(tmp_path / "other", 0, 50, **given)
     wrong = replace(config, sources={**config.sources, "d": other})
     with pytest.raises(DataError, match=f"{other}: its {word} is not that of a"):
-        Mixture.of(wrong, "train", STREAM)
+        planned(wrong)

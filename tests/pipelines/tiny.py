@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -80,11 +80,11 @@ def documents(count: int = 240) -> list[str]:
     return [" ".join(map(spelled, range(10 * i, 10 * i + 10))) for i in range(count)]
 
 
-def shards(folder: Path, **settings: Any) -> str:
-    """Prepare `documents` below a folder; where the shards are."""
+def shards(folder: Path, texts: Sequence[str] = (), **settings: Any) -> str:
+    """Prepare these texts, or `documents`, below a folder; where the shards are."""
     source = folder / "counting.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts or documents()))
     given = [f"{key}={value}" for key, value in settings.items()]
     execute("prepare", f"source={source}", f"out={folder / 'shards'}", *given)
     return str(folder / "shards")
