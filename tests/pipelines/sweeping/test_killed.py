@@ -32,6 +32,8 @@ from pipelines.verb import TrackingConfig
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
+pytestmark = pytest.mark.long
+
 STEPS = 40
 NOWHERE = TrackingConfig(uri="http://127.0.0.1:9")  # nothing answers there
 SPACE = "{train.optimizer.lr: {kind: choice, values: [1.0e-3, 1.0e+30, 1.0e-2, 1.0e-6]}}"
