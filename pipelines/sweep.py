@@ -63,10 +63,10 @@ class Sweep(runs.Task):
 
     def conclude(self, run: Run) -> Made:
         config, folder, arms = self.config, run.folder, self.arms
-        best = arms[0]
-        walk = second.best(self.second.walks, best.trial.name)
+        best, walk = second.chosen(config.second, arms, self.second.walks)
+        self.best = best.trial
         folder.write_bytes(PRESET, recommendation.preset(config, best, walk).encode())
-        made = pages.report(config, self.trials, arms, self.second.rows)
+        made = pages.report(config, self.trials, arms, best, self.second.rows)
         for table in made.tables.values():
             say(f"\n{table.title}. {table.note}\n{markdown(table)}")
         states = [trial.state for trial in self.trials]
@@ -84,7 +84,7 @@ class Sweep(runs.Task):
         return Made(result, made.files())
 
     def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any] | None:
-        return recommendation.register(self.config, self.arms[0].trial, run.handle)
+        return recommendation.register(self.config, self.best, run.handle)
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:

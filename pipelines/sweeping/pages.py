@@ -40,14 +40,13 @@ MEANING = (
 
 
 def report(
-    config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm], walks: Rows
+    config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm], best: Arm, walks: Rows
 ) -> Report:
     """The report of a sweep.
 
-    arms: in the order of their rank.
-    walks: the rows of the second level's table of samples.
+    arms: in the order of their bounds. best: the one that is recommended. walks: the rows of the
+    second level's table of samples.
     """
-    best = arms[0]
     tables, drawn = _of_knobs(config, trials, arms)
     tables |= {"trials": _trials(config, trials), "walks": _walks(walks)}
     drawn += [("bounds", "Bound by step of every trial", _bounds(trials)), *_quality(walks)]
@@ -55,8 +54,8 @@ def report(
         name="sweep",
         title=f"Sweep {config.name}",
         subtitle=f"{len(trials)} trials of {config.finetune.train.steps:,} steps at most from "
-        f"{config.finetune.init}; best: {best.trial.name} at {best.bound:.4f} nats per token"
-        f"{_next(arms)}",
+        f"{config.finetune.init}; best: {arms[0].trial.name} at {arms[0].bound:.4f} nats per "
+        f"token{_next(arms)}; recommended: {best.trial.name}",
         facts={
             "best": {"trial": best.trial.name, "bound": best.bound, "settings": best.settings},
             "ranking": [

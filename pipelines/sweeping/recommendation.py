@@ -21,7 +21,7 @@ from pipelines.sweeping.trials import Trial
 
 def preset(config: SweepConfig, best: Arm, walk: Walk | None) -> str:
     """`finetune` as the trial did that stands for the best arm, under a name of its own;
-    `generate` along the walk."""
+    `generate` along the walk, at the temperature of its headline where it has one."""
     name = f"{config.name}-best"
     sections: dict[str, Any] = {
         "finetune": to_tree(config.trial(name, best.trial.settings))
@@ -37,7 +37,7 @@ def preset(config: SweepConfig, best: Arm, walk: Walk | None) -> str:
             "model": f"{config.root}/{name}",
             "path": to_tree(walk.cell.walk),
             "budget": walk.cell.budget,
-            "temperature": samples.temperature,
+            "temperature": walk.row.get("at", samples.temperature),
             "nucleus": to_tree(walk.cell.nucleus or samples.nucleus),
             "root": config.root,
             "tracking": to_tree(config.tracking),

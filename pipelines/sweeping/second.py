@@ -12,10 +12,11 @@ from infra.shards import read_manifest
 from infra.tracking import RunHandle
 from pipelines import evaluate
 from pipelines.evaluation.cells import Cell, cells
+from pipelines.evaluation.question import Merit
 from pipelines.evaluation.settings import QUALITY
 from pipelines.report import SKIPPED, Row
 from pipelines.sweeping.arms import Arm
-from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SweepConfig
+from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SecondConfig, SweepConfig
 
 PARENT = "mlflow.parentRunId"
 
@@ -49,28 +50,46 @@ def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
     handle = tracking.opened(folder.url)
     if handle and sweep.run_id:
         tracking.finish(handle, tags={PARENT: sweep.run_id})
-    rows = json.loads((folder / "report").read_bytes("evaluation.json"))["samples"]
-    length = read_manifest(config.data).length
-    walks = [
-        Walk(cell, row)
-        for cell in cells(models, settings.paths, length)
-        for row in rows
-        if _is(cell, row)
-    ]
+    tables = json.loads((folder / "report").read_bytes("evaluation.json"))
+    rows, length = tables["samples"], read_manifest(config.data).length
+    heads = [row for row in tables.get("headline", ()) if "p" not in row]
+    walks = []
+    for cell in cells(models, settings.paths, length):
+        own = [row for row in (*heads, *rows) if _is(cell, row)]
+        walks += [Walk(cell, {key: row[key] for row in own for key in row})] if own else []
     for walk in walks:
         _show(config, walk, made["report"])
     return Second(rows, walks)
 
 
-def best(walks: Sequence[Walk], model: str) -> Walk | None:
-    """Where a model writes best, by the first that was measured of the merits of which more is
-    better. Not by perplexity, which falls with entropy.
+def chosen(
+    config: SecondConfig | None, ranked: Sequence[Arm], walks: Sequence[Walk]
+) -> tuple[Arm, Walk | None]:
+    """The arm that a sweep recommends, and the walk along which its model writes best, if any.
+
+    By default the arm of the lowest bound, and its best walk by the first that was measured of the
+    merits of which more is better: not by perplexity, which falls with entropy.
     """
-    for metric in (merit for merit in QUALITY if merit.better > 0):
-        own = [walk for walk in walks if walk.cell.model == model and metric.key in walk.row]
-        if own:
-            return max(own, key=lambda walk: float(walk.row[metric.key]))
-    return None
+    if config is None:
+        return ranked[0], None
+    if config.select:
+        (merit,) = (merit for merit in config.merits if merit.key == config.select.merit)
+        found = _best(walks, merit, config.select.calls)
+        arms = {arm.trial.name: arm for arm in ranked}
+        return (arms[found.cell.model], found) if found else (ranked[0], None)
+    own = [walk for walk in walks if walk.cell.model == ranked[0].trial.name]
+    best = (_best(own, merit) for merit in QUALITY if merit.better > 0)
+    return ranked[0], next(filter(None, best), None)
+
+
+def _best(walks: Sequence[Walk], merit: Merit, calls: int | None = None) -> Walk | None:
+    """Of those that have the merit, and take no more calls."""
+    fitting = (
+        walk
+        for walk in walks
+        if merit.key in walk.row and (calls is None or walk.cell.budget <= calls)
+    )
+    return max(fitting, key=lambda walk: merit.better * float(walk.row[merit.key]), default=None)
 
 
 def _is(cell: Cell, row: Row) -> bool:

@@ -69,21 +69,35 @@ class Asha:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Select:
+    """What chooses among the trials of the second level instead of their bounds: the key of a
+    `merit` in the tables of its report, such as `headline_judge`, at its best on any walk of at
+    most `calls` denoiser calls, or of any number of them."""
+
+    merit: str
+    calls: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SecondConfig(Questions):
     """The second level, which needs no training: paths, splits, SNR at the hand-over, eta, nucleus.
 
-    The models of the `keep` best trials walk all `paths`. The other settings are those of
-    `evaluate`.
+    The models of the `keep` trials of the lowest bounds walk all `paths`. The one of the lowest
+    bound is recommended, or the one that `select` says. The other settings are those of `evaluate`.
     """
 
     paths: dict[str, PathConfig]
     keep: int = 3
+    select: Select | None = None
     split: Literal["validation", "test"] = "validation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
+        known = [merit.key for merit in self.merits if merit.better]
+        if self.select and self.select.merit not in known:
+            raise ValueError(f"select.merit is one of {', '.join(known)}, got {self.select.merit}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,7 +200,7 @@ def test_what_did_not_finish_is_said_and_not_compared(
 def test_the_report_and_the_preset(told: tuple[SweepConfig, list[Trial]]) -> None:
     made, trials = told
     arms = ranked(trials)
-    report = pages.report(made, trials, arms, [])
+    report = pages.report(made, trials, arms, arms[0], [])
     assert list(report.tables) == ["against", "recommendation", "trials"]
     assert [plot.name for plot in report.plots] == ["against", "bounds"]
     assert arms[0].trial.name == "trial-002"

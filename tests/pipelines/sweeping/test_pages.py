@@ -14,6 +14,7 @@ from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.knobs import at, importance
 from pipelines.sweeping.second import Walk
+from pipelines.sweeping.settings import SecondConfig
 from pipelines.sweeping.space import Choice, Knob, LogUniform
 from pipelines.sweeping.trials import Trial
 from tests.pipelines.sweeping import small
@@ -70,16 +71,42 @@ def walk(model: str, budget: int, **row: float) -> Walk:
     return Walk(cell, {"model": model, "path": "masked", "budget": budget, **row})
 
 
+ARMS = ranked([small.trial(n, {"a": n}, "finished", 2.0 + n) for n in range(2)])
+FIRST, OTHER = (arm.trial.name for arm in ARMS)
+SECOND = "second={paths: {masked: {path: masked}}, judge: {kind: ngram}, frontier: {}SELECT}"
+
+
+def second_level(select: str = "") -> SecondConfig:
+    found = small.load(SECOND.replace("SELECT", select)).second
+    assert found is not None
+    return found
+
+
 def test_the_best_walk_is_by_what_does_not_fall_with_entropy() -> None:
     walks = [
-        walk("a", 4, words=0.5, perplexity=3.0),
-        walk("a", 8, words=0.6, perplexity=9.0),
-        walk("b", 8, words=0.9, perplexity=1.0),
+        walk(FIRST, 4, words=0.5, perplexity=3.0),
+        walk(FIRST, 8, words=0.6, perplexity=9.0),
+        walk(OTHER, 8, words=0.9, perplexity=1.0),
     ]
-    found = second.best(walks, "a")
-    assert found is not None
-    assert found.cell.budget == 8
-    assert second.best([walk("a", 4, perplexity=3.0)], "a") is None
+    assert second.chosen(second_level(), ARMS, walks) == (ARMS[0], walks[1])
+    assert second.chosen(second_level(), ARMS, walks[2:]) == (ARMS[0], None)
+    assert second.chosen(None, ARMS, []) == (ARMS[0], None)
+
+
+def test_texts_choose_among_trials_where_they_are_to() -> None:
+    walks = [
+        walk(FIRST, 4, headline_judge=2.5),
+        walk(OTHER, 4, headline_judge=2.4),
+        walk(FIRST, 8, headline_judge=2.0),
+        walk(OTHER, 8),  # does not reach the diversity of real text
+    ]
+    asked = second_level(", select: {merit: headline_judge}")
+    assert second.chosen(asked, ARMS, walks) == (ARMS[0], walks[2])
+    few = second_level(", select: {merit: headline_judge, calls: 4}")
+    assert second.chosen(few, ARMS, walks) == (ARMS[1], walks[1])
+    assert second.chosen(few, ARMS, walks[2:]) == (ARMS[0], None)
+    with pytest.raises(ConfigError, match=r"select\.merit is one of .*headline_judge"):
+        second_level(", select: {merit: headline_other}")
 
 
 def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() -> None:
@@ -109,7 +136,7 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     row = {"model": "trial-000", "path": "hybrid", "budget": 5, "split": [2, 3], "calls": 5.0}
     cell = Cell(model="trial-000", path="hybrid", walk=WALK, budget=5)
     rows = [{"model": "real", "words": 1.0}, row | {"words": 0.5, "entropy": 2.0}]
-    made = pages.report(config, known, ranked(known), rows)
+    made = pages.report(config, known, ranked(known), ranked(known)[0], rows)
     table = made.tables["trials"]
     assert [line["trial"] for line in table.rows] == ["trial-000", "trial-001", "trial-002"]
     assert [line["state"] for line in table.rows] == ["finished", "stopped", "failed"]
@@ -127,3 +154,7 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     assert preset["finetune"]["converter"]["beta"] == 0.3
     assert preset["finetune"]["name"] == "tried-best"
     assert preset["generate"]["path"]["split"] == [2, 3]
+    assert preset["generate"]["temperature"] == 1
+    cold = Walk(cell, rows[1] | {"at": 0.7})
+    preset = yaml.safe_load(recommendation.preset(config, ranked(known)[0], cold))
+    assert preset["generate"]["temperature"] == 0.7
