@@ -87,6 +87,20 @@ class Denoiser(nn.Module):
             return weight_VW, bias_V
         return torch.cat([weight_VW, self.table_VD.to(weight_VW)], dim=1), bias_V
 
+    def flops_per_token(self, length: int, *, predicted: float, evidence: float) -> float:
+        """Floating-point operations of a training step per token of its batch.
+
+        Counts matrix products, forward and backward: the backbone at all tokens, the head at the
+        share that is ``predicted`` and the converter at the share with ``evidence``, both in
+        [0, 1]. What a backward pass computes again is left out.
+        """
+        tokens, dim = self.table.direction_VD.shape
+        width = self.backbone.head[0].shape[1]
+        logits, mixture = width + dim * self.config.skip, self.backbone.values_UW.shape[1] + dim
+        # The backbone counts its head at every token.
+        body = self.backbone.flops_per_token(length) - 6 * tokens * width
+        return body + 6 * tokens * (predicted * logits + evidence * mixture)
+
     def hidden(self, state: State) -> Tensor:
         """Hidden states ``[B, L, H]``, one linear map away from the logits."""
         hidden_BLW = self._read(state, self.table_VD)
