@@ -1,7 +1,7 @@
 """Turn a masked-diffusion model into a denoiser for every SNR, and register it.
 
     python pipelines/finetune.py quickstart
-    python pipelines/finetune.py owt init=s3://bucket/mdlm-owt workers.count=8 workers.gpu=true
+    python pipelines/finetune.py owt init=s3://bucket/mdlm-owt workers.count=2 workers.gpu=true
 
 `init` is an MDLM checkpoint (a Hugging Face folder or a Lightning file), a run directory, a model
 folder, `models:/name@alias`, or `scratch`. A model that already has a trained table and converter
@@ -65,7 +65,11 @@ def initial(config: FinetuneConfig, vocabulary: Vocabulary) -> Denoiser:
 
 
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
-    return plan(config, config.converter, causal=False)
+    return plan(config, config.converter, _objective(config), causal=False)
+
+
+def _objective(config: FinetuneConfig) -> Callable[[Denoiser], DSLObjective]:
+    return partial(DSLObjective, support=config.support)
 
 
 def execute(
@@ -79,7 +83,7 @@ def execute(
         verb="finetune",
         config=config,
         kind=DSL.name,
-        objective=partial(DSLObjective, support=config.support),
+        objective=_objective(config),
         initial=partial(initial, config),
         tags={"parent_model": config.init},
         parent=parent,
