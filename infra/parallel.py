@@ -335,9 +335,17 @@ class Means(Mapping[str, float]):
 
 
 def highest(value: int) -> int:
-    """The highest of the ranks' values, on every rank."""
+    """The highest of the ranks' values, on every rank; no GPU is waited for."""
     if world()[1] == 1:
         return value
-    found = torch.tensor(value, device=device())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    found = torch.tensor(value)
+    over_cpus = "gloo" in dist.get_backend_config()
+    group = None if over_cpus else _over_cpus(dist.group.WORLD)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return int(found)
+
+
+@functools.cache
+def _over_cpus(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that reduces on CPUs, made once; every rank must call it."""
+    return dist.new_group(backend="gloo")
