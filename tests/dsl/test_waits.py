@@ -126,17 +126,17 @@ class Spy:
 
 
 def test_a_gpus_partial_batches_have_few_sizes_and_the_same_texts() -> None:
-    """With many more calls than tokens most of them are for some of the rows."""
-    rows, path = 7, Masked()
+    """With more calls than tokens most of them are for some of the rows."""
+    rows, path = 12, Masked()
     start = State.masked(rows, 4, 2, dtype=torch.float64)
     here = Spy(LAW.table_VD)
-    expected = sample(here, path, start, budget=100, seed=3)
+    expected = sample(here, path, start, budget=16, seed=3)
     with standing_in():
         there = Spy(LAW.table_VD.to(GPU))
-        made = sample(there, path, start, budget=100, seed=3)
+        made = sample(there, path, start, budget=16, seed=3)
         assert made.tokens_BL.tolist() == expected.tokens_BL.tolist()
-    assert set(there.rows) <= {1, 2, 4, rows}
-    assert {3, 5, 6} & set(here.rows)
+    assert set(there.rows) <= {1, 2, 4, 8, rows}
+    assert {3, 5, 6, 7} & set(here.rows)
     assert torch.equal(made.row_calls_B, expected.row_calls_B)
     assert made.calls == expected.calls
 
