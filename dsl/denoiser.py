@@ -4,6 +4,7 @@ Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W bac
 H hidden width (W, or W + D with the skip), N asked positions (flat), R rows.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from dsl.backbone import Backbone, precise
 from dsl.converter import Converter, ConverterConfig, biased
 from dsl.dit import DiTConfig, DiTShape
 from dsl.posterior import Posterior
+from dsl.precision import products_in
 from dsl.state import State
 
 # The configurations of all backbones, told apart by ``kind``, and what of them presets choose.
@@ -72,6 +74,17 @@ class Denoiser(nn.Module):
             tokens, config.embed_dim, beta=config.beta, mask_prior=config.mask_prior
         )
         self.backbone: Backbone = config.backbone.build() if backbone is None else backbone
+        self._products = torch.float32
+
+    def computing_in(self, dtype: torch.dtype) -> "Denoiser":
+        """This denoiser, the matrix products of its network in ``dtype``: float32 or bfloat16.
+
+        The weights are shared, not copied. The evidence, the softmax of the logits, and all that
+        is made of a posterior stay in float32.
+        """
+        other = copy.copy(self)
+        other._products = dtype
+        return other
 
     @property
     def table_VD(self) -> Tensor:
@@ -116,10 +129,15 @@ class Denoiser(nn.Module):
         table_VD = self.table_VD
         state = state.like(table_VD)
         hidden_BLW = self._read(state, table_VD)
+        weight_VW, bias_V = (part.to(hidden_BLW.dtype) for part in self.backbone.head)
         evidence_BLD = state.z_BLD if self.config.skip else None
-        return NetworkPosterior(state, table_VD, hidden_BLW, self.backbone.head, evidence_BLD)
+        return NetworkPosterior(state, table_VD, hidden_BLW, (weight_VW, bias_V), evidence_BLD)
 
     def _read(self, state: State, table_VD: Tensor) -> Tensor:
+        with products_in(self._products, table_VD.device):
+            return self._hidden(state, table_VD)
+
+    def _hidden(self, state: State, table_VD: Tensor) -> Tensor:
         values_UW = self.backbone.values_UW
         inputs_BLW = self.converter(state, table_VD, values_UW)
         if self.config.backbone.causal:
