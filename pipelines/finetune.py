@@ -34,10 +34,12 @@ from pipelines.training.worker import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainingConfig):
-    """`support` is what SNR the training rows see."""
+    """`support` is what SNR the training rows see. `freeze_table` trains all but the table, whose
+    related rows long training can pull together."""
 
     support: Support = field(default_factory=Mixed)
     converter: ConverterConfig = field(default_factory=ConverterConfig)
+    freeze_table: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +66,14 @@ def initial(config: FinetuneConfig, vocabulary: Vocabulary) -> Denoiser:
     return Denoiser(whole, backbone)
 
 
+def objective(denoiser: Denoiser, *, recipe: Recipe) -> DSLObjective:
+    """The loss of a recipe, with what it freezes."""
+    denoiser.table.requires_grad_(not recipe.freeze_table)
+    return DSLObjective(denoiser, recipe.support)
+
+
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
-    return plan(config, config.converter, _objective(config), causal=False)
-
-
-def _objective(config: FinetuneConfig) -> Callable[[Denoiser], DSLObjective]:
-    return partial(DSLObjective, support=config.support)
+    return plan(config, config.converter, partial(objective, recipe=config), causal=False)
 
 
 def execute(
@@ -83,7 +87,7 @@ def execute(
         verb="finetune",
         config=config,
         kind=DSL.name,
-        objective=_objective(config),
+        objective=partial(objective, recipe=config),
         initial=partial(initial, config),
         tags={"parent_model": config.init},
         parent=parent,
