@@ -7,7 +7,7 @@ ready  := .venv/.installed
 DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export DSL_TEST_DATA
 
-.PHONY: setup quickstart test test-all test-faults lint format clean
+.PHONY: setup quickstart gpu-check test test-all test-faults lint format clean
 setup: $(ready)
 
 # torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
@@ -22,6 +22,12 @@ $(ready): pyproject.toml constraints.txt
 EXISTING ?= resume
 quickstart: $(ready)
 	$(BIN)/python -m pipelines.examples.quickstart existing=$(EXISTING)
+
+# On a machine with a GPU; pipelines/benchmarks/GPU.md says more. `make gpu-check CHECK='--device cpu
+# --small'` tries the command without one.
+CHECK ?=
+gpu-check: $(ready)
+	$(BIN)/python -m pipelines.gpu_check --out runs/gpu-check $(CHECK)
 
 # What each target of tests holds is said in tests/README.md.
 test: $(ready)
