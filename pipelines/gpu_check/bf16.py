@@ -52,7 +52,7 @@ def _gradients(learner: Learner, tokens_BL: Tensor) -> dict[str, Tensor]:
     """By parameter, of one microbatch, in float32 on the CPU."""
 
     def loss_of(tokens_BL: Tensor) -> Tensor:
-        return learner.objective(tokens_BL, generator(0, 1, 0, tokens_BL.device)).value
+        return learner.objective(tokens_BL, generator(0, 1, 0)).value
 
     parallel.accumulate(learner.objective, [tokens_BL], loss_of)
     found = {

@@ -29,7 +29,9 @@ ARITHMETIC = {
 
 def run(check: Check) -> Iterator[Finding]:
     yield from _versions(check)
-    yield Finding("attention of a training step", _attention(check))
+    for sharding in (ParallelConfig(), ParallelConfig(deterministic=False)):
+        how = "" if sharding.deterministic else ", not deterministic"
+        yield Finding(f"attention of a training step{how}", _attention(check, sharding))
     yield from _products(check)
 
 
@@ -51,13 +53,12 @@ def _versions(check: Check) -> Iterator[Finding]:
     yield Finding("peak of the data sheet, bf16", peak and peak / 1e12, "TFLOP/s")
 
 
-def _attention(check: Check) -> str:
+def _attention(check: Check, sharding: ParallelConfig) -> str:
     """The operators of attention in a step of one block of the network."""
     model = check.sizes.model
     model = replace(model, backbone=replace(model.backbone, blocks=1))
     small = replace(check, sizes=replace(check.sizes, model=model))
     rows_RL = train.microbatch(small.benchmark(rows=2))
-    sharding = ParallelConfig()
     with parallel.join(sharding) as mesh:
         learner = Learner(small.objective("mdlm"), TrainConfig(), mesh, sharding)
         return attention(lambda: learner.step(1, {0: rows_RL}), check.device)

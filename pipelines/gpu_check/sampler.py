@@ -88,7 +88,7 @@ def procedures(denoiser: Denoiser, size: SamplerConfig) -> dict[str, Procedure]:
     inputs_BLW = denoiser.converter(endpoints, denoiser.table_VD, denoiser.backbone.values_UW)
     device = inputs_BLW.device
     draws, chances = torch.Generator(device), sampler.REMASK.chances(clock)
-    everywhere_N = torch.arange(endpoints.gamma_BL.numel(), device=device)
+    everywhere_N = torch.arange(endpoints.gamma_BL.numel())
 
     def call(denoises: Denoises, path: Path, state: State) -> Procedure:
         return lambda number: sampler.one_call(denoises, path, state, clock)
@@ -111,7 +111,7 @@ def procedures(denoiser: Denoiser, size: SamplerConfig) -> dict[str, Procedure]:
         return dsl.sample(sharp, HYBRID, empty, budget=sum(SPLIT), seed=0)
 
     def public(number: int) -> None:
-        for rows_R in torch.arange(size.rows, device=device).split(REFERENCE_ROWS):
+        for rows_R in torch.arange(size.rows).split(REFERENCE_ROWS):
             reference.step(denoiser, endpoints.rows(rows_R), chances, size.nucleus, draws)
 
     return {
