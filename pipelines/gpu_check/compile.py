@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters  # private; torch has no public counter of graphs
 
 from infra import parallel
+from infra.mixture import ALONE
 from infra.parallel import ParallelConfig
 from pipelines.benchmarks import train
 from pipelines.gpu_check.findings import Finding
@@ -32,7 +33,7 @@ def run(check: Check) -> Iterator[Finding]:
             learner = Learner(check.objective("dsl"), TrainConfig(), mesh, sharding)
             began = time.perf_counter()
             learner.step(1, {0: rows_RL})
-            learner.validate([(0, rows_RL)], bounds={})
+            learner.validate({ALONE: [(0, rows_RL)]}, {ALONE: 1.0}, {})
             seconds = time.perf_counter() - began
         how = "a step and a validation" + ", blocks recomputed" * checkpointing
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
