@@ -25,7 +25,9 @@ def attention(procedure: Callable[[], object], device: torch.device) -> str:
 def kernels(procedure: Callable[[], object], device: torch.device) -> str:
     """The longest kernels (on a CPU: operators) with their share of the time."""
     key = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-    events = [event for event in _events(procedure, device) if getattr(event, key) > 0]
+    # Time on a GPU is told twice: of its kernels, and of the operators that have launched them.
+    here = device.type.upper()
+    events = [event for event in _events(procedure, device) if event.device_type.name == here]
     whole = sum(getattr(event, key) for event in events)
     longest = sorted(events, key=lambda event: -getattr(event, key))[:LONGEST]
     return "; ".join(f"{getattr(e, key) / whole:.0%} {e.key[:60]}" for e in longest)

@@ -55,7 +55,7 @@ def _compared(check: Check, sharding: ParallelConfig, folder: str) -> tuple[int,
 def _go_on(check: Check, sharding: ParallelConfig, folder: str) -> None:
     """From the last checkpoint to the end; in a process of its own."""
     checkpoints = Checkpoints(folder, keep=2)
-    with parallel.join(sharding) as mesh:
+    with parallel.flushed(), parallel.join(sharding) as mesh:
         learner = Learner(check.objective("dsl"), TrainConfig(), mesh, sharding)
         checkpoints.resume(learner.tensors())
         _train(learner, check, HALF + 1, WHOLE)
