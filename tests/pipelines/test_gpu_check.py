@@ -28,7 +28,7 @@ from tests.infra.common import until
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = (
     "ray", "mlflow", "pyarrow", "pandas", "s3fs", "transformers", "matplotlib", "optuna", "mauve",
-    "safetensors", "tokenizers", "scipy", "huggingface_hub",
+    "safetensors", "tokenizers", "scipy", "huggingface_hub", "zstandard", "tqdm",
 )  # fmt: skip
 WITHOUT = f"""
 import sys
