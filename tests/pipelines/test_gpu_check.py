@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,10 @@ import torch
 from infra.checkpoints import Checkpoints
 from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check import __main__ as command
-from pipelines.gpu_check import profiles, resume
+from pipelines.gpu_check import parity, profiles, resume
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import SMALL, Check
+from tests.gpu import GPU, standing_in
 from tests.infra.common import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,3 +202,16 @@ def test_a_checkpoint_that_is_not_loaded_is_found(
     if broken:
         monkeypatch.setattr(Checkpoints, "resume", lambda self, tensors: (None, {}))
     assert [found.verdict for found in resume.run(check)] == ["FAIL" if broken else "pass", ""]
+
+
+@pytest.mark.parametrize("injected", [True, False])
+def test_texts_are_compared_by_the_noise_of_the_cpu(
+    injected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {name: parity.PATHS[name] for name in ("sentence_sde", "token_sde", "hybrid")}
+    monkeypatch.setattr(parity, "PATHS", chosen)
+    with standing_in():
+        check = Check(out=tmp_path, device=GPU, sizes=SMALL)
+        with parity.noise_of_the_cpu() if injected else nullcontext():
+            differ = [found.value for found in parity._of_texts(check)]
+    assert differ == [0, 0] if injected else min(differ) > 0
