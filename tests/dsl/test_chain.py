@@ -68,11 +68,12 @@ def states(table_VD: Tensor, rows: int, length: int, seed: int) -> State:
     zeros=st.sampled_from([0.0, 0.4]),
 )
 def test_it_is_the_enumerated_law(order: int, length: int, seed: int, zeros: float) -> None:
-    """Also where transitions are impossible and where the revealed tokens contradict the chain."""
+    """Also where transitions are impossible and where the revealed tokens contradict the chain:
+    there evidence of SNR 1e6 decides, of which float64 keeps fewer digits."""
     law = chain(3, order, seed, zeros)
     state = states(law.table_VD, 4, length, seed)
     found, expected = law(state).log_probs().exp(), enumerated(law, length)(state).log_probs().exp()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if zeros else 1e-10)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
