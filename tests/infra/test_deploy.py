@@ -215,7 +215,7 @@ def test_versions_agree() -> None:
     (torch,) = set(re.findall(r"torch==[\d.]+", dockerfile))
     assert torch in constraints
     assert torch in (ROOT / "Makefile").read_text()
-    assert "-c constraints.txt ." in dockerfile
+    assert "-c constraints.txt '.[pipeline]'" in dockerfile
     pinned = dict(line.split("==") for line in constraints)
     free = {"Flask-WTF", "WTForms", "psycopg2-binary"}  # the server's alone, pinned in place
     installed = re.search(r"-c /tmp/constraints\.txt (.*?)\nRUN", dockerfile, re.DOTALL)
