@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from dsl.backbone import Backbone, precise
 from dsl.converter import Converter, ConverterConfig, biased
 from dsl.dit import DiTConfig, DiTShape
+from dsl.foreign import ForeignConfig
 from dsl.posterior import Posterior
 from dsl.state import State
 
 # The configurations of all backbones, told apart by ``kind``, and what of them presets choose.
-BackboneConfig = DiTConfig
+BackboneConfig = DiTConfig | ForeignConfig
 BackboneShape = DiTShape
 
 
