@@ -135,8 +135,10 @@ def network(config: ForeignConfig) -> Any:
             raise ValueError(f"{known.num_hidden_layers} blocks, not {config.blocks}")
         # Not on the meta device: the network computes buffers that no file holds.
         with torch.device("cpu"), no_init_weights():
-            made = getattr(transformers, OPENED_BY[config.trained]).from_config(known)
-        made.tie_weights()
+            made = getattr(transformers, OPENED_BY[config.trained]).from_config(
+                known, trust_remote_code=False
+            )
+        _tie(made)
     except (KeyError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(f"backbone.settings are not of a model ({error!r})") from error
     return bidirectional(made)
@@ -149,6 +151,14 @@ def bidirectional(network: Any) -> Any:
         if hasattr(module, "is_causal"):
             module.is_causal = False
     return network
+
+
+def _tie(network: Any) -> None:
+    """Make weights one that the network's class says are. The library does not, while it loads."""
+    ties = network._tied_weights_keys if network.config.tie_word_embeddings else None
+    for name, source in (ties or {}).items():
+        parent, _, own = name.rpartition(".")
+        setattr(network.get_submodule(parent), own, network.get_parameter(source))
 
 
 def _take_out(network: Any, *modules: nn.Module) -> None:

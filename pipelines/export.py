@@ -95,7 +95,6 @@ def generation(config: ExportConfig, model: Model) -> dict[str, Any]:
 
 def execute(config: ExportConfig) -> dict[str, Any]:
     model, out = load(config), Folder.at(config.out)
-    assert model.vocabulary is not None
     chosen = generation(config, model)
     source = card.provenance(config.model, tracking.locate(config.tracking, config.root))
     name = config.push or Path(config.out).name
@@ -103,7 +102,7 @@ def execute(config: ExportConfig) -> dict[str, Any]:
         model,
         title=name.rpartition("/")[2],
         name=name,
-        mask=package.mask_of(model.vocabulary)[0],
+        mask=package.mask_of(model)[0],
         generation=chosen,
         source=source,
         report=report(config.evaluation).url if config.evaluation else source.report,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsl import weights
+from dsl.foreign import ForeignConfig
 from dsl.vocabulary import Vocabulary
 from infra.storage import Folder
 from pipelines.exporting.assemble import assemble
@@ -19,8 +20,13 @@ CARD = "README.md"
 MASKS = ("[MASK]", "<|mask|>", "<|dsl_mask|>")  # the first that the vocabulary has not got
 
 
-def mask_of(vocabulary: Vocabulary) -> tuple[str, int]:
-    """The token that marks what is to be drawn, and its id, behind all of the vocabulary's."""
+def mask_of(model: Model) -> tuple[str, int]:
+    """The token that marks what is to be drawn, and its id: the model's own, or a new one behind
+    all others."""
+    vocabulary, backbone = model.vocabulary, model.denoiser.config.backbone
+    assert vocabulary is not None
+    if isinstance(backbone, ForeignConfig) and backbone.mask is not None:
+        return vocabulary.decode([backbone.mask]), backbone.mask
     named = json.loads(vocabulary.to_json())
     known = {*named["model"]["vocab"], *(token["content"] for token in named["added_tokens"])}
     return next(mask for mask in MASKS if mask not in known), vocabulary.size
@@ -32,7 +38,7 @@ def write(model: Model, folder: Path, *, generation: Mapping[str, Any], card: st
     assert vocabulary is not None
     metadata = {"objective": model.kind, "length": model.length}
     weights.save(model.denoiser, folder, vocabulary, metadata=metadata)
-    mask, mask_id = mask_of(vocabulary)
+    mask, mask_id = mask_of(model)
     config = weights.read_config(folder) | {
         "model_type": "dsl",
         "architectures": ["DSLForMaskedLM"],
@@ -43,7 +49,7 @@ def write(model: Model, folder: Path, *, generation: Mapping[str, Any], card: st
         "mask_token_id": mask_id,
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.eos,
-        "vocab_size": mask_id + 1,
+        "vocab_size": max(mask_id + 1, vocabulary.size),
         "dtype": "float32",
     }
     files = {

@@ -47,7 +47,13 @@ def scratch(
 def given(config: RunConfig, converter: ConverterConfig) -> Model:
     """The model at `init`; converter: of one that comes without."""
     uri = tracking.locate(config.tracking, config.root)
-    return models.load(config.init, converter=converter, tracking_uri=uri, backbone=config.backbone)
+    return models.load(
+        config.init,
+        converter=converter,
+        tracking_uri=uri,
+        backbone=config.backbone,
+        adapt=config.adapt,
+    )
 
 
 def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict[str, Any]:
