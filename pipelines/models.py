@@ -218,8 +218,14 @@ def register(
             name=name,
             run_id=handle.run_id,
             uri=handle.uri,
-            requirements=PACKAGES,
+            requirements=(*PACKAGES, *_library(local)),
             code_paths=[PYFUNC.parents[1] / "dsl"],
             signature=SIGNATURE,
             tags=tags,
         )
+
+
+def _library(local: Path) -> tuple[str, ...]:
+    """What a model needs beside `PACKAGES`."""
+    kind = weights.read_config(local)["denoiser"]["backbone"].get("kind")
+    return ("transformers",) if kind == "transformers" else ()
