@@ -12,10 +12,13 @@ import torch
 import dsl
 from dsl import conditioning
 from dsl.truncation import Truncated
+from infra import registry, tracking
+from infra.storage import Folder
 from pipelines import export, models
 from pipelines.export import ExportConfig
 from pipelines.exporting import card
 from pipelines.models import ConverterConfig
+from pipelines.verb import TrackingConfig
 from tests.pipelines.exporting.made import LENGTH, saved, stranger
 
 SDE = {"kind": "sentence_sde", "gamma_max": 9.0}
@@ -198,6 +201,32 @@ def test_the_card_shows_the_tables_of_an_evaluation(tmp_path: Path) -> None:
     assert "| c |" in text
     assert "| b |" not in text
     assert "| Licence of the base | mit |" in text
+
+
+def test_the_card_says_where_a_model_comes_from(tmp_path: Path) -> None:
+    """From the registry and from the run directory alike, with the evaluation that was tagged."""
+    data = {"name": "a corpus", "digest": "d1" * 32, "source": str(tmp_path)}
+    tags = {"commit": "c0ffee", "dirty": "true", "parent_model": "runs/mdlm"}
+    root = tmp_path / "runs"
+    handle = tracking.start(
+        TrackingConfig(), root=str(root), name="run", params={}, tags=tags, config_yaml="",
+        dataset=data,
+    )  # fmt: skip
+    saved(root / "run" / "model")
+    version = models.register(Folder.at(str(root / "run" / "model")), "tiny", handle, tags={})
+    report = tmp_path / "judged" / "report"
+    report.mkdir(parents=True)
+    (report / card.REPORT).write_text("# E\n\nsubtitle\n\n## Texts\n\n| a figure |\n")
+    shown = {"evaluation_report": str(report / "report.html")}
+    registry.set_alias(version.uri, "champion", handle.uri)
+    registry.tag(version.uri, shown, handle.uri)
+    for out, model in (("one", "models:/tiny@champion"), ("two", str(root / "run"))):
+        made = export.execute(ExportConfig(model=model, out=str(tmp_path / out), root=str(root)))
+        text = (tmp_path / out / "README.md").read_text()
+        for said in (data["name"], data["digest"], "c0ffee, with changes", "runs/mdlm"):
+            assert said in text, (model, said)
+        assert f"| Run | {handle.run_id} |" in text
+        assert ("a figure" in text) == (made["version"] == version.uri) == (out == "one")
 
 
 @pytest.mark.parametrize(
