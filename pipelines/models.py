@@ -9,11 +9,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dsl import huggingface, mdlm, weights
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser
 from dsl.errors import AdaptationError
+from dsl.foreign import ForeignConfig
 from dsl.huggingface import Adapt
+from dsl.state import State
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
 from infra.documents import from_json
@@ -202,6 +206,19 @@ def require_same(model: Model, vocabulary: Vocabulary, where: str) -> None:
     else:
         return
     raise DataError(where, why, "Prepare the data with the model's own tokenizer.json")
+
+
+def require_room(denoiser: Denoiser, length: int, where: str) -> None:
+    """DataError unless a network takes rows of a length. Some models of transformers do not say how
+    many positions they have, so one is asked."""
+    if not isinstance(denoiser.config.backbone, ForeignConfig):
+        return
+    try:
+        with torch.no_grad():
+            denoiser(State.masked(1, length, denoiser.config.embed_dim))
+    except (IndexError, RuntimeError) as error:
+        why = f"the model does not take rows of {length} tokens ({str(error)[:160]})"
+        raise DataError(where, why, "Prepare the data with a smaller length") from error
 
 
 def register(

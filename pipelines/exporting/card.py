@@ -20,6 +20,7 @@ SECTIONS = (
     "Likelihood of held-out text",
 )  # of an evaluation's report, that the card shows
 REPORT = "evaluation.md"
+NOT_EVALUATED = "Evaluate the model before you rely on it."
 TRAINED_AS = {
     "dsl": "a denoiser for every SNR (Discrete Stochastic Localization)",
     "mdlm": "a masked-diffusion model; it was not trained on finite SNR, so give it endpoint paths",
@@ -129,9 +130,6 @@ def evaluation(report: str | None) -> str:
     found = zip(sections[::2], sections[1::2], strict=True)
     shown = [f"### {title}\n{body.rstrip()}" for title, body in found if title in SECTIONS]
     return "\n\n".join([subtitle, *shown])
-
-
-NOT_EVALUATED = "Evaluate the model before you rely on it."
 
 
 def card(

@@ -130,7 +130,9 @@ class TrainingTask(runs.Task):
         Mixture.of(mixture, self.manifests, "train", config.train.stream)
         worker.validation_rows(mixture, self.manifests, config.train)
         if not models.exists(folder / "init"):
-            self._save(folder / "init", self.initial(self.vocabulary))
+            denoiser = self.initial(self.vocabulary)
+            models.require_room(denoiser, next(iter(self.manifests.values())).length, "init")
+            self._save(folder / "init", denoiser)
         return runs.dataset(
             {mixture.sources[name]: manifest for name, manifest in self.manifests.items()}
         ), self.tags

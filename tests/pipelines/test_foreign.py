@@ -19,12 +19,12 @@ from tests.pipelines import tiny
 BARE = ["[UNK]", "[CLS]", "[SEP]"]  # what a causal model's tokenizer knows
 
 
-def shards(folder: Path, tokenizer: Path) -> str:
-    """Rows of 16 tokens, encoded by a model's own tokenizer."""
+def shards(folder: Path, tokenizer: Path, length: int = 16) -> str:
+    """Rows of tokens, encoded by a model's own tokenizer."""
     source = folder / "words.jsonl"
-    lines = [" ".join(hubs.WORDS[(i + j) % len(hubs.WORDS)] for j in range(40)) for i in range(200)]
+    lines = [" ".join(hubs.WORDS[(i + j) % len(hubs.WORDS)] for j in range(40)) for i in range(400)]
     source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    given = ["length=16", "vocabulary.kind=file", f"vocabulary.path={tokenizer}"]
+    given = [f"length={length}", "vocabulary.kind=file", f"vocabulary.path={tokenizer}"]
     out = folder / "shards"
     tiny.execute("prepare", f"source={source}", f"out={out}", *given)
     return str(out)
@@ -82,6 +82,8 @@ def ask_for_code(folder: Path) -> None:
         ("bert", ask_for_code, "", 2, "such code is never run"),
         ("bert", None, "adapt=shift", 2, "needs no adaptation"),
         ("llama", None, "", 2, "Say how to adapt it"),
+        ("bert", None, "long", 3, "does not take rows of 80 tokens"),
+        ("roberta", None, "long", 3, "does not take rows of 80 tokens"),
         ("bert", None, "data", 3, "Prepare the data with the model's own tokenizer.json"),
     ],
 )
@@ -97,7 +99,8 @@ def test_what_does_not_fit_is_one_message(
     hubs.saved(tmp_path / "base", family)
     other = tmp_path / "other"
     hubs.words(other, [*hubs.SPECIAL, "more"])
-    data = shards(tmp_path, other if setting == "data" else tmp_path / "base")
+    tokenizer = other if setting == "data" else tmp_path / "base"
+    data = shards(tmp_path, tokenizer, length=80 if setting == "long" else 16)
     if spoil:
         spoil(tmp_path / "base")
     settings = [setting] if "=" in setting else []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -91,6 +91,11 @@ class Handler(BaseHTTPRequestHandler):
             oid = hub.commit(repository)
             self.answer({"commitOid": oid, "commitUrl": f"{hub.url}/{repository}/commit/{oid}"})
             return
+        if "/paths-info/" in path:
+            repository = path.removeprefix("/api/models/").partition("/paths-info/")[0]
+            wanted = parse_qs(body.decode()).get("paths", [])
+            self.answer([each for each in self.listed(repository) if each["path"] in wanted])
+            return
         given = json.loads(body)
         if path == "/api/repos/create":
             name = f"{given['organization']}/{given['name']}"
@@ -124,12 +129,11 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.hub
         for repository, files in hub.repositories.items():
             api, resolved = f"/api/models/{repository}", f"/{repository}/resolve/"
+            if path == f"{api}/tree/main":
+                self.answer(self.listed(repository))
+                return
             if path.startswith(f"{api}/tree/"):
-                listed = [
-                    {"type": "file", "path": name, "size": len(content), "oid": digest(content)}
-                    for name, content in files.items()
-                ]
-                self.answer(listed)
+                self.answer({}, status=404, error="EntryNotFound")
                 return
             if path == api or path.startswith(f"{api}/revision/"):
                 siblings = [{"rfilename": name} for name in files]
@@ -145,6 +149,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({}, status=404, commit=commit, error="EntryNotFound")
                 return
         self.answer({}, status=404, error="RepoNotFound")
+
+    def listed(self, repository: str) -> list[dict[str, Any]]:
+        return [
+            {"type": "file", "path": name, "size": len(content), "oid": digest(content)}
+            for name, content in self.hub.repositories[repository].items()
+        ]
 
     def answer(
         self, content: Any, *, status: int = 200, commit: str | None = None, error: str = ""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dsl
+from tests.dsl import hubs
 from tests.pipelines.exporting.hub import TOKEN, Hub, running
 from tests.pipelines.exporting.made import LENGTH, saved, stranger
 
@@ -35,13 +36,15 @@ def environment(hub: Hub, folder: Path, token: str | None) -> dict[str, str]:
     return given | ({"HF_TOKEN": token} if token else {})
 
 
-def exported(hub: Hub, folder: Path, *settings: str, token: str | None = TOKEN) -> tuple[int, str]:
+def exported(
+    hub: Hub, folder: Path, *settings: str, token: str | None = TOKEN, model: str = "made"
+) -> tuple[int, str]:
     """The exit code of `export.py` and the last line that it printed."""
     ended = subprocess.run(
         [
             sys.executable,
             str(ROOT / "pipelines" / "export.py"),
-            "model=made",
+            f"model={model}",
             "root=runs",
             *settings,
         ],
@@ -91,3 +94,14 @@ def test_a_hub_that_refuses_is_told(hub: Hub, tmp_path: Path) -> None:
     assert f"push: the hub did not take {NAME}" in line
     assert "hf_of_another" not in line
     assert not hub.repositories
+
+
+@pytest.mark.long
+def test_a_model_of_the_hub_is_read_without_its_pickles(hub: Hub, tmp_path: Path) -> None:
+    hubs.saved(tmp_path / "base", "bert")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.repositories["somebody/bert"] = files | {"pytorch_model.bin": b"a pickle"}
+    code, line = exported(hub, tmp_path, "out=out", model="hf://somebody/bert")
+    assert code == 0, line
+    assert dsl.load(tmp_path / "out").config == dsl.from_transformers(tmp_path / "base").config
+    assert not [request for request in hub.seen if request.endswith("pytorch_model.bin")]
