@@ -97,7 +97,8 @@ def train(
                     metrics |= learner.validate(held_out, mixture.shares(step), bounds)
                 if validated or step % config.log_every == 0:
                     counted = parallel.sum_over_ranks(data.counts())
-                    monitor.log(step, metrics | counted | progress.metrics(checkpoints.last))
+                    speed = progress.metrics(checkpoints.last, checkpoints.failures)
+                    monitor.log(step, metrics | counted | speed)
                 if validated:
                     monitor.report(step, metrics)
                 progress.line(metrics)
