@@ -7,7 +7,7 @@ ready  := .venv/.installed
 DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export DSL_TEST_DATA
 
-.PHONY: setup quickstart test test-all test-faults lint format clean
+.PHONY: setup quickstart gpu-check test test-all test-faults test-services lint format clean
 setup: $(ready)
 
 # torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
@@ -23,6 +23,12 @@ EXISTING ?= resume
 quickstart: $(ready)
 	$(BIN)/python -m pipelines.examples.quickstart existing=$(EXISTING)
 
+# On a machine with a GPU; pipelines/benchmarks/GPU.md says more. `make gpu-check CHECK='--device cpu
+# --small'` tries the command without one.
+CHECK ?=
+gpu-check: $(ready)
+	$(BIN)/python -m pipelines.gpu_check --out runs/gpu-check $(CHECK)
+
 # What each target of tests holds is said in tests/README.md.
 test: $(ready)
 	$(BIN)/python -m pytest -n auto
@@ -33,6 +39,15 @@ test-all: $(ready)
 # Real processes that are killed, starved and lied to: half an hour on 2 cores.
 test-faults: $(ready)
 	$(BIN)/python -m pytest tests/faults --timeout 1800
+
+# Real servers, which Debian's packages bring; a test whose program is missing is skipped.
+SERVICES := postgresql prometheus chromium
+test-services: $(ready)
+	@dpkg --status $(SERVICES) > /dev/null 2>&1 \
+	    || { apt-get update -q && apt-get install -q -y --no-install-recommends $(SERVICES); } \
+	    || echo "Install $(SERVICES) as root: what needs a missing one is skipped."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services]'
+	$(BIN)/python -m pytest tests/services --timeout 1800
 
 lint: $(ready)
 	$(BIN)/ruff check .

@@ -8,9 +8,10 @@ from dsl import calibration, likelihood, paths, recorders
 from dsl.chain import ChainDenoiser
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiT, DiTConfig
-from dsl.errors import PathError, TextError, VocabularyError, WeightsError
+from dsl.errors import AdaptationError, PathError, TextError, VocabularyError, WeightsError
 from dsl.exact import ExactDenoiser
 from dsl.hidden import HiddenChainDenoiser
+from dsl.huggingface import from_transformers
 from dsl.mdlm import from_mdlm
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
@@ -19,6 +20,7 @@ from dsl.vocabulary import Vocabulary
 from dsl.weights import load, save
 
 __all__ = [
+    "AdaptationError",
     "ChainDenoiser",
     "Denoiser",
     "DenoiserConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "WeightsError",
     "calibration",
     "from_mdlm",
+    "from_transformers",
     "likelihood",
     "load",
     "paths",

@@ -1,7 +1,7 @@
 """What a denoiser asks of a backbone, the transformer between its inputs and its head.
 
 A further backbone is one file with a module and its configuration, and one entry of
-`dsl.denoiser.BackboneConfig`. `dsl.dit` is the first.
+`dsl.denoiser.BackboneConfig`. `dsl.dit` is the first, `dsl.foreign` any of another library.
 
 Shapes: B rows, L positions, W input width, H hidden width, V tokens, U = V + 1 slots (the last is
 [MASK]).
@@ -21,7 +21,9 @@ class Backbone(Protocol):
     makes the module.
     """
 
-    blocks: nn.ModuleList  # what is sharded and recomputed one by one, in order
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """What is sharded and recomputed one by one, in order."""
 
     @property
     def values_UW(self) -> Tensor:

@@ -50,7 +50,7 @@ class MarkovDenoiser(ABC):
         log_probs_BLV, total_B = self.marginals(agreeing_BLV)
         impossible_R = (total_B < NEVER / 2).nonzero().squeeze(1)
         if len(impossible_R):
-            rows = state.rows(impossible_R)
+            rows = state.rows(impossible_R.cpu())
             rows_BLD = CERTAIN * self.table_VD[rows.tokens_BL]
             near_BLV = torch.where(
                 rows.revealed_BL[..., None],

@@ -3,7 +3,8 @@
 A sampling algorithm is a function that says where each gamma goes next. Given that and one
 posterior, every move has a closed form, and all of them are here.
 
-Shapes: B rows, L positions, V tokens, D table dimension, N positions that are seen or moved.
+Shapes: B rows, L positions, M = B·L, V tokens, D table dimension, N positions that are seen or
+moved (flat, in [0, M)).
 """
 
 from dataclasses import replace
@@ -11,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dsl.noise import Draws, Stream
+from dsl.noise import Draws, Stream, normal
 from dsl.posterior import Posterior
-from dsl.state import State, flat
+from dsl.state import OnHost, State, flat, send
 
 
 def observe(
@@ -26,29 +27,32 @@ def observe(
     frozen.
 
     Args:
+        gamma_BL: best on the CPU, which would have to wait for a GPU to read it there.
         noise: where ``eps`` comes from. Keyed draws for measurements, where a row must not depend
             on the batch; a generator for training, which draws for the finite positions only, in
             row-major order.
     """
-    tokens_BL = tokens_BL.to(table_VD.device)
-    gamma_BL = gamma_BL.to(table_VD)
-    finite_BL = (gamma_BL > 0) & gamma_BL.isfinite()
-    gamma_N1 = gamma_BL[finite_BL][:, None]
-    x_ND = table_VD[tokens_BL[finite_BL]]
+    device = table_VD.device
+    tokens_BL = send(tokens_BL, device)
+    host = OnHost(gamma_BL.cpu().to(table_VD.dtype), torch.zeros(gamma_BL.shape, dtype=torch.bool))
+    gamma_BL = send(host.gamma_BL, device)
+    at_N = flat(host.evidence_BL)
+    there_N = send(at_N, device)
+    gamma_N1 = gamma_BL.flatten()[there_N][:, None]
+    x_ND = table_VD[tokens_BL.flatten()[there_N]]
     z_BLD = table_VD.new_zeros(*tokens_BL.shape, table_VD.shape[1])
     if isinstance(noise, Draws):
-        eps_ND = noise.normal(z_BLD.shape, z_BLD.dtype).to(z_BLD.device)[finite_BL]
+        eps_ND = noise.normal(z_BLD.shape, z_BLD.dtype, device).flatten(0, 1)[there_N]
     else:
-        eps_ND = torch.randn(
-            x_ND.shape, generator=noise, dtype=z_BLD.dtype, device=noise.device
-        ).to(z_BLD.device)
-    z_BLD[finite_BL] = gamma_N1 * x_ND + gamma_N1.sqrt() * eps_ND
-    return State(
+        eps_ND = normal(x_ND.shape, z_BLD.dtype, device, noise)
+    z_ND = z_BLD.flatten(0, 1).index_copy(0, there_N, gamma_N1 * x_ND + gamma_N1.sqrt() * eps_ND)
+    state = State(
         tokens_BL=tokens_BL.masked_fill(~gamma_BL.isinf(), 0),
-        z_BLD=z_BLD,
+        z_BLD=z_ND.view_as(z_BLD),
         gamma_BL=gamma_BL,
-        frozen_BL=torch.zeros_like(finite_BL),
+        frozen_BL=send(host.frozen_BL, device),
     )
+    return state.with_host(host)
 
 
 def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws: Draws) -> State:
@@ -66,63 +70,80 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
     ===================  ==================================================================
 
     A token whose gamma stays does not change, and a frozen one stays whatever is asked. The
-    posterior is read at tokens that move up and nowhere else.
+    posterior is read at tokens that move up and nowhere else. Where the next gamma lies on a GPU,
+    to copy it from there is the one thing that a move waits for.
 
     Raises:
         ValueError: a next gamma is negative or NaN.
     """
-    if not (gamma_next_BL >= 0).all():
+    now_BL, next_BL = state.host.gamma_BL, gamma_next_BL.cpu()
+    if not (next_BL >= 0).all():
         raise ValueError("a path asked for a gamma outside [0, inf]: it is negative or NaN")
-    gamma_BL = state.gamma_BL
-    next_BL = torch.where(state.frozen_BL, gamma_BL, gamma_next_BL.to(gamma_BL))
-    moves_BL = next_BL != gamma_BL
+    next_BL = torch.where(state.host.frozen_BL, now_BL, next_BL.to(now_BL))
+    moves_BL = next_BL != now_BL
     if not moves_BL.any():
         return state
-    z_BLD, tokens_BL = state.z_BLD.clone(), state.tokens_BL.clone()
+    device, (rows, length) = state.z_BLD.device, now_BL.shape
+    gamma_BL = send(next_BL, device)
+    z_MD, tokens_M = state.z_BLD.flatten(0, 1).clone(), state.tokens_BL.flatten().clone()
 
-    reveal_BL = moves_BL & next_BL.isinf()
-    at_N = flat(reveal_BL)
+    at_N = flat(moves_BL & next_BL.isinf())
     if len(at_N):
-        rows, length = gamma_BL.shape
-        uniform_BL = draws.uniform(rows, length, Stream.TOKEN).to(at_N.device)
-        tokens_BL[reveal_BL] = posterior.draw(at_N, uniform_BL.flatten()[at_N])
-        z_BLD[reveal_BL] = 0
+        there_N = send(at_N, device)
+        uniform_M = draws.uniform(rows, length, Stream.TOKEN).flatten()
+        tokens_M[there_N] = posterior.draw(at_N, uniform_M[at_N])
+        z_MD.index_fill_(0, there_N, 0)
 
     finite_BL = moves_BL & next_BL.isfinite()
     if finite_BL.any():
-        mean_ND, variance_N = _finite_move(state, next_BL, finite_BL, posterior)
-        noise_BLD = draws.normal(z_BLD.shape, z_BLD.dtype).to(z_BLD.device)
-        z_BLD[finite_BL] = mean_ND + variance_N.sqrt()[:, None] * noise_BLD[finite_BL]
+        noise_MD = draws.normal(state.z_BLD.shape, z_MD.dtype, device).flatten(0, 1)
+        rises_BL, shown_BL = next_BL > now_BL, now_BL.isinf()
+        for where_BL, law in (
+            (rises_BL, _drift),
+            (shown_BL, _hide),
+            (~rises_BL & ~shown_BL, _bridge),
+        ):
+            at_N = flat(finite_BL & where_BL)
+            if len(at_N):
+                there_N = send(at_N, device)
+                later_N = gamma_BL.flatten()[there_N]
+                mean_ND, variance_N = law(state, posterior, at_N, there_N, later_N)
+                z_MD[there_N] = mean_ND + variance_N.sqrt()[:, None] * noise_MD[there_N]
         # Nothing is known at gamma 0: exactly zero, not zero times a rounding error.
-        z_BLD[finite_BL & (next_BL == 0)] = 0
-        tokens_BL[finite_BL] = 0
+        z_MD.index_fill_(0, send(flat(finite_BL & (next_BL == 0)), device), 0)
+        tokens_M.index_fill_(0, send(flat(finite_BL), device), 0)
 
-    return replace(state, tokens_BL=tokens_BL, z_BLD=z_BLD, gamma_BL=next_BL)
+    after = replace(
+        state,
+        tokens_BL=tokens_M.view(rows, length),
+        z_BLD=z_MD.view_as(state.z_BLD),
+        gamma_BL=gamma_BL,
+    )
+    return after.with_host(OnHost(next_BL, state.host.frozen_BL))
 
 
-def _finite_move(
-    state: State, next_BL: Tensor, finite_BL: Tensor, posterior: Posterior
+# Each move to a finite SNR is a Gaussian, of mean [N, D] and variance [N], at the N positions that
+# make it: `at_N` on the CPU and `there_N` on the state's device.
+
+
+def _drift(
+    state: State, posterior: Posterior, at_N: Tensor, there_N: Tensor, later_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean ``[N, D]`` and variance ``[N]`` of the Gaussian that each finite move draws from."""
-    now_N, next_N = state.gamma_BL[finite_BL], next_BL[finite_BL]
-    z_ND = state.z_BLD[finite_BL]
-    up_N, hide_N = next_N > now_N, now_N.isinf()
+    z_ND = state.z_BLD.flatten(0, 1)[there_N]
+    step_N = later_N - state.gamma_BL.flatten()[there_N]
+    return z_ND + step_N[:, None] * posterior.mean_at(at_N).to(z_ND), step_N
 
-    # Each formula is evaluated on its own tokens only: 0/0 or inf-inf never arises elsewhere.
-    mean_ND, variance_N = torch.empty_like(z_ND), torch.empty_like(next_N)
 
-    step_N = next_N[up_N] - now_N[up_N]
-    if len(step_N):
-        x_hat_ND = posterior.mean_at(flat(finite_BL)[up_N]).to(z_ND)
-        mean_ND[up_N] = z_ND[up_N] + step_N[:, None] * x_hat_ND
-        variance_N[up_N] = step_N
+def _hide(
+    state: State, posterior: Posterior, at_N: Tensor, there_N: Tensor, later_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    x_ND = posterior.table_VD[state.tokens_BL.flatten()[there_N]].to(state.z_BLD)
+    return later_N[:, None] * x_ND, later_N
 
-    x_ND = posterior.table_VD[state.tokens_BL[finite_BL][hide_N]].to(z_ND)
-    mean_ND[hide_N] = next_N[hide_N, None] * x_ND
-    variance_N[hide_N] = next_N[hide_N]
 
-    down_N = ~up_N & ~hide_N
-    ratio_N = next_N[down_N] / now_N[down_N]
-    mean_ND[down_N] = ratio_N[:, None] * z_ND[down_N]
-    variance_N[down_N] = next_N[down_N] * (1 - ratio_N)
-    return mean_ND, variance_N
+def _bridge(
+    state: State, posterior: Posterior, at_N: Tensor, there_N: Tensor, later_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    z_ND = state.z_BLD.flatten(0, 1)[there_N]
+    ratio_N = later_N / state.gamma_BL.flatten()[there_N]
+    return ratio_N[:, None] * z_ND, later_N * (1 - ratio_N)

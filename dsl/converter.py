@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsl.posterior import spans
-from dsl.state import State
+from dsl.chunks import spans
+from dsl.state import State, send
 
 # The largest float below one. Its logit, 36.7, gives the mask slot probability 1 exactly in
 # float32, yet stays finite: strong evidence still outweighs it, and nothing is ever NaN.
@@ -88,7 +88,8 @@ class Converter(nn.Module):
         Masked positions share one vector and revealed ones read a row, so only evidence pays for
         the vocabulary, in chunks that the backward pass recomputes: B·L·V never exists.
         """
-        at = state.evidence_BL.nonzero(as_tuple=True)
+        found = state.host.evidence_BL.nonzero(as_tuple=True)
+        at = tuple(send(index_N, state.z_BLD.device) for index_N in found)
         evidence_ND = state.z_BLD[at]
         # A masked token is z = 0: its mixture is computed as the first row. As it is always there,
         # every parameter has a gradient in batches without evidence too.
@@ -117,7 +118,7 @@ class Converter(nn.Module):
         query_NK, key_UK = self.asked(z_ND, table_VD)
         read = [
             _reading(weights(query_NK[span], key_UK), tokens_N[span])
-            for span in spans(len(query_NK), len(key_UK))
+            for span in _spans(query_NK, key_UK)
         ]
         return Reading(*torch.cat(read, dim=1))
 
@@ -143,7 +144,7 @@ def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
     with _without_autocast(query_NK):
         chunks = [
             weights(query_NK[span], key_UK).to(values_UW.dtype) @ values_UW
-            for span in spans(len(query_NK), len(key_UK))
+            for span in _spans(query_NK, key_UK)
         ]
     return torch.cat(chunks)
 
@@ -167,7 +168,7 @@ class Mixture(torch.autograd.Function):
         # What a softmax takes off each gradient, sum_u weight_u dL/dweight_u, is <grad, mixed>.
         mean_N1 = (grad_NW.to(query_NK) * mixed_NW.to(query_NK)).sum(1, keepdim=True)
         with _without_autocast(query_NK):
-            for span in spans(len(query_NK), len(key_UK)):
+            for span in _spans(query_NK, key_UK):
                 weights_NU = weights(query_NK[span], key_UK)
                 if values_grad_UW is not None:
                     values_grad_UW.addmm_(weights_NU.to(values_UW.dtype).T, grad_NW[span])
@@ -181,6 +182,10 @@ class Mixture(torch.autograd.Function):
 def weights(query_NK: Tensor, key_UK: Tensor) -> Tensor:
     """``softmax_u <query, key_u>``, ``[N, U]``."""
     return (query_NK @ key_UK.T).softmax(-1)
+
+
+def _spans(query_NK: Tensor, key_UK: Tensor) -> list[slice]:
+    return spans(len(query_NK), len(key_UK), query_NK.device)
 
 
 def _in_compute_dtype(values_UW: Tensor) -> Tensor:

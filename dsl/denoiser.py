@@ -4,6 +4,7 @@ Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W bac
 H hidden width (W, or W + D with the skip), N asked positions (flat), R rows.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from dsl.backbone import Backbone, precise
 from dsl.converter import Converter, ConverterConfig, biased
 from dsl.dit import DiTConfig, DiTShape
+from dsl.foreign import ForeignConfig
 from dsl.posterior import Posterior
+from dsl.precision import products_in
 from dsl.state import State
 
 # The configurations of all backbones, told apart by ``kind``, and what of them presets choose.
-BackboneConfig = DiTConfig
+BackboneConfig = DiTConfig | ForeignConfig
 BackboneShape = DiTShape
 
 
@@ -72,6 +75,17 @@ class Denoiser(nn.Module):
             tokens, config.embed_dim, beta=config.beta, mask_prior=config.mask_prior
         )
         self.backbone: Backbone = config.backbone.build() if backbone is None else backbone
+        self._products = torch.float32
+
+    def computing_in(self, dtype: torch.dtype) -> "Denoiser":
+        """This denoiser, the matrix products of its network in ``dtype``: float32 or bfloat16.
+
+        The weights are shared, not copied. The evidence, the softmax of the logits, and all that
+        is made of a posterior stay in float32.
+        """
+        other = copy.copy(self)
+        other._products = dtype
+        return other
 
     @property
     def table_VD(self) -> Tensor:
@@ -86,6 +100,20 @@ class Denoiser(nn.Module):
         if not self.config.skip:
             return weight_VW, bias_V
         return torch.cat([weight_VW, self.table_VD.to(weight_VW)], dim=1), bias_V
+
+    def flops_per_token(self, length: int, *, predicted: float, evidence: float) -> float:
+        """Floating-point operations of a training step per token of its batch.
+
+        Counts matrix products, forward and backward: the backbone at all tokens, the head at the
+        share that is ``predicted`` and the converter at the share with ``evidence``, both in
+        [0, 1]. What a backward pass computes again is left out.
+        """
+        tokens, dim = self.table.direction_VD.shape
+        width = self.backbone.head[0].shape[1]
+        logits, mixture = width + dim * self.config.skip, self.backbone.values_UW.shape[1] + dim
+        # The backbone counts its head at every token.
+        body = self.backbone.flops_per_token(length) - 6 * tokens * width
+        return body + 6 * tokens * (predicted * logits + evidence * mixture)
 
     def hidden(self, state: State) -> Tensor:
         """Hidden states ``[B, L, H]``, one linear map away from the logits."""
@@ -102,10 +130,15 @@ class Denoiser(nn.Module):
         table_VD = self.table_VD
         state = state.like(table_VD)
         hidden_BLW = self._read(state, table_VD)
+        weight_VW, bias_V = (part.to(hidden_BLW.dtype) for part in self.backbone.head)
         evidence_BLD = state.z_BLD if self.config.skip else None
-        return NetworkPosterior(state, table_VD, hidden_BLW, self.backbone.head, evidence_BLD)
+        return NetworkPosterior(state, table_VD, hidden_BLW, (weight_VW, bias_V), evidence_BLD)
 
     def _read(self, state: State, table_VD: Tensor) -> Tensor:
+        with products_in(self._products, table_VD.device):
+            return self._hidden(state, table_VD)
+
+    def _hidden(self, state: State, table_VD: Tensor) -> Tensor:
         values_UW = self.backbone.values_UW
         inputs_BLW = self.converter(state, table_VD, values_UW)
         if self.config.backbone.causal:

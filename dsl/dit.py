@@ -86,7 +86,9 @@ class DiT(nn.Module):
         """Hidden states after the last norm, in the compute dtype."""
         cond_C = self.sigma_map()
         head_dim = self.config.width // self.config.heads
-        turn_2LK = rotary(inputs_BLW.shape[1], head_dim, inputs_BLW.device)
+        # Passed as integers: FSDP casts the floating inputs of a block to its compute dtype, and
+        # these would be wrong by up to 1/512 in bfloat16.
+        turn_2LK = rotary(inputs_BLW.shape[1], head_dim, inputs_BLW.device).view(torch.int32)
         hidden_BLW = inputs_BLW
         for block in self.blocks:
             hidden_BLW = block(hidden_BLW, cond_C, turn_2LK)
@@ -169,6 +171,7 @@ class Block(nn.Module):
     def _attention(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
         qkv_BL3HK = self.attn_qkv(hidden_BLW).unflatten(-1, (3, self.heads, -1))
         query_BHLK, key_BHLK, value_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
+        turn_2LK = turn_2LK.view(torch.float32)
         mixed_BHLK = F.scaled_dot_product_attention(
             rotate(query_BHLK, turn_2LK),
             rotate(key_BHLK, turn_2LK),

@@ -5,6 +5,10 @@ class WeightsError(ValueError):
     """A weights file or folder that cannot be taken as the model it should be."""
 
 
+class AdaptationError(ValueError):
+    """A model that cannot be taken in the way that was asked for, or only if that is said."""
+
+
 class PathError(ValueError):
     """A path that cannot be walked over such a text, or in so many calls."""
 

@@ -3,15 +3,13 @@
 Shapes: N positions, C positions of a chunk, W backbone width, V tokens.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of logits at a time, 64 MiB in float32. Each chunk passes over the whole gradient of the head.
-CHUNK_ELEMENTS = 2**24
+from dsl.chunks import spans
 
 
 def nats(hidden_NW: Tensor, weight_VW: Tensor, bias_V: Tensor, tokens_N: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ class _Nats(torch.autograd.Function):
         nats_N = torch.empty_like(log_sum_N)
         with torch.autocast(hidden_NW.device.type, enabled=False):
             cast_VW = weight_VW.to(hidden_NW.dtype)
-            for chunk in _chunks(len(hidden_NW), len(weight_VW)):
+            for chunk in _chunks(hidden_NW, weight_VW):
                 log_sum_N[chunk], told_C = _scores(
                     hidden_NW[chunk], cast_VW, bias_V, tokens_N[chunk, None]
                 )
@@ -53,7 +51,7 @@ class _Nats(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=log_sum_N.dtype)
         with torch.autocast(hidden_NW.device.type, enabled=False):
             cast_VW = weight_VW.to(hidden_NW.dtype)
-            for chunk in _chunks(len(hidden_NW), len(weight_VW)):
+            for chunk in _chunks(hidden_NW, weight_VW):
                 error_CV = _logits(hidden_NW[chunk], cast_VW, bias_V)
                 error_CV.sub_(log_sum_N[chunk, None]).exp_()
                 minus_C1 = error_CV.new_full((len(error_CV), 1), -1.0)
@@ -82,6 +80,6 @@ def _logits(hidden_CW: Tensor, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
     return product_CV.to(wide).add_(bias_V)
 
 
-def _chunks(positions: int, tokens: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // tokens)
-    return (slice(first, first + size) for first in range(0, positions, size))
+def _chunks(hidden_NW: Tensor, weight_VW: Tensor) -> list[slice]:
+    # Larger ones than elsewhere, because each chunk passes over the whole gradient of the head.
+    return spans(len(hidden_NW), len(weight_VW), hidden_NW.device, factor=2)

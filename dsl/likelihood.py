@@ -23,7 +23,7 @@ from dsl.noise import Draws, Stream
 from dsl.objective import cross_entropy
 from dsl.paths.grids import NAMED, Grid, Information
 from dsl.posterior import Denoises, Posterior
-from dsl.state import flat
+from dsl.state import flat, send
 
 PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 
@@ -93,11 +93,11 @@ def path_integral(
     for step in range(steps):
         draws = Draws(seed, first_row, step)
         low_BL, high_BL = contour.gamma(step / steps), contour.gamma((step + 1) / steps)
-        along_B1 = draws.uniform(rows, 1, Stream.PATH).to(low_BL)
+        along_B1 = draws.uniform(rows, 1, Stream.PATH)
         rise_BL = high_BL - low_BL
         state = observe(table_VD, tokens_BL, low_BL + along_B1 * rise_BL, draws)
         error_BL = _squared_error(denoiser(state), tokens_BL, rise_BL > 0)
-        terms.append((error_BL * rise_BL).sum(1) / 2)
+        terms.append((error_BL * send(rise_BL, error_BL.device)).sum(1) / 2)
     return _sum(terms, length)
 
 
@@ -133,7 +133,7 @@ def hybrid_bound(
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
     gamma_BL = torch.full(tokens_BL.shape, gamma_star, dtype=torch.float64)
-    everywhere_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
     terms = []
     for step in range(steps):
         # The integral has used the steps up to and including `steps`.
@@ -162,12 +162,13 @@ def roar(
     terms = []
     for step in range(samples):
         draws = Draws(seed, first_row, step)
-        uniform = draws.uniform(rows, length + 1, Stream.PATH).to(table_VD.device)
+        uniform = draws.uniform(rows, length + 1, Stream.PATH)
         size_B1 = ((step + uniform[:, -1:]) / samples * length).long()
         hidden_BL = _ranks(uniform[:, :length]) >= size_B1
         gamma_BL = torch.where(hidden_BL, 0.0, torch.inf)
         state = observe(table_VD, tokens_BL, gamma_BL, draws)
-        nats_B = _nats(denoiser(state), tokens_BL, hidden_BL).sum(1) / hidden_BL.sum(1)
+        nats_BL = _nats(denoiser(state), tokens_BL, hidden_BL)
+        nats_B = nats_BL.sum(1) / send(hidden_BL.sum(1), nats_BL.device)
         terms.append(nats_B * length / samples)
     return _sum(terms, length)
 
@@ -188,7 +189,7 @@ def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
     tokens_BL = tokens_BL.to(table_VD.device)
     revealed_BL = torch.full(tokens_BL.shape, torch.inf)
     state = observe(table_VD, tokens_BL, revealed_BL, Draws(0, 0, 0))
-    at_N = torch.arange(tokens_BL.numel(), device=table_VD.device)
+    at_N = torch.arange(tokens_BL.numel())
     nats_N = cross_entropy(denoiser, state, tokens_BL, at_N).double()
     mean_B = nats_N.view(tokens_BL.shape).mean(1).cpu()
     return Estimate(mean_B, torch.zeros_like(mean_B))
@@ -232,7 +233,7 @@ def profile(
         raise ValueError(f"gammas must be at least two and increase from 0, got {list(gammas)}")
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
-    everywhere_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
     errors = []
     for step, gamma in enumerate(gammas):
         gamma_BL = torch.full(tokens_BL.shape, gamma, dtype=torch.float64)
@@ -291,14 +292,13 @@ class _Contour:
             raise ValueError(f"path must be one of {', '.join(_PATHS)}, got {path!r}")
         rows, length = tokens_BL.shape
         start_BL, stop_BL = _PATHS[path](rows, length, draws)
-        self.start_BL = start_BL.to(tokens_BL.device)
-        self.span_BL = (stop_BL - start_BL).to(tokens_BL.device)
+        self.start_BL, self.span_BL = start_BL, stop_BL - start_BL
         rise = NAMED[grid] if isinstance(grid, str) else grid
         knots = [rise.gamma(step / steps, gamma_max) for step in range(steps + 1)]
-        self.knots = torch.tensor(knots, dtype=torch.float64, device=tokens_BL.device)
+        self.knots = torch.tensor(knots, dtype=torch.float64)
 
     def gamma(self, time: float) -> Tensor:
-        """``[B, L]`` float64 at a time in [0, 1]."""
+        """``[B, L]`` float64 at a time in [0, 1], on the CPU."""
         pieces = len(self.knots) - 1
         share_BL = ((time - self.start_BL) / self.span_BL).clamp(0, 1) * pieces
         piece_BL = share_BL.long().clamp_max(pieces - 1)
@@ -311,18 +311,22 @@ def _ranks(keys_BL: Tensor) -> Tensor:
 
 def _squared_error(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
     """``|x - x_hat|²`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
-    x_ND = posterior.table_VD[tokens_BL[at_BL]]
-    x_hat_ND = posterior.mean_at(flat(at_BL))
+    at_N = flat(at_BL)
+    there_N = send(at_N, tokens_BL.device)
+    x_ND = posterior.table_VD[tokens_BL.flatten()[there_N]]
     error_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
-    error_BL[at_BL] = (x_ND - x_hat_ND).double().square().sum(1)
+    error_N = (x_ND - posterior.mean_at(at_N)).double().square().sum(1)
+    error_BL.view(-1)[there_N] = error_N
     return error_BL
 
 
 def _nats(posterior: Posterior, tokens_BL: Tensor, at_BL: Tensor) -> Tensor:
     """``-log p(token | state)`` at ``at_BL`` and 0 elsewhere, ``[B, L]`` float64."""
     at_N = flat(at_BL)
+    there_N = send(at_N, tokens_BL.device)
+    tokens_N = tokens_BL.flatten()[there_N]
     nats_BL = torch.zeros(tokens_BL.shape, dtype=torch.float64, device=tokens_BL.device)
-    nats_BL[at_BL] = -posterior.summarise(log_prob_of, at_N, tokens_BL[at_BL]).double()
+    nats_BL.view(-1)[there_N] = -posterior.summarise(log_prob_of, at_N, tokens_N).double()
     return nats_BL
 
 

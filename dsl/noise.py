@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsl import philox
+
+CPU = torch.device("cpu")
+
 # Philox4x64 turns one counter into four 64-bit outputs.
 _OUTPUTS_PER_COUNTER = 4
 
@@ -33,8 +37,10 @@ class Draws:
     Philox is counter-based: the key holds (seed, step, stream), the counter starts at the row, so
     any row's numbers can be had without drawing those before it, and consecutive rows are one
     run of the library's generator. Every number consumes exactly one output (which is why normals
-    are Box-Muller and not a rejection method): rows stay aligned. All of it runs on the CPU, so a
-    text is the same on every device up to the network's rounding.
+    are Box-Muller and not a rejection method): rows stay aligned.
+
+    All uniforms are drawn on the CPU. Normals, which are D times as many, are drawn where they are
+    used, and a GPU's are others than the CPU's.
     """
 
     seed: int
@@ -45,8 +51,11 @@ class Draws:
         """``[B, L]`` float64 in [0, 1)."""
         return self._uniform(rows, length, stream)[:, :length]
 
-    def normal(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def normal(self, shape: torch.Size, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
         """``[B, L, D]`` standard normal, computed in float64 and rounded to ``dtype``."""
+        if device.type != "cpu":
+            key = {"seed": self.seed, "first_row": self.first_row, "step": self.step}
+            return philox.normal(shape, device, **key).to(dtype)
         rows, length, dim = shape
         count = length * dim
         half = (count + 1) // 2
@@ -54,16 +63,27 @@ class Draws:
         # 1 - u lies in (0, 1], where the logarithm is finite.
         radius = (1 - uniform[:, :half]).log().mul(-2).sqrt()
         angle = uniform[:, half : 2 * half] * (2 * math.pi)
-        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-        return normal[:, :count].reshape(shape).to(dtype)
+        drawn = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return drawn[:, :count].reshape(shape).to(dtype)
 
     def _uniform(self, rows: int, count: int, stream: Stream) -> Tensor:
         """``[B, >= count]``: each row starts on a counter of its own."""
         blocks = -(-count // _OUTPUTS_PER_COUNTER)
         key = np.array([self.seed, self.step * len(Stream) + stream], dtype=np.uint64)
         counter = np.array([self.first_row * blocks, 0, 0, 0], dtype=np.uint64)
-        philox = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        return torch.from_numpy(philox.random((rows, blocks * _OUTPUTS_PER_COUNTER)))
+        source = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return torch.from_numpy(source.random((rows, blocks * _OUTPUTS_PER_COUNTER)))
+
+
+def normal(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, source: torch.Generator
+) -> Tensor:
+    """Standard normals on a device: drawn from ``source`` or, where that is of another device, from
+    a generator of the device that ``source`` seeds."""
+    if source.device != device:
+        seed = torch.randint(2**63 - 1, (), generator=source, device=source.device)
+        source = torch.Generator(device).manual_seed(int(seed))
+    return torch.randn(shape, generator=source, dtype=dtype, device=device)
 
 
 def generator(

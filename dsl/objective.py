@@ -4,6 +4,9 @@ An objective is a module whose ``forward`` computes the loss, so that a sharded 
 covers every parameter that takes part, the head's included. The parameters that take part are the
 same on every batch: ranks that reduce gradients together never disagree about which exist.
 
+The generator that a forward takes lies on the CPU, which then knows the shapes of everything that
+depends on the draws and never waits for a GPU to tell them.
+
 Shapes: B rows, L positions, V tokens, D table dimension, W backbone width, N predicted positions
 (flat, in [0, B·L)).
 """
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from dsl.channel import observe
 from dsl.denoiser import Denoiser
 from dsl.head import nats
-from dsl.state import State, flat
+from dsl.state import State, flat, send
 from dsl.support import Support, stratified
 
 # Where the integral over t starts, as in the public MDLM: the weight 1/t has infinite variance
@@ -40,6 +43,7 @@ def cross_entropy(denoiser: Denoiser, state: State, tokens_BL: Tensor, at_N: Ten
 
     The head runs at those positions only, see `dsl.head`: no ``[N, V]`` exists.
     """
+    at_N = send(at_N, tokens_BL.device)
     hidden_NW = denoiser.hidden(state).flatten(0, 1)[at_N]
     return nats(hidden_NW, *denoiser.head, tokens_BL.flatten()[at_N])
 
@@ -57,14 +61,18 @@ class DSLObjective(nn.Module):
         rows, length = tokens_BL.shape
         gamma_BL = self.support.sample(rows, length, generator)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
-        at_N = flat(~state.revealed_BL)
+        at_N = flat(~state.host.revealed_BL)
         nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
-        masked_N = state.masked_BL.flatten()[at_N]
+        masked_N = state.host.masked_BL.flatten()[at_N]
         return Loss(
             value=nats_N.sum() / tokens_BL.numel(),
-            metrics=_part("masked", nats_N[masked_N], tokens_BL)
-            | _part("evidence", nats_N[~masked_N], tokens_BL),
+            metrics=_part("masked", nats_N, masked_N, tokens_BL)
+            | _part("evidence", nats_N, ~masked_N, tokens_BL),
         )
+
+    def flops_per_token(self, length: int) -> float:
+        """Of a step, in the mean; see `Denoiser.flops_per_token`."""
+        return self.denoiser.flops_per_token(length, **self.support.shares(length)._asdict())
 
 
 class MDLMObjective(nn.Module):
@@ -91,14 +99,18 @@ class MDLMObjective(nn.Module):
         )
         gamma_BL = torch.where(uniform_BL < t_B1, 0.0, torch.inf)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
-        at_N = flat(state.masked_BL)
+        at_N = flat(state.host.masked_BL)
         nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
         weight_B1 = 1 / t_B1 if self.weighting == "bound" else torch.ones_like(t_B1)
-        weight_N = weight_B1.expand_as(tokens_BL).flatten().to(nats_N)[at_N]
+        weight_N = weight_B1.expand_as(tokens_BL).flatten().to(nats_N.dtype)[at_N]
         return Loss(
-            value=(weight_N * nats_N).sum() / tokens_BL.numel(),
-            metrics=_part("masked", nats_N, tokens_BL),
+            value=(send(weight_N, nats_N.device) * nats_N).sum() / tokens_BL.numel(),
+            metrics=_part("masked", nats_N, torch.ones_like(at_N, dtype=torch.bool), tokens_BL),
         )
+
+    def flops_per_token(self, length: int) -> float:
+        """Of a step, in the mean; see `Denoiser.flops_per_token`."""
+        return self.denoiser.flops_per_token(length, predicted=(1 + EPS) / 2, evidence=0.0)
 
 
 class ARObjective(nn.Module):
@@ -120,8 +132,12 @@ class ARObjective(nn.Module):
         """``-(1/BL) sum_i log p(s_i | s_<i)``, in one pass; nothing is drawn."""
         gamma_BL = torch.full(tokens_BL.shape, torch.inf)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
-        at_N = torch.arange(tokens_BL.numel(), device=tokens_BL.device)
+        at_N = torch.arange(tokens_BL.numel())
         return Loss(cross_entropy(self.denoiser, state, tokens_BL, at_N).mean(), metrics={})
+
+    def flops_per_token(self, length: int) -> float:
+        """Of a step; see `Denoiser.flops_per_token`."""
+        return self.denoiser.flops_per_token(length, predicted=1.0, evidence=0.0)
 
 
 Objective = DSLObjective | MDLMObjective | ARObjective
@@ -133,10 +149,11 @@ def _freeze_evidence(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def _part(name: str, nats_N: Tensor, tokens_BL: Tensor) -> dict[str, Tensor]:
-    """What N positions add to the loss per token of the batch, and their share of its tokens."""
-    tokens = tokens_BL.numel()
+def _part(name: str, nats_N: Tensor, of_N: Tensor, tokens_BL: Tensor) -> dict[str, Tensor]:
+    """What some of N positions add to the loss per token of the batch, and their share of its
+    tokens; ``of_N``: which ones, on the CPU."""
+    tokens, at_K = tokens_BL.numel(), flat(of_N)
     return {
-        f"{name}_nats": nats_N.detach().sum() / tokens,
-        f"{name}_share": nats_N.new_tensor(len(nats_N) / tokens),
+        f"{name}_nats": nats_N.detach()[send(at_K, nats_N.device)].sum() / tokens,
+        f"{name}_share": nats_N.new_full((), len(at_K) / tokens),
     }

@@ -64,8 +64,8 @@ def _fits(option: Any, value: Any) -> bool:
     """Whether a plain value may be what an annotation, or one option of it, asks for."""
     if typing.get_origin(option) is typing.Literal:
         return value in typing.get_args(option)
-    if typing.get_origin(option) is tuple:
-        return isinstance(value, tuple)
+    if origin := typing.get_origin(option):
+        return isinstance(value, origin)
     if isinstance(value, bool):
         return option is bool
     return isinstance(value, int | float) if option is float else isinstance(value, option)

@@ -1,5 +1,8 @@
 """The answer of a denoiser, computed only at the positions asked for.
 
+Asked positions are best given on the CPU: their number decides the shapes of what follows, and
+where they lie on a GPU the CPU has to wait for it to look at them.
+
 Shapes: B rows, L positions, V tokens, D table dimension, N asked positions (flat, in [0, B·L)),
 R rows.
 """
@@ -11,10 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsl.state import State, flat
-
-# Bounds one chunk of [positions, V] work to some 32 MiB of float32, whatever B, L and V.
-CHUNK_ELEMENTS = 2**23
+from dsl.chunks import spans
+from dsl.state import State, flat, send
 
 
 class Posterior(ABC):
@@ -30,30 +31,32 @@ class Posterior(ABC):
 
     @abstractmethod
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        """Normalised ``[N, V]`` at unrevealed positions."""
+        """Normalised ``[N, V]`` at unrevealed positions, which lie on the table's device."""
 
     def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        """Probabilities ``[N, V]`` at unrevealed positions."""
+        """Probabilities ``[N, V]`` at such positions."""
         return self._log_probs_unrevealed(at_N).exp()
 
     @abstractmethod
     def with_rows(self, state: State, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
         """The posterior of ``state``: rows ``rows_R`` as ``fresh`` (R rows) has just answered
-        them, every other row as answered before."""
+        them, every other row as answered before. ``rows_R`` lie on the table's device."""
 
     def log_probs_at(self, at_N: Tensor) -> Tensor:
         """``[N, V]`` log-probabilities at flat positions ``at_N``."""
-        return self._carried_over(self._log_probs_unrevealed(at_N), at_N, other=-torch.inf, own=0.0)
+        found_NV = self._log_probs_unrevealed(self._sent(at_N))
+        return self._carried_over(found_NV, at_N, other=-torch.inf, own=0.0)
 
     def probs_at(self, at_N: Tensor) -> Tensor:
         """``[N, V]`` probabilities at flat positions ``at_N``."""
-        return self._carried_over(self._probs_unrevealed(at_N), at_N, other=0.0, own=1.0)
+        found_NV = self._probs_unrevealed(self._sent(at_N))
+        return self._carried_over(found_NV, at_N, other=0.0, own=1.0)
 
     def mean_at(self, at_N: Tensor) -> Tensor:
         """``[N, D]`` posterior mean ``x_hat = E[x | state]`` (003 eq. 2) at flat positions."""
         # The product runs in the table's dtype: a float64 law keeps its precision.
         mean_ND = self.table_VD.new_empty(len(at_N), self.table_VD.shape[1])
-        for span in spans(len(at_N), len(self.table_VD)):
+        for span in self._spans(len(at_N)):
             mean_ND[span] = self.probs_at(at_N[span]).to(self.table_VD) @ self.table_VD
         return mean_ND
 
@@ -62,8 +65,9 @@ class Posterior(ABC):
 
         Inverse CDF in float64: float32 Gumbel draws lower the temperature (arXiv 2409.02908).
         """
-        tokens_N = torch.empty_like(at_N)
-        for span in spans(len(at_N), len(self.table_VD)):
+        tokens_N = torch.empty_like(at_N, device=self.table_VD.device)
+        uniform_N = self._sent(uniform_N)
+        for span in self._spans(len(at_N)):
             cdf_NV = self.log_probs_at(at_N[span]).double().exp().cumsum(-1)
             # The last entry is 1 up to rounding; scaling by it keeps the draw inside the support.
             threshold_N1 = (uniform_N[span].to(cdf_NV) * cdf_NV[:, -1])[:, None]
@@ -73,7 +77,7 @@ class Posterior(ABC):
     def entropy_at(self, at_N: Tensor) -> Tensor:
         """Entropy ``[N]`` in nats at flat positions; 0 where revealed."""
         entropy_N = self.table_VD.new_empty(len(at_N))
-        for span in spans(len(at_N), len(self.table_VD)):
+        for span in self._spans(len(at_N)):
             entropy_N[span] = torch.special.entr(self.probs_at(at_N[span])).sum(-1)
         return entropy_N
 
@@ -84,8 +88,8 @@ class Posterior(ABC):
         predicts there from the whole text, and what the exact law says of a text outside it.
         """
         confidence_N = self.table_VD.new_empty(len(at_N))
-        for span in spans(len(at_N), len(self.table_VD)):
-            log_probs_NV = self._log_probs_unrevealed(at_N[span])
+        for span in self._spans(len(at_N)):
+            log_probs_NV = self._log_probs_unrevealed(self._sent(at_N[span]))
             confidence_N[span] = log_probs_NV.gather(1, tokens_N[span, None]).squeeze(1).exp()
         return confidence_N
 
@@ -97,7 +101,7 @@ class Posterior(ABC):
         """
         answers = []
         # At least one chunk: the answer for no positions has a dtype and a device too.
-        for span in spans(max(len(at_N), 1), len(self.table_VD)):
+        for span in self._spans(max(len(at_N), 1)):
             at, *rest = (column_N[span] for column_N in (at_N, *with_N))
             answers.append(function(self.log_probs_at(at), *rest))
         return torch.cat(answers)
@@ -105,34 +109,30 @@ class Posterior(ABC):
     def log_probs(self) -> Tensor:
         """``[B, L, V]`` log-probabilities, normalised over the V real tokens."""
         rows, length = self.state.gamma_BL.shape
-        at_N = torch.arange(rows * length, device=self.table_VD.device)
-        return self.log_probs_at(at_N).view(rows, length, -1)
+        return self.log_probs_at(torch.arange(rows * length)).view(rows, length, -1)
 
     def mean(self) -> Tensor:
         """``[B, L, D]`` posterior mean; the token's own row where it is revealed."""
-        state = self.state
-        mean_BLD = self.table_VD[state.tokens_BL]
-        unrevealed_BL = ~state.revealed_BL
-        at_N = flat(unrevealed_BL)
-        mean_BLD[unrevealed_BL] = self.mean_at(at_N)
-        return mean_BLD
+        own_BLD = self.table_VD[self.state.tokens_BL]
+        at_N = flat(~self.state.host.revealed_BL)
+        mean_BLD = own_BLD.flatten(0, 1).index_copy(0, self._sent(at_N), self.mean_at(at_N))
+        return mean_BLD.view_as(own_BLD)
 
     def _carried_over(self, found_NV: Tensor, at_N: Tensor, *, other: float, own: float) -> Tensor:
         """``found_NV`` with what is known in place of what was found at revealed positions."""
-        revealed_N = self.state.revealed_BL.flatten()[at_N]
-        if not revealed_N.any():
+        at_N = at_N.cpu()
+        known_N = flat(self.state.host.revealed_BL.flatten()[at_N])
+        if len(known_N) == 0:
             return found_NV
-        tokens_N1 = self.state.tokens_BL.flatten()[at_N][revealed_N][:, None]
+        tokens_N1 = self.state.tokens_BL.flatten()[self._sent(at_N[known_N])][:, None]
         known_NV = found_NV.new_full((len(tokens_N1), found_NV.shape[1]), other)
-        found_NV = found_NV.clone()
-        found_NV[revealed_N] = known_NV.scatter(1, tokens_N1, own)
-        return found_NV
+        return found_NV.index_copy(0, self._sent(known_N), known_NV.scatter(1, tokens_N1, own))
 
+    def _spans(self, positions: int) -> list[slice]:
+        return spans(positions, len(self.table_VD), self.table_VD.device)
 
-def spans(positions: int, width: int) -> list[slice]:
-    """Positions in turn, as many at a time as CHUNK_ELEMENTS of ``width`` each allow."""
-    size = max(1, CHUNK_ELEMENTS // width)
-    return [slice(start, start + size) for start in range(0, positions, size)]
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return send(tensor, self.table_VD.device)
 
 
 class Denoises(Protocol):

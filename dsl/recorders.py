@@ -38,14 +38,15 @@ class Schedule:
     )
 
     def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
+        now = after.host
         shares = {
-            "masked": after.masked_BL,
-            "evidence": after.evidence_BL,
-            "revealed": after.revealed_BL,
-            "reveals": after.revealed_BL & ~before.revealed_BL,
+            "masked": now.masked_BL,
+            "evidence": now.evidence_BL,
+            "revealed": now.revealed_BL,
+            "reveals": now.revealed_BL & ~before.host.revealed_BL,
         }
         for name, part_BL in shares.items():
-            self._seen[name].append(_share(part_BL, ~after.frozen_BL))
+            self._seen[name].append(_share(part_BL, ~now.frozen_BL))
 
     def result(self) -> dict[str, list[float]]:
         return self._seen
@@ -103,7 +104,7 @@ class Sharpening:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
     def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
-        at_N = flat(~before.revealed_BL)
+        at_N = flat(~before.host.revealed_BL)
         if len(at_N) == 0:
             for values in self._seen.values():
                 values.append(math.nan)

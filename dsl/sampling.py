@@ -14,7 +14,7 @@ from dsl.channel import transition
 from dsl.noise import Draws
 from dsl.paths.clock import Clock, Path, Reports, Steers
 from dsl.posterior import Denoises, Posterior
-from dsl.state import State
+from dsl.state import State, flat, send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def sample(
         gamma_next_BL, carry = path.target(state, posterior, carry, clock)
         call = budget - evaluator.probes_left
         if call == budget:
-            gamma_next_BL = torch.full_like(state.gamma_BL, torch.inf)
+            gamma_next_BL = torch.full_like(state.host.gamma_BL, torch.inf)
         drift = path.steer(posterior, carry) if isinstance(path, Steers) else posterior
         after = transition(state, gamma_next_BL, drift, draws)
         # Before the evaluator moves on: a recorder may be the first to read this posterior.
@@ -112,43 +112,59 @@ class _Evaluator:
         self.denoiser = denoiser
         self.state = state
         self.posterior: Posterior | None = None
-        self.stale_B = torch.ones(len(state.gamma_BL), dtype=torch.bool, device=state.z_BLD.device)
+        self.stale_B = torch.ones(len(state.gamma_BL), dtype=torch.bool)
         self.calls = 0
         self.probes_left = 0  # how many more calls this step of the loop may make
         self.row_calls_B = torch.zeros(len(state.gamma_BL), dtype=torch.int64)
 
     def move(self, state: State) -> None:
         # States differ only where a gamma moved: `transition` is the only thing that makes them.
-        self.stale_B |= (state.gamma_BL != self.state.gamma_BL).any(1)
+        self.stale_B |= (state.host.gamma_BL != self.state.host.gamma_BL).any(1)
         self.state = state
 
     def answer(self) -> Posterior:
-        wanted_B = self.stale_B & ~self.state.revealed_BL.all(1)
-        rows_R = wanted_B.nonzero().squeeze(1)
-        every_B = torch.arange(len(wanted_B), device=wanted_B.device)
-        if self.posterior is None or len(rows_R) == len(every_B):
-            rows_R = every_B
+        wanted_B = self.stale_B & self._unfinished()
+        if self.posterior is None:
+            wanted_B = torch.ones_like(wanted_B)
+        asked_R, every_B = self._batch(wanted_B), torch.arange(len(wanted_B))
+        if self.posterior is None or len(asked_R) == len(every_B):
             self.posterior = self.denoiser(self.state)
-        elif len(rows_R):
-            fresh = self.denoiser(self.state.rows(rows_R))
-            self.posterior = self.posterior.with_rows(self.state, rows_R, fresh)
         else:
-            self.posterior = self.posterior.with_rows(self.state, every_B, self.posterior)
-        self._count(rows_R)
-        self.stale_B[rows_R] = False
+            fresh, given_R = self.posterior, every_B
+            if len(asked_R):
+                fresh, given_R = self.denoiser(self.state.rows(asked_R)), asked_R
+            there_R = send(given_R, self.state.z_BLD.device)
+            self.posterior = self.posterior.with_rows(self.state, there_R, fresh)
+        self._count(wanted_B)
+        self.stale_B &= ~wanted_B
         return self.posterior
+
+    def _batch(self, wanted_B: Tensor) -> Tensor:
+        """The rows to evaluate: those that are wanted and, on a GPU, others up to a power of two.
+
+        A GPU plans its kernels anew for every size of batch, and what it answers for a row does not
+        depend on the rows beside it.
+        """
+        rows_R = flat(wanted_B)
+        if self.state.z_BLD.device.type == "cpu" or not len(rows_R):
+            return rows_R
+        size = 1 << (len(rows_R) - 1).bit_length()
+        return torch.cat([rows_R, flat(~wanted_B)[: size - len(rows_R)]])
 
     def probe(self, state: State) -> Posterior:
         """The posterior of a state that is not the one being walked; it is not remembered."""
         if self.probes_left == 0:
             raise ValueError("the path evaluates more states than its budget has calls left for")
         self.probes_left -= 1
-        self._count((~self.state.revealed_BL.all(1)).nonzero().squeeze(1))
+        self._count(self._unfinished())
         return self.denoiser(state)
 
-    def _count(self, rows_R: Tensor) -> None:
-        self.calls += len(rows_R) > 0
-        self.row_calls_B[rows_R.cpu()] += 1
+    def _count(self, wanted_B: Tensor) -> None:
+        self.calls += bool(wanted_B.any())
+        self.row_calls_B += wanted_B
+
+    def _unfinished(self) -> Tensor:
+        return ~self.state.host.revealed_BL.all(1)
 
 
 class _Deferred(Posterior):
@@ -173,13 +189,13 @@ class _Deferred(Posterior):
 
     def mean_at(self, at_N: Tensor) -> Tensor:
         if self._mean_BLD is not None:
-            return self._mean_BLD.flatten(0, 1)[at_N]
+            return self._mean_BLD.flatten(0, 1)[self._sent(at_N)]
         return self._resolved().mean_at(at_N)
 
     def mean(self) -> Tensor:
         # Kept: a path that reads x_hat does so just before `transition` moves by it.
         if self._mean_BLD is None:
-            known = bool(self.state.revealed_BL.all())  # no denoiser need be asked
+            known = bool(self.state.host.revealed_BL.all())  # no denoiser need be asked
             self._mean_BLD = (
                 self.table_VD[self.state.tokens_BL] if known else self._resolved().mean()
             )

@@ -3,14 +3,45 @@
 Shapes: B rows, L positions, D table dimension, V tokens.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
+class Knowledge:
+    """What is known of every token, as masks."""
+
+    gamma_BL: Tensor
+    frozen_BL: Tensor
+
+    @property
+    def masked_BL(self) -> Tensor:
+        """True where nothing is known: gamma = 0."""
+        return self.gamma_BL == 0
+
+    @property
+    def evidence_BL(self) -> Tensor:
+        """True where there is soft evidence: 0 < gamma < inf."""
+        return (self.gamma_BL > 0) & self.gamma_BL.isfinite()
+
+    @property
+    def revealed_BL(self) -> Tensor:
+        """True where the token is known: gamma = inf."""
+        return self.gamma_BL.isinf()
+
+
 @dataclass(frozen=True)
-class State:
+class OnHost(Knowledge):
+    """What decides which tokens of a state are read and which move, on the CPU."""
+
+    gamma_BL: Tensor
+    frozen_BL: Tensor
+
+
+@dataclass(frozen=True)
+class State(Knowledge):
     """A batch of token states under the localization channel (003 eq. 1).
 
     ``gamma_BL`` is each token's SNR in [0, inf] and says how to read the rest:
@@ -90,35 +121,43 @@ class State:
             frozen_BL=known_BL,
         )
 
-    @property
-    def masked_BL(self) -> Tensor:
-        """True where nothing is known: gamma = 0."""
-        return self.gamma_BL == 0
-
-    @property
-    def evidence_BL(self) -> Tensor:
-        """True where there is soft evidence: 0 < gamma < inf."""
-        return (self.gamma_BL > 0) & self.gamma_BL.isfinite()
-
-    @property
-    def revealed_BL(self) -> Tensor:
-        """True where the token is known: gamma = inf."""
-        return self.gamma_BL.isinf()
-
     def like(self, table_VD: Tensor) -> "State":
         """The same state with ``z`` and ``gamma`` in the dtype and on the device of a table."""
-        return State(
+        moved = State(
             tokens_BL=self.tokens_BL.to(table_VD.device),
             z_BLD=self.z_BLD.to(table_VD),
             gamma_BL=self.gamma_BL.to(table_VD),
             frozen_BL=self.frozen_BL.to(table_VD.device),
         )
+        gamma_BL = self.host.gamma_BL.to(table_VD.dtype)
+        return moved.with_host(OnHost(gamma_BL, self.host.frozen_BL))
 
     def rows(self, rows_R: Tensor) -> "State":
-        """The sub-batch of the rows indexed (or masked) by ``rows_R``."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows_R] for f in fields(self)})
+        """The sub-batch of the rows with these numbers, which lie on the CPU."""
+        there_R = send(rows_R, self.z_BLD.device)
+        part = State(**{f.name: getattr(self, f.name)[there_R] for f in fields(self)})
+        host = self.host
+        return part.with_host(OnHost(host.gamma_BL[rows_R], host.frozen_BL[rows_R]))
+
+    @cached_property
+    def host(self) -> OnHost:
+        """A copy on the CPU of what shapes depend on.
+
+        The CPU has to wait for a GPU to copy from it, so the copy is made once and passed on.
+        """
+        return OnHost(self.gamma_BL.cpu(), self.frozen_BL.cpu())
+
+    def with_host(self, host: OnHost) -> "State":
+        """This state, whose `host` is known already. `replace` forgets it."""
+        vars(self)["host"] = host
+        return self
 
 
 def flat(where_BL: Tensor) -> Tensor:
     """Flat positions ``[N]`` in [0, B·L) at which a ``[B, L]`` mask is true."""
     return where_BL.flatten().nonzero().squeeze(1)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device, where what reads it waits for it, not the CPU."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")

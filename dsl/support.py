@@ -3,18 +3,29 @@
 Every `sample` returns ``gamma_BL`` in [0, inf], float32, on the generator's device. Each row by
 itself has exactly the law its class states. The rows of one call share a stratified draw, which
 spreads them evenly over that law: the mean loss of a batch stays unbiased, with less variance.
+`shares` are the mean shares of tokens that are not revealed, and of those with evidence.
 
 Shapes: B rows, L positions.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsl.paths.grids import Information
+
+
+class Shares(NamedTuple):
+    """Of all tokens, in [0, 1]: those that a model predicts, and those at a finite SNR above 0."""
+
+    predicted: float
+    evidence: float
+
+
+EVIDENCE = Shares(1.0, 1.0)
 
 
 def stratified(rows: int, generator: torch.Generator) -> Tensor:
@@ -63,6 +74,13 @@ class Roar:
         low_BL = self.gamma_min * uniform_BL
         return torch.where(order_BL.argsort(-1) < revealed_B1, high_BL, low_BL).float()
 
+    def shares(self, length: int) -> Shares:
+        """On rows of so many tokens."""
+        low = (length + 1) / (2 * length)
+        finite = math.isfinite(self.gamma_max)
+        evidence = low * (self.gamma_min > 0) + (1 - low) * finite
+        return Shares(1.0 if finite else low, evidence)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormal:
@@ -98,6 +116,9 @@ class LogNormal:
         normal_BL: Tensor = torch.special.ndtri(quantile_BL)
         return (self.mu + self.sigma * normal_BL).exp().clamp(max=self.gamma_max).float()
 
+    def shares(self, length: int) -> Shares:
+        return EVIDENCE
+
 
 @dataclass(frozen=True, kw_only=True)
 class InformationUniform:
@@ -122,6 +143,9 @@ class InformationUniform:
         shares = stratified(rows, generator).tolist()
         gamma = [self.profile.gamma(share, self.gamma_max) for share in shares]
         return torch.tensor(gamma, device=generator.device)[:, None].expand(rows, length)
+
+    def shares(self, length: int) -> Shares:
+        return EVIDENCE
 
 
 Continuous = LogNormal | InformationUniform
@@ -158,6 +182,11 @@ class Mixed:
             ]
         )
         return gamma_BL[torch.randperm(rows, generator=generator, device=device)]
+
+    def shares(self, length: int) -> Shares:
+        """On rows of so many tokens."""
+        both = zip(self.roar.shares(length), self.continuous.shares(length), strict=True)
+        return Shares(*(self.roar_share * a + (1 - self.roar_share) * b for a, b in both))
 
 
 Support = Roar | LogNormal | InformationUniform | Mixed

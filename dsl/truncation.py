@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsl.posterior import Denoises, Posterior
-from dsl.state import State
+from dsl.state import State, flat, send
 
 Convention = Literal["keep", "drop"]
 
@@ -121,12 +121,17 @@ class Truncated:
         room_N1 = size_N1 - stays_NV.sum(-1, keepdim=True)
         stays_NV |= tied_NV
         crowded_N = tied_NV.sum(-1) > room_N1.squeeze(1)
-        if crowded_N.any():
-            late_NV = tied_NV[crowded_N].cumsum(-1) > room_N1[crowded_N]
-            stays_NV[crowded_N] &= ~(tied_NV[crowded_N] & late_NV)
         beyond_N = size_N1.squeeze(1) == most  # the nucleus may go on
-        if most < tokens and beyond_N.any():
-            stays_NV[beyond_N] = self._stays(log_probs_NV[beyond_N], 8 * most)
+        # To the CPU together: it waits for a GPU once.
+        crowded_R, beyond_R = (
+            send(flat(each_N), stays_NV.device)
+            for each_N in torch.stack([crowded_N, beyond_N]).cpu()
+        )
+        if len(crowded_R):
+            tied_RV = tied_NV[crowded_R]
+            stays_NV[crowded_R] &= ~tied_RV | (tied_RV.cumsum(-1) <= room_N1[crowded_R])
+        if most < tokens and len(beyond_R):
+            stays_NV[beyond_R] = self._stays(log_probs_NV[beyond_R], 8 * most)
         return stays_NV
 
 

@@ -14,7 +14,7 @@ from dsl.likelihood import Estimate
 from dsl.paths import Path
 from dsl.posterior import Denoises, Posterior
 from dsl.sampling import sample
-from dsl.state import State
+from dsl.state import State, send
 
 
 def estimate(
@@ -48,7 +48,7 @@ class _Told:
         self.denoiser = denoiser
         self.tokens_BL = tokens_BL.to(denoiser.table_VD.device, torch.int64)
         self.nats_BL = torch.zeros_like(self.tokens_BL, dtype=torch.float64)
-        self.drawn_BL = torch.zeros_like(self.tokens_BL, dtype=torch.bool)
+        self.drawn_BL = torch.zeros(tokens_BL.shape, dtype=torch.bool)
 
     @property
     def table_VD(self) -> Tensor:
@@ -58,13 +58,14 @@ class _Told:
         return _ToldPosterior(self, self.denoiser(state))
 
     def draw(self, posterior: Posterior, at_N: Tensor) -> Tensor:
-        if (posterior.state.gamma_BL.flatten()[at_N] != 0).any():
+        if (posterior.state.host.gamma_BL.flatten()[at_N] != 0).any():
             raise ValueError("the path passes through finite SNR, whose noise has no likelihood")
         if self.drawn_BL.flatten()[at_N].any():
             raise ValueError("the path reveals a token twice, so its texts have no single order")
-        tokens_N = self.tokens_BL.flatten()[at_N]
+        there_N = send(at_N, self.tokens_BL.device)
+        tokens_N = self.tokens_BL.flatten()[there_N]
         log_probs_N = posterior.log_probs_at(at_N).gather(1, tokens_N[:, None]).squeeze(1)
-        self.nats_BL.view(-1)[at_N] = -log_probs_N.double()
+        self.nats_BL.view(-1)[there_N] = -log_probs_N.double()
         self.drawn_BL.view(-1)[at_N] = True
         return tokens_N
 

@@ -108,6 +108,13 @@ class Checkpoints:
             return self._writing[0]
         return self._last
 
+    @property
+    def failures(self) -> int:
+        """How many checkpoints in a row have failed, as far as this process knows."""
+        if self._writing and not self._writing[1].is_alive():
+            return self._failures + 1 if self._failure else 0
+        return self._failures
+
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Begin the checkpoint of `step`, after the one in flight has ended.
 

@@ -192,9 +192,19 @@ def _create(folder: Folder, name: str, content: bytes) -> bool:
                 return True
             folder.filesystem.pipe_file(path, content, mode="create")
             time.sleep(SETTLE_S)
-        except FileExistsError:
-            pass  # perhaps from this very write, whose answer was lost
+        except OSError as error:
+            if not _is_taken(error):
+                raise
+            # Perhaps by this very write, whose answer was lost.
     return folder.read_bytes(name) == content
+
+
+def _is_taken(error: OSError) -> bool:
+    """Whether a write failed because its file exists. s3fs raises FileExistsError only where the
+    store's answer names the condition that failed, which SeaweedFS's does not."""
+    answer = getattr(error.__cause__, "response", {})
+    refused = answer.get("Error", {}).get("Code") == "PreconditionFailed"
+    return refused or isinstance(error, FileExistsError)
 
 
 def _create_local(path: Path, content: bytes) -> None:

@@ -24,8 +24,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-# By a part of the name that the driver gives.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Of dense bf16 products, by a part of the name that the driver gives; the first that fits counts.
+# GH200 is an H200, and an A800 or H800 computes as the A100 or H100 does.
+PEAK_FLOPS = {
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
 
 Lane = TypeVar("Lane")
 T = TypeVar("T")
@@ -36,6 +49,9 @@ class ParallelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 on GPU only
     activation_checkpointing: bool = False
     compile: bool = False
+    # A run repeats bit for bit. Without it a GPU may add in another order each time, which is
+    # faster: attention's backward pass above all.
+    deterministic: bool = True
     threads: int | None = None  # of the CPU, per worker; None leaves torch's choice
     # The longest that a step, a validation or the wait for a checkpoint may take. Without a limit,
     # one worker that hangs would block the others for ever.
@@ -58,11 +74,19 @@ def world() -> tuple[int, int]:
 
 
 def device() -> torch.device:
-    """What this process computes on: the GPU, where its process group reaches one, else the CPU."""
+    """What this process computes on: the GPU, where its process group reaches one, else the CPU.
+
+    Launchers number the processes of a machine in LOCAL_RANK. Some show each process its own GPU
+    alone, where the number says nothing, others all GPUs, of which its own has that number.
+    """
     gpu = (
         "nccl" in dist.get_backend_config() if dist.is_initialized() else torch.cuda.is_available()
     )
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    if not gpu:
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    number = torch.cuda.current_device() if rank is None else int(rank) % torch.cuda.device_count()
+    return torch.device("cuda", number)
 
 
 def peak_flops() -> float | None:
@@ -80,24 +104,33 @@ def join(config: ParallelConfig) -> Iterator[DeviceMesh]:
     A launcher (Ray Train, torchrun) has made the process group already. A process without one gets
     a group of one for the duration, so that one device runs the same code as many.
     """
-    pin(config.threads)
+    before = torch.are_deterministic_algorithms_enabled()
+    pin(config.threads, deterministic=config.deterministic)
     alone = not dist.is_initialized()
     if alone:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
     try:
         yield init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("data",))
     finally:
+        # What comes after training may need an operation that has no deterministic kernel.
+        torch.use_deterministic_algorithms(before)
         if alone:
             dist.destroy_process_group()
 
 
-def pin(threads: int | None) -> None:
-    """Make a run repeatable bit for bit at equal world size and threads, as far as torch can."""
+def pin(threads: int | None, *, deterministic: bool = True) -> None:
+    """Make a run repeatable bit for bit at equal world size and threads, unless it need not be.
+
+    On a GPU, only if it were an error to do otherwise does torch choose kernels of attention that
+    repeat: a mere warning leaves flash and memory-efficient attention as they are, and cuDNN's in.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with this
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
 
@@ -123,7 +156,21 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     `update_parameters(model)` after each optimizer step; the first call copies. A sharded module
     cannot be copied, so this comes before `shard`, and `shard(average.module, …)` follows.
     """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+    return Average(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+
+
+class Average(AveragedModel):
+    """torch's, without a copy of `n_averaged` to the GPU, which every step would wait for."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        mine, theirs = ([p.detach() for p in m.parameters()] for m in (self.module, model))
+        if self.n_averaged == 0:
+            for average, parameter in zip(mine, theirs, strict=True):
+                average.copy_(parameter)
+        else:
+            self.multi_avg_fn(mine, theirs, self.n_averaged)
+        self.n_averaged += 1
 
 
 def shard(
@@ -209,12 +256,16 @@ def accumulate(
     """Backpropagate the mean loss over all lanes of all ranks; the detached losses of this rank's.
 
     root: what `shard` was called on; loss_of calls it and returns a scalar. Gradients of the lanes
-    of a rank are summed in float32 and reduced once. Every rank must hold equally many lanes.
+    of a rank are summed in float32 and reduced once, and weights are gathered for the first lane
+    and kept until the last. Every rank must hold equally many lanes.
     """
     losses, sharded = [], _is_sharded(root)
     for i, lane in enumerate(lanes, start=1):
         if sharded:
-            root.set_requires_gradient_sync(i == len(lanes))
+            last = i == len(lanes)
+            root.set_requires_gradient_sync(last)
+            root.set_reshard_after_forward(last)
+            root.set_reshard_after_backward(last)
         loss = loss_of(lane)
         (loss / len(lanes)).backward()
         losses.append(loss.detach())
@@ -237,24 +288,64 @@ def full(tensor: Tensor) -> Tensor:
 
 def mean_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """The mean over ranks of each scalar, in float64; every rank passes the same keys."""
-    size = world()[1]
-    return {key: value / size for key, value in sum_over_ranks(values).items()}
+    return dict(Means(values, world()[1]))
 
 
 def sum_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """The sum over ranks of each scalar, in float64; every rank passes the same keys."""
-    keys = sorted(values)
-    packed = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)
-    if dist.is_initialized() and keys:
-        packed = packed.to(device())
-        dist.all_reduce(packed)
-    return dict(zip(keys, packed.tolist(), strict=True))
+    return dict(Means(values, 1))
+
+
+class Means(Mapping[str, float]):
+    """The sum over ranks of each scalar in float64, divided by `count`.
+
+    It is ordered from the device when this is made, and waited for when a value is first looked at.
+    Whoever looks after the next step has been ordered does not leave a GPU without work.
+    """
+
+    def __init__(self, values: Mapping[str, float | Tensor], count: int) -> None:
+        self._names = sorted(values)
+        self._ready: torch.cuda.Event | None = None
+        if not values:
+            return
+        scalars = (torch.as_tensor(values[name], dtype=torch.float64) for name in self._names)
+        # Packed on the device, so that there is one thing to wait for.
+        packed = torch.stack([scalar.to(device(), non_blocking=True) for scalar in scalars])
+        if dist.is_initialized():
+            dist.all_reduce(packed)
+        self._found = (packed / count).to("cpu", non_blocking=True)
+        if packed.is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    @functools.cached_property
+    def _values(self) -> dict[str, float]:
+        if self._ready:
+            self._ready.synchronize()
+        return dict(zip(self._names, self._found.tolist(), strict=True)) if self._names else {}
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def highest(value: int) -> int:
-    """The highest of the ranks' values, on every rank."""
-    if not dist.is_initialized():
+    """The highest of the ranks' values, on every rank; no GPU is waited for."""
+    if world()[1] == 1:
         return value
-    found = torch.tensor(value, device=device())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    found = torch.tensor(value)
+    over_cpus = "gloo" in dist.get_backend_config()
+    group = None if over_cpus else _over_cpus(dist.group.WORLD)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return int(found)
+
+
+@functools.cache
+def _over_cpus(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that reduces on CPUs, made once; every rank must call it."""
+    return dist.new_group(backend="gloo")

@@ -27,7 +27,8 @@ Make = Callable[[], Callable[[J], R]]
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """`count` processes, each with a GPU if `gpu`; 0: this very process, without Ray.
+    """`count` processes, each with a GPU if `gpu`, without any otherwise; 0: this very process,
+    without Ray.
 
     `threads`: of each process, which reserves as many CPUs. By default it reserves one CPU and
     uses the node's number of cores divided by `count`.
@@ -89,6 +90,8 @@ class _Worker:
     """
 
     def __init__(self, make: Make[J, R], config: PoolConfig) -> None:
+        if not config.gpu:  # Ray hides a node's GPUs only from processes that have reserved some
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
 
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.count))

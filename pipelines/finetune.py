@@ -1,7 +1,7 @@
 """Turn a masked-diffusion model into a denoiser for every SNR, and register it.
 
     python pipelines/finetune.py quickstart
-    python pipelines/finetune.py owt init=s3://bucket/mdlm-owt workers.count=8 workers.gpu=true
+    python pipelines/finetune.py owt init=s3://bucket/mdlm-owt workers.count=2 workers.gpu=true
 
 `init` is an MDLM checkpoint (a Hugging Face folder or a Lightning file), a run directory, a model
 folder, `models:/name@alias`, or `scratch`. A model that already has a trained table and converter
@@ -34,10 +34,12 @@ from pipelines.training.worker import Assignment
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainingConfig):
-    """`support` is what SNR the training rows see."""
+    """`support` is what SNR the training rows see. `freeze_table` trains all but the table, whose
+    related rows long training can pull together."""
 
     support: Support = field(default_factory=Mixed)
     converter: ConverterConfig = field(default_factory=ConverterConfig)
+    freeze_table: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,14 @@ def initial(config: FinetuneConfig, vocabulary: Vocabulary) -> Denoiser:
     return Denoiser(whole, backbone)
 
 
+def objective(denoiser: Denoiser, *, recipe: Recipe) -> DSLObjective:
+    """The loss of a recipe, with what it freezes."""
+    denoiser.table.requires_grad_(not recipe.freeze_table)
+    return DSLObjective(denoiser, recipe.support)
+
+
 def dry_run(config: FinetuneConfig) -> dict[str, Any]:
-    return plan(config, config.converter, causal=False)
+    return plan(config, config.converter, partial(objective, recipe=config), causal=False)
 
 
 def execute(
@@ -79,7 +87,7 @@ def execute(
         verb="finetune",
         config=config,
         kind=DSL.name,
-        objective=partial(DSLObjective, support=config.support),
+        objective=partial(objective, recipe=config),
         initial=partial(initial, config),
         tags={"parent_model": config.init},
         parent=parent,

@@ -30,6 +30,7 @@ from dsl import conditioning
 from dsl.conditioning import Given, Mode
 from dsl.errors import PathError
 from dsl.paths import AnyPath, choose
+from dsl.precision import Precision, dtype_of
 from dsl.sampling import Recorder
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra import tracking
@@ -52,7 +53,8 @@ class GenerateConfig:
     `model` is any address that `finetune.init` takes; an MDLM checkpoint needs a `tokenizer` too.
     `path`, `budget` and `length` have defaults that suit the model. The noise of a row is keyed by
     `seed` and the number of the row, counted from `first_row`: a text depends neither on `batch`
-    nor on other rows. `film` is the file of an HTML page that plays the first batch.
+    nor on other rows. `precision` is that of the network's matrix products: `auto` takes bfloat16
+    on a GPU and float32 elsewhere. `film` is the file of an HTML page that plays the first batch.
     """
 
     model: str | None = None
@@ -70,6 +72,7 @@ class GenerateConfig:
     seed: int = 0
     first_row: int = 0
     batch: int = 16
+    precision: Precision = "auto"
     out: str = "runs/samples"
     watch: bool = False
     film: str | None = None
@@ -165,7 +168,7 @@ def draw(
 ) -> Iterator[dict[str, Any]]:
     """Finished rows in order, each with its settings. The film records the first batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = model.denoiser.to(device)
+    network = model.denoiser.to(device).computing_in(dtype_of(config.precision, device))
     sharp = Truncated(network, config.temperature, config.nucleus.p, config.nucleus.convention)
     for first, batch in conditioning.batches(given, config.batch):
         path, budget = resolve(config, model, len(batch[0]))

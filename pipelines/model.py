@@ -22,6 +22,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 import dsl
 from dsl import conditioning, weights
 from dsl.paths import choose, from_dict
+from dsl.precision import dtype_of
 from dsl.truncation import Truncated
 
 # What `predict` takes beside the texts. No path, and a budget or a length of 0, ask for the
@@ -37,6 +38,7 @@ PARAMS: dict[str, tuple[DataType, Any]] = {
     "nucleus": (DataType.double, 1.0),
     "convention": (DataType.string, "keep"),
     "batch": (DataType.long, 16),
+    "precision": (DataType.string, "auto"),  # of the network: bfloat16 on a GPU, else float32
 }
 SIGNATURE = ModelSignature(
     # Without a name, lists of texts pass as well as data frames.
@@ -62,9 +64,9 @@ class TextModel(mlflow.pyfunc.PythonModel):
         """One text for each text: a row's randomness is keyed by the seed and its place."""
         given = {name: default for name, (_, default) in PARAMS.items()} | dict(params or {})
         wanted = read_path(given["path"]) if given["path"] else None
-        denoiser = Truncated(
-            self.denoiser, given["temperature"], given["nucleus"], given["convention"]
-        )
+        table_VD = self.denoiser.table_VD
+        network = self.denoiser.computing_in(dtype_of(given["precision"], table_VD.device))
+        denoiser = Truncated(network, given["temperature"], given["nucleus"], given["convention"])
         rows = [self._read(text, given) for text in texts(model_input)]
         finished: list[str] = []
         for first_row, batch in conditioning.batches(rows, given["batch"]):
@@ -72,7 +74,7 @@ class TextModel(mlflow.pyfunc.PythonModel):
             sampled = dsl.sample(
                 denoiser,
                 path,
-                conditioning.state(batch, self.denoiser.table_VD),
+                conditioning.state(batch, table_VD),
                 budget=budget,
                 seed=given["seed"],
                 first_row=first_row,

@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsl import mdlm, weights
+import torch
+
+from dsl import huggingface, mdlm, weights
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser
+from dsl.errors import AdaptationError
+from dsl.foreign import ForeignConfig
+from dsl.huggingface import Adapt
+from dsl.state import State
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
 from infra.documents import from_json
@@ -23,6 +30,7 @@ from pipelines.kinds import DSL, KINDS, MDLM
 
 SCRATCH = "scratch"  # the address of no model: train from nothing
 CONFIG = "config.json"  # written last: a folder that has it is complete
+SAFE = ".safetensors"
 PYFUNC = Path(__file__).with_name("model.py")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
 
@@ -45,29 +53,37 @@ def load(
     converter: ConverterConfig,
     tracking_uri: str,
     backbone: BackboneShape | None = None,
+    adapt: Adapt | None = None,
 ) -> Model:
     """The model at an address.
 
     address: `models:/name@alias` or `models:/name/3`; a run directory; a folder that
-        `dsl.save` wrote; an MDLM checkpoint, a Hugging Face folder or a Lightning file. Any but
-        the first may be any fsspec URL.
-    converter: the fresh table and converter that an MDLM checkpoint gets.
+        `dsl.save` wrote; an MDLM checkpoint, a Hugging Face folder or a Lightning file; a folder of
+        a masked or causal language model of the transformers library. Any but the first may be any
+        fsspec URL, such as hf://owner/name.
+    converter: the fresh table and converter that all but the first three get.
     backbone: what the configuration says of the backbone, which comes with the weights.
+    adapt: how a causal model of the transformers library is used, see `dsl.from_transformers`.
 
     Raises DataError or dsl.WeightsError, naming what is wrong and what was looked for, and
-    ConfigError where `backbone` says otherwise than the weights: it would have no effect.
+    ConfigError where `backbone` says otherwise than the weights, as it would have no effect, or
+    where `adapt` does not fit the model.
     """
-    model = _read(address, converter, tracking_uri)
+    model = _read(address, converter, tracking_uri, adapt)
     held = model.denoiser.config.backbone
     for key, wanted in vars(backbone).items() if backbone else ():
         if getattr(held, key, None) != wanted:
             why = f"{wanted!r}, but the backbone comes with the weights of {address}"
             what = f"there it is {getattr(held, key, None)!r}"
             raise ConfigError(f"backbone.{key}", f"{why}; {what}", "Leave it out: `backbone=null`")
+    if adapt and adapt != huggingface.adaptation(held):
+        raise ConfigError("adapt", f"{address} was not adapted so, and is not now", "Leave it out")
     return model
 
 
-def _read(address: str, converter: ConverterConfig, tracking_uri: str) -> Model:
+def _read(
+    address: str, converter: ConverterConfig, tracking_uri: str, adapt: Adapt | None
+) -> Model:
     if address.startswith("models:/"):
         with registry.downloaded(address, tracking_uri) as local:
             return load_folder(Folder.at(str(local)), address)
@@ -79,9 +95,34 @@ def _read(address: str, converter: ConverterConfig, tracking_uri: str) -> Model:
         raise DataError(
             address, "no such model", "Give a run, a model folder or models:/name@alias"
         )
-    with folder.local() as local:
+    with _needed(folder) as local:
+        if huggingface.is_folder_of(local):
+            return _adapted(local, address, converter, adapt)
         denoiser = mdlm.from_mdlm(local, **vars(converter))
     return Model(denoiser=denoiser, vocabulary=None, kind=MDLM.name, length=None, address=address)
+
+
+def _needed(folder: Folder) -> AbstractContextManager[Path]:
+    """The files of a folder, or the one file, on this machine, without pickles that go unused."""
+    names = folder.names()
+    if any(name.endswith(SAFE) for name in names):
+        names = [name for name in names if not name.endswith(huggingface.PICKLES)]
+    return folder.local(*names)
+
+
+def _adapted(local: Path, address: str, converter: ConverterConfig, adapt: Adapt | None) -> Model:
+    """A model of the transformers library."""
+    try:
+        denoiser = huggingface.from_transformers(local, adapt=adapt, **vars(converter))
+    except AdaptationError as error:
+        raise ConfigError(address, str(error).removeprefix(f"{local}: ")) from error
+    return Model(
+        denoiser=denoiser,
+        vocabulary=Vocabulary.load(local),
+        kind=MDLM.name,
+        length=None,
+        address=address,
+    )
 
 
 def load_folder(folder: Folder, address: str = "") -> Model:
@@ -167,6 +208,19 @@ def require_same(model: Model, vocabulary: Vocabulary, where: str) -> None:
     raise DataError(where, why, "Prepare the data with the model's own tokenizer.json")
 
 
+def require_room(denoiser: Denoiser, length: int, where: str) -> None:
+    """DataError unless a network takes rows of a length. Some models of transformers do not say how
+    many positions they have, so one is asked."""
+    if not isinstance(denoiser.config.backbone, ForeignConfig):
+        return
+    try:
+        with torch.no_grad():
+            denoiser(State.masked(1, length, denoiser.config.embed_dim))
+    except (IndexError, RuntimeError) as error:
+        why = f"the model does not take rows of {length} tokens ({str(error)[:160]})"
+        raise DataError(where, why, "Prepare the data with a smaller length") from error
+
+
 def register(
     model: Folder, name: str, handle: RunHandle, *, tags: Mapping[str, str]
 ) -> ModelVersion:
@@ -181,8 +235,14 @@ def register(
             name=name,
             run_id=handle.run_id,
             uri=handle.uri,
-            requirements=PACKAGES,
+            requirements=(*PACKAGES, *_library(local)),
             code_paths=[PYFUNC.parents[1] / "dsl"],
             signature=SIGNATURE,
             tags=tags,
         )
+
+
+def _library(local: Path) -> tuple[str, ...]:
+    """What a model needs beside `PACKAGES`."""
+    kind = weights.read_config(local)["denoiser"]["backbone"].get("kind")
+    return ("transformers",) if kind == "transformers" else ()

@@ -11,12 +11,14 @@ further with a fresh optimizer, as fine-tuning does.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from dsl.converter import ConverterConfig
 from dsl.denoiser import Denoiser
+from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
 from infra.errors import ConfigError
 from pipelines import models, runs, verb
@@ -48,6 +50,10 @@ def kind(config: PretrainConfig) -> ModelKind:
     return PRETRAINED[config.objective]
 
 
+def _objective(config: PretrainConfig) -> Callable[[Denoiser], Objective]:
+    return kind(config).objectives[config.objective]
+
+
 def initial(config: PretrainConfig, vocabulary: Vocabulary) -> Denoiser:
     """The denoiser that training starts from.
 
@@ -66,7 +72,7 @@ def initial(config: PretrainConfig, vocabulary: Vocabulary) -> Denoiser:
 
 
 def dry_run(config: PretrainConfig) -> dict[str, Any]:
-    return plan(config, HARD, causal=kind(config).causal)
+    return plan(config, HARD, _objective(config), causal=kind(config).causal)
 
 
 def execute(config: PretrainConfig) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def execute(config: PretrainConfig) -> dict[str, Any]:
         verb="pretrain",
         config=config,
         kind=kind(config).name,
-        objective=kind(config).objectives[config.objective],
+        objective=_objective(config),
         initial=partial(initial, config),
         tags={} if config.init == SCRATCH else {"parent_model": config.init},
     )

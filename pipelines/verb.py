@@ -14,7 +14,9 @@ from pipelines.runs import DATA_ERRORS
 
 T = TypeVar("T")
 PRESETS = Path(__file__).with_name("presets")
-VERBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "generate", "benchmark")
+VERBS = (
+    "prepare", "pretrain", "finetune", "sweep", "evaluate", "generate", "export", "benchmark",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

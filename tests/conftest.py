@@ -47,6 +47,8 @@ LONGEST = (
     ("tests/infra/test_stall.py",),
     ("tests/infra/test_tracking.py",),
     ("tests/pipelines/test_launch.py",),
+    ("tests/pipelines/test_gpu_check.py",),
+    ("tests/pipelines/exporting/test_export.py",),
 )  # fmt: skip
 MOST_PROCESSES = 4  # each takes about a GiB, and the workers of Ray come on top
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, send
 
 
 def no_evaluation(state: State) -> Posterior:
@@ -48,7 +48,7 @@ class Clock:
     def uniform_like(self, gamma_BL: Tensor) -> Tensor:
         """``[B, L]`` float64 uniforms for the path's own choices, keyed (seed, row, step)."""
         rows, length = gamma_BL.shape
-        return self.draws.uniform(rows, length, Stream.PATH).to(gamma_BL.device)
+        return send(self.draws.uniform(rows, length, Stream.PATH), gamma_BL.device)
 
 
 class Path(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.paths.order import open_BL, quota, reveal_first
 from dsl.posterior import Posterior
-from dsl.state import State, flat
+from dsl.state import State, flat, send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,10 @@ class EntropyBounded:
     def target(
         self, state: State, posterior: Posterior, carry: None, clock: Clock
     ) -> tuple[Tensor, None]:
-        at_N = flat(open_BL(state))
+        at_N = flat(open_BL(state.host))
         entropy_BL = torch.full_like(state.gamma_BL, torch.inf, dtype=torch.float64)
-        entropy_BL.view(-1)[at_N] = posterior.entropy_at(at_N).to(entropy_BL)
+        there_N = send(at_N, entropy_BL.device)
+        entropy_BL.view(-1)[there_N] = posterior.entropy_at(at_N).to(entropy_BL)
         sorted_BL = entropy_BL.sort(dim=1).values
         # Sorted, the largest of the first k is the k-th: what counts is the sum before it.
         before_BL = sorted_BL.cumsum(1).roll(1, dims=1)

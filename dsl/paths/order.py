@@ -12,7 +12,7 @@ from torch import Tensor
 from dsl.errors import PathError
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import Knowledge, State, send
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,11 @@ class Order:
         keys = range(length) if self.order == "left_to_right" else self.order
         if len(keys) != length:
             raise PathError(f"order has {len(keys)} keys but the text has {length} positions")
-        return torch.tensor(list(keys), dtype=torch.float64, device=gamma_BL.device).expand_as(
-            gamma_BL
-        )
+        key_L = torch.tensor(list(keys), dtype=torch.float64)
+        return send(key_L, gamma_BL.device).expand_as(gamma_BL)
 
 
-def open_BL(state: State) -> Tensor:
+def open_BL(state: Knowledge) -> Tensor:
     """True where a token is still to be revealed."""
     return ~state.revealed_BL & ~state.frozen_BL
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.paths.masked import ALPHA
 from dsl.posterior import Posterior
-from dsl.state import State, flat
+from dsl.state import State, flat, send
 
 # The chance that a token is masked again: one for all, or [B, L] in float64.
 Chance = float | Tensor
@@ -93,7 +93,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 class Memory(NamedTuple):
-    """What rule ``conf`` remembers: minus each token's probability when it was revealed."""
+    """What rule ``conf`` remembers: minus each token's probability when it was revealed; which
+    tokens were, on the CPU; and the posterior of the last call."""
 
     doubt_BL: Tensor
     revealed_BL: Tensor
@@ -104,13 +105,15 @@ class Memory(NamedTuple):
 
         Tokens that were there before the first call are looked up in its posterior instead.
         """
-        revealed_BL = state.revealed_BL & ~state.frozen_BL
+        revealed_BL = state.host.revealed_BL & ~state.host.frozen_BL
         at_N = flat(revealed_BL & ~self.revealed_BL)
-        doubt_BL = self.doubt_BL.masked_fill(~revealed_BL, -torch.inf)
+        hidden_BL = send(~revealed_BL, self.doubt_BL.device)
+        doubt_BL = self.doubt_BL.masked_fill(hidden_BL, -torch.inf)
         if len(at_N):
             source = posterior if self.posterior is None else self.posterior
-            tokens_N = state.tokens_BL.flatten()[at_N]
-            doubt_BL.view(-1)[at_N] = -source.confidence_at(at_N, tokens_N).to(doubt_BL)
+            there_N = send(at_N, doubt_BL.device)
+            tokens_N = state.tokens_BL.flatten()[there_N]
+            doubt_BL.view(-1)[there_N] = -source.confidence_at(at_N, tokens_N).to(doubt_BL)
         return Memory(doubt_BL, revealed_BL, posterior)
 
 
@@ -158,7 +161,7 @@ class Remask:
         if not RULES[self.rule].reads_confidence:
             return None
         doubt_BL = torch.full_like(state.gamma_BL, -torch.inf, dtype=torch.float64)
-        return Memory(doubt_BL, torch.zeros_like(state.frozen_BL), None)
+        return Memory(doubt_BL, torch.zeros_like(state.host.frozen_BL), None)
 
     def target(
         self, state: State, posterior: Posterior, carry: Memory | None, clock: Clock

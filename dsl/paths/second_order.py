@@ -14,7 +14,7 @@ from dsl.paths.clock import Clock, Reports
 from dsl.paths.sentence_sde import SentenceSDE
 from dsl.paths.token_sde import TokenSDE
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, send
 
 
 class Extrapolated(Posterior):
@@ -29,7 +29,7 @@ class Extrapolated(Posterior):
         return self.posterior._log_probs_unrevealed(at_N)
 
     def mean_at(self, at_N: Tensor) -> Tensor:
-        return self.drift_BLD.flatten(0, 1)[at_N]
+        return self.drift_BLD.flatten(0, 1)[self._sent(at_N)]
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
         return self.posterior.with_rows(state, rows_R, fresh)
@@ -67,10 +67,11 @@ class SecondOrder:
         self, state: State, posterior: Posterior, carry: Carry, clock: Clock
     ) -> tuple[Tensor, Carry]:
         gamma_BL, inner = self.path.target(state, posterior, carry.path, clock)
-        moves_BL = ~state.frozen_BL & (gamma_BL > state.gamma_BL)
+        gamma_BL, now_BL = gamma_BL.cpu(), state.host.gamma_BL
+        moves_BL = ~state.host.frozen_BL & (gamma_BL > now_BL)
         if not moves_BL.any():
             return gamma_BL, Carry(inner, None, None, None)
-        step_BL = torch.where(moves_BL, gamma_BL - state.gamma_BL, 0.0)
+        step_BL = send(torch.where(moves_BL, gamma_BL - now_BL, 0.0), state.z_BLD.device)
         x_hat_BLD = posterior.mean()
         drift = posterior
         if carry.x_hat_BLD is not None and carry.step_BL is not None:

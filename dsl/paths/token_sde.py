@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import OnHost, State, send
 
 
 class Carry(NamedTuple):
@@ -127,17 +127,20 @@ def jvp(state: State, x_hat_BLD: Tensor, clock: Clock) -> Tensor:
 
     Costs one call: a forward-mode evaluation of the denoiser.
     """
-    moves_BL = ~state.revealed_BL & ~state.frozen_BL
-    direction_BLD = x_hat_BLD * moves_BL[..., None]
+    host = state.host
+    fixed_BL = host.revealed_BL | host.frozen_BL
     # A denoiser may treat gamma 0 as a constant; as faint evidence z = 0 has a derivative.
-    faint_BL = state.gamma_BL.clamp_min(torch.finfo(state.gamma_BL.dtype).tiny)
-    gamma_BL = torch.where(moves_BL, faint_BL, state.gamma_BL)
+    faint_BL = host.gamma_BL.clamp_min(torch.finfo(host.gamma_BL.dtype).tiny)
+    faint = OnHost(torch.where(fixed_BL, host.gamma_BL, faint_BL), host.frozen_BL)
+    gamma_BL, moves_BL = (send(each, state.z_BLD.device) for each in (faint.gamma_BL, ~fixed_BL))
+    direction_BLD = x_hat_BLD * moves_BL[..., None]
     # Forward mode has rules for the plain attention kernel only.
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         z_BLD = forward_ad.make_dual(  # type: ignore[no-untyped-call]
             state.z_BLD, direction_BLD.to(state.z_BLD)
         )
-        answer = clock.evaluate(replace(state, z_BLD=z_BLD, gamma_BL=gamma_BL))
+        seen = replace(state, z_BLD=z_BLD, gamma_BL=gamma_BL).with_host(faint)
+        answer = clock.evaluate(seen)
         dual = forward_ad.unpack_dual(answer.mean())  # type: ignore[no-untyped-call]
     if dual.tangent is None:  # the answer does not depend on z at all
         return torch.zeros_like(x_hat_BLD[..., 0])

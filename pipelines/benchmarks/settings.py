@@ -124,7 +124,8 @@ class FeaturesConfig(Counts):
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(RunSettings, Counts):
     """Which benchmarks run (`only`), the rounds that each procedure is timed for, and the threads
-    of the CPU (None: torch's choice)."""
+    of the CPU (None: torch's choice). `filled` is the step by which a GPU's utilisation is judged.
+    """
 
     name: str = "benchmark"
     only: tuple[Name, ...] = ("sampler", "train", "converter")
@@ -133,6 +134,7 @@ class BenchmarkConfig(RunSettings, Counts):
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     train: StepConfig = field(default_factory=StepConfig)
+    filled: StepConfig = field(default_factory=lambda: StepConfig(rows=16, length=1024))
     converter: EvidenceConfig = field(default_factory=EvidenceConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
     evaluate: FeaturesConfig = field(default_factory=FeaturesConfig)

@@ -6,6 +6,7 @@ Shapes: R rounds, B rows, L positions, V tokens, D table dimension, W backbone w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ def run(config: BenchmarkConfig) -> Table:
         del bare["reference"], bare["dsl"]  # room for one more set of weights
         workers = {**bare, "sharded": sharded(config, mesh)}
         looped = interleaved(workers, config.rounds, device)
+        del bare, workers
+        utilised = list(_utilisation(config, mesh))
     peaks = {name: measure.peak_gib(two_steps, config, name) for name in LOSSES}
     size = config.train
     note = (
@@ -47,7 +50,7 @@ def run(config: BenchmarkConfig) -> Table:
         "loss, without what its backward pass recomputes."
     )
     rows = [*_steps(config, timed, work), *_memory(config, peaks)]
-    return table("Training step", note, [*rows, *_worker(config, looped, work["mdlm"])])
+    return table("Training step", note, [*rows, *_worker(config, looped), *utilised])
 
 
 def procedure(config: BenchmarkConfig, name: str, device: torch.device) -> Procedure:
@@ -102,10 +105,9 @@ def two_steps(config: BenchmarkConfig, name: str) -> None:
     step(1)
 
 
-def sharded(config: BenchmarkConfig, mesh: object) -> Procedure:
-    """The step that runs under Ray Train, in this one process; compiled where there is a GPU."""
-    device = parallel.device()
-    sharding = ParallelConfig(compile=device.type == "cuda")
+def sharded(config: BenchmarkConfig, mesh: object, *, compile: bool = False) -> Procedure:
+    """The step that runs under Ray Train, in this one process."""
+    device, sharding = parallel.device(), ParallelConfig(compile=compile)
     learner = Learner(_objective(config, "mdlm", device), TrainConfig(), mesh, sharding)
     microbatch_BL = microbatch(config)
     return lambda number: learner.step(STEP, {LANE: microbatch_BL})
@@ -113,26 +115,15 @@ def sharded(config: BenchmarkConfig, mesh: object) -> Procedure:
 
 @torch.no_grad()
 def flops(config: BenchmarkConfig, name: str, device: torch.device) -> float:
-    """Floating-point operations of a step: matrix products, 2 for a multiply and an add.
-
-    Only predicted positions need logits, and only those with evidence need the converter; how many
-    there are depends on the draws.
-    """
+    """Floating-point operations of a step with the draws that are timed."""
     objective = _objective(config, name, device)
     tokens_BL = torch.from_numpy(microbatch(config)).to(device)
     metrics = objective(tokens_BL, _draws(device)).metrics
     evidence = float(metrics.get("evidence_share", 0.0))
     predicted = evidence + float(metrics["masked_share"])
-    given = objective.denoiser.config
-    width, dim = given.backbone.width, given.embed_dim
-    # Forward and backward take three times the products of a forward pass.
-    head, logits, converter = (
-        6 * given.backbone.tokens * inner
-        for inner in (width, width + dim * given.skip, width + dim)
+    return tokens_BL.numel() * objective.denoiser.flops_per_token(
+        config.train.length, predicted=predicted, evidence=evidence
     )
-    per_token = objective.denoiser.backbone.flops_per_token(config.train.length) - head
-    per_token += predicted * logits + evidence * converter
-    return tokens_BL.numel() * per_token
 
 
 def microbatch(config: BenchmarkConfig) -> np.ndarray:
@@ -178,13 +169,20 @@ def _memory(config: BenchmarkConfig, peaks: Mapping[str, float]) -> Iterator[Row
         yield ratio(f"{name}_memory", title, what, peaks[name], other, unit="GiB", bar=bar)
 
 
-def _worker(config: BenchmarkConfig, timed: Mapping[str, np.ndarray], work: float) -> Iterator[Row]:
+def _worker(config: BenchmarkConfig, timed: Mapping[str, np.ndarray]) -> Iterator[Row]:
     tokens = config.train.rows * config.train.length
     bare_R, sharded_R = (tokens / timed[name] / 1e3 for name in ("mdlm", "sharded"))
     what, bar = "FSDP2 on one worker", Bar("≥", 0.98, _here(config))
     yield ratio("sharded", what, "bare loop", sharded_R, bare_R, unit="k tokens/s", bar=bar)
-    if peak := parallel.peak_flops():  # of a GPU that is known
-        rate_R = work / timed["sharded"] / 1e12
-        bar = Bar("≥", 0.4, config.model == ModelConfig() and config.train.length == 1024)
-        what, most = "MFU, compiled", peak / 1e12
-        yield ratio("mfu", what, "data sheet", rate_R, most, unit="TFLOP/s", bar=bar)
+
+
+def _utilisation(config: BenchmarkConfig, mesh: object) -> Iterator[Row]:
+    """Of a GPU that is known: compiled, at a size that fills it."""
+    if not (peak := parallel.peak_flops()):
+        return
+    device, config = parallel.device(), replace(config, train=config.filled)
+    timed = interleaved({"mfu": sharded(config, mesh, compile=True)}, config.rounds, device)
+    rate_R = flops(config, "mdlm", device) / timed["mfu"] / 1e12
+    bar = Bar("≥", 0.4, config.model == ModelConfig() and config.train.length == 1024)
+    what = f"MFU, compiled, B={config.train.rows}, L={config.train.length}"
+    yield ratio("mfu", what, "data sheet", rate_R, peak / 1e12, unit="TFLOP/s", bar=bar)

@@ -91,7 +91,7 @@ class HubFeaturizer(HubReader):
             features_NF = np.empty((len(ids), network.config.hidden_size), np.float32)
             for batch in hub.batches(ids, self.batch, device):
                 read = network(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)
-                features_BF = pool(read.last_hidden_state, batch.mask_BL, self.pooling)
+                features_BF = pool(read.last_hidden_state.float(), batch.mask_BL, self.pooling)
                 features_NF[batch.rows] = features_BF.cpu().numpy()
             return Features(features_NF, np.array([len(row) for row in ids], np.int64))
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dsl.precision import Precision, dtype_of, products_in
 from infra.errors import ConfigError, DataError, InfraError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -33,7 +34,7 @@ Head = Literal["AutoModel", "AutoModelForCausalLM"]
 
 
 class Opened(NamedTuple):
-    """``network`` in float32 and evaluation mode; ``start`` is the id that opens a text."""
+    """``network`` in evaluation mode; ``start`` is the id that opens a text."""
 
     tokenizer: Any
     network: Any
@@ -57,8 +58,15 @@ def check(model: str, head: Head, *, max_tokens: int, where: str) -> None:
         raise ConfigError(f"{where.rpartition('.')[0]}.max_tokens", why, f"At most {positions}")
 
 
-def open(model: str, head: Head, device: torch.device | str, *, where: str) -> Opened:
-    """A model on a device; the errors of `check` but for ConfigError."""
+def open(
+    model: str,
+    head: Head,
+    device: torch.device | str,
+    *,
+    where: str,
+    precision: Precision = "auto",
+) -> Opened:
+    """A model on a device, its weights in float32; the errors of `check` but for ConfigError."""
     import transformers
     from transformers.utils import logging
 
@@ -82,7 +90,9 @@ def open(model: str, head: Head, device: torch.device | str, *, where: str) -> O
         raise DataError(where, why, "Name a model that was saved with them")
     network.config.use_cache = False
     _fuse_activations(network)
-    return Opened(seen.tokenizer, network.to(device).eval(), seen.start)
+    network = network.to(device).eval()
+    _lower(network, dtype_of(precision, device))
+    return Opened(seen.tokenizer, network, seen.start)
 
 
 def _fuse_activations(network: Any) -> None:
@@ -93,6 +103,30 @@ def _fuse_activations(network: Any) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def _lower(network: Any, dtype: torch.dtype) -> None:
+    """Have a network compute its matrix products in a dtype, but for the logits.
+
+    Logits of GPT-2 lie around -100, where neighbours in bfloat16 are half a nat apart.
+    """
+    if dtype == torch.float32:
+        return
+    forward, device = network.forward, network.device
+
+    def lowered(**inputs: Any) -> Any:
+        with products_in(dtype, device):
+            return forward(**inputs)
+
+    network.forward = lowered
+    if (head := network.get_output_embeddings()) is not None:
+        project = head.forward
+
+        def exact(hidden: Tensor) -> Tensor:
+            with torch.autocast(device.type, enabled=False):
+                return project(hidden.float())
+
+        head.forward = exact
 
 
 def find(model: str, where: str) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dsl.denoiser import Denoiser
+from dsl.precision import Precision
 from pipelines import models
 from pipelines.evaluation import hub
 from pipelines.models import ConverterConfig, Model
@@ -63,10 +64,12 @@ class NetworkReader(Reader):
 @dataclass(frozen=True, kw_only=True)
 class PretrainedReader(NetworkReader):
     """A network in the files of Hugging Face. It sees `max_tokens` of its own tokenizer's at once,
-    and `batch` texts of like length share a call."""
+    and `batch` texts of like length share a call. `precision`: of its matrix products, `auto` takes
+    bfloat16 on a GPU and float32 elsewhere."""
 
     max_tokens: int = 1024
     batch: int = 8
+    precision: Precision = "auto"
 
     head: ClassVar[hub.Head]
     where: ClassVar[str]  # the dotted path of what names it in the configuration
@@ -94,7 +97,8 @@ class PretrainedReader(NetworkReader):
         hub.check(self.place(), self.head, max_tokens=self.max_tokens, where=self.where)
 
     def open(self, device: torch.device | str) -> hub.Opened:
-        return hub.open(self.place(), self.head, device, where=self.where)
+        place, precision = self.place(), self.precision
+        return hub.open(place, self.head, device, where=self.where, precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True)

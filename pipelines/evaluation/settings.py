@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, make_dataclass
 from typing import Literal, Union
 
+from dsl.precision import Precision
 from infra.pool import PoolConfig
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM, PathConfig
 from pipelines.evaluation.gate import require_resamples
@@ -39,9 +40,10 @@ class Questions(Sections):
     """What is asked of models, whichever they are; `paths` go by names of your choice.
 
     At most `corpus_rows` rows of the training split say which words there are and how frequent
-    tokens are. `batch` rows at a time share a denoiser call, and are what a kill can lose. The
-    sections of the questions stand beside these; those that are None by
-    default are left out where they are not given.
+    tokens are. `batch` rows at a time share a denoiser call, and are what a kill can lose.
+    `precision` is that of our models' matrix products: `auto` takes bfloat16 on a GPU and float32
+    elsewhere; networks of others have a setting of their own. The sections of the questions stand
+    beside these; those that are None by default are left out where they are not given.
     """
 
     paths: dict[str, PathConfig] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Questions(Sections):
     seed: int = 0
     batch: int = 64
     corpus_rows: int = 20_000
+    precision: Precision = "auto"
     workers: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:

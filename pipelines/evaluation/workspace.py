@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from dsl.precision import dtype_of
 from dsl.vocabulary import Vocabulary
 from pipelines import models
 from pipelines.evaluation.cells import REFERENCES
@@ -90,8 +92,9 @@ class Workspace:
 
     def _open(self, name: str) -> Model:
         model = models.load_folder(self.folder / MODELS / name)
-        model.denoiser.to(self.device).eval()
-        return model
+        denoiser = model.denoiser.to(self.device).eval()
+        dtype = dtype_of(self.config.precision, self.device)
+        return replace(model, denoiser=denoiser.computing_in(dtype))
 
 
 def copied(address: str) -> str:

@@ -47,10 +47,22 @@ def scratch(
 def given(config: RunConfig, converter: ConverterConfig) -> Model:
     """The model at `init`; converter: of one that comes without."""
     uri = tracking.locate(config.tracking, config.root)
-    return models.load(config.init, converter=converter, tracking_uri=uri, backbone=config.backbone)
+    return models.load(
+        config.init,
+        converter=converter,
+        tracking_uri=uri,
+        backbone=config.backbone,
+        adapt=config.adapt,
+    )
 
 
-def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict[str, Any]:
+def plan(
+    config: RunConfig,
+    converter: ConverterConfig,
+    objective: Callable[[Denoiser], Objective],
+    *,
+    causal: bool,
+) -> dict[str, Any]:
     """What a run would take, for `--dry-run`."""
     manifests = read_manifests(config.mixture)
     manifest = next(iter(manifests.values()))
@@ -64,7 +76,7 @@ def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict
     rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
     tokens = config.train.steps * rows * manifest.length
     parameters = sum(p.numel() for p in denoiser.parameters())
-    flops = denoiser.backbone.flops_per_token(manifest.length) * tokens
+    flops = objective(denoiser).flops_per_token(manifest.length) * tokens
     return {
         "run": config.folder.url,
         "init": config.init,
@@ -76,7 +88,7 @@ def plan(config: RunConfig, converter: ConverterConfig, *, causal: bool) -> dict
         "epochs": _epochs(config, manifests),
         # Weights, their average and AdamW's two moments, in float32.
         "checkpoint_bytes": 4 * 4 * parameters,
-        "training_flops": flops,
+        "training_flops": round(flops),
         "h100_hours_at_40_percent": round(flops / H100_FLOPS / 3600, 4),
     }
 
@@ -124,7 +136,9 @@ class TrainingTask(runs.Task):
         Mixture.of(mixture, self.manifests, "train", config.train.stream)
         worker.validation_rows(mixture, self.manifests, config.train)
         if not models.exists(folder / "init"):
-            self._save(folder / "init", self.initial(self.vocabulary))
+            denoiser = self.initial(self.vocabulary)
+            models.require_room(denoiser, next(iter(self.manifests.values())).length, "init")
+            self._save(folder / "init", denoiser)
         return runs.dataset(
             {mixture.sources[name]: manifest for name, manifest in self.manifests.items()}
         ), self.tags

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from dsl.denoiser import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
+from dsl.state import send
 from infra import parallel
 from infra.mixture import ALONE
 from infra.parallel import ParallelConfig
@@ -69,8 +71,9 @@ class Learner:
 
     def step(
         self, step: int, microbatches: Microbatches, sources: Mapping[int, str] = NO_NAMES
-    ) -> dict[str, float]:
-        """One optimizer step over all lanes of all workers; the means of its metrics.
+    ) -> parallel.Means:
+        """One optimizer step over all lanes of all workers; the means of its metrics, and its
+        learning rate.
 
         sources: the names of the sources that the microbatches of all workers' lanes are of; of
         each one that has a name the mean loss is told.
@@ -94,7 +97,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.objective)
         found = _mean_loss(list(losses.values())) | _by_source(losses, sources)
-        return parallel.mean_over_ranks(found) | {"grad_norm": norm.item(), "lr": lr}
+        return parallel.Means(found | {"grad_norm": norm, "lr": lr}, parallel.world()[1])
 
     @torch.no_grad()
     def validate(
@@ -150,16 +153,16 @@ class Learner:
         return found | {"converter/beta": parallel.full(denoiser.converter.beta).item()}
 
     def _loss(self, module: Objective, step: int, lane: int, rows_RL: np.ndarray) -> Loss:
-        draws = generator(self.config.stream.seed, step, lane, self.device)
+        draws = generator(self.config.stream.seed, step, lane)
         # Dropout, where there is any, draws from torch's own generator.
         torch.manual_seed(draws.initial_seed())
         return module(self._on_device(rows_RL), draws)
 
     def _on_device(self, rows_RL: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows_RL).to(self.device, torch.int64)
+        return send(torch.from_numpy(rows_RL).to(torch.int64), self.device)
 
 
-def _mean_loss(losses: list[Loss]) -> dict[str, float]:
+def _mean_loss(losses: list[Loss]) -> dict[str, float | Tensor]:
     """Means over this worker's microbatches."""
     return _mean([{"loss": loss.value.detach(), **loss.metrics} for loss in losses])
 
@@ -174,5 +177,7 @@ def _by_source(losses: Mapping[int, Loss], sources: Mapping[int, str]) -> dict[s
     return found
 
 
-def _mean(rows: Sequence[Mapping[str, float | Tensor]]) -> dict[str, float]:
-    return {key: sum(float(row[key]) for row in rows) / len(rows) for key in rows[0]}
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """In float64, in order."""
+    wide = [{k: torch.as_tensor(v, dtype=torch.float64) for k, v in row.items()} for row in rows]
+    return {key: sum(row[key] for row in wide) / len(rows) for key in rows[0]}

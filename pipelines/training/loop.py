@@ -77,6 +77,7 @@ def train(
         every, mixture = range(config.stream.num_lanes), data.schedule.config
         progress = _progress(learner, sharding, done or 0, length, saved, monitor.what)
         batches, heeded = data.batches(lanes, done or 0), Notice.NONE
+        before: Mapping[str, float] | None = None  # the metrics of the last step
 
         with monitor.following(done):
             while progress.step < config.steps and heeded is not Notice.END:
@@ -86,22 +87,32 @@ def train(
                     microbatches = _next(batches, checkpoints)
                 monitor.doing(f"in step {step}")
                 with progress.stepping():
-                    metrics = learner.step(step, microbatches, data.schedule.names(every, step - 1))
-                _must_be_finite(step, metrics, checkpoints)
+                    names = data.schedule.names(every, step - 1)
+                    metrics: Mapping[str, float] = learner.step(step, microbatches, names)
+                    # Of a step whose metrics nobody needs, looked at while the next one computes.
+                    if before:
+                        _must_be_finite(step - 1, before, checkpoints)
+                before = metrics
                 monitor.finished(step)
                 notice = monitor.notice()
                 last = step == config.steps
+                saving = last or step % config.checkpoint.every == 0 or notice > heeded
                 validated = last or step % config.validate_every == 0
+                logging = validated or step % config.log_every == 0
+                if saving or logging:
+                    _must_be_finite(step, metrics, checkpoints)
                 if validated:
                     monitor.doing(f"in the validation after step {step}")
-                    metrics |= learner.validate(held_out, mixture.shares(step), bounds)
-                if validated or step % config.log_every == 0:
+                    found = learner.validate(held_out, mixture.shares(step), bounds)
+                    metrics = {**metrics, **found}
+                if logging:
                     counted = parallel.sum_over_ranks(data.counts())
-                    monitor.log(step, metrics | counted | progress.metrics(checkpoints.last))
+                    speed = progress.metrics(checkpoints.last, checkpoints.failures)
+                    monitor.log(step, {**metrics, **counted, **speed})
                 if validated:
                     monitor.report(step, metrics)
                 progress.line(metrics)
-                if last or step % config.checkpoint.every == 0 or notice > heeded:
+                if saving:
                     monitor.doing(f"in the checkpoint of step {step}")
                     monitor.sync()
                     checkpoints.save(step, learner.tensors(), meta=progress.saving())
@@ -143,7 +154,7 @@ def _progress(
         learner.config.steps,
         done,
         tokens=tokens,
-        flops=tokens * learner.objective.denoiser.backbone.flops_per_token(length),
+        flops=tokens * learner.objective.flops_per_token(length),
         peak=peak and peak * parallel.world()[1],
         saved=saved,
         what=what,

@@ -76,8 +76,9 @@ class Progress:
         self.saved_at[self.step] = time.perf_counter()
         return {"began": self.began, "useful_s": self.useful}
 
-    def metrics(self, committed: int | None) -> dict[str, float]:
-        """Rates since the last `line`, and totals so far. committed: the last checkpoint's step.
+    def metrics(self, committed: int | None, failed: int = 0) -> dict[str, float]:
+        """Rates since the last `line`, and totals so far. committed: the last checkpoint's step;
+        failed: how many checkpoints have failed since.
 
         Goodput is the share of the time since the run was first started that went into steps that
         were not lost, by the clock of this machine. Peak memory is that of this process.
@@ -95,6 +96,7 @@ class Progress:
             "step_s_p99": float(p99),
             "goodput_percent": min(100 * self.useful / max(time.time() - self.began, 1e-9), 100.0),
             "checkpoint_age_s": now - self.saved_at.get(committed or self.first, self.start),
+            "failed_checkpoints": failed,
             "peak_memory_gib": peak_memory() / 2**30,
             "eta_s": self.eta(now),
         }
@@ -166,6 +168,8 @@ GAUGES = (
         "speed/checkpoint_age_s",
         "since the last committed checkpoint",
     ),
+    Gauge("dsl_failed_checkpoints", "speed/failed_checkpoints", "since the last committed one"),
+    Gauge("dsl_eta_seconds", "speed/eta_s", "that the remaining steps will take"),
 )
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dsl.denoiser import BackboneShape
+from dsl.huggingface import Adapt
 from infra.cluster import ClusterConfig
 from infra.mixture import MixtureConfig
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
+from pipelines.models import SCRATCH
 from pipelines.verb import RunSettings
 
 
@@ -130,15 +132,20 @@ class TrainingConfig:
     """How weights are trained, from what, and on what.
 
     `init` is the address of a model, or `scratch`. `backbone` is that of `scratch`; any other
-    `init` brings its own, dropout included, and what is said here must agree with it.
+    `init` brings its own, dropout included, and what is said here must agree with it. `adapt` is
+    for a causal model of the transformers library, which is to see both sides: `shift` has it
+    answer for the next position, as it was trained to, `no_shift` for the position itself.
     """
 
     init: str
+    adapt: Adapt | None = None
     backbone: BackboneShape | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
+        if self.adapt and self.init == SCRATCH:
+            raise ValueError("adapt is for a causal model at init, and init is scratch")
         for count in self.workers.counts:
             if self.train.stream.num_lanes % count:
                 raise ValueError(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dsl.posterior
+import dsl.chunks
 from dsl.converter import Converter, Mixture, mask_bias, weights
 from dsl.denoiser import TokenTable
 from dsl.exact import ExactDenoiser
@@ -146,7 +146,7 @@ def test_the_mixture_s_gradients_are_those_of_the_formula(monkeypatch):
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in [(7, DIM + 1), (TOKENS + 1, DIM + 1), (TOKENS + 1, 4)]
     ]
-    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 3 * (TOKENS + 1))
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", 3 * (TOKENS + 1))
     assert torch.autograd.gradcheck(Mixture.apply, arguments)
     query_NK, key_UK, values_UW = arguments
     plain_NW = weights(query_NK, key_UK) @ values_UW
@@ -178,7 +178,7 @@ def test_chunks_change_nothing(monkeypatch):
     state = random_state(dtype=torch.float64)
     values_UW = torch.randn(TOKENS + 1, 8, dtype=torch.float64, requires_grad=True)
     whole = gradients(converter, table, state, values_UW)
-    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 2 * (TOKENS + 1))
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", 2 * (TOKENS + 1))
     for one, other in zip(whole, gradients(converter, table, state, values_UW), strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
@@ -217,7 +217,7 @@ def test_positions_times_vocabulary_never_exists(monkeypatch):
     state = State.from_tokens(
         table(), ones_BL.long(), torch.zeros(rows, length, dtype=torch.bool), ones_BL
     )
-    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 4 * (tokens + 1))
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", 4 * (tokens + 1))
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def test_a_reading_is_of_the_weights_that_mix(monkeypatch: pytest.MonkeyPatch) -
     tokens_N = torch.randint(TOKENS, (7,))
     with torch.no_grad():
         weights_NU = Mixture.apply(*made.asked(z_ND, table_VD), slots())
-    monkeypatch.setattr(dsl.posterior, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", 1)
     read = made.read(z_ND, tokens_N, table_VD)
     entropy_N = torch.distributions.Categorical(probs=weights_NU).entropy()
     torch.testing.assert_close(read.entropy_N, entropy_N)

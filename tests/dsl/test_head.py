@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import dsl.head
+import dsl.chunks
 from dsl.head import nats
 
 N, W, V = 7, 5, 11
@@ -32,7 +32,7 @@ def gradients(function, given, weight_N):
 @pytest.mark.parametrize("positions", [0, 1, 6, N])
 @pytest.mark.parametrize("chunk", [1, 3, 100], ids="chunks of {}".format)
 def test_values_and_gradients_are_those_of_the_plain_formula(monkeypatch, positions, chunk):
-    monkeypatch.setattr(dsl.head, "CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", chunk * V / 2)
     case = given(positions=positions)
     weight_N = torch.arange(positions, dtype=torch.float64) - 1.5
     torch.testing.assert_close(nats(*case), plain(*case))
@@ -55,7 +55,7 @@ def test_the_gradient_of_the_head_is_not_rounded_after_every_chunk(monkeypatch):
     exact = gradients(plain, given(positions=512, width=16), torch.ones(512))
 
     def error(chunk):
-        monkeypatch.setattr(dsl.head, "CHUNK_ELEMENTS", chunk * V)
+        monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", chunk * V / 2)
         case = given(torch.bfloat16, positions=512, width=16)
         found = gradients(nats, case, torch.ones(512))[1]
         return ((found.double() - exact[1]).norm() / exact[1].norm()).item()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsl import posterior as posterior_module
+from dsl import chunks
 from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTConfig
@@ -265,7 +265,7 @@ def test_a_network_is_measured_without_gradients_and_in_chunks(
     whole = views()
     assert not any(values.requires_grad for values in whole)
     assert all(values.isfinite().all() for values in whole)
-    monkeypatch.setattr(posterior_module, "CHUNK_ELEMENTS", 20)  # four positions a chunk
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 20)  # four positions a chunk
     for chunked, values in zip(views(), whole, strict=True):
         torch.testing.assert_close(chunked, values)
 

@@ -255,3 +255,24 @@ def test_flat_weights_leave_the_plain_cross_entropy_of_the_same_masks(tokens_BL)
     torch.testing.assert_close(flat.value.detach(), flat.metrics["masked_nats"])
     assert torch.equal(flat.metrics["masked_nats"], bound.metrics["masked_nats"])
     assert bound.value > flat.value
+
+
+@pytest.mark.parametrize(
+    ("objective", "predicted", "evidence"),
+    [
+        (lambda: ARObjective(make(causal=True)), 1.0, 0.0),
+        (lambda: MDLMObjective(make()), (1 + EPS) / 2, 0.0),
+        (lambda: DSLObjective(make(), LogNormal()), 1.0, 1.0),
+        (lambda: DSLObjective(make(), Roar()), (L + 1) / (2 * L), 0.0),
+    ],
+    ids=["ar", "mdlm", "dsl of evidence", "dsl of endpoints"],
+)
+def test_flops_are_of_the_positions_that_are_predicted(objective, predicted, evidence):
+    """Against counts of the products: the backbone everywhere, head and converter where needed."""
+    objective = objective()
+    config = objective.denoiser.config
+    width, dim, tokens = config.backbone.width, config.embed_dim, config.backbone.tokens
+    body = 3 * config.backbone.blocks * (2 * 12 * width**2 + 4 * L * width)
+    head = 6 * tokens * (width + dim)  # the skip is a part of it
+    expected = body + predicted * head + evidence * head
+    assert objective.flops_per_token(L) == pytest.approx(expected)

@@ -222,7 +222,7 @@ def coupled(moves: int) -> type:
             each = FINEST // moves
             self.fine = [Draws(seed, first_row, step * each + k) for k in range(each)]
 
-        def normal(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        def normal(self, shape: torch.Size, dtype: torch.dtype, *device: object) -> Tensor:
             noise = torch.stack([draws.normal(shape, dtype) for draws in self.fine])
             return noise.sum(0) / math.sqrt(len(self.fine))
 

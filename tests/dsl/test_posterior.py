@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsl import posterior as posterior_module
+from dsl import chunks
 from dsl.state import State
 from tests.dsl.laws import Written, chi_square_p
 
@@ -63,7 +63,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = given(torch.randn(7, 5).double().log_softmax(-1))
     at_N, uniform_N = torch.arange(7), torch.rand(7, dtype=torch.float64)
     mean_ND, tokens_N = answer.mean_at(at_N), answer.draw(at_N, uniform_N)
-    monkeypatch.setattr(posterior_module, "CHUNK_ELEMENTS", 11)  # two positions a chunk
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 11)  # two positions a chunk
     answer.asked.clear()
     torch.testing.assert_close(answer.mean_at(at_N), mean_ND)
     assert torch.equal(answer.draw(at_N, uniform_N), tokens_N)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsl import posterior as posterior_module
+from dsl import chunks
 from dsl.likelihood import log_prob_of
 from dsl.noise import Draws
 from dsl.paths import Clock
@@ -146,7 +146,7 @@ def test_summaries_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -
     assert posterior.summarise(max_prob, at_N).tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
     expected = posterior.summarise(log_prob_of, at_N, tokens_N)
     assert expected.exp().tolist() == pytest.approx([0.625, 1, 0.5, 0.25, 1])
-    monkeypatch.setattr(posterior_module, "CHUNK_ELEMENTS", 8)  # two positions a chunk
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 8)  # two positions a chunk
     assert torch.equal(posterior.summarise(log_prob_of, at_N, tokens_N), expected)
     assert posterior.summarise(max_prob, at_N[:0]).shape == (0,)
 

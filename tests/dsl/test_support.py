@@ -179,3 +179,16 @@ def test_mixed_of_one_branch_alone_is_that_branch():
 def test_a_value_outside_its_range_is_refused_by_name(kind, field, value):
     with pytest.raises(ValueError, match=rf"^{field} must be .*{value}"):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "support",
+    [*SUPPORTS, Roar(gamma_min=0.5), Roar(gamma_max=30.0), Mixed(roar_share=0.7)],
+    ids=repr,
+)
+def test_shares_are_those_of_the_draws(support):
+    gamma = many(support, 200, 16, 7)
+    shares = support.shares(7)
+    assert gamma.isfinite().double().mean() == pytest.approx(shares.predicted, abs=0.02)
+    seen = (gamma > 0) & gamma.isfinite()
+    assert seen.double().mean() == pytest.approx(shares.evidence, abs=0.02)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl import truncation
+from dsl.chunks import CHUNK_ELEMENTS
 from dsl.paths import Masked, SentenceSDE
-from dsl.posterior import CHUNK_ELEMENTS, Posterior
+from dsl.posterior import Posterior
 from dsl.sampling import sample
 from dsl.state import State
 from dsl.truncation import Truncated

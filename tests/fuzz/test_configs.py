@@ -26,6 +26,7 @@ TYPES = {
     "sweep": "sweep.SweepConfig",
     "evaluate": "evaluate.EvaluateConfig",
     "generate": "generate.GenerateConfig",
+    "export": "export.ExportConfig",
     "benchmark": "benchmark.BenchmarkConfig",
 }
 

@@ -40,25 +40,26 @@ class MLflowServer:
     def __init__(self, folder: Path, database: str) -> None:
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.folder, self.database = folder, database
+        self.folder = folder
+        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        self.command += ["--port", str(self.port), "--workers", "1"]
+        self.command += ["--backend-store-uri", database]
+        self.command += ["--artifacts-destination", str(folder / "server-artifacts")]
+        self.environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process: subprocess.Popen[bytes] | None = None
 
     def up(self) -> None:
         """Returns once it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", self.database]
-        command += ["--artifacts-destination", str(self.folder / "server-artifacts")]
         with (self.folder / "server.log").open("ab") as output:
             self.process = subprocess.Popen(
-                command,
+                self.command,
                 stdout=output,
                 stderr=output,
                 cwd=self.folder,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env=self.environment,
                 start_new_session=True,
             )
-        until(self._healthy, 300)
+        until(self._healthy, 600)
 
     def down(self) -> None:
         """SIGKILL for it and the processes it serves with, which are one group."""
@@ -67,6 +68,8 @@ class MLflowServer:
             self.process.wait()
 
     def _healthy(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
         try:
             return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
         except OSError:

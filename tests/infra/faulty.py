@@ -96,12 +96,7 @@ class FaultyStore:
         self._store = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=_Quiet)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_port}",
-            "AWS_ACCESS_KEY_ID": KEY_ID,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        self.environment = environment(self._server.server_port)
         self._patch = mock.patch.dict(os.environ, self.environment)
         self._patch.start()
         for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
@@ -122,7 +117,8 @@ class FaultyStore:
         keys = [upload["Key"] for upload in self.filesystem.list_multipart_uploads(BUCKET)]
         return [key for key in keys if f"{BUCKET}/{key}".startswith(folder.path)]
 
-    def forget_clients(self) -> None:
+    @staticmethod
+    def forget_clients() -> None:
         """A client keeps the endpoint, the credentials and the patience it was made with."""
         import s3fs
 
@@ -157,6 +153,16 @@ class FaultyStore:
             )
         )
         return [body]
+
+
+def environment(port: int) -> dict[str, str]:
+    """What points clients to a store of this machine."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 def answer(status: int) -> Fault:

@@ -191,6 +191,86 @@ def test_validation_leaves_shards_behind() -> None:
         assert {type(p.data) for p in run.average.module.parameters()} == {DTensor}
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_operations_that_do_not_repeat_are_an_error_only_where_asked(deterministic: bool) -> None:
+    """As a mere warning, a GPU's attention would not repeat and nobody would be told."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with parallel.join(ParallelConfig(deterministic=deterministic)):
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.are_deterministic_algorithms_enabled() is before
+
+
+@pytest.mark.parametrize(
+    ("rank", "shown", "number"),
+    [(None, 4, 2), ("0", 4, 0), ("3", 4, 3), ("3", 1, 0), ("5", 4, 1)],
+    ids=["no launcher", "first", "last", "its own alone", "more processes than GPUs"],
+)
+def test_every_process_of_a_machine_takes_its_own_gpu(
+    rank: str | None, shown: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert parallel.device() == torch.device("cuda", number)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_the_peak_is_that_of_the_card(
+    name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert parallel.peak_flops() == (tflops and tflops * 1e12)
+
+
+def test_weights_are_gathered_once_for_all_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    config = ParallelConfig(compute_dtype="bfloat16")
+    with parallel.join(config) as mesh:
+        run = Trained(mesh, config)
+        groups = 1 + len(run.model.blocks)
+        gathered: list[int] = []
+        unshard = FSDPParamGroup.unshard
+
+        def counted(group: FSDPParamGroup, *args: Any) -> None:
+            begun = group.is_unsharded or group._all_gather_result is not None
+            gathered.append(not begun)
+            unshard(group, *args)
+
+        monkeypatch.setattr(FSDPParamGroup, "unshard", counted)
+        lanes = [batch(0, lane) for lane in range(4)]
+        parallel.accumulate(run.model, lanes, lambda lane: run.model(*lane))
+        # For the first lane's forward pass and, as the last one frees them, its backward pass.
+        assert sum(gathered) == 2 * groups
+        assert {type(p.data) for p in run.model.parameters()} == {DTensor}
+        together = full((n, p.grad) for n, p in run.model.named_parameters() if p.requires_grad)
+        run.optimizer.zero_grad()
+        for lane in lanes:  # gathered and reduced for each
+            parallel.accumulate(run.model, [lane], lambda lane: run.model(*lane) / len(lanes))
+        each = full((n, p.grad) for n, p in run.model.named_parameters() if p.requires_grad)
+        close(together, each)
+
+
 def test_numbers_below_the_smallest_are_zero_for_as_long_as_asked() -> None:
     tiny = torch.full((3,), 1e-40)
     with parallel.flushed():

@@ -74,6 +74,15 @@ def test_a_config_out_of_range(wrong: dict[str, int]) -> None:
         PoolConfig(**wrong)
 
 
+@pytest.mark.parametrize(("gpu", "seen"), [(True, "0,1"), (False, "")])
+def test_only_a_process_that_reserved_a_gpu_sees_any(
+    gpu: bool, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # what Ray leaves
+    pool._Worker(lambda: str, PoolConfig(threads=1, gpu=gpu))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_job_is_done_once_and_told_at_once(tmp_path: Path) -> None:
     """Though one process is killed, and while the first job waits for the others' results."""

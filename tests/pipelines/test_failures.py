@@ -52,22 +52,28 @@ class Explosive(Poisoned):
         return value + (value - value.detach()).sqrt()
 
 
-@pytest.mark.parametrize("objective", [Poisoned, Explosive])
+@pytest.mark.parametrize(
+    ("objective", "log_every"), [(Poisoned, 1), (Explosive, 1), (Poisoned, 99)]
+)
 def test_a_loss_that_is_no_number_ends_the_run(
     main: Callable[..., tiny.Outcome],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     data: Path,
     objective: type[Poisoned],
+    log_every: int,
 ) -> None:
+    """Metrics that are not logged are looked at one step late, and name their own step."""
     monkeypatch.setitem(MDLM.objectives, "mdlm", objective)
-    code, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", f"train.log_every={log_every}"]
+    code, said = main("pretrain", *argv)
     assert code == 2
     assert f"train.optimizer.lr: {objective.shown}" in said
     assert "the last good checkpoint is step 6" in said
     assert "Lower the learning rate" in said
     assert committed(str(tmp_path / "run" / "checkpoints")) == [3, 6]
-    assert [row["step"] for row in curve(tmp_path / "run")] == list(range(1, 8))
+    steps = [row["step"] for row in curve(tmp_path / "run")]
+    assert steps == list(range(1, 8)) if log_every == 1 else max(steps) < 8
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -274,6 +274,18 @@ def test_both_verbs_start_from_the_averaged_weights_of_init(
         assert all(torch.equal(start[name], given[name]) for name in given)
 
 
+def test_a_frozen_table_stays_and_the_rest_is_trained(
+    tmp_path: Path, data: str, whole: dict[str, Path]
+) -> None:
+    argv = arguments("finetune", data, tmp_path / "frozen", whole)
+    tiny.execute("finetune", *argv, "freeze_table=true")
+    trained = dsl.load(tmp_path / "frozen" / "model").state_dict()
+    began = dsl.load(tmp_path / "frozen" / "init").state_dict()
+    same = {name for name in trained if torch.equal(trained[name], began[name])}
+    assert "table.direction_VD" in same
+    assert not {name for name in same if name.startswith(("converter", "backbone.blocks"))}
+
+
 def test_another_seed_gives_another_run(tmp_path: Path, data: str, whole: dict[str, Path]) -> None:
     argv = arguments("pretrain", data, tmp_path / "run", whole)
     tiny.execute("pretrain", *argv, "train.stream.seed=1")

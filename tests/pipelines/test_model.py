@@ -95,6 +95,19 @@ def test_predicts_what_generate_draws(folder: Path) -> None:
         assert model.predict(None, ["teh cat"], correct) == drawn(folder, text="teh cat", **correct)
 
 
+def test_precision_is_that_of_generate(folder: Path) -> None:
+    model, texts = loaded(folder), [f"{letter}________" for letter in "abcdefghijkl"]
+    found = {
+        precision: model.predict(None, texts, {"precision": precision, "path": HYBRID})
+        for precision in ("auto", "float32", "bfloat16")
+    }
+    assert found["auto"] == found["float32"] == model.predict(None, texts, {"path": HYBRID})
+    path = dsl.paths.Hybrid(dsl.paths.SentenceSDE(gamma_max=9.0), dsl.paths.Masked(), split=(3, 4))
+    settings = {"path": path, "precision": "bfloat16"}
+    assert drawn(folder, text=texts[0], **settings) == found["bfloat16"][:1]
+    assert found["bfloat16"] != found["float32"]
+
+
 def test_every_form_of_input_and_any_batch(folder: Path) -> None:
     model, texts = loaded(folder), ["the ", "", "a__d", "b__e", ""]
     wanted = model.predict(None, texts)
@@ -122,6 +135,7 @@ def test_an_autoregressive_model_reads_from_left_to_right(tmp_path: Path) -> Non
         ({"length": 3}, "room for 3"),
         ({"nucleus": 0.0}, "nucleus must lie"),
         ({"batch": 0}, "batch must be at least 1 row"),
+        ({"precision": "half"}, "precision must be one of"),
     ],
 )
 def test_bad_parameters_are_told(folder: Path, params: dict[str, Any], said: str) -> None:

@@ -70,6 +70,13 @@ def test_features_are_those_of_mauve_text(folder: Path, max_tokens: int, batch: 
     assert len(np.unique(theirs.round(3), axis=0)) == len(TEXTS)  # no two alike: order shows
 
 
+def test_features_in_bfloat16_are_near(folder: Path) -> None:
+    full = featurize(folder, TEXTS, max_tokens=5, precision="float32")
+    half = featurize(folder, TEXTS, max_tokens=5, precision="bfloat16")
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - full).max() < 0.1 * np.abs(full).max()
+
+
 def test_a_bidirectional_model_does_not_see_the_padding(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 

@@ -79,6 +79,19 @@ def test_batches_do_not_change_figures(folder: Path, batch: int) -> None:
     np.testing.assert_array_equal(together.tokens_N, alone.tokens_N)
 
 
+def test_in_bfloat16_the_logits_stay_in_float32(unigram: tuple[Path, Any], folder: Path) -> None:
+    full, half = (
+        judged(folder, TEXTS, max_tokens=9, precision=name) for name in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(half.nats_N, full.nats_N, rtol=0.02)
+    assert not np.array_equal(half.nats_N, full.nats_N)
+    # Where the head alone decides, nothing is lost.
+    full, half = (
+        judged(unigram[0], TEXTS, max_tokens=9, precision=name) for name in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(half.nats_N, full.nats_N, rtol=1e-6)
+
+
 def test_windows_of_a_long_text_by_hand(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,173 @@
+"""A backbone that is a model of the `transformers` library, between table and head of DSL.
+
+The model's own network is kept, but for its two ends: the rows of its input embedding become the
+converter's values, and its vocabulary projection becomes the head. `dsl.huggingface` opens the
+folders of such models.
+
+Shapes: B rows, L positions, W input width, H hidden width, V tokens, U = V + 1 slots (the last is
+[MASK]), N special tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+# What the network was trained for, and the library's class for it.
+Trained = Literal["masked", "causal"]
+OPENED_BY: Mapping[Trained, str] = {
+    "masked": "AutoModelForMaskedLM",
+    "causal": "AutoModelForCausalLM",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignConfig:
+    """A model of the library by its own configuration, and how it is used.
+
+    tokens: V, all ids of its tokenizer; special ones, its own mask token included, are among them.
+    blocks: how many the network has.
+    settings: its configuration, as the library writes it into `config.json`.
+    trained: for which task. A causal network is used with attention to both sides.
+    start: None, or the id whose row stands in front of the text, so that the answer at a position
+        is what the network says one position before, as it was trained to.
+    mask: the id of its own mask token, if it has one.
+    never: ids of special tokens that no text holds, and that are therefore never predicted.
+    """
+
+    kind: Literal["transformers"] = "transformers"
+    tokens: int
+    blocks: int
+    settings: Mapping[str, Any]
+    trained: Trained = "masked"
+    start: int | None = None
+    mask: int | None = None
+    never: tuple[int, ...] = ()
+
+    causal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        named = [*self.never, *(id for id in (self.start, self.mask) if id is not None)]
+        if self.tokens < 1 or not all(0 <= id < self.tokens for id in named):
+            raise ValueError(f"the special tokens {named} are not all in [0, {self.tokens})")
+
+    def build(self) -> "ForeignBackbone":
+        return ForeignBackbone(self, network(self))
+
+
+class ForeignBackbone(nn.Module):
+    """``[B, L, W]`` inputs to ``[B, L, H]`` hidden states, the last before the vocabulary.
+
+    Args:
+        network: a masked or causal language model of the library, which is taken over: its input
+            embedding and its vocabulary projection leave it.
+    """
+
+    def __init__(self, config: ForeignConfig, network: Any) -> None:
+        super().__init__()
+        self.config = config
+        taken = network.get_input_embeddings(), network.get_output_embeddings()
+        values_XW, weight_XH = (module.weight for module in taken)
+        bias_X = getattr(taken[1], "bias", None)
+        tokens = config.tokens
+        tied = weight_XH is values_XW
+        # [MASK] is the network's own, or, where it has none, the mean of all rows.
+        mask_W = values_XW.mean(0) if config.mask is None else values_XW[config.mask]
+        with torch.no_grad():
+            self.values_UW = nn.Parameter(torch.cat([values_XW[:tokens], mask_W[None]]))
+            self.weight_VH = None if tied else nn.Parameter(weight_XH[:tokens].clone())
+            bias_V = torch.zeros(tokens) if bias_X is None else bias_X[:tokens].clone()
+            self.bias_V = nn.Parameter(bias_V)
+        _take_out(network, *taken)
+        self.network = network
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The list of as many modules as the network has blocks; empty where there is none."""
+        lists = (module for module in self.network.modules() if isinstance(module, nn.ModuleList))
+        return next((found for found in lists if len(found) == self.config.blocks), nn.ModuleList())
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """``weight_VH, bias_V``; the bias of tokens that are never predicted is minus infinity."""
+        weight_VH = self.values_UW[:-1] if self.weight_VH is None else self.weight_VH
+        never_N = torch.tensor(self.config.never, dtype=torch.int64, device=self.bias_V.device)
+        return weight_VH, self.bias_V.index_fill(0, never_N, -torch.inf)
+
+    def forward(self, inputs_BLW: Tensor) -> Tensor:
+        """Hidden states, in the network's dtype."""
+        start = self.config.start
+        if start is None:
+            hidden_BLH: Tensor = self.network(inputs_embeds=inputs_BLW).logits
+            return hidden_BLH
+        start_B1W = self.values_UW[start].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
+        inputs_BLW = torch.cat([start_B1W, inputs_BLW], dim=1)
+        hidden_BLH = self.network(inputs_embeds=inputs_BLW).logits
+        return hidden_BLH[:, :-1]
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of one token's forward and backward pass, head included.
+
+        Counts matrix products, as `dsl.dit.DiT.flops_per_token` does.
+        """
+        width: int = self.head[0].shape[1]
+        weights: int = (
+            sum(p.numel() for p in self.network.parameters()) + self.config.tokens * width
+        )
+        return 3 * (2 * weights + 4 * self.config.blocks * length * width)
+
+
+def network(config: ForeignConfig) -> Any:
+    """The network of a configuration on the CPU, its weights not set.
+
+    Raises:
+        ValueError: the library does not know such a configuration, or it says otherwise.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    settings = dict(config.settings)
+    try:
+        known = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        if known.num_hidden_layers != config.blocks:
+            raise ValueError(f"{known.num_hidden_layers} blocks, not {config.blocks}")
+        # Not on the meta device: the network computes buffers that no file holds.
+        with torch.device("cpu"), no_init_weights():
+            made = getattr(transformers, OPENED_BY[config.trained]).from_config(
+                known, trust_remote_code=False
+            )
+        _tie(made)
+    except (KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"backbone.settings are not of a model ({error!r})") from error
+    return bidirectional(made)
+
+
+def bidirectional(network: Any) -> Any:
+    """The same network with attention to both sides, and without a cache of keys and values."""
+    network.config.is_causal = network.config.use_cache = False
+    for module in network.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    return network
+
+
+def _tie(network: Any) -> None:
+    """Make weights one that the network's class says are. The library does not, while it loads."""
+    ties = network._tied_weights_keys if network.config.tie_word_embeddings else None
+    for name, source in (ties or {}).items():
+        parent, _, own = name.rpartition(".")
+        setattr(network.get_submodule(parent), own, network.get_parameter(source))
+
+
+def _take_out(network: Any, *modules: nn.Module) -> None:
+    """Put the identity in the place of modules, and nothing in that of their weights elsewhere."""
+    gone = {id(weight) for module in modules for weight in module.parameters()}
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if any(child is module for module in modules):
+                setattr(parent, name, nn.Identity())
+        for name, weight in list(parent.named_parameters(recurse=False)):
+            if id(weight) in gone:
+                parent.register_parameter(name, None)

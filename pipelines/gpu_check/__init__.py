@@ -1,0 +1,4 @@
+"""One command that checks on a GPU what tests can only check on a CPU, and measures how fast it is.
+
+`pipelines/benchmarks/GPU.md` says how to run it and how to read its table.
+"""

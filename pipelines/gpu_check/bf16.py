@@ -1,0 +1,81 @@
+"""Training in bfloat16 through FSDP2, over NCCL on a GPU, against training in float32.
+
+One worker: its world is of one, so that nothing but the precision differs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsl.noise import generator
+from infra import parallel
+from infra.parallel import ParallelConfig
+from pipelines.benchmarks import train
+from pipelines.gpu_check.findings import Finding
+from pipelines.gpu_check.settings import Check
+from pipelines.training.learner import Learner
+from pipelines.training.settings import OptimizerConfig, TrainConfig
+
+STEPS = 20
+CONFIG = TrainConfig(steps=STEPS, optimizer=OptimizerConfig(warmup=5))
+MOST_GAP, LEAST_COSINE = 0.02, 0.98
+# Its gradient is shown without a bar: over the positions of random text, it nearly cancels.
+CANCELS = "converter"
+
+
+def run(check: Check) -> Iterator[Finding]:
+    rows_RL = train.microbatch(check.benchmark(rows=check.sizes.train_rows[0]))
+    losses, gradients = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        sharding = ParallelConfig(compute_dtype=dtype)
+        with parallel.join(sharding) as mesh:
+            learner = Learner(check.objective("dsl"), CONFIG, mesh, sharding)
+            gradients[dtype] = _gradients(learner, torch.from_numpy(rows_RL).to(check.device))
+            steps = range(1, STEPS + 1)
+            losses[dtype] = [learner.step(step, {0: rows_RL})["loss"] for step in steps]
+    pairs = zip(losses["float32"], losses["bfloat16"], strict=True)
+    yield Finding(f"loss of step {STEPS}, float32", losses["float32"][-1], "nats")
+    gap = max(abs(half / full - 1) for full, half in pairs)
+    what = f"loss in bf16: largest relative gap in {STEPS} steps"
+    yield Finding(what, gap, "", check.at_most(MOST_GAP))
+    for group, cosine in _cosines(gradients["float32"], gradients["bfloat16"]).items():
+        bar = check.at_least(LEAST_COSINE) if group != CANCELS else None
+        yield Finding(f"gradient in bf16: cosine, {group}", cosine, "", bar)
+
+
+def _gradients(learner: Learner, tokens_BL: Tensor) -> dict[str, Tensor]:
+    """By parameter, of one microbatch, in float32 on the CPU."""
+
+    def loss_of(tokens_BL: Tensor) -> Tensor:
+        return learner.objective(tokens_BL, generator(0, 1, 0)).value
+
+    parallel.accumulate(learner.objective, [tokens_BL], loss_of)
+    found = {
+        name: parallel.full(parameter.grad).cpu()
+        for name, parameter in learner.objective.named_parameters()
+        if parameter.grad is not None
+    }
+    learner.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def _cosines(full: dict[str, Tensor], half: dict[str, Tensor]) -> dict[str, float]:
+    """Between the gradients of a group: the table, the converter, and the backbone's parts."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in full:
+        # denoiser.table.…, denoiser.converter.…, denoiser.backbone.blocks.…
+        parts = name.split(".")[1:3]
+        groups[parts[0] if parts[0] != "backbone" else parts[1]].append(name)
+
+    def joined(side: dict[str, Tensor], names: list[str]) -> Tensor:
+        return torch.cat([side[name].double().flatten() for name in names])
+
+    return {
+        group: F.cosine_similarity(joined(full, names), joined(half, names), dim=0).item()
+        for group, names in groups.items()
+    }

@@ -1,0 +1,83 @@
+"""What the machine is: card, versions, kernels of attention, rates of matrix products."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from infra import parallel
+from infra.parallel import ParallelConfig
+from pipelines.benchmarks import train
+from pipelines.benchmarks.measure import interleaved
+from pipelines.gpu_check.findings import Finding
+from pipelines.gpu_check.profiles import attention
+from pipelines.gpu_check.settings import Check
+from pipelines.training.learner import Learner
+from pipelines.training.settings import TrainConfig
+
+# The dtype of the factors, and torch's own setting for products of float32.
+ARITHMETIC = {
+    "float32": (torch.float32, "highest"),
+    "TF32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+}
+
+
+def run(check: Check) -> Iterator[Finding]:
+    yield from _versions(check)
+    for sharding in (ParallelConfig(), ParallelConfig(deterministic=False)):
+        how = "" if sharding.deterministic else ", not deterministic"
+        yield Finding(f"attention of a training step{how}", _attention(check, sharding))
+    yield from _products(check)
+
+
+def _versions(check: Check) -> Iterator[Finding]:
+    yield Finding("Python", platform.python_version())
+    yield Finding("torch", torch.__version__)
+    yield Finding("threads of the CPU", torch.get_num_threads())
+    if not check.gpu:
+        yield Finding("card", "none: this is the CPU")
+        return
+    card = torch.cuda.get_device_properties(check.device)
+    yield Finding("card", card.name)
+    yield Finding("compute capability", f"{card.major}.{card.minor}")
+    yield Finding("memory of the card", card.total_memory / 2**30, "GiB")
+    yield Finding("CUDA of torch", str(torch.version.cuda))
+    yield Finding("cuDNN", str(torch.backends.cudnn.version()))
+    yield Finding("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    peak = parallel.peak_flops()
+    yield Finding("peak of the data sheet, bf16", peak and peak / 1e12, "TFLOP/s")
+
+
+def _attention(check: Check, sharding: ParallelConfig) -> str:
+    """The operators of attention in a step of one block of the network."""
+    model = check.sizes.model
+    model = replace(model, backbone=replace(model.backbone, blocks=1))
+    small = replace(check, sizes=replace(check.sizes, model=model))
+    rows_RL = train.microbatch(small.benchmark(rows=2))
+    with parallel.join(sharding) as mesh:
+        learner = Learner(small.objective("mdlm"), TrainConfig(), mesh, sharding)
+        return attention(lambda: learner.step(1, {0: rows_RL}), check.device)
+
+
+def _products(check: Check) -> Iterator[Finding]:
+    size = check.sizes.matmul
+    factor = torch.randn(size, size, device=check.device)
+
+    def product(dtype: torch.dtype, precision: str) -> torch.Tensor:
+        torch.set_float32_matmul_precision(precision)
+        return typed[dtype] @ typed[dtype]
+
+    typed = {dtype: factor.to(dtype) for dtype, _ in ARITHMETIC.values()}
+    timed = interleaved(
+        {name: lambda number, how=how: product(*how) for name, how in ARITHMETIC.items()},
+        check.sizes.rounds,
+        check.device,
+    )
+    for name, seconds_R in timed.items():
+        rate = 2 * size**3 / float(np.median(seconds_R)) / 1e12
+        yield Finding(f"matrix product, {name}", rate, "TFLOP/s")

@@ -1,0 +1,94 @@
+"""Modules joined into one file: nothing is missing, nothing means something else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import pytest
+
+from pipelines.exporting import assemble
+from pipelines.exporting.package import CODE
+
+
+def written(root: Path, monkeypatch: pytest.MonkeyPatch, **sources: str) -> SimpleNamespace:
+    """The names of a file joined from a package of modules, of which `main` imports the others."""
+    (root / "dsl").mkdir()
+    for name, source in sources.items():
+        (root / "dsl" / f"{name}.py").write_text(source)
+    monkeypatch.setattr(assemble, "ROOT", root)
+    made: dict[str, object] = {"__name__": "made"}
+    source = assemble.assemble(root / "dsl" / "main.py")
+    exec(compile(source, "main.py", "exec", dont_inherit=True), made)
+    return SimpleNamespace(**made)
+
+
+def test_the_file_of_a_model_stands_alone(tmp_path: Path) -> None:
+    source = assemble.assemble(CODE)
+    roots = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert roots - sys.stdlib_module_names <= {"torch", "numpy", "transformers"}
+    # Undefined and unused names, and those that are defined twice.
+    file = tmp_path / "modeling_dsl.py"
+    file.write_text(source)
+    linted = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", str(file)]
+    ended = subprocess.run(linted, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_names_that_meet_get_their_modules_in_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = written(
+        tmp_path,
+        monkeypatch,
+        one="from math import floor\nLIMIT = 1\n\nclass Carry:\n    limit = LIMIT\n\n"
+        "def made(x: 'Carry') -> int:\n    return floor(x.limit)\n",
+        two_more="from dsl import one\nfrom dsl.one import made as first\nLIMIT = 20\n\n"
+        "class Carry:\n    limit = LIMIT\n\n"
+        'def made(x: "Carry | None") -> int:\n    return x.limit + first(one.Carry())\n',
+        main='"""What it is."""\nfrom typing import Literal\nfrom dsl.two_more import Carry, made\n'
+        'def kind(of: Literal["made"] = "made") -> str:\n    return of\n\n'
+        "def total() -> int:\n    made_of = Carry()\n    return made(made_of)\n",
+    )
+    assert made.total() == 21
+    assert made.__doc__ == "What it is."
+    assert made.kind.__annotations__["of"] == Literal["made"]
+    assert set(made.two_more_made.__annotations__.values()) == {"TwoMoreCarry | None", int}
+    assert (made.OneCarry.limit, made.TwoMoreCarry.limit) == (1, 20)
+    assert (made.ONE_LIMIT, made.TWO_MORE_LIMIT) == (1, 20)
+
+
+@pytest.mark.parametrize(
+    "two",
+    [
+        "import dsl.one\nx = 1\ndef f(x):\n    return x\n",
+        "x = 1\ndef f():\n    x = 2\n    return x\n",
+        "from random import floor\n",
+        "if True:\n    y = 1\n",
+    ],
+)
+def test_what_cannot_be_joined_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: str
+) -> None:
+    with pytest.raises(ValueError, match=r"local variable|clash|cannot be joined"):
+        written(
+            tmp_path,
+            monkeypatch,
+            one="from math import floor\nx = floor(1)\n",
+            two=two,
+            main="from dsl.one import x\nfrom dsl.two import f\n",
+        )

@@ -1,0 +1,126 @@
+"""Models of the transformers library through the verbs: taken, trained, kept, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dsl
+from dsl.foreign import ForeignConfig
+from pipelines import models
+from pipelines.models import ConverterConfig
+from tests.dsl import hubs
+from tests.pipelines import tiny
+
+BARE = ["[UNK]", "[CLS]", "[SEP]"]  # what a causal model's tokenizer knows
+
+
+def shards(folder: Path, tokenizer: Path, length: int = 16) -> str:
+    """Rows of tokens, encoded by a model's own tokenizer."""
+    source = folder / "words.jsonl"
+    lines = [" ".join(hubs.WORDS[(i + j) % len(hubs.WORDS)] for j in range(40)) for i in range(400)]
+    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    given = [f"length={length}", "vocabulary.kind=file", f"vocabulary.path={tokenizer}"]
+    out = folder / "shards"
+    tiny.execute("prepare", f"source={source}", f"out={out}", *given)
+    return str(out)
+
+
+def argv(data: str, root: Path, name: str, init: Path | str, *settings: str) -> list[str]:
+    given = [f"data={data}", f"root={root}", f"name={name}", f"init={init}", "backbone=null"]
+    return [*given, "train.steps=4", "train.validate_every=2", *settings]
+
+
+@pytest.mark.parametrize(("family", "special"), [("bert", hubs.SPECIAL), ("llama", BARE)])
+def test_adapted_trained_further_and_made_dsl(
+    tmp_path: Path, family: str, special: list[str]
+) -> None:
+    base = tmp_path / "base"
+    hubs.saved(base, family, special=special)
+    data = shards(tmp_path, base)
+    adapt = "shift" if family in hubs.CAUSAL else "null"
+    more = argv(data, tmp_path, "mdlm", base, f"adapt={adapt}")
+    tiny.execute("pretrain", *more)
+    tiny.execute("finetune", *argv(data, tmp_path, "dsl", tmp_path / "mdlm"))
+    made = models.load(str(tmp_path / "dsl"), converter=ConverterConfig(), tracking_uri="")
+    assert (made.kind, made.length) == ("dsl", 16)
+    backbone = made.denoiser.config.backbone
+    assert isinstance(backbone, ForeignConfig)
+    assert backbone.settings["model_type"] == family
+    losses = [row["loss"] for row in tiny.curve(tmp_path / "dsl")]
+    assert len(losses) == 4
+    # A base that needs no adaptation, or is given one, is fine-tuned at once as well.
+    tiny.execute("finetune", *argv(data, tmp_path, "at-once", base, f"adapt={adapt}"))
+
+
+def unmask(folder: Path) -> None:
+    hubs.words(folder, hubs.SPECIAL[:-1])
+
+
+def pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def ask_for_code(folder: Path) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | {
+        "model_type": "llada",
+        "auto_map": {"AutoModel": "a.B"},
+    }
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "setting", "code", "said"),
+    [
+        ("bert", unmask, "", 3, "its tokenizer names no mask token"),
+        ("bert", pickle, "", 3, "only safetensors are read"),
+        ("bert", ask_for_code, "", 2, "such code is never run"),
+        ("bert", None, "adapt=shift", 2, "needs no adaptation"),
+        ("llama", None, "", 2, "Say how to adapt it"),
+        ("bert", None, "long", 3, "does not take rows of 80 tokens"),
+        ("roberta", None, "long", 3, "does not take rows of 80 tokens"),
+        ("bert", None, "data", 3, "Prepare the data with the model's own tokenizer.json"),
+    ],
+)
+def test_what_does_not_fit_is_one_message(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    spoil: Callable[[Path], Any] | None,
+    setting: str,
+    code: int,
+    said: str,
+) -> None:
+    hubs.saved(tmp_path / "base", family)
+    other = tmp_path / "other"
+    hubs.words(other, [*hubs.SPECIAL, "more"])
+    tokenizer = other if setting == "data" else tmp_path / "base"
+    data = shards(tmp_path, tokenizer, length=80 if setting == "long" else 16)
+    if spoil:
+        spoil(tmp_path / "base")
+    settings = [setting] if "=" in setting else []
+    for verb in ("pretrain", "finetune"):
+        given = argv(data, tmp_path / "runs", verb, tmp_path / "base", *settings)
+        found, message = tiny.outcome(capsys, verb, *given)
+        assert (found, said in message) == (code, True), message
+        assert not (tmp_path / "runs" / verb).exists()
+
+
+def test_an_adaptation_without_effect_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hubs.saved(tmp_path / "base", "llama", special=BARE)
+    denoiser = dsl.from_transformers(tmp_path / "base", adapt="no_shift")
+    dsl.save(denoiser, tmp_path / "kept", dsl.Vocabulary.load(tmp_path / "base"))
+    data = shards(tmp_path, tmp_path / "base")
+    given = argv(data, tmp_path / "runs", "run", tmp_path / "kept")
+    code, said = tiny.outcome(capsys, "finetune", *given, "adapt=shift", "--dry-run")
+    assert (code, "adapt: " in said) == (2, True)
+    assert tiny.main("finetune", *given, "adapt=no_shift", "--dry-run") == 0
+    code, said = tiny.outcome(capsys, "finetune", *given, "init=scratch", "adapt=shift")
+    assert (code, "init is scratch" in said) == (2, True)

@@ -1,0 +1,217 @@
+"""The command `gpu-check` on a CPU: it needs few packages, passes nothing that it cannot measure,
+and tells what it has found however it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from infra.checkpoints import Checkpoints
+from pipelines.benchmarks.results import Bar
+from pipelines.gpu_check import __main__ as command
+from pipelines.gpu_check import parity, profiles, resume
+from pipelines.gpu_check.findings import Finding
+from pipelines.gpu_check.settings import SMALL, Check
+from tests.gpu import GPU, standing_in
+from tests.infra.common import until
+
+ROOT = Path(__file__).resolve().parents[2]
+ABSENT = (
+    "ray", "mlflow", "pyarrow", "pandas", "s3fs", "transformers", "matplotlib", "optuna", "mauve",
+    "safetensors", "tokenizers", "scipy", "huggingface_hub", "zstandard", "tqdm",
+)  # fmt: skip
+WITHOUT = f"""
+import sys
+from importlib.machinery import PathFinder
+class Few(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {ABSENT} else super().find_spec(name, path, target)
+sys.meta_path[:] = [Few if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+ON_CPU = ("--device", "cpu", "--small")
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """An environment in which Python, and each process that it starts, has few packages."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+
+
+def run(out: Path, *argv: str, env: dict[str, str]) -> tuple[int, dict[str, Any], list[Any]]:
+    """Exit code, last line and findings of the command."""
+    given = [sys.executable, "-m", "pipelines.gpu_check", "--out", str(out), *ON_CPU, *argv]
+    done = subprocess.run(given, capture_output=True, text=True, env=env, cwd=ROOT)
+    logs = "\n".join(log.read_text() for log in out.glob("*.log"))
+    assert done.stdout, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["report"] == str(out / "gpu_check.json"), logs
+    return done.returncode, told, json.loads((out / "gpu_check.json").read_text())["findings"]
+
+
+def test_a_stage_needs_few_packages(tmp_path: Path, bare: dict[str, str]) -> None:
+    refused = subprocess.run([sys.executable, "-c", "import ray"], env=bare, capture_output=True)
+    assert b"No module named 'ray'" in refused.stderr  # or this test would show nothing
+    code, told, findings = run(tmp_path / "out", "--only", "facts", env=bare)
+    assert (code, told["failed"]) == (0, []), findings
+    assert any("attention" in found["what"] for found in findings)
+
+
+def test_every_stage_can_be_imported_with_few_packages(bare: dict[str, str]) -> None:
+    names = ", ".join(f"pipelines.gpu_check.{stage}" for stage in command.LIMITS)
+    subprocess.run([sys.executable, "-c", f"import {names}"], check=True, env=bare, cwd=ROOT)
+
+
+@pytest.mark.long
+def test_every_stage_comes_to_its_end(tmp_path: Path, bare: dict[str, str]) -> None:
+    code, told, findings = run(tmp_path / "out", env=bare)
+    assert (code, told["failed"]) == (0, []), findings
+    assert [found["stage"] for found in findings if "the stage" in found["what"]] == list(
+        command.LIMITS
+    )
+    verdicts = {found["what"]: found["verdict"] for found in findings}
+    for what, verdict in verdicts.items():
+        if any(word in what for word in ("MFU", "waits", " / ", "from the CPU's", "loss of mdlm")):
+            assert verdict == "not measured", what
+    assert sum("bits that differ" in what for what in verdicts) >= 1
+    assert sum("graph breaks" in what for what in verdicts) == 2
+
+
+def test_the_full_check_takes_at_most_ten_minutes() -> None:
+    assert sum(command.LIMITS.values()) <= 600
+
+
+# A stage that finds one thing and then hangs, as does a process that it has started.
+HANGING = """#!/bin/sh
+echo '{"what": "a fact", "value": 1, "unit": "", "bar": "", "verdict": ""}' > "$4/$6.jsonl"
+sleep 1000 &
+echo $! > "$4/sleeper"
+wait
+"""
+
+
+def test_a_stage_that_hangs_is_ended_and_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "python").write_text(HANGING)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(command, "LIMIT_CPU", 3)
+    argv = ["--out", str(tmp_path), *ON_CPU, "--only", "facts", "parity"]
+    assert command.main(argv) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line.partition(":")[0] for line in told["failed"]] == ["facts", "parity"]
+    findings = json.loads((tmp_path / "gpu_check.json").read_text())["findings"]
+    assert next(found["what"] for found in findings if found["stage"] == "facts") == "a fact"
+    sleeper = Path("/proc", (tmp_path / "sleeper").read_text().strip(), "stat")
+    # Dead, or a zombie that nobody has buried yet.
+    until(lambda: not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_a_stage_that_fails_names_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert command.main(["--out", str(tmp_path), *ON_CPU, "--only", "facts"]) == 1
+    (failed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["failed"]
+    assert "exit code 1" in failed
+    assert str(tmp_path / "facts.log") in failed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_how_to_try_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--device cpu --small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "bar", "verdict"),
+    [
+        (1.0, Bar("≤", 2, here=True), "pass"),
+        (3.0, Bar("≤", 2, here=True), "FAIL"),
+        (math.nan, Bar("≤", 2, here=True), "FAIL"),
+        (math.nan, Bar("≥", 2, here=True), "FAIL"),
+        (1.0, Bar("≤", 2, here=False), "not measured"),
+        (None, Bar("≤", 2, here=True), "not measured"),
+        (1.0, None, ""),
+    ],
+)
+def test_only_what_was_measured_is_judged(value: Any, bar: Bar | None, verdict: str) -> None:
+    row = Finding("what", value, "s", bar).row()
+    assert row["verdict"] == verdict
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def procedure() -> None:
+        for _ in range(3):
+            warnings.warn(
+                "called a synchronizing CUDA operation (Triggered internally)", stacklevel=2
+            )
+        warnings.warn("something else", stacklevel=2)
+
+    assert profiles.synchronisations(procedure, torch.device("cuda")) == 3
+    assert modes == ["warn", "default"]
+    assert profiles.synchronisations(procedure, torch.device("cpu")) is None
+
+
+class Here:
+    """In place of a pool of processes: this one."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        found = function(*arguments)
+        return SimpleNamespace(result=lambda: found)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_checkpoint_that_is_not_loaded_is_found(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Check(out=tmp_path, device=torch.device("cpu"), sizes=SMALL)
+    monkeypatch.setattr(resume, "ProcessPoolExecutor", Here)
+    if broken:
+        monkeypatch.setattr(Checkpoints, "resume", lambda self, tensors: (None, {}))
+    assert [found.verdict for found in resume.run(check)] == ["FAIL" if broken else "pass", ""]
+
+
+@pytest.mark.parametrize("injected", [True, False])
+def test_texts_are_compared_by_the_noise_of_the_cpu(
+    injected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {name: parity.PATHS[name] for name in ("sentence_sde", "token_sde", "hybrid")}
+    monkeypatch.setattr(parity, "PATHS", chosen)
+    with standing_in():
+        check = Check(out=tmp_path, device=GPU, sizes=SMALL)
+        with parity.noise_of_the_cpu() if injected else nullcontext():
+            differ = [found.value for found in parity._of_texts(check)]
+    assert differ == [0, 0] if injected else min(differ) > 0
