@@ -23,7 +23,7 @@ from dsl import vocabulary as words
 from dsl.chain import ChainDenoiser
 from infra import cluster, documents, shards, stream
 from infra.console import Meter
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.shards import SPLITS, ShardWriter
 from infra.storage import Folder
 from pipelines import models, verb
@@ -53,15 +53,22 @@ class LawConfig:
 def read(data: Folder) -> Callable[[Tensor], ChainDenoiser]:
     """The law of a folder of shards: its exact denoiser for a table of unit rows ``[V, D]``.
 
-    Raises ConfigError where the rows were not drawn from a known law.
+    Raises ConfigError where the rows were not drawn from a known law, and DataError where what is
+    written of it is none.
     """
     if not data.exists(LAW):
         why = f"{data.url} holds no {LAW}: the law of its rows is not known"
         raise ConfigError("law", why, "Leave law out, or make shards with pipelines.examples.law")
-    found = documents.load(data, LAW, dict[str, Any], "Make the shards again")
-    initial, transition = (
-        torch.tensor(found[name], dtype=torch.float64) for name in ("initial", "transition")
-    )
+    fix = "Make the shards again"
+    found = documents.load(data, LAW, dict[str, Any], fix)
+    try:
+        initial, transition = (
+            torch.tensor(found[name], dtype=torch.float64) for name in ("initial", "transition")
+        )
+        ChainDenoiser(torch.eye(len(initial)), initial, transition)
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"is no chain ({type(error).__name__}: {error})"
+        raise DataError(data.url_of(LAW), why, fix) from None
     return lambda table_VD: ChainDenoiser(table_VD.cpu(), initial, transition)
 
 

@@ -138,8 +138,19 @@ def test_too_many_transitions_are_refused(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_law_is_said(drawn: Path, tmp_path: Path) -> None:
-    (tmp_path / LAW).write_text("{")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "{}",
+        '{"initial": [1.0], "transition": "x"}',
+        '{"initial": 1.0, "transition": [[1.0]]}',
+        '{"initial": [0.5, 0.5], "transition": [[1.0]]}',
+        '{"initial": [0.5, 0.4], "transition": [[1.0, 0.0], [0.0, 1.0]]}',
+    ],
+)
+def test_a_damaged_law_is_said(content: str, tmp_path: Path) -> None:
+    (tmp_path / LAW).write_text(content)
     with pytest.raises(DataError, match=LAW):
         law.read(Folder.at(str(tmp_path)))
 
