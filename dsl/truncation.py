@@ -1,6 +1,6 @@
 """Temperature and nucleus: they sharpen the posterior, for draws and for x_hat alike.
 
-Shapes: B rows, L positions, V tokens, N asked positions, R rows.
+Shapes: B rows, L positions, V tokens, D table dimension, N asked positions, R rows.
 """
 
 import math
@@ -51,9 +51,15 @@ class Nucleus:
 class Truncated:
     """A denoiser whose every answer is sharpened: at a temperature, then cut to a nucleus.
 
+    What is sharpened is the context's part of an answer, that is, what all other tokens say of
+    one. The token's own evidence counts as it is: ``p(v | z) ∝ p(v | z_others) exp(<z_i, x_v>)``
+    (003 A.1) becomes ``p'(v | z_others) exp(<z_i, x_v>)``, with p' at the temperature and cut.
+    Along any path, tokens that are independent are then drawn from p', because this is the exact
+    posterior of p'. To sharpen the product instead would sharpen the noise in ``z_i`` as well,
+    which the sampler itself has drawn. A masked token has no evidence: its answer is all context.
+
     The cut leaves the likeliest tokens of total probability about ``nucleus`` (always at least
-    one) and normalises them. What `Posterior` promises holds for the result, so a continuous
-    stage and an endpoint stage are sharpened alike.
+    one). What `Posterior` promises holds for the result.
 
     Args:
         denoiser: the denoiser to sharpen.
@@ -82,13 +88,10 @@ class Truncated:
         return self.denoiser.table_VD
 
     def __call__(self, state: State) -> Posterior:
-        return TruncatedPosterior(self, self.denoiser(state))
-
-    def sharpen(self, log_probs_NV: Tensor) -> Tensor:
-        """Normalised log-probabilities ``[N, V]`` after temperature and nucleus."""
+        posterior = self.denoiser(state)
         if self.temperature == 1 and self.nucleus.p == 1:
-            return log_probs_NV
-        return self.cut(log_probs_NV).log_softmax(-1)
+            return posterior
+        return TruncatedPosterior(self, posterior)
 
     def cut(self, log_probs_NV: Tensor) -> Tensor:
         """Log-probabilities ``[N, V]`` after temperature and nucleus, not normalised."""
@@ -150,10 +153,19 @@ class TruncatedPosterior(Posterior):
         self.posterior = posterior
 
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return self.options.sharpen(self.posterior._log_probs_unrevealed(at_N))
+        return self._cut(at_N).log_softmax(-1)
 
     def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return self.options.cut(self.posterior._log_probs_unrevealed(at_N)).softmax(-1)
+        return self._cut(at_N).softmax(-1)
+
+    def _cut(self, at_N: Tensor) -> Tensor:
+        """Sharpened log-probabilities ``[N, V]``, not normalised."""
+        log_probs_NV = self.posterior._log_probs_unrevealed(at_N)
+        if not self.state.host.evidence_BL.any():
+            return self.options.cut(log_probs_NV)
+        z_ND = self.state.z_BLD.flatten(0, 1)[at_N].to(log_probs_NV)
+        own_NV = z_ND @ self.table_VD.to(log_probs_NV).T  # 0 for a masked token
+        return self.options.cut((log_probs_NV - own_NV).log_softmax(-1)) + own_NV
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
         assert isinstance(fresh, TruncatedPosterior)

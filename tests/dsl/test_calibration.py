@@ -76,13 +76,10 @@ def test_overconfidence_is_seen_where_there_is_doubt() -> None:
     cooled = calibration(
         Truncated(LAW.denoiser(), temperature=1 / 3), tokens_BL, gammas=GAMMAS, seed=1
     )
-    exact = calibration(LAW.denoiser(), tokens_BL, gammas=GAMMAS, seed=1)
     for gamma in GAMMAS[:3]:
         assert cooled[gamma].ece > bound(cooled[gamma].count_K)
         gap = cooled[gamma].confidence_K.sum() - cooled[gamma].right_K.sum()
         assert gap > 0
-        # Cooling moves no argmax: the same predictions are right.
-        assert cooled[gamma].right_K.sum() == exact[gamma].right_K.sum()
 
 
 def test_accuracy_at_no_evidence_is_the_mode_of_the_prior() -> None:

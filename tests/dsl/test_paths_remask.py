@@ -52,7 +52,7 @@ def posterior_of(reference: dict[str, Any], nucleus: str) -> Tensor:
     if nucleus == "1.0":
         return probs_BLV
     options = Truncated(cyclic(3).denoiser(), nucleus=float(nucleus), convention="drop")
-    return options.sharpen(probs_BLV.log().flatten(0, 1)).exp().view_as(probs_BLV)
+    return options.cut(probs_BLV.log().flatten(0, 1)).softmax(-1).view_as(probs_BLV)
 
 
 @pytest.mark.parametrize("nucleus", ["1.0", "0.9"])

@@ -13,13 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl import truncation
+from dsl.channel import observe
 from dsl.chunks import CHUNK_ELEMENTS
-from dsl.paths import Masked, SentenceSDE
+from dsl.paths import Masked, SecondOrder, SentenceSDE
 from dsl.posterior import Posterior
 from dsl.sampling import sample
 from dsl.state import State
 from dsl.truncation import Truncated
-from tests.dsl.laws import Written, chi_square_p, cyclic, random_law
+from tests.dsl.laws import (
+    Law,
+    Written,
+    chi_square_p,
+    cyclic,
+    random_law,
+    total_variation,
+    total_variation_bound,
+)
 
 GPT2 = 50257
 PROBS = torch.tensor([[0.05, 0.4, 0.25, 0.3], [0.95, 0.02, 0.02, 0.01]], dtype=torch.float64)
@@ -45,7 +54,7 @@ def zipf() -> Tensor:
 
 def sharpened(**options: Any) -> Tensor:
     law = cyclic(4)
-    return Truncated(law.denoiser(), **options).sharpen(PROBS.log()).exp()
+    return Truncated(law.denoiser(), **options).cut(PROBS.log()).softmax(-1)
 
 
 def test_keep_holds_the_token_that_crosses_p() -> None:
@@ -68,7 +77,50 @@ def test_temperature_comes_before_the_nucleus() -> None:
 
 
 def test_no_sharpening_changes_nothing() -> None:
-    assert torch.equal(sharpened(), PROBS.log().exp())
+    law = random_law(tokens=4, length=2, dim=2, seed=0)
+    state = observe(law.table_VD, law.draw(3, 0), torch.full((3, 2), 2.0), torch.Generator())
+    assert torch.equal(
+        Truncated(law.denoiser())(state).log_probs(), law.denoiser()(state).log_probs()
+    )
+
+
+SHARPER = [{"temperature": 0.5}, {"temperature": 1.5, "nucleus": 0.7}, {"nucleus": 0.6}]
+
+
+def independent(options: dict[str, Any]) -> tuple[Law, Law]:
+    """A law of independent tokens, and the one in which each token's law is sharpened."""
+    law = random_law(tokens=4, length=1, dim=3, seed=2)
+    cut_1V = Truncated(law.denoiser(), **options).cut(law.p_S[None].log())
+    return tuple(
+        Law(
+            table_VD=law.table_VD,
+            sequences_SL=torch.cartesian_prod(torch.arange(4), torch.arange(4)),
+            p_S=torch.outer(p_V, p_V).flatten(),
+        )
+        for p_V in (law.p_S, cut_1V[0].softmax(-1))
+    )
+
+
+@pytest.mark.parametrize("options", SHARPER, ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 2.0, 30.0, torch.inf])
+def test_evidence_is_weighed_as_by_the_sharpened_law(options: dict[str, Any], gamma: float) -> None:
+    """Where tokens are independent, sharpening gives the exact posterior of the sharpened law."""
+    plain, sharper = independent(options)
+    gamma_BL = torch.tensor([[gamma, 1.0]]).expand(50, 2)
+    state = observe(plain.table_VD, sharper.draw(50, 0), gamma_BL, torch.Generator().manual_seed(1))
+    found = Truncated(plain.denoiser(), **options)(state)
+    expected = sharper.denoiser()(state)
+    torch.testing.assert_close(found.log_probs().exp(), expected.log_probs().exp())
+    torch.testing.assert_close(found.mean(), expected.mean())
+
+
+@pytest.mark.parametrize("options", SHARPER, ids=str)
+def test_a_path_through_soft_evidence_draws_from_the_sharpened_law(options: dict[str, Any]) -> None:
+    plain, sharper = independent(options)
+    path = SecondOrder(SentenceSDE(gamma_max=20.0, grid="log"))
+    denoiser, start = Truncated(plain.denoiser(), **options), State.masked(4000, 2, 3)
+    made = sample(denoiser, path, start, budget=64, seed=0)
+    assert total_variation(sharper, made.tokens_BL) < total_variation_bound(sharper, 4000)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +142,7 @@ def test_a_nucleus_of_a_long_tail_is_cut_in_float64() -> None:
     log_probs_V = zipf()
     exact_V = log_probs_V.double().exp().cumsum(0)
     for p in (0.9, 0.999):
-        kept_V = Truncated(Fixed(log_probs_V), nucleus=p).sharpen(log_probs_V[None])[0].isfinite()
+        kept_V = Truncated(Fixed(log_probs_V), nucleus=p).cut(log_probs_V[None])[0].isfinite()
         assert int(kept_V.sum()) == int((exact_V < p).sum()) + 1
 
 
@@ -102,7 +154,7 @@ def test_draws_are_exact_in_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     uniform_N = torch.rand(draws, dtype=torch.float64, generator=generator)
     tokens_N = posterior.draw(torch.arange(draws), uniform_N)
-    p_V = denoiser.sharpen(zipf()[None].double())[0].exp()
+    p_V = denoiser.cut(zipf()[None].double())[0].softmax(-1)
     assert chi_square_p(torch.bincount(tokens_N, minlength=GPT2), p_V) > 1e-3
 
 
@@ -161,5 +213,5 @@ def test_the_nucleus_is_that_of_a_stable_sort(
         inside_NV = truncation.CONVENTIONS[convention](probs_NV.cumsum(-1), probs_NV, p)
         inside_NV[:, 0] = True
         expected_NV = torch.empty_like(inside_NV).scatter_(-1, token_NV, inside_NV)
-        found_NV = Truncated(None, 1.0, p, convention).sharpen(log_probs_NV)
+        found_NV = Truncated(None, 1.0, p, convention).cut(log_probs_NV)
         assert torch.equal(found_NV.isfinite(), expected_NV)
