@@ -157,7 +157,12 @@ class Frontier(Question):
         config, asked = survey.config, survey.config.frontier
         draws = Resamples(config.seed, asked.resamples)
         measured = list(measure(survey, curves(survey), draws))
-        heads = [_head(found, asked.confidence) | _below(found, measured) for found in measured]
+        heads = [
+            _head(found, asked.confidence)
+            | _below(found, measured)
+            | _ahead(found, measured, asked.confidence)
+            for found in measured
+        ]
         own = (column for column in OWN if any(column.key in row for row in heads))
         walk, names = (*LABELS, *own), judges(config)
         bits = tuple(Column(_key(name), f"Bits per byte by {name}", ".3f") for name in names)
@@ -171,7 +176,8 @@ class Frontier(Question):
                 "is lost the diversity is not reached: its value counts as the least at the lower "
                 "end of the interval and as the greatest at the upper one. Below every model: the "
                 "share of resamples in which what no model has written has no headline, or a worse "
-                "one than the best walk of each model.",
+                "one than the best walk of each model. Ahead: bits per byte fewer than the best "
+                "walk of the first model in as many calls, which is chosen anew in each resample.",
                 columns=(*walk, *HEADLINE, *chain.from_iterable(map(_headline_columns, names))),
                 rows=heads,
             ),
@@ -243,14 +249,45 @@ def _below(found: Measured, measured: Sequence[Measured]) -> Row:
         return {}
     row = {}
     for name, bits_R in found.bits_R.items():
-        best: dict[str, np.ndarray] = {}
-        for walk in walks:
-            walk_R = np.nan_to_num(walk.bits_R[name], nan=np.inf)
-            model = walk.curve.labels["model"]
-            best[model] = np.minimum(best.get(model, np.inf), walk_R)
-        below_R = np.isnan(bits_R) | (bits_R > np.max(list(best.values()), axis=0))
-        row[f"below_{name}"] = float(below_R[1:].mean())
+        worst_R = np.max(list(_best(walks, name).values()), axis=0)
+        row[f"below_{name}"] = float((np.isnan(bits_R) | (bits_R > worst_R))[1:].mean())
     return row
+
+
+def _ahead(found: Measured, measured: Sequence[Measured], confidence: float) -> Row:
+    """By judge, how many bits fewer a walk has than the best walk of the first model in as many
+    calls. Nothing for that model itself, for other sources, and where either has no headline."""
+    walks = [other for other in measured if "path" in other.curve.labels]
+    labels = found.curve.labels
+    if "path" not in labels or labels["model"] == walks[0].curve.labels["model"]:
+        return {}
+    rivals = [
+        walk
+        for walk in walks
+        if walk.curve.labels["model"] == walks[0].curve.labels["model"]
+        and walk.curve.labels["budget"] == labels["budget"]
+    ]
+    row: Row = {}
+    for name, bits_R in found.bits_R.items():
+        for best_R in _best(rivals, name).values():
+            with np.errstate(invalid="ignore"):
+                ahead_R = np.where(np.isfinite(best_R), best_R, np.nan) - bits_R
+            if math.isfinite(ahead_R[0]):
+                key, (low, high) = f"ahead_{name}", percentiles(ahead_R[1:], confidence)
+                row |= {key: float(ahead_R[0]), f"{key}_low": low, f"{key}_high": high}
+                row[f"{key}_interval"] = f"{low:.3f} to {high:.3f}"
+    return row
+
+
+def _best(walks: Iterable[Measured], judge: str) -> dict[str, np.ndarray]:
+    """The least bits per byte of each model's walks in every resample, infinite where none of them
+    reaches the diversity of real text."""
+    best: dict[str, np.ndarray] = {}
+    for walk in walks:
+        walk_R = np.nan_to_num(walk.bits_R[judge], nan=np.inf)
+        model = walk.curve.labels["model"]
+        best[model] = np.minimum(best.get(model, np.inf), walk_R)
+    return best
 
 
 def _entries(key: str, values_R: np.ndarray) -> dict[str, float]:
@@ -264,6 +301,8 @@ def _headline_columns(name: str) -> tuple[Column, ...]:
         Column(key, f"Bits per byte by {name}", ".3f"),
         Column(f"{key}_interval", "Interval"),
         Column(f"below_{name}", "Below every model", ".3f"),
+        Column(f"ahead_{name}", "Ahead", ".3f"),
+        Column(f"ahead_{name}_interval", "Interval"),
     )
 
 

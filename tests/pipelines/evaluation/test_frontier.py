@@ -25,7 +25,7 @@ from pipelines.evaluation.cells import PathConfig, cells
 from pipelines.evaluation.diversity import ngram_entropies
 from pipelines.evaluation.gate import Resamples
 from pipelines.evaluation.grid import FrontierConfig
-from pipelines.evaluation.questions.frontier import Headline, _below
+from pipelines.evaluation.questions.frontier import Headline, _ahead, _below
 from pipelines.evaluation.questions.texts import SamplesConfig
 from tests.pipelines.evaluation.conftest import Refused, Run
 
@@ -203,6 +203,25 @@ def test_an_adversary_must_beat_the_best_walk_of_some_model() -> None:
     lost = measured([none] * 5, model="c", path="m")
     assert _below(adversary, [*walks, lost]) == {"below_judge": 0.25}
     assert _below(walks[0], walks) == {}
+
+
+def test_a_walk_is_compared_with_the_best_of_the_first_model_in_as_many_calls() -> None:
+    none = math.nan
+    walks = [
+        measured([3, 3, 5, none, 3], model="a", path="m", budget=8),
+        measured([4, 4, 4, none, 4], model="a", path="n", budget=8),
+        measured([1, 1, 1, 1, 1], model="a", path="n", budget=16),
+    ]
+    ours = measured([2, 1, 1, 1, 2], model="b", path="m", budget=8)
+    row = _ahead(ours, [*walks, ours], confidence=0.2)
+    assert row["ahead_judge"] == 1
+    # 2, 3 and 1 bits, and once nothing to compare with, which may be anything.
+    assert row["ahead_judge_low"] == np.quantile([2, 3, -math.inf, 1], 0.4)
+    assert row["ahead_judge_high"] == np.quantile([2, 3, math.inf, 1], 0.6)
+    assert _ahead(walks[0], [*walks, ours], confidence=0.2) == {}
+    assert _ahead(measured([1] * 5, model="nonsense"), [*walks, ours], confidence=0.2) == {}
+    nowhere = measured([none] * 5, model="b", path="n", budget=8)
+    assert _ahead(nowhere, [*walks, nowhere], confidence=0.2) == {}
 
 
 # --- the gate ------------------------------------------------------------------------------------
