@@ -1,0 +1,107 @@
+"""The finding as one table and one plot, made from the results of evaluations.
+
+    python -m pipelines.examples.claim OUT.png runs/frequent-evaluation runs/small-evaluation
+
+Every evaluation has a frontier, and its first model is the one to beat. For each number of calls
+and each model, the walk with the fewest bits per byte at the diversity of real text is taken, by
+each judge. The table is printed as Markdown, the plot shows the same for the last judge.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from infra.storage import Folder
+from pipelines.evaluation.cells import REAL
+from pipelines.report import Row, Rows
+from pipelines.report.drawing import GREY, groups, measured, panels, style
+
+HEAD = "| text | judge | calls | best walk | bits per byte | best walk | bits per byte | fewer |"
+
+
+def judges(rows: Rows) -> list[str]:
+    """The judges of the rows of a headline, by name."""
+    start, end = "headline_", "_interval"
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(start))
+    return [key[len(start) : -len(end)] for key in keys if key.endswith(end)]
+
+
+def best(rows: Rows, judge: str) -> dict[tuple[str, int], Row]:
+    """By model and calls, the walk with the fewest bits per byte whose interval has ends."""
+    found: dict[tuple[str, int], Row] = {}
+    key = f"headline_{judge}"
+    for row in measured(rows, key, f"{key}_low", f"{key}_high", "budget"):
+        place = row["model"], row["budget"]
+        found[place] = min(found.get(place, row), row, key=lambda row: row[key])
+    return found
+
+
+def lines(name: str, rows: Rows) -> Iterator[str]:
+    """The lines of the table for one evaluation."""
+    (real,) = (row for row in rows if row["model"] == REAL)
+    for judge in judges(rows):
+        taken = best(rows, judge)
+        first, *others = dict.fromkeys(model for model, _ in taken)
+        for calls in sorted({calls for _, calls in taken}):
+            for model in others:
+                if (first, calls) not in taken or (model, calls) not in taken:
+                    continue
+                before, after = taken[first, calls], taken[model, calls]
+                cells = [name, judge, str(calls), *_shown(before, judge), *_shown(after, judge)]
+                yield "| {} | {} |".format(" | ".join(cells), after.get(f"ahead_{judge}_interval"))
+        yield f"| {name} | {judge} | – | real text | {real[f'headline_{judge}']:.2f} | | | |"
+
+
+def _shown(row: Row, judge: str) -> tuple[str, str]:
+    split = " {} + {}".format(*row["split"]) if row.get("split") else ""
+    low, high = row[f"headline_{judge}_low"], row[f"headline_{judge}_high"]
+    path = f"{row['model']}, {row['path']}{split}"
+    return path, f"{row[f'headline_{judge}']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def draw(evaluations: dict[str, Rows]) -> bytes:
+    """A panel for each evaluation: bits per byte by the last judge against calls, and real text."""
+    made = panels(list(evaluations), width=3.4, height=3.0, share=False)
+    for axes, rows in zip(made.axes, evaluations.values(), strict=True):
+        judge = judges(rows)[-1]
+        key = f"headline_{judge}"
+        for place, (model, of_model) in enumerate(
+            groups(best(rows, judge).values(), lambda row: row["model"]).items()
+        ):
+            points = sorted(of_model, key=lambda row: row["budget"])
+            middle = [row[key] for row in points]
+            below = [row[key] - row[f"{key}_low"] for row in points]
+            above = [row[f"{key}_high"] - row[key] for row in points]
+            calls, look = [row["budget"] for row in points], style(place)
+            axes.errorbar(calls, middle, (below, above), label=model, **look)
+        (real,) = (row[key] for row in rows if row["model"] == REAL)
+        axes.axhline(real, color=GREY, ls=":", label="real text")
+        axes.set(xlabel="denoiser calls", ylabel=f"bits per byte by {judge}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    return made.png()
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    out, *runs = arguments
+    evaluations = {
+        Path(run).name.removesuffix("-evaluation"): json.loads(
+            Folder.at(run).read_bytes("report/evaluation.json")
+        )["headline"]
+        for run in runs
+    }
+    print(HEAD, "|" + "---|" * (HEAD.count("|") - 1), sep="\n")
+    for name, rows in evaluations.items():
+        print(*lines(name, rows), sep="\n")
+    Path(out).write_bytes(draw(evaluations))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
