@@ -53,6 +53,7 @@ def given(config: RunConfig, converter: ConverterConfig) -> Model:
         tracking_uri=uri,
         backbone=config.backbone,
         adapt=config.adapt,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
@@ -170,7 +171,8 @@ class TrainingTask(runs.Task):
 
         folder, step = run.folder, self.config.train.steps
         if not models.exists(folder / "model"):
-            denoiser = models.load_folder(folder / "init").denoiser
+            trusted = self.config.trust_remote_code
+            denoiser = models.load_folder(folder / "init", trust_remote_code=trusted).denoiser
             denoiser.load_state_dict(consolidate(folder / "checkpoints", step, "ema.denoiser."))
             self._save(folder / "model", denoiser)
         last = journal.read(folder)[-1]

@@ -135,10 +135,12 @@ class TrainingConfig:
     `init` brings its own, dropout included, and what is said here must agree with it. `adapt` is
     for a causal model of the transformers library, which is to see both sides: `shift` has it
     answer for the next position, as it was trained to, `no_shift` for the position itself.
+    `trust_remote_code` runs code that comes with the weights, for a network that only it knows.
     """
 
     init: str
     adapt: Adapt | None = None
+    trust_remote_code: bool = False
     backbone: BackboneShape | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)

@@ -80,9 +80,11 @@ def train(
         permit=run.lease.confirm,
         corrupt=settings.checkpoint.corrupt,
     )
+    trusted = config.trust_remote_code
+    initial = models.load_folder(run.folder / "init", trust_remote_code=trusted).denoiser
     with ranklog.kept(run.folder):
         loop.train(
-            assignment.objective(models.load_folder(run.folder / "init").denoiser),
+            assignment.objective(initial),
             settings,
             config.workers.parallel,
             data=loop.Data(
