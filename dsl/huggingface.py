@@ -182,16 +182,19 @@ def _tokenizer(
     mask = tokenizer.mask_token_id
     if mask is None:
         mask = declared.get("mask_token_id")
+    if mask not in range(vocabulary.size):
+        mask = None
     if mask is None and trained == "masked":
         raise WeightsError(
-            f"{folder}: its tokenizer names no mask token. Give a model that was trained with one, "
-            f"or name it as mask_token in tokenizer_config.json or mask_token_id in {CONFIG}."
+            f"{folder}: its tokenizer names no mask token among its {vocabulary.size} tokens. Give "
+            "a model that was trained with one, or name it as mask_token in tokenizer_config.json "
+            f"or mask_token_id in {CONFIG}."
         )
     spoken = {vocabulary.eos, vocabulary.bos, tokenizer.unk_token_id}
     special = {id for id in (*tokenizer.all_special_ids, mask) if id in range(vocabulary.size)}
     return _Spoken(
         tokens=vocabulary.size,
-        mask=mask if mask in special else None,
+        mask=mask,
         start=vocabulary.bos,
         never=tuple(sorted(special - spoken)),
     )

@@ -17,6 +17,7 @@ from dsl.denoiser import BackboneShape, Denoiser
 from dsl.errors import AdaptationError
 from dsl.foreign import ForeignConfig
 from dsl.huggingface import Adapt
+from dsl.lora import Lora
 from dsl.state import State
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
@@ -239,6 +240,15 @@ def require_room(denoiser: Denoiser, length: int, where: str) -> None:
     except (IndexError, RuntimeError) as error:
         why = f"the model does not take rows of {length} tokens ({str(error)[:160]})"
         raise DataError(where, why, "Prepare the data with a smaller length") from error
+
+
+def require_maps(denoiser: Denoiser, lora: Lora | None) -> None:
+    """ConfigError unless a network has the linear maps that are to get adapters."""
+    try:
+        if lora:
+            lora.names(denoiser.backbone)
+    except AdaptationError as error:
+        raise ConfigError("lora.targets", str(error)) from error
 
 
 def register(

@@ -84,7 +84,7 @@ def train(
     initial = models.load_folder(run.folder / "init", trust_remote_code=trusted).denoiser
     with ranklog.kept(run.folder):
         loop.train(
-            assignment.objective(initial),
+            assignment.objective(config.trained(initial)),
             settings,
             config.workers.parallel,
             data=loop.Data(

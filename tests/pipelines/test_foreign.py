@@ -16,7 +16,6 @@ from dsl.foreign import ForeignConfig
 from infra.errors import ConfigError
 from pipelines import export, models
 from pipelines.export import ExportConfig
-from pipelines.model import TextModel
 from pipelines.models import ConverterConfig
 from tests.dsl import hubs
 from tests.pipelines import tiny
@@ -84,6 +83,8 @@ def test_code_beside_the_weights_is_run_only_if_it_is_trusted(
     made = runs / "dsl" / "model"
     with pytest.raises(AdaptationError):
         dsl.load(made)
+    from pipelines.model import TextModel  # MLflow takes seconds to import
+
     registered = TextModel()
     registered.load_context(SimpleNamespace(artifacts={"model": str(made)}))
     assert len(registered.predict(None, ["the cat"], {"length": 8})) == 1
