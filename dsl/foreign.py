@@ -63,6 +63,8 @@ class ForeignConfig:
             raise ValueError(f"the special tokens {named} are not all in [0, {self.tokens})")
         if strange := [name for name in self.code if not is_source(name)]:
             raise ValueError(f"{strange[0]!r} is no name of a source file")
+        if self.code and "--" in str(self.settings.get("auto_map")):
+            raise ValueError("auto_map names code of another place, and not that of the weights")
 
     def build(self) -> "ForeignBackbone":
         return ForeignBackbone(self, network(self))

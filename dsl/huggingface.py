@@ -140,7 +140,13 @@ def _kind(
                 "code, and if you trust it, have it run by trust_remote_code=True"
             )
         sources = [path for path in sorted(folder.iterdir()) if is_source(path.name)]
-        return "causal" if adapt else "masked", {path.name: path.read_text() for path in sources}
+        if not sources or "--" in str(declared["auto_map"]):
+            raise WeightsError(
+                f"{folder}: the code that knows {kind!r} lies in another place. Copy its files "
+                f"beside the weights, and have auto_map in {CONFIG} name them there"
+            )
+        code = {path.name: path.read_text("utf-8", errors="replace") for path in sources}
+        return "causal" if adapt else "masked", code
     is_causal = causal and (not masked or "ForCausalLM" in named or "LMHead" in named)
     if is_causal and adapt is None:
         raise AdaptationError(

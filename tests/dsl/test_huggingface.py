@@ -168,6 +168,18 @@ def test_its_tokenizer_is_a_vocabulary(tmp_path: Path) -> None:
     assert vocabulary.encode([text])[0] == tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("elsewhere", ["gone", "named"])
+def test_code_of_another_place_is_refused(tmp_path: Path, elsewhere: str) -> None:
+    hubs.coded(tmp_path)
+    if elsewhere == "gone":
+        for name in hubs.CODED:
+            (tmp_path / name).unlink()
+    else:
+        remake(tmp_path, "config.json", auto_map={"AutoConfig": "a/b--configuration_coded.C"})
+    with pytest.raises(WeightsError, match="lies in another place"):
+        dsl.from_transformers(tmp_path, trust_remote_code=True)
+
+
 def test_a_network_that_stays_one_sided_is_refused(tmp_path: Path) -> None:
     hubs.coded(tmp_path, one_sided=True)
     for adapt in ("shift", "no_shift", None):
@@ -250,6 +262,7 @@ def test_a_saved_configuration_that_lies_is_refused(tmp_path: Path) -> None:
     for change in (
         {"blocks": 3},
         {"code": {"../outside.py": ""}},
+        {"code": {"c.py": ""}, "settings": {"auto_map": {"AutoConfig": "a/b--c.D"}}},
         {"never": [99]},
         {"settings": {"model_type": "nothing"}},
         {"settings": {}},
