@@ -124,7 +124,8 @@ def equal_to(calm: Path, steps: int) -> None:
 
 
 def shown_once(world: World, steps: int) -> None:
-    """MLflow has one run, and in it each metric of each step once, as the journal has it."""
+    """MLflow has one run, and in it each metric of each step once, as the journal has it, but for
+    those that measure time."""
     folder = f"{worlds.ROOT}/{NAME}"
     world.server.down()
     world.server.database.up()
@@ -139,9 +140,11 @@ def shown_once(world: World, steps: int) -> None:
         rows = journal.read(folder)
         for name in rows[-1].keys() - set(journal.CLOCK):
             history = client.get_metric_history(found.info.run_id, name)
-            assert sorted((one.step, one.value) for one in history) == [
-                (row["step"], row[name]) for row in rows
-            ]
+            shown = sorted((one.step, one.value) for one in history)
+            if name.startswith("speed/"):  # of a step done twice, MLflow may have the first time
+                assert [step for step, _ in shown] == list(range(1, steps + 1))
+            else:
+                assert shown == [(row["step"], row[name]) for row in rows]
 
 
 def nothing_is_left(world: World) -> None:
