@@ -7,7 +7,7 @@ ready  := .venv/.installed
 DSL_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export DSL_TEST_DATA
 
-.PHONY: setup quickstart gpu-check test test-all test-faults test-services lint format clean
+.PHONY: setup quickstart gpu-check test test-all test-faults services test-services test-soak lint format clean
 setup: $(ready)
 
 # torch is named and pinned first: unpinned, pip would fetch gigabytes of CUDA packages.
@@ -42,12 +42,19 @@ test-faults: $(ready)
 
 # Real servers, which Debian's packages bring; a test whose program is missing is skipped.
 SERVICES := postgresql prometheus chromium
-test-services: $(ready)
+services: $(ready)
 	@dpkg --status $(SERVICES) > /dev/null 2>&1 \
 	    || { apt-get update -q && apt-get install -q -y --no-install-recommends $(SERVICES); } \
 	    || echo "Install $(SERVICES) as root: what needs a missing one is skipped."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services]'
+
+test-services: services
 	$(BIN)/python -m pytest tests/services --timeout 1800
+
+# One run under random faults: half an hour on 2 cores. `make test-soak SOAK=short` has four faults.
+SOAK ?= full
+test-soak: services
+	$(BIN)/python -m pytest tests/soak -k $(SOAK) --timeout 7200
 
 lint: $(ready)
 	$(BIN)/ruff check .

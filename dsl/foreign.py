@@ -8,8 +8,11 @@ Shapes: B rows, L positions, W input width, H hidden width, V tokens, U = V + 1 
 [MASK]), N special tokens.
 """
 
+import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +24,8 @@ OPENED_BY: Mapping[Trained, str] = {
     "masked": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
 }
+# The classes that code beside the weights may say it defines, the most fitting first.
+NAMED_BY_CODE = (*OPENED_BY.values(), "AutoModel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,9 @@ class ForeignConfig:
         is what the network says one position before, as it was trained to.
     mask: the id of its own mask token, if it has one.
     never: ids of special tokens that no text holds, and that are therefore never predicted.
+    code: the source files that came with the weights, by name, where the library does not know the
+        network itself. Building it runs them, so whoever reads a configuration from a file first
+        asks whether that is wanted, as `dsl.load` does.
     """
 
     kind: Literal["transformers"] = "transformers"
@@ -45,6 +53,7 @@ class ForeignConfig:
     start: int | None = None
     mask: int | None = None
     never: tuple[int, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
 
     causal: ClassVar[bool] = False
 
@@ -52,6 +61,10 @@ class ForeignConfig:
         named = [*self.never, *(id for id in (self.start, self.mask) if id is not None)]
         if self.tokens < 1 or not all(0 <= id < self.tokens for id in named):
             raise ValueError(f"the special tokens {named} are not all in [0, {self.tokens})")
+        if strange := [name for name in self.code if not is_source(name)]:
+            raise ValueError(f"{strange[0]!r} is no name of a source file")
+        if self.code and "--" in str(self.settings.get("auto_map")):
+            raise ValueError("auto_map names code of another place, and not that of the weights")
 
     def build(self) -> "ForeignBackbone":
         return ForeignBackbone(self, network(self))
@@ -86,8 +99,8 @@ class ForeignBackbone(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The list of as many modules as the network has blocks; empty where there is none."""
-        lists = (module for module in self.network.modules() if isinstance(module, nn.ModuleList))
-        return next((found for found in lists if len(found) == self.config.blocks), nn.ModuleList())
+        lists = (found for found in _lists(self.network) if len(found) == self.config.blocks)
+        return next(lists, nn.ModuleList())
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
@@ -123,25 +136,57 @@ def network(config: ForeignConfig) -> Any:
     """The network of a configuration on the CPU, its weights not set.
 
     Raises:
-        ValueError: the library does not know such a configuration, or it says otherwise.
+        ValueError: neither the library nor the code knows such a configuration, or it says
+            otherwise.
     """
     import transformers
     from transformers.initialization import no_init_weights
 
-    settings = dict(config.settings)
+    files = {**config.code, "config.json": json.dumps(dict(config.settings))}
+    trusted = {"trust_remote_code": bool(config.code)}
     try:
-        known = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-        if known.num_hidden_layers != config.blocks:
-            raise ValueError(f"{known.num_hidden_layers} blocks, not {config.blocks}")
-        # Not on the meta device: the network computes buffers that no file holds.
-        with torch.device("cpu"), no_init_weights():
-            made = getattr(transformers, OPENED_BY[config.trained]).from_config(
-                known, trust_remote_code=False
-            )
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"  # the library names the modules of the code after it
+            folder.mkdir()
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            known = transformers.AutoConfig.from_pretrained(folder, **trusted)
+            if (count := getattr(known, "num_hidden_layers", config.blocks)) != config.blocks:
+                raise ValueError(f"{count} blocks, not {config.blocks}")
+            opener = getattr(transformers, opened_by(config.settings, config.trained, config.code))
+            # Not on the meta device: the network computes buffers that no file holds.
+            with torch.device("cpu"), no_init_weights():
+                made = opener.from_config(known, **trusted)
         _tie(made)
-    except (KeyError, TypeError, AttributeError, ImportError) as error:
+    except (KeyError, TypeError, AttributeError, ImportError, OSError) as error:
         raise ValueError(f"backbone.settings are not of a model ({error!r})") from error
     return bidirectional(made)
+
+
+def opened_by(settings: Mapping[str, Any], trained: Trained, code: Mapping[str, str]) -> str:
+    """The library's class for a network, or the one that code beside the weights names."""
+    given = settings.get("auto_map", {}) if code else {}
+    return next((name for name in NAMED_BY_CODE if name in given), OPENED_BY[trained])
+
+
+def is_source(name: str) -> bool:
+    """Whether a name is that of a Python file, and of no other place."""
+    return name.endswith(".py") and name.removesuffix(".py").isidentifier()
+
+
+def count_blocks(network: Any) -> int:
+    """How many blocks a network has: as its configuration says, or else as many modules as the
+    list with the most weights holds."""
+
+    def weights(modules: nn.ModuleList) -> int:
+        return sum(weight.numel() for weight in modules.parameters())
+
+    found = len(max(_lists(network), key=weights, default=()))
+    return int(getattr(network.config, "num_hidden_layers", found))
+
+
+def _lists(network: nn.Module) -> list[nn.ModuleList]:
+    return [module for module in network.modules() if isinstance(module, nn.ModuleList)]
 
 
 def bidirectional(network: Any) -> Any:
@@ -155,8 +200,8 @@ def bidirectional(network: Any) -> Any:
 
 def _tie(network: Any) -> None:
     """Make weights one that the network's class says are. The library does not, while it loads."""
-    ties = network._tied_weights_keys if network.config.tie_word_embeddings else None
-    for name, source in (ties or {}).items():
+    tied = getattr(network.config, "tie_word_embeddings", False)
+    for name, source in (network._tied_weights_keys or {}).items() if tied else ():
         parent, _, own = name.rpartition(".")
         setattr(network.get_submodule(parent), own, network.get_parameter(source))
 

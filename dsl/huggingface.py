@@ -1,11 +1,12 @@
 """Start from a model of the `transformers` library: any masked language model that reads embedded
 inputs, or a causal one that is adapted to see both sides, as DiffuLLaMA does (arXiv 2410.17891).
 
-The library is imported only where such a model is opened. Only safetensors are read, and no code
-that comes with a model is run.
+The library is imported only where such a model is opened. Only safetensors are read. Code that
+comes with a model is run only where the caller says so.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,15 @@ import torch
 
 from dsl.denoiser import BackboneConfig, Denoiser, DenoiserConfig
 from dsl.errors import AdaptationError, VocabularyError, WeightsError
-from dsl.foreign import OPENED_BY, ForeignBackbone, ForeignConfig, Trained, bidirectional
+from dsl.foreign import (
+    ForeignBackbone,
+    ForeignConfig,
+    Trained,
+    bidirectional,
+    count_blocks,
+    is_source,
+    opened_by,
+)
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from dsl.weights import CONFIG, read_json
 
@@ -22,7 +31,6 @@ from dsl.weights import CONFIG, read_json
 # as it was trained to ("shift"), or for the position itself ("no_shift").
 Adapt = Literal["shift", "no_shift"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-LOCAL = {"trust_remote_code": False, "local_files_only": True}
 
 
 def is_folder_of(path: str | os.PathLike[str]) -> bool:
@@ -40,6 +48,7 @@ def from_transformers(
     beta: float | None = None,
     mask_prior: float = 0.99,
     skip: bool = True,
+    trust_remote_code: bool = False,
 ) -> Denoiser:
     """A denoiser around a pretrained network, float32 on the CPU, in evaluation mode.
 
@@ -51,22 +60,27 @@ def from_transformers(
     Args:
         path: a folder that `save_pretrained` wrote, weights and tokenizer.
         adapt: how a causal model is used: ``"shift"`` keeps its shift by one position,
-            ``"no_shift"`` drops it. None for a masked model.
+            ``"no_shift"`` drops it. None for a masked model. Of a model that the library does not
+            know, ``"shift"`` says that it answers for the next position, as Dream does.
         embed_dim: D of the new table.
         beta, mask_prior: where the converter starts (see `dsl.converter.Converter`).
         skip: whether evidence skips the backbone (see `dsl.converter.ConverterConfig`).
+        trust_remote_code: whether code beside the weights is run, where the library does not know
+            the model itself. The denoiser's configuration keeps that code.
 
     Raises:
         WeightsError: anything but a whole model of the library with a tokenizer that fits it; a
             masked model without a mask token.
-        AdaptationError: a causal model without ``adapt``, a masked one with it, or a model of a
-            kind that only code beside its weights knows.
+        AdaptationError: a causal model without ``adapt``, a masked one with it, one that does not
+            see both sides of a position, or one that only untrusted code knows.
         ValueError: ``embed_dim``, ``beta`` or ``mask_prior`` out of range.
     """
     folder = Path(path)
-    trained = _trained(folder, adapt)
-    spoken = _tokenizer(folder, trained)
-    network = _network(folder, trained)
+    declared = read_json(folder / CONFIG)
+    trained, code = _kind(folder, declared, adapt, trust_remote_code)
+    local = {"trust_remote_code": bool(code), "local_files_only": True}
+    spoken = _tokenizer(folder, declared, trained, local)
+    network = _network(folder, trained, opened_by(declared, trained, code), local)
     rows = len(network.get_input_embeddings().weight)
     if spoken.tokens > rows:
         raise WeightsError(
@@ -75,17 +89,20 @@ def from_transformers(
         )
     backbone = ForeignConfig(
         tokens=spoken.tokens,
-        blocks=network.config.num_hidden_layers,
+        blocks=count_blocks(network),
         settings=network.config.to_diff_dict(),
         trained=trained,
         start=spoken.start if adapt == "shift" else None,
         mask=spoken.mask,
         never=spoken.never,
+        code=code,
     )
     config = DenoiserConfig(
         backbone=backbone, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior, skip=skip
     )
-    return Denoiser(config, ForeignBackbone(backbone, bidirectional(network))).eval()
+    denoiser = Denoiser(config, ForeignBackbone(backbone, bidirectional(network))).eval()
+    _require_both_sides(denoiser, folder)
+    return denoiser
 
 
 def adaptation(config: BackboneConfig) -> Adapt | None:
@@ -95,8 +112,11 @@ def adaptation(config: BackboneConfig) -> Adapt | None:
     return "no_shift" if config.start is None else "shift"
 
 
-def _trained(folder: Path, adapt: Adapt | None) -> Trained:
-    """What the model of a folder was trained for, from its configuration alone."""
+def _kind(
+    folder: Path, declared: Mapping[str, Any], adapt: Adapt | None, trust_remote_code: bool
+) -> tuple[Trained, dict[str, str]]:
+    """What the model of a folder was trained for, from its configuration alone, and the code that
+    it needs: none where the library knows it."""
     try:
         from transformers.models.auto import modeling_auto
     except ImportError as error:
@@ -104,21 +124,29 @@ def _trained(folder: Path, adapt: Adapt | None) -> Trained:
             f"{folder}: a model of the transformers library, which is not installed. "
             "Run: pip install 'discrete-stochastic-localization[hub]'"
         ) from error
-    declared = read_json(folder / CONFIG)
     kind = str(declared.get("model_type"))
     masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named = str(declared.get("architectures") or "")
     if not masked and not causal:
-        if declared.get("auto_map"):
-            raise AdaptationError(
-                f"{folder}: {kind!r} is known only to code that comes with the weights, and such "
-                "code is never run. Take a model that transformers knows itself"
+        if not declared.get("auto_map"):
+            raise WeightsError(
+                f"{folder}: {kind!r} is no masked or causal language model that the installed "
+                "transformers knows. Take one such as BERT, or update the library."
             )
-        raise WeightsError(
-            f"{folder}: {kind!r} is no masked or causal language model that the installed "
-            "transformers knows. Take one such as BERT, or update the library."
-        )
+        if not trust_remote_code:
+            raise AdaptationError(
+                f"{folder}: {kind!r} is known only to code that comes with the weights. Read that "
+                "code, and if you trust it, have it run by trust_remote_code=True"
+            )
+        sources = [path for path in sorted(folder.iterdir()) if is_source(path.name)]
+        if not sources or "--" in str(declared["auto_map"]):
+            raise WeightsError(
+                f"{folder}: the code that knows {kind!r} lies in another place. Copy its files "
+                f"beside the weights, and have auto_map in {CONFIG} name them there"
+            )
+        code = {path.name: path.read_text("utf-8", errors="replace") for path in sources}
+        return "causal" if adapt else "masked", code
     is_causal = causal and (not masked or "ForCausalLM" in named or "LMHead" in named)
     if is_causal and adapt is None:
         raise AdaptationError(
@@ -129,7 +157,7 @@ def _trained(folder: Path, adapt: Adapt | None) -> Trained:
         raise AdaptationError(
             f"{folder}: {kind!r} is a masked model, and needs no adaptation. Leave adapt out"
         )
-    return "causal" if is_causal else "masked"
+    return "causal" if is_causal else "masked", {}
 
 
 @dataclass(frozen=True)
@@ -142,12 +170,14 @@ class _Spoken:
     never: tuple[int, ...]
 
 
-def _tokenizer(folder: Path, trained: Trained) -> _Spoken:
+def _tokenizer(
+    folder: Path, declared: Mapping[str, Any], trained: Trained, local: Mapping[str, bool]
+) -> _Spoken:
     import transformers
 
     try:
         vocabulary = Vocabulary.load(folder)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **local)
     except VocabularyError as error:
         raise WeightsError(
             f"{folder}: no tokenizer that can be used ({error}). "
@@ -156,22 +186,27 @@ def _tokenizer(folder: Path, trained: Trained) -> _Spoken:
     except Exception as error:  # the library raises whatever a file makes it stumble over
         raise _unusable(folder, error) from error
     mask = tokenizer.mask_token_id
+    if mask is None:
+        mask = declared.get("mask_token_id")
+    if mask not in range(vocabulary.size):
+        mask = None
     if mask is None and trained == "masked":
         raise WeightsError(
-            f"{folder}: its tokenizer names no mask token. Give a model that was trained with one, "
-            "or name it as mask_token in tokenizer_config.json."
+            f"{folder}: its tokenizer names no mask token among its {vocabulary.size} tokens. Give "
+            "a model that was trained with one, or name it as mask_token in tokenizer_config.json "
+            f"or mask_token_id in {CONFIG}."
         )
     spoken = {vocabulary.eos, vocabulary.bos, tokenizer.unk_token_id}
-    special = {id for id in tokenizer.all_special_ids if id < vocabulary.size}
+    special = {id for id in (*tokenizer.all_special_ids, mask) if id in range(vocabulary.size)}
     return _Spoken(
         tokens=vocabulary.size,
-        mask=mask if mask is not None and mask < vocabulary.size else None,
+        mask=mask,
         start=vocabulary.bos,
         never=tuple(sorted(special - spoken)),
     )
 
 
-def _network(folder: Path, trained: Trained) -> Any:
+def _network(folder: Path, trained: Trained, opener: str, local: Mapping[str, bool]) -> Any:
     """The model with its weights."""
     import transformers
 
@@ -183,12 +218,12 @@ def _network(folder: Path, trained: Trained) -> Any:
             "Save the model again with a current transformers."
         )
     try:
-        network, report = getattr(transformers, OPENED_BY[trained]).from_pretrained(
+        network, report = getattr(transformers, opener).from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            **LOCAL,
+            **local,
         )
         if network.get_output_embeddings() is None:
             raise ValueError("it has no vocabulary projection")
@@ -200,6 +235,25 @@ def _network(folder: Path, trained: Trained) -> Any:
             f"whole {trained} language model. Name a folder that was saved with them."
         )
     return network
+
+
+@torch.no_grad()
+def _require_both_sides(denoiser: Denoiser, folder: Path) -> None:
+    """AdaptationError where what stands behind a position changes nothing at it: some networks
+    decide that by themselves, and cannot be adapted."""
+    values_UW = denoiser.backbone.values_UW
+    drawn_BLW = torch.randn(1, 2, values_UW.shape[1], generator=torch.Generator().manual_seed(0))
+    first_BLW = values_UW.std() * drawn_BLW
+    second_BLW = first_BLW * torch.tensor([1.0, -1.0])[:, None]
+    try:
+        here_W, there_W = (denoiser.backbone(rows)[0, 0] for rows in (first_BLW, second_BLW))
+    except Exception as error:  # as above
+        raise _unusable(folder, error) from error
+    if (here_W - there_W).abs().max() <= 1e-6 * here_W.abs().max():
+        raise AdaptationError(
+            f"{folder}: the network does not look at the tokens behind a position, so it cannot be "
+            "a denoiser. Take a masked model, or a causal one such as Llama"
+        )
 
 
 def _unusable(folder: Path, error: Exception) -> WeightsError:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dsl import plain
 from dsl.denoiser import Denoiser, DenoiserConfig
-from dsl.errors import WeightsError
+from dsl.errors import AdaptationError, WeightsError
+from dsl.foreign import ForeignConfig
 from dsl.vocabulary import TOKENIZER, Vocabulary
 
 FORMAT = "dsl/1"
@@ -65,13 +66,18 @@ def save(
     partial.replace(folder / CONFIG)
 
 
-def load(folder: str | os.PathLike[str]) -> Denoiser:
+def load(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Denoiser:
     """The denoiser of a folder that `save` wrote, on the CPU, in evaluation mode.
+
+    Args:
+        trust_remote_code: whether code that came with the weights is run. Denoisers around a
+            network that the transformers library does not know need it; ``config.json`` holds it.
 
     Raises:
         WeightsError: a file is missing, or is not the one that was saved, or the weights are not
             exactly the model's: every missing, unexpected, mis-shaped or non-finite tensor is
             named.
+        AdaptationError: the denoiser needs code that is not trusted.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -80,9 +86,13 @@ def load(folder: str | os.PathLike[str]) -> Denoiser:
     try:
         denoiser_config = plain.read(DenoiserConfig, _with_kind(config.get("denoiser")), "denoiser")
         _require_room(denoiser_config, tensors)
+        if not trust_remote_code:
+            _require_no_code(denoiser_config, folder)
         # On the meta device: no memory and no random numbers for weights about to be replaced.
         with torch.device("meta"):
             denoiser = Denoiser(denoiser_config)
+    except AdaptationError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise WeightsError(
             f"{folder / CONFIG}: it does not describe a denoiser ({error}). "
@@ -118,6 +128,15 @@ def _with_kind(described: Any) -> Any:
         case {"backbone": {**backbone}}:
             return described | {"backbone": {"kind": "dit", **backbone}}
     return described
+
+
+def _require_no_code(config: DenoiserConfig, folder: Path) -> None:
+    code = config.backbone.code if isinstance(config.backbone, ForeignConfig) else {}
+    if code:
+        raise AdaptationError(
+            f"{folder}: the network is code that came with its weights: {some(code)} in {CONFIG}. "
+            "Read it, and if you trust it, have it run by trust_remote_code=True"
+        )
 
 
 def _require_room(config: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,7 +100,8 @@ def relay(data: Mapping[str, Any]) -> None:
     """Show what a process under Ray has written, or keep it where it is Ray's own."""
     for text in data["lines"]:
         if data.get("pid") in ENGINE or NATIVE.match(text):
-            os.write(2, f"{text}\n".encode())
+            with suppress(OSError):  # where that disk is full; an error would end Ray's own thread
+                os.write(2, f"{text}\n".encode())
         elif text.startswith(REWRITE):
             progress(text.removeprefix(REWRITE))
         else:

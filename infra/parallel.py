@@ -160,12 +160,16 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class Average(AveragedModel):
-    """torch's, without a copy of `n_averaged` to the GPU, which every step would wait for."""
+    """torch's, without a copy of `n_averaged` to the GPU, which every step would wait for, and
+    without work for frozen parameters, which are their own average."""
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        mine, theirs = ([p.detach() for p in m.parameters()] for m in (self.module, model))
-        if self.n_averaged == 0:
+        first = self.n_averaged == 0
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        moving = [(a.detach(), p.detach()) for a, p in pairs if first or p.requires_grad]
+        mine, theirs = zip(*moving, strict=True)
+        if first:
             for average, parameter in zip(mine, theirs, strict=True):
                 average.copy_(parameter)
         else:

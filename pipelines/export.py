@@ -39,6 +39,7 @@ class ExportConfig:
     `path` and `budget` are what `generate` takes by default. `evaluation` is the run of an
     `evaluate` whose tables the card shows; by default the one that the registry names. `licence` is
     that of the base's weights, as SPDX writes it. `push` is a repository of the hub, `user/name`.
+    `trust_remote_code` runs code that came with the weights, and puts it into the folder as well.
     """
 
     model: str
@@ -49,6 +50,7 @@ class ExportConfig:
     evaluation: str | None = None
     licence: str | None = None
     tokenizer: str | None = None
+    trust_remote_code: bool = False
     converter: ConverterConfig = field(default_factory=ConverterConfig)
     root: str = "runs"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -69,7 +71,12 @@ def load(config: ExportConfig) -> Model:
         why = f"there is no {card.REPORT} in {report(config.evaluation).url}"
         raise ConfigError("evaluation", why, "Name the run of a finished evaluation")
     uri = tracking.locate(config.tracking, config.root)
-    model = models.load(config.model, converter=config.converter, tracking_uri=uri)
+    model = models.load(
+        config.model,
+        converter=config.converter,
+        tracking_uri=uri,
+        trust_remote_code=config.trust_remote_code,
+    )
     return prompts.with_vocabulary(model, config.tokenizer)
 
 

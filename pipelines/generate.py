@@ -55,6 +55,7 @@ class GenerateConfig:
     `seed` and the number of the row, counted from `first_row`: a text depends neither on `batch`
     nor on other rows. `precision` is that of the network's matrix products: `auto` takes bfloat16
     on a GPU and float32 elsewhere. `film` is the file of an HTML page that plays the first batch.
+    `trust_remote_code` runs code that came with the weights, for a network that only it knows.
     """
 
     model: str | None = None
@@ -77,6 +78,7 @@ class GenerateConfig:
     watch: bool = False
     film: str | None = None
     tokenizer: str | None = None
+    trust_remote_code: bool = False
     converter: ConverterConfig = field(default_factory=ConverterConfig)
     root: str = "runs"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -136,7 +138,12 @@ def prepare(config: GenerateConfig) -> tuple[Model, list[Given]]:
     """
     assert config.model is not None
     uri = tracking.locate(config.tracking, config.root)
-    model = models.load(config.model, converter=config.converter, tracking_uri=uri)
+    model = models.load(
+        config.model,
+        converter=config.converter,
+        tracking_uri=uri,
+        trust_remote_code=config.trust_remote_code,
+    )
     model = prompts.with_vocabulary(model, config.tokenizer)
     texts = prompts.read(config.input) if config.input else [("text", config.text)]
     given = prompts.given(texts, model, mode=config.mode, snr=config.snr, length=config.length)

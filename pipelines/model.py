@@ -54,7 +54,8 @@ class TextModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.denoiser = dsl.load(folder).to(device)
+        # MLflow runs this file, which was registered with the weights: so may code beside it be.
+        self.denoiser = dsl.load(folder, trust_remote_code=True).to(device)
         self.causal = self.denoiser.config.backbone.causal
         self.vocabulary = dsl.Vocabulary.load(folder)
         self.length = weights.read_config(folder)["metadata"].get("length")

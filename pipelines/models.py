@@ -17,6 +17,7 @@ from dsl.denoiser import BackboneShape, Denoiser
 from dsl.errors import AdaptationError
 from dsl.foreign import ForeignConfig
 from dsl.huggingface import Adapt
+from dsl.lora import Lora
 from dsl.state import State
 from dsl.vocabulary import TOKENIZER, Vocabulary
 from infra import registry
@@ -54,6 +55,7 @@ def load(
     tracking_uri: str,
     backbone: BackboneShape | None = None,
     adapt: Adapt | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """The model at an address.
 
@@ -64,12 +66,14 @@ def load(
     converter: the fresh table and converter that all but the first three get.
     backbone: what the configuration says of the backbone, which comes with the weights.
     adapt: how a causal model of the transformers library is used, see `dsl.from_transformers`.
+    trust_remote_code: whether code that came with the weights is run, for a network that only such
+        code knows.
 
     Raises DataError or dsl.WeightsError, naming what is wrong and what was looked for, and
-    ConfigError where `backbone` says otherwise than the weights, as it would have no effect, or
-    where `adapt` does not fit the model.
+    ConfigError where `backbone` says otherwise than the weights, as it would have no effect, where
+    `adapt` does not fit the model, or where it needs code that is not trusted.
     """
-    model = _read(address, converter, tracking_uri, adapt)
+    model = _read(address, converter, tracking_uri, adapt, trust_remote_code)
     held = model.denoiser.config.backbone
     for key, wanted in vars(backbone).items() if backbone else ():
         if getattr(held, key, None) != wanted:
@@ -82,22 +86,27 @@ def load(
 
 
 def _read(
-    address: str, converter: ConverterConfig, tracking_uri: str, adapt: Adapt | None
+    address: str,
+    converter: ConverterConfig,
+    tracking_uri: str,
+    adapt: Adapt | None,
+    trust_remote_code: bool,
 ) -> Model:
     if address.startswith("models:/"):
         with registry.downloaded(address, tracking_uri) as local:
-            return load_folder(Folder.at(str(local)), address)
+            folder = Folder.at(str(local))
+            return load_folder(folder, address, trust_remote_code=trust_remote_code)
     folder = Folder.at(address)
     for place in (folder, folder / "model"):
         if is_ours(place):
-            return load_folder(place, address)
+            return load_folder(place, address, trust_remote_code=trust_remote_code)
     if not folder.exists():
         raise DataError(
             address, "no such model", "Give a run, a model folder or models:/name@alias"
         )
     with _needed(folder) as local:
         if huggingface.is_folder_of(local):
-            return _adapted(local, address, converter, adapt)
+            return _adapted(local, address, converter, adapt, trust_remote_code)
         denoiser = mdlm.from_mdlm(local, **vars(converter))
     return Model(denoiser=denoiser, vocabulary=None, kind=MDLM.name, length=None, address=address)
 
@@ -110,10 +119,18 @@ def _needed(folder: Folder) -> AbstractContextManager[Path]:
     return folder.local(*names)
 
 
-def _adapted(local: Path, address: str, converter: ConverterConfig, adapt: Adapt | None) -> Model:
+def _adapted(
+    local: Path,
+    address: str,
+    converter: ConverterConfig,
+    adapt: Adapt | None,
+    trust_remote_code: bool,
+) -> Model:
     """A model of the transformers library."""
     try:
-        denoiser = huggingface.from_transformers(local, adapt=adapt, **vars(converter))
+        denoiser = huggingface.from_transformers(
+            local, adapt=adapt, trust_remote_code=trust_remote_code, **vars(converter)
+        )
     except AdaptationError as error:
         raise ConfigError(address, str(error).removeprefix(f"{local}: ")) from error
     return Model(
@@ -125,15 +142,19 @@ def _adapted(local: Path, address: str, converter: ConverterConfig, adapt: Adapt
     )
 
 
-def load_folder(folder: Folder, address: str = "") -> Model:
+def load_folder(folder: Folder, address: str = "", *, trust_remote_code: bool = False) -> Model:
     """The model in a folder that `save` wrote, or `dsl.save`, which says less about it."""
+    address = address or folder.url
     with folder.local() as local:
         metadata = weights.read_config(local)["metadata"]
         kind, length = metadata.get("objective", DSL.name), metadata.get("length")
         if kind not in KINDS or (length is not None and (type(length) is not int or length < 1)):
             why = f"objective {kind!r} and length {length!r} are none of a model"
             raise DataError(folder.url_of(CONFIG), why, "Copy the file again")
-        denoiser = weights.load(local)
+        try:
+            denoiser = weights.load(local, trust_remote_code=trust_remote_code)
+        except AdaptationError as error:
+            raise ConfigError(address, str(error).removeprefix(f"{local}: ")) from error
         vocabulary = Vocabulary.load(local) if (local / TOKENIZER).exists() else None
         tokens = denoiser.config.backbone.tokens
         if vocabulary and vocabulary.size != tokens:
@@ -144,7 +165,7 @@ def load_folder(folder: Folder, address: str = "") -> Model:
             vocabulary=vocabulary,
             kind=kind,
             length=length,
-            address=address or folder.url,
+            address=address,
         )
 
 
@@ -219,6 +240,15 @@ def require_room(denoiser: Denoiser, length: int, where: str) -> None:
     except (IndexError, RuntimeError) as error:
         why = f"the model does not take rows of {length} tokens ({str(error)[:160]})"
         raise DataError(where, why, "Prepare the data with a smaller length") from error
+
+
+def require_maps(denoiser: Denoiser, lora: Lora | None) -> None:
+    """ConfigError unless a network has the linear maps that are to get adapters."""
+    try:
+        if lora:
+            lora.names(denoiser.backbone)
+    except AdaptationError as error:
+        raise ConfigError("lora.targets", str(error)) from error
 
 
 def register(

@@ -24,6 +24,7 @@ os.environ.update(
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_TRAIN_METRICS_ENABLED="0",
+    RAY_DASHBOARD_STARTUP_TIMEOUT_S="600",
     OMP_NUM_THREADS="1",
 )
 os.environ.setdefault("MKL_CBWR", "AUTO")  # as `infra` does, which not every test imports

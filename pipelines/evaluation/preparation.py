@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from infra import documents, registry
 from infra.errors import ConfigError
@@ -101,13 +102,17 @@ def _before(folder: Folder) -> list[Subject]:
 def _copy_models(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
 ) -> list[Subject]:
-    place, converter = folder / MODELS, config.converter
-    made = []
+    place, made = folder / MODELS, []
+    freeze = partial(
+        subjects.freeze,
+        converter=config.converter,
+        uri=uri,
+        trust_remote_code=config.trust_remote_code,
+    )
     for name, origin in origins.items():
-        made.append(subjects.freeze(name, origin, rows, place, converter=converter, uri=uri))
+        made.append(freeze(name, origin, rows, place))
     for address in {address for reader in config.readers for address in reader.addresses()}:
-        origin = {"address": address}
-        subjects.freeze(copied(address), origin, rows, place, converter=converter, uri=uri)
+        freeze(copied(address), {"address": address}, rows, place)
     place.write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
     return made
 

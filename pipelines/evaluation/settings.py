@@ -115,6 +115,7 @@ class EvaluateConfig(Questions, RunSettings):
     """`models` go by names of your choice; every model walks every path it can.
 
     `data` are the shards of `prepare`. `gate` is left out where it is not given.
+    `trust_remote_code` runs code that came with the weights of models that only it knows.
     """
 
     data: str
@@ -122,6 +123,7 @@ class EvaluateConfig(Questions, RunSettings):
     gate: GateConfig | None = None
     published: tuple[Published, ...] = ()
     converter: ConverterConfig = field(default_factory=ConverterConfig)
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -77,6 +77,7 @@ def freeze(
     *,
     converter: ConverterConfig,
     uri: str,
+    trust_remote_code: bool,
 ) -> Subject:
     """Copy the model of an origin below `into`, where every worker and every restart finds it.
 
@@ -86,7 +87,9 @@ def freeze(
     address = origin.get("version", origin["address"])
     # The fresh table that an MDLM checkpoint gets is the same each time.
     torch.manual_seed(0)
-    model = models.load(address, converter=converter, tracking_uri=uri)
+    model = models.load(
+        address, converter=converter, tracking_uri=uri, trust_remote_code=trust_remote_code
+    )
     models.require_same(model, held_out.vocabulary, f"models.{name}")
     length = held_out.manifest.length
     if model.length not in (None, length):

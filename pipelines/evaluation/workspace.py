@@ -91,7 +91,8 @@ class Workspace:
         return matrix(self.parts.read(f"samples/{REFERENCES}", ["tokens"])["tokens"], np.int64)
 
     def _open(self, name: str) -> Model:
-        model = models.load_folder(self.folder / MODELS / name)
+        trusted = self.config.trust_remote_code
+        model = models.load_folder(self.folder / MODELS / name, trust_remote_code=trusted)
         denoiser = model.denoiser.to(self.device).eval()
         dtype = dtype_of(self.config.precision, self.device)
         return replace(model, denoiser=denoiser.computing_in(dtype))

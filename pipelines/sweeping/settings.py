@@ -187,5 +187,6 @@ class SweepConfig(RunSettings):
             root=self.folder.url,
             models=dict(models),
             tracking=self.shown,
+            trust_remote_code=self.finetune.trust_remote_code,
             **asked,
         )

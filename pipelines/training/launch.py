@@ -18,6 +18,7 @@ import torch
 from dsl.converter import ConverterConfig
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTShape
+from dsl.lora import merged
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
 from infra import cluster, journal, tracking
@@ -53,6 +54,7 @@ def given(config: RunConfig, converter: ConverterConfig) -> Model:
         tracking_uri=uri,
         backbone=config.backbone,
         adapt=config.adapt,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
@@ -73,10 +75,13 @@ def plan(
     else:
         model = given(config, converter)
         denoiser, kind = model.denoiser, model.kind
+        models.require_maps(denoiser, config.lora)
     rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
     tokens = config.train.steps * rows * manifest.length
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    flops = objective(denoiser).flops_per_token(manifest.length) * tokens
+    learner = objective(config.trained(denoiser))
+    parameters = sum(p.numel() for p in learner.parameters())
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    flops = learner.flops_per_token(manifest.length) * tokens
     return {
         "run": config.folder.url,
         "init": config.init,
@@ -87,7 +92,7 @@ def plan(
         "tokens": tokens,
         "epochs": _epochs(config, manifests),
         # Weights, their average and AdamW's two moments, in float32.
-        "checkpoint_bytes": 4 * 4 * parameters,
+        "checkpoint_bytes": 4 * 2 * (parameters + trained),
         "training_flops": round(flops),
         "h100_hours_at_40_percent": round(flops / H100_FLOPS / 3600, 4),
     }
@@ -138,6 +143,7 @@ class TrainingTask(runs.Task):
         if not models.exists(folder / "init"):
             denoiser = self.initial(self.vocabulary)
             models.require_room(denoiser, next(iter(self.manifests.values())).length, "init")
+            models.require_maps(denoiser, config.lora)
             self._save(folder / "init", denoiser)
         return runs.dataset(
             {mixture.sources[name]: manifest for name, manifest in self.manifests.items()}
@@ -170,9 +176,11 @@ class TrainingTask(runs.Task):
 
         folder, step = run.folder, self.config.train.steps
         if not models.exists(folder / "model"):
-            denoiser = models.load_folder(folder / "init").denoiser
+            trusted = self.config.trust_remote_code
+            initial = models.load_folder(folder / "init", trust_remote_code=trusted).denoiser
+            denoiser = self.config.trained(initial)
             denoiser.load_state_dict(consolidate(folder / "checkpoints", step, "ema.denoiser."))
-            self._save(folder / "model", denoiser)
+            self._save(folder / "model", merged(denoiser) if self.config.lora else denoiser)
         last = journal.read(folder)[-1]
         return Made(
             result={

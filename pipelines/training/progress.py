@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from infra import console, parallel
 SECONDS_BETWEEN_LINES = 5.0
 STATUS = Path("/proc/self/status")
 RECENT = 100  # steps of which percentiles are taken
+SET_EVERY_S = 2.0  # Ray exports gauges every 10 s
 
 
 class Progress:
@@ -173,20 +175,41 @@ GAUGES = (
 )
 
 
-class Gauges:
-    """The gauges of one run; made and set in a process of Ray, by rank 0."""
+@contextmanager
+def gauges(run: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A function that shows those metrics of a step that have a gauge, inside the block; for rank 0
+    of a run, in a process of Ray.
 
-    def __init__(self, run: str) -> None:
-        from ray.util import metrics
+    A thread sets the gauges again and again: Ray drops one that was not set for 20 s, and a run
+    that hangs can only be told from one that has ended if its gauges stay.
+    """
+    from ray.util import metrics
 
-        self.tags = {"run": run}
-        self.by_metric = {
-            gauge.metric: metrics.Gauge(gauge.name, gauge.meaning, tag_keys=("run",))
-            for gauge in GAUGES
-        }
+    made = {
+        gauge.metric: metrics.Gauge(gauge.name, gauge.meaning, tag_keys=("run",))
+        for gauge in GAUGES
+    }
+    latest: Mapping[str, float] = {}
+    closed = threading.Event()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics that have a gauge."""
-        for name, value in {**metrics, "step": step}.items():
-            if gauge := self.by_metric.get(name):
-                gauge.set(value, self.tags)
+    def show(step: int, metrics: Mapping[str, float]) -> None:
+        nonlocal latest
+        latest = {**metrics, "step": step}
+
+    def set_all() -> None:
+        for name, value in latest.items():
+            if gauge := made.get(name):
+                gauge.set(value, {"run": run})
+
+    def repeat() -> None:
+        while not closed.wait(SET_EVERY_S):
+            set_all()
+
+    thread = threading.Thread(target=repeat, name="gauges", daemon=True)
+    thread.start()
+    try:
+        yield show
+    finally:
+        closed.set()
+        thread.join()
+        set_all()

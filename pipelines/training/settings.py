@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dsl.denoiser import BackboneShape
+from dsl.denoiser import BackboneShape, Denoiser
 from dsl.huggingface import Adapt
+from dsl.lora import Lora
 from infra.cluster import ClusterConfig
 from infra.mixture import MixtureConfig
 from infra.parallel import ParallelConfig
@@ -135,10 +136,14 @@ class TrainingConfig:
     `init` brings its own, dropout included, and what is said here must agree with it. `adapt` is
     for a causal model of the transformers library, which is to see both sides: `shift` has it
     answer for the next position, as it was trained to, `no_shift` for the position itself.
+    `trust_remote_code` runs code that comes with the weights, for a network that only it knows.
+    `lora` trains adapters in the place of the backbone; the model that is made has them merged.
     """
 
     init: str
     adapt: Adapt | None = None
+    trust_remote_code: bool = False
+    lora: Lora | None = None
     backbone: BackboneShape | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
@@ -146,12 +151,18 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.adapt and self.init == SCRATCH:
             raise ValueError("adapt is for a causal model at init, and init is scratch")
+        if self.lora and self.init == SCRATCH:
+            raise ValueError("lora adds to a model at init, and init is scratch")
         for count in self.workers.counts:
             if self.train.stream.num_lanes % count:
                 raise ValueError(
                     f"train.stream.num_lanes ({self.train.stream.num_lanes}) must be a multiple of "
                     f"workers.count ({count}), or workers would hold unequal shares"
                 )
+
+    def trained(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser at the start of training, with adapters where `lora` asks for them."""
+        return self.lora.attached(denoiser, self.train.stream.seed) if self.lora else denoiser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,7 @@ from pipelines.runs import Run
 from pipelines.training import loop
 from pipelines.training.learner import Microbatches
 from pipelines.training.monitor import Monitor, Show
-from pipelines.training.progress import Gauges
+from pipelines.training.progress import gauges
 from pipelines.training.settings import RunConfig, TrainConfig
 
 # (order of the rows, lanes, steps done) -> the microbatches of the steps that follow
@@ -53,8 +54,9 @@ def in_ray(assignment: Assignment) -> None:
 
     # Ray announces every report on the console, in a logger that its own setting does not reach.
     logging.getLogger().setLevel(logging.WARNING)
-    shown = {} if parallel.world()[0] else {"show": Gauges(assignment.config.name).log}
-    with parallel.flushed():
+    with parallel.flushed(), ExitStack() as stack:
+        first = parallel.world()[0] == 0
+        shown = {"show": stack.enter_context(gauges(assignment.config.name))} if first else {}
         train(assignment, batches=stream.ray_batches, reports=ray.train.report, **shown)
 
 
@@ -80,9 +82,11 @@ def train(
         permit=run.lease.confirm,
         corrupt=settings.checkpoint.corrupt,
     )
+    trusted = config.trust_remote_code
+    initial = models.load_folder(run.folder / "init", trust_remote_code=trusted).denoiser
     with ranklog.kept(run.folder):
         loop.train(
-            assignment.objective(models.load_folder(run.folder / "init").denoiser),
+            assignment.objective(config.trained(initial)),
             settings,
             config.workers.parallel,
             data=loop.Data(

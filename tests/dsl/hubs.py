@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "no", "one", "in", "it"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -115,3 +117,108 @@ def saved(folder: Path, family: str, special: list[str] = SPECIAL, spare: int = 
         weight.data += 0.1 * torch.randn_like(weight)
     model.save_pretrained(folder)
     return model
+
+
+# A masked model that the library does not know, as LLaDA is one: its blocks are those of Llama
+# under other names, its configuration names its mask token, and one of its files reads another.
+CODED = {
+    "configuration_coded.py": '''
+from transformers import PretrainedConfig
+
+
+class CodedConfig(PretrainedConfig):
+    model_type = "coded"
+
+    def __init__(self, d_model=32, n_layers=2, vocab_size=22, one_sided=False, **kwargs):
+        super().__init__(**kwargs)
+        self.d_model, self.n_layers = d_model, n_layers
+        self.vocab_size, self.one_sided = vocab_size, one_sided
+''',
+    "modeling_coded.py": '''
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_coded import CodedConfig
+
+
+class CodedBlock(nn.Module):
+    def __init__(self, width, one_sided):
+        super().__init__()
+        self.one_sided = one_sided
+        self.attn_norm, self.ff_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.qkv, self.attn_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.ff_proj, self.ff_out = nn.Linear(width, 48), nn.Linear(48, width)
+
+    def forward(self, x):
+        query, key, value = self.qkv(self.attn_norm(x)).chunk(3, -1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.one_sided)
+        x = x + self.attn_out(mixed)
+        return x + self.ff_out(F.silu(self.ff_proj(self.ff_norm(x))))
+
+
+class CodedForCausalLM(PreTrainedModel):
+    config_class = CodedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.d_model
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, width),
+            "blocks": nn.ModuleList(
+                CodedBlock(width, config.one_sided) for _ in range(config.n_layers)
+            ),
+            "ff_out": nn.Linear(width, config.vocab_size, bias=False),
+        })
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.transformer["wte"]
+
+    def get_output_embeddings(self):
+        return self.transformer["ff_out"]
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        x = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
+        for block in self.transformer["blocks"]:
+            x = block(x)
+        return CausalLMOutput(logits=self.transformer["ff_out"](x))
+''',
+}  # fmt: skip
+
+
+def coded(folder: Path, *, one_sided: bool = False) -> Any:
+    """A model that only the code in its folder knows."""
+    import transformers
+
+    tokenizer = words(folder, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|mdm_mask|>"])
+    for name, text in CODED.items():
+        (folder / name).write_text(text)
+    config = {
+        "model_type": "coded",
+        "architectures": ["CodedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_coded.CodedConfig",
+            "AutoModelForCausalLM": "modeling_coded.CodedForCausalLM",
+        },
+        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
+        "one_sided": one_sided,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    known = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_config(known, trust_remote_code=True).eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def marked(folder: Path) -> Path:
+    """A file that appears beside a folder when its code, which this changes, is run."""
+    marker = folder.with_name("was-run")
+    with (folder / "configuration_coded.py").open("a") as code:
+        code.write(f"\n\nopen({str(marker)!r}, 'w').close()\n")
+    return marker

@@ -82,6 +82,43 @@ def test_a_causal_model_sees_both_sides(tmp_path: Path, family: str, adapt: str)
     assert (before - after).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_a_model_that_only_its_code_knows(tmp_path: Path) -> None:
+    """It is the model at the endpoints, and a saved one opens again without the folder."""
+    base = tmp_path / "base"
+    model = hubs.coded(base)
+    denoiser = dsl.from_transformers(base, mask_prior=1.0, embed_dim=4, trust_remote_code=True)
+    tokens_BL, mask = tokens(), denoiser.config.backbone.mask
+    known_BL = torch.rand(tokens_BL.shape) < 0.5
+    logits_BLV = model(torch.where(known_BL, tokens_BL, mask)).logits
+    state = seen(denoiser, tokens_BL, known_BL)
+    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.head)
+    drawable_V = denoiser.head[1].isfinite()
+    assert (~drawable_V).nonzero().flatten().tolist() == [0, mask]
+    logits_BLV = logits_BLV[..., : len(drawable_V)]
+    assert (ours_BLV - logits_BLV)[~known_BL][:, drawable_V].abs().max() < 1e-4
+    assert len(denoiser.backbone.blocks) == denoiser.config.backbone.blocks == 2
+    assert set(denoiser.config.backbone.code) == set(hubs.CODED)
+    dsl.save(denoiser, tmp_path / "kept")
+    shutil.rmtree(base)
+    again = dsl.load(tmp_path / "kept", trust_remote_code=True)
+    assert again.config == denoiser.config
+    assert torch.equal(again(state).log_probs(), denoiser(state).log_probs())
+
+
+def test_untrusted_code_is_not_run(tmp_path: Path) -> None:
+    hubs.coded(tmp_path / "base")
+    marker = hubs.marked(tmp_path / "base")
+    with pytest.raises(AdaptationError, match="if you trust it, have it run by"):
+        dsl.from_transformers(tmp_path / "base")
+    assert not marker.exists()
+    denoiser = dsl.from_transformers(tmp_path / "base", embed_dim=4, trust_remote_code=True)
+    assert marker.exists()
+    dsl.save(denoiser, tmp_path / "kept")
+    with pytest.raises(AdaptationError, match="code that came with its weights: configuration_cod"):
+        dsl.load(tmp_path / "kept")
+
+
 @pytest.mark.parametrize("family", [*hubs.MASKED, *hubs.CAUSAL])
 def test_it_trains_and_is_kept(tmp_path: Path, family: str) -> None:
     """Every weight of the network has a gradient, and a saved denoiser is the same one."""
@@ -131,6 +168,25 @@ def test_its_tokenizer_is_a_vocabulary(tmp_path: Path) -> None:
     assert vocabulary.encode([text])[0] == tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("elsewhere", ["gone", "named"])
+def test_code_of_another_place_is_refused(tmp_path: Path, elsewhere: str) -> None:
+    hubs.coded(tmp_path)
+    if elsewhere == "gone":
+        for name in hubs.CODED:
+            (tmp_path / name).unlink()
+    else:
+        remake(tmp_path, "config.json", auto_map={"AutoConfig": "a/b--configuration_coded.C"})
+    with pytest.raises(WeightsError, match="lies in another place"):
+        dsl.from_transformers(tmp_path, trust_remote_code=True)
+
+
+def test_a_network_that_stays_one_sided_is_refused(tmp_path: Path) -> None:
+    hubs.coded(tmp_path, one_sided=True)
+    for adapt in ("shift", "no_shift", None):
+        with pytest.raises(AdaptationError, match="does not look at the tokens behind a position"):
+            dsl.from_transformers(tmp_path, adapt=adapt, trust_remote_code=True)
+
+
 def remake(folder: Path, name: str, **changes: object) -> None:
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(content | changes))
@@ -156,7 +212,7 @@ def remake(folder: Path, name: str, **changes: object) -> None:
             None,
             lambda f: remake(f, "config.json", model_type="llada", auto_map={"AutoModel": "x.Y"}),
             AdaptationError,
-            "such code is never run",
+            "known only to code that comes with the weights",
         ),
         (
             "bert",
@@ -205,6 +261,8 @@ def test_a_saved_configuration_that_lies_is_refused(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "kept" / "config.json").read_text())
     for change in (
         {"blocks": 3},
+        {"code": {"../outside.py": ""}},
+        {"code": {"c.py": ""}, "settings": {"auto_map": {"AutoConfig": "a/b--c.D"}}},
         {"never": [99]},
         {"settings": {"model_type": "nothing"}},
         {"settings": {}},

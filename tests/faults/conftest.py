@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults import processes
-from tests.faults.nodes import Nodes
+from tests.faults.nodes import Nodes, started
 from tests.pipelines import tiny
 
 ROWS = pytest.StashKey[list[str]]()
@@ -50,17 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Nodes]:
     """A head that trains nothing, and two nodes with room for one worker each."""
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-") as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        # Workers unpickle functions of this repository by name, so they must find it.
-        patch.setenv("PYTHONPATH", str(ROOT))
-        # Other Rays of this machine are not to find this one, which they would ask of themselves.
-        patch.setenv("RAY_TMPDIR", folder)
-        found = Nodes()
+    with started() as found:
         yield found
-        found.shutdown()
 
 
 @pytest.fixture(scope="session")

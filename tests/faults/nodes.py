@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
+
+from tests.conftest import ROOT
 from tests.infra.common import free_port
+
+T = TypeVar("T")
 
 
 class Nodes:
-    """A head with no room for workers, and nodes with room for one each."""
+    """A head with no room for workers, and nodes with room for one each.
 
-    def __init__(self) -> None:
+    dashboard: ten processes. Without them Ray Train complains in every second line.
+    """
+
+    def __init__(self, *, dashboard: bool = True) -> None:
+        self.port = free_port()
+        self.head = {
+            "gcs_server_port": self.port,
+            "dashboard_port": free_port(),
+            "include_dashboard": dashboard,
+        }
+
+    def start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                # Without one Ray Train complains of it in every second line.
-                "include_dashboard": True,
-                "dashboard_port": free_port(),
-                # Ray's default is the lowest priority, with which a busy machine starts nothing.
-                "_system_config": {"worker_niceness": 0},
-            },
-        )
+        given = {
+            **self.head,
+            "num_cpus": 0,
+            # Ray's default is the lowest priority, with which a busy machine starts nothing.
+            "_system_config": {"worker_niceness": 0},
+        }
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=given))
         for _ in range(2):
             self.add()
 
@@ -35,11 +50,17 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self) -> None:
-        self.cluster.add_node(num_cpus=1)
+        patiently(lambda: self.cluster.add_node(num_cpus=1))
 
     def lose(self, pid: int) -> None:
         """SIGKILL for everything on the node of a process."""
         self.cluster.remove_node(self._node_of(pid), allow_graceful=False)
+
+    def lose_all(self) -> None:
+        """SIGKILL for everything on all nodes; then a cluster as new, at the same address."""
+        for node in reversed(self.cluster.list_all_nodes()):  # the head last
+            self.cluster.remove_node(node, allow_graceful=False)
+        self.start()
 
     def id_of(self, pid: int) -> str:
         """Ray's id of the node of a process."""
@@ -55,6 +76,41 @@ class Nodes:
             if raylets & parents:
                 return node
         raise LookupError(f"process {pid} is on none of the nodes")
+
+
+@contextmanager
+def started(*, dashboard: bool = True) -> Iterator[Nodes]:
+    """The cluster, for the duration of the block."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Workers unpickle functions of this repository by name, so they must find it.
+        patch.setenv("PYTHONPATH", str(ROOT))
+        # Other Rays of this machine are not to find this one, which they would ask of themselves.
+        patch.setenv("RAY_TMPDIR", folder)
+        found = Nodes(dashboard=dashboard)
+        # Nor is Ray Train to look for its controller in one of those, which would have none.
+        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{found.port}")
+        found.start()
+        try:
+            yield found
+        finally:
+            found.shutdown()
+
+
+def patiently(start: Callable[[], T]) -> T:
+    """What `start` returns. Ray gives a node 30 s, in which a busy machine may not start it; then
+    what was started is ended, and started again."""
+    for _ in range(9):
+        before = descendants(os.getpid())
+        try:
+            return start()
+        except Exception:
+            for pid in descendants(os.getpid()) - before:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    return start()
 
 
 def workers() -> list[int]:

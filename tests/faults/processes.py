@@ -35,9 +35,9 @@ SETTINGS = [
 
 
 class Run:
-    """A verb in a process of its own, and the run directory that it works on."""
+    """A verb in a process of its own, and the run directory, a path or a URL, that it works on."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, folder: Any, process: subprocess.Popen[bytes], log: Path) -> None:
         self.folder, self.process, self.log = folder, process, log
 
     @property
@@ -57,11 +57,17 @@ class Run:
 
     @property
     def checkpoints(self) -> list[int]:
-        return committed(str(self.folder / "checkpoints"))
+        return committed(f"{self.folder}/checkpoints")
 
     def wait(self) -> int:
         """Its exit code."""
         return self.process.wait(PATIENCE_S)
+
+    def end(self) -> None:
+        """SIGTERM where it still runs."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.wait()
 
     def until(self, condition: Callable[[], Any]) -> Any:
         """What the condition holds once it holds something; the run must go on until then."""
@@ -87,11 +93,10 @@ class Run:
 Begin = Callable[..., AbstractContextManager[Run]]
 
 
-@contextmanager
-def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
-    """`pipelines/finetune.py name=run` on a cluster; SIGTERM for it where the block ends first."""
+def begin(address: str, data: Path | str, root: Path | str, logs: Path, *argv: str) -> Run:
+    """`pipelines/finetune.py name=run` on a cluster; what it says goes into the folder `logs`."""
     given = [f"data={data}", f"root={root}", "name=run", f"workers.cluster.address={address}"]
-    log = root / f"said-{time.time_ns()}.txt"
+    log = logs / f"said-{time.time_ns()}.txt"
     # As its users run it: what makes the other tests quick is not to make this look quick.
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_TRAIN_")}
     with log.open("wb") as output:
@@ -99,12 +104,17 @@ def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
             [sys.executable, str(ROOT / "pipelines" / "finetune.py"), *given, *SETTINGS, *argv],
             cwd=ROOT, stdout=output, stderr=output, env=env,
         )  # fmt: skip
+    return Run(root / "run" if isinstance(root, Path) else f"{root}/run", process, log)
+
+
+@contextmanager
+def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
+    """The same on a disk; SIGTERM for it where the block ends first."""
+    run = begin(address, data, root, root, *argv)
     try:
-        yield Run(root / "run", process, log)
+        yield run
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(PATIENCE_S)
+        run.end()
 
 
 def assert_equal(run: Path, reference: Path) -> None:

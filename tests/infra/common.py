@@ -48,8 +48,8 @@ class MLflowServer:
         self.environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process: subprocess.Popen[bytes] | None = None
 
-    def up(self) -> None:
-        """Returns once it answers."""
+    def start(self) -> None:
+        """Start it; it answers some time later."""
         with (self.folder / "server.log").open("ab") as output:
             self.process = subprocess.Popen(
                 self.command,
@@ -59,6 +59,10 @@ class MLflowServer:
                 env=self.environment,
                 start_new_session=True,
             )
+
+    def up(self) -> None:
+        """Returns once it answers."""
+        self.start()
         until(self._healthy, 600)
 
     def down(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -84,6 +85,14 @@ def test_lines_of_workers_are_shown_and_those_of_ray_are_kept(
     log, *lines = capfd.readouterr().err.splitlines()
     assert lines == [native, "no room"]
     Path(log.removeprefix("the last lines of ").removesuffix(":")).unlink()
+
+
+def test_a_full_disk_does_not_end_the_thread_that_relays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    console.relay({"pid": "raylet", "lines": ["no room", "none at all"]})
 
 
 def test_the_log_goes_where_all_ends_well(capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,11 @@ import yaml
 
 from infra import cluster, config
 from infra.errors import ConfigError
-from pipelines.training.progress import GAUGES, Gauges
+from pipelines.training import progress
+from pipelines.training.progress import GAUGES
 from pipelines.verb import PRESETS
 from tests.infra import manifests
+from tests.infra.common import until
 from tests.infra.manifests import DEPLOY, JOBS, ROOT, Object, complaints, everything
 
 ALL = everything()
@@ -255,10 +257,14 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     assert asked() - ours <= {f"ray_{name}" for name in METRICS_GAUGES}
 
 
-def test_a_gauge_is_set_from_the_metric_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+Heard = list[tuple[str, float, dict[str, str]]]
+
+
+def gauges_heard(monkeypatch: pytest.MonkeyPatch, *, every_s: float) -> Heard:
+    """What Ray is told from here on."""
     from ray.util import metrics
 
-    heard: list[tuple[str, float, dict[str, str]]] = []
+    heard: Heard = []
 
     class Gauge:
         def __init__(self, name: str, meaning: str, *, tag_keys: tuple[str, ...]) -> None:
@@ -270,7 +276,24 @@ def test_a_gauge_is_set_from_the_metric_it_names(monkeypatch: pytest.MonkeyPatch
             heard.append((self.name, value, tags))
 
     monkeypatch.setattr(metrics, "Gauge", Gauge)
-    Gauges("one").log(7, {"loss": 2.5, "grad_norm": 1.0})
+    monkeypatch.setattr(progress, "SET_EVERY_S", every_s)
+    return heard
+
+
+def test_a_gauge_is_set_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = gauges_heard(monkeypatch, every_s=0.001)
+    with progress.gauges("one") as show:
+        show(7, {"loss": 2.5, "grad_norm": 1.0})
+        until(lambda: len(heard) > 4)
+    both = [("dsl_loss", 2.5, {"run": "one"}), ("dsl_step", 7, {"run": "one"})]
+    assert heard == both * (len(heard) // 2)
+
+
+def test_the_gauges_end_with_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = gauges_heard(monkeypatch, every_s=1000.0)
+    with progress.gauges("one") as show:
+        show(6, {"loss": 2.75})
+        show(7, {"loss": 2.5})
     assert heard == [("dsl_loss", 2.5, {"run": "one"}), ("dsl_step", 7, {"run": "one"})]
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import dsl
+from dsl.errors import AdaptationError
 from dsl.foreign import ForeignConfig
-from pipelines import models
+from infra.errors import ConfigError
+from pipelines import export, models
+from pipelines.export import ExportConfig
 from pipelines.models import ConverterConfig
 from tests.dsl import hubs
 from tests.pipelines import tiny
@@ -57,6 +61,38 @@ def test_adapted_trained_further_and_made_dsl(
     tiny.execute("finetune", *argv(data, tmp_path, "at-once", base, f"adapt={adapt}"))
 
 
+def test_code_beside_the_weights_is_run_only_if_it_is_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, runs = tmp_path / "base", tmp_path / "runs"
+    hubs.coded(base)
+    marker = hubs.marked(base)
+    data = shards(tmp_path, base)
+    for verb in ("pretrain", "finetune"):
+        code, said = tiny.outcome(capsys, verb, *argv(data, runs, verb, base))
+        assert (code, "have it run by trust_remote_code" in said) == (2, True), said
+        assert not (runs / verb).exists()
+    assert not marker.exists()
+    trusted = "trust_remote_code=true"
+    tiny.execute("pretrain", *argv(data, runs, "mdlm", base, trusted))
+    assert marker.exists()
+    code, said = tiny.outcome(capsys, "finetune", *argv(data, runs, "dsl", runs / "mdlm"))
+    assert (code, "code that came with its weights" in said) == (2, True), said
+    tiny.execute("finetune", *argv(data, runs, "dsl", runs / "mdlm", trusted))
+    # The run's model holds the code, for whoever trusts it, and MLflow runs what was registered.
+    made = runs / "dsl" / "model"
+    with pytest.raises(AdaptationError):
+        dsl.load(made)
+    from pipelines.model import TextModel  # MLflow takes seconds to import
+
+    registered = TextModel()
+    registered.load_context(SimpleNamespace(artifacts={"model": str(made)}))
+    assert len(registered.predict(None, ["the cat"], {"length": 8})) == 1
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        export.execute(ExportConfig(model=str(made), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def unmask(folder: Path) -> None:
     hubs.words(folder, hubs.SPECIAL[:-1])
 
@@ -65,21 +101,11 @@ def pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def ask_for_code(folder: Path) -> None:
-    path = folder / "config.json"
-    content = json.loads(path.read_text()) | {
-        "model_type": "llada",
-        "auto_map": {"AutoModel": "a.B"},
-    }
-    path.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("family", "spoil", "setting", "code", "said"),
     [
         ("bert", unmask, "", 3, "its tokenizer names no mask token"),
         ("bert", pickle, "", 3, "only safetensors are read"),
-        ("bert", ask_for_code, "", 2, "such code is never run"),
         ("bert", None, "adapt=shift", 2, "needs no adaptation"),
         ("llama", None, "", 2, "Say how to adapt it"),
         ("bert", None, "long", 3, "does not take rows of 80 tokens"),

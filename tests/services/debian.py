@@ -91,6 +91,7 @@ class Postgres:
                     [self.server, "-D", self.folder / "data", "-h", "127.0.0.1",
                      "-p", str(self.port), "-k", ""],
                     user=self.account, cwd=self.folder, stdout=output, stderr=output,
+                    env=self.environment,
                 )  # fmt: skip
         answer = subprocess.run(
             [*self.execute, "select 1", "postgres"], env=self.environment, capture_output=True

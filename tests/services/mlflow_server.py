@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import requests
 
 from tests.infra.common import MLflowServer
@@ -26,6 +29,7 @@ class DeployedServer(MLflowServer):
 
     def __init__(self, folder: Path, database: Postgres) -> None:
         super().__init__(folder, "")
+        self.database = database
         self.uri = f"http://localhost:{self.port}"
         replaced = {
             "mlflow-database:5432": f"127.0.0.1:{database.port}",
@@ -61,3 +65,22 @@ class DeployedServer(MLflowServer):
             json={"username": name, "password": password}, auth=ADMIN, timeout=300,
         )  # fmt: skip
         answer.raise_for_status()
+
+
+@contextmanager
+def deployed(folder: Path) -> Iterator[DeployedServer]:
+    """Such a server, up, on a database of its own."""
+    for module in ("psycopg2", "flask_wtf"):
+        pytest.importorskip(module, reason="`pip install -e '.[services]'` brings it")
+    database = Postgres(DATABASE_USER, DATABASE_PASSWORD)
+    try:
+        database.up()
+        database.sql("create database mlflow")  # as POSTGRES_DB has the image do
+        server = DeployedServer(folder, database)
+        try:
+            server.up()
+            yield server
+        finally:
+            server.down()
+    finally:
+        database.remove()

@@ -39,28 +39,16 @@ mlflow.models.set_model(Model())
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[Postgres]:
-    found = Postgres(mlflow_server.DATABASE_USER, mlflow_server.DATABASE_PASSWORD)
-    try:
-        found.up()
-        found.sql("create database mlflow")  # as POSTGRES_DB has the image do
-        yield found
-    finally:
-        found.remove()
-
-
-@pytest.fixture(scope="module")
-def server(
-    database: Postgres, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[DeployedServer]:
-    found = DeployedServer(tmp_path_factory.mktemp("server"), database)
-    try:
-        found.up()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeployedServer]:
+    with mlflow_server.deployed(tmp_path_factory.mktemp("server")) as found:
         for user in (OWNER, GUEST):
             found.add_user(*user)
         yield found
-    finally:
-        found.down()
+
+
+@pytest.fixture
+def database(server: DeployedServer) -> Postgres:
+    return server.database
 
 
 As = Callable[[tuple[str, str]], None]

@@ -35,14 +35,23 @@ print(json.dumps(found))
 @torch.no_grad()
 def test_every_family_is_exported(tmp_path: Path) -> None:
     denoisers, folders = {}, {}
-    for family in (*hubs.MASKED, *hubs.CAUSAL):
+    for family in (*hubs.MASKED, *hubs.CAUSAL, "coded"):
         base, made, out = (str(tmp_path / family / name) for name in ("base", "made", "out"))
         causal = family in hubs.CAUSAL
-        hubs.saved(Path(base), family, special=BARE if causal else hubs.SPECIAL)
-        denoiser = dsl.from_transformers(base, embed_dim=4, adapt="shift" if causal else None)
+        if trusted := family == "coded":
+            hubs.coded(Path(base))
+        else:
+            hubs.saved(Path(base), family, special=BARE if causal else hubs.SPECIAL)
+        denoiser = dsl.from_transformers(
+            base,
+            embed_dim=4,
+            adapt="shift" if causal else None,
+            trust_remote_code=trusted,
+        )
         metadata = {"objective": "dsl", "length": LENGTH}
         dsl.save(denoiser, made, dsl.Vocabulary.load(base), metadata=metadata)
-        export.execute(ExportConfig(model=made, out=out, root=str(tmp_path / "runs")))
+        root = str(tmp_path / "runs")
+        export.execute(ExportConfig(model=made, out=out, root=root, trust_remote_code=trusted))
         denoisers[family], folders[family] = denoiser, out
     found = stranger(CODE, folders, tmp_path, HF_HUB_OFFLINE="1")
     paths = (dsl.paths.Masked(), dsl.paths.SentenceSDE(gamma_max=9.0))
