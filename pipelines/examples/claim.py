@@ -51,7 +51,8 @@ def lines(name: str, rows: Rows) -> Iterator[str]:
                     continue
                 before, after = taken[first, calls], taken[model, calls]
                 cells = [name, judge, str(calls), *_shown(before, judge), *_shown(after, judge)]
-                yield "| {} | {} |".format(" | ".join(cells), after.get(f"ahead_{judge}_interval"))
+                fewer = after.get(f"ahead_{judge}_interval", "–")
+                yield "| {} | {} |".format(" | ".join(cells), fewer)
         yield f"| {name} | {judge} | – | real text | {real[f'headline_{judge}']:.2f} | | | |"
 
 
