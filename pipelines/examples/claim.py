@@ -1,6 +1,6 @@
 """The finding as one table and one plot, made from the results of evaluations.
 
-    python -m pipelines.examples.claim OUT.png runs/frequent-evaluation runs/small-evaluation
+    python -m pipelines.examples.claim out=claim.png evaluations='[runs/frequent-evaluation]'
 
 Every evaluation has a frontier, and its first model is the one to beat. For each number of calls
 and each model, the walk with the fewest bits per byte at the diversity of real text is taken, by
@@ -9,17 +9,34 @@ each judge. The table is printed as Markdown, the plot shows the same for the la
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from infra.documents import from_json
+from infra.errors import DataError
 from infra.storage import Folder
+from pipelines import verb
 from pipelines.evaluation.cells import REAL
 from pipelines.report import Row, Rows
 from pipelines.report.drawing import GREY, groups, measured, panels, style
 
+REPORT = "report/evaluation.json"
 HEAD = "| text | judge | calls | best walk | bits per byte | best walk | bits per byte | fewer |"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimConfig:
+    """`evaluations`: run directories of `evaluate`. `out`: the file of the plot, PNG."""
+
+    evaluations: tuple[str, ...]
+    out: str
+
+    def __post_init__(self) -> None:
+        if not self.evaluations:
+            raise ValueError("evaluations must hold at least one")
 
 
 def judges(rows: Rows) -> list[str]:
@@ -86,23 +103,40 @@ def draw(evaluations: dict[str, Rows]) -> bytes:
     return made.png()
 
 
-def main(arguments: Sequence[str]) -> int:
-    if len(arguments) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    out, *runs = arguments
+def read(run: str) -> Rows:
+    """The rows of the headline of an evaluation; DataError where it has none."""
+    folder = Folder.at(run)
+    try:
+        tables = from_json(folder.read_bytes(REPORT))
+    except ValueError as error:
+        raise DataError(folder.url_of(REPORT), str(error), "Evaluate again") from error
+    rows: Rows = tables.get("headline", ())
+    if not any(row["model"] == REAL for row in rows) or not judges(rows):
+        why = "this evaluation has no headline"
+        raise DataError(folder.url_of(REPORT), why, "Evaluate again with `frontier` and a judge")
+    return rows
+
+
+def plan(config: ClaimConfig) -> dict[str, Any]:
+    """What would be read, for `--dry-run`."""
+    return asdict(config)
+
+
+def execute(config: ClaimConfig) -> dict[str, Any]:
     evaluations = {
-        Path(run).name.removesuffix("-evaluation"): json.loads(
-            Folder.at(run).read_bytes("report/evaluation.json")
-        )["headline"]
-        for run in runs
+        Folder.at(run).url.rstrip("/").rpartition("/")[2].removesuffix("-evaluation"): read(run)
+        for run in config.evaluations
     }
     print(HEAD, "|" + "---|" * (HEAD.count("|") - 1), sep="\n")
     for name, rows in evaluations.items():
         print(*lines(name, rows), sep="\n")
-    Path(out).write_bytes(draw(evaluations))
-    return 0
+    Path(config.out).write_bytes(draw(evaluations))
+    return {"figure": config.out}
+
+
+def main() -> int:
+    return verb.run("claim", ClaimConfig, plan=plan, execute=execute, doc=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -106,7 +106,9 @@ def patiently(start: Callable[[], T]) -> T:
         before = descendants(os.getpid())
         try:
             return start()
-        except Exception:
+        except Exception as error:  # Ray's is of no other class; see `ray._private.node`
+            if "timed out" not in str(error) and not isinstance(error, TimeoutError):
+                raise
             for pid in descendants(os.getpid()) - before:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from infra.errors import DataError
 from pipelines.examples import claim
 
 
@@ -34,7 +35,10 @@ def test_the_best_walk_of_each_model_is_taken(
     report = tmp_path / "small-evaluation/report/evaluation.json"
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps({"headline": ROWS}))
-    assert claim.main([str(tmp_path / "claim.png"), str(tmp_path / "small-evaluation")]) == 0
+    config = claim.ClaimConfig(
+        out=str(tmp_path / "claim.png"), evaluations=(str(tmp_path / "small-evaluation"),)
+    )
+    claim.execute(config)
     head_line, rule, *lines = capsys.readouterr().out.splitlines()
     assert head_line.count("|") == rule.count("|") == lines[0].count("|")
     assert lines == [
@@ -47,3 +51,11 @@ def test_the_best_walk_of_each_model_is_taken(
 
 def test_a_walk_without_an_interval_is_not_taken() -> None:
     assert ("dsl", 32) not in claim.best(ROWS, "ar")
+
+
+@pytest.mark.parametrize("tables", [{}, {"headline": []}])
+def test_an_evaluation_without_a_headline_is_one_message(tmp_path: Path, tables: Any) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/evaluation.json").write_text(json.dumps(tables))
+    with pytest.raises(DataError, match="has no headline"):
+        claim.read(str(tmp_path))
