@@ -16,6 +16,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
 from dsl.state import State, flat
+from dsl.truncation import Nucleus, descending
 
 
 def _lists(*names: str) -> dict[str, list[float]]:
@@ -142,7 +143,4 @@ def max_prob(log_probs_NV: Tensor) -> Tensor:
 
 def nucleus_size(log_probs_NV: Tensor, p: float) -> Tensor:
     """How many of the likeliest tokens together reach probability ``p``, in [1, V]."""
-    cumulative_NV = log_probs_NV.exp().sort(1, descending=True).values.cumsum(1)
-    # One token more than fall short of p, unless rounding keeps all V of them short of it.
-    size_N: Tensor = 1 + (cumulative_NV[:, :-1] < p).sum(1)
-    return size_N
+    return Nucleus(p=p).size(descending(log_probs_NV)).squeeze(1)

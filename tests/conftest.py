@@ -38,9 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Ray cluster. All others follow, file by file.
 LONGEST = (
     (
-        "tests/pipelines/test_workers.py", "tests/infra/test_group.py", "tests/infra/test_pool.py",
-        "tests/infra/test_stream.py", "tests/pipelines/benchmarks/test_benchmarks.py",
+        "tests/infra/test_group.py", "tests/infra/test_pool.py", "tests/infra/test_stream.py",
+        "tests/pipelines/benchmarks/test_benchmarks.py",
     ),
+    ("tests/pipelines/test_workers.py",),
     ("tests/pipelines/sweeping/test_killed.py",),
     ("tests/infra/test_cluster.py",),
     ("tests/pipelines/test_submit.py",),

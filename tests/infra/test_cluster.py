@@ -72,6 +72,7 @@ def test_a_machine_too_busy_for_ray_is_no_bug(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+@pytest.mark.long
 def test_a_local_cluster_is_the_one_its_processes_find() -> None:
     """However many there are on the machine, and whichever is the latest."""
     script = """
@@ -144,6 +145,7 @@ def processes_of(folder: str) -> list[str]:
     return [line for line in lines.splitlines() if folder in line]
 
 
+@pytest.mark.long
 def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     state = running_head
     record = head.Head.load(state)

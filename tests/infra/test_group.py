@@ -19,10 +19,18 @@ class UnreadableWeights(ValueError):
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
-        (UnreadableWeights("model.safetensors: the file ends early"), Exception),
-        (DataError("part-0.parquet, row 3", "token 9 of 8", "Prepare it again"), DataError),
+        pytest.param(
+            UnreadableWeights("model.safetensors: the file ends early"),
+            Exception,
+            id="which the caller calls fatal",
+        ),
+        pytest.param(
+            DataError("part-0.parquet, row 3", "token 9 of 8", "Prepare it again"),
+            DataError,
+            id="in the data",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["which the caller calls fatal", "in the data"],
 )
 def test_an_error_that_is_not_tried_again(
     error: Exception, raised: type[Exception], tmp_path: Path
@@ -39,7 +47,7 @@ def test_an_error_that_is_not_tried_again(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("count", [3, (3, 4)])
+@pytest.mark.parametrize("count", [3, pytest.param((3, 4), marks=pytest.mark.long)])
 def test_a_group_that_finds_no_room_gives_up(
     count: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,6 +276,7 @@ def opening(database: Path, experiment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
     """One process dies while it makes the tables; then three come at the same moment."""
     database = tmp_path / "runs" / "mlflow.db"

@@ -31,7 +31,16 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sampler",
+        "train",
+        "converter",
+        pytest.param("ingest", marks=pytest.mark.long),
+        pytest.param("evaluate", marks=pytest.mark.long),
+    ],
+)
 def test_a_benchmark_gives_its_figures(
     name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -147,6 +156,7 @@ def die() -> None:
     os._exit(1)
 
 
+@pytest.mark.long
 def test_peak_memory_is_that_of_a_fresh_process() -> None:
     ballast = np.ones(256 * 2**17)  # in this process, and not to be seen in the other
     low_gib, high_gib = measure.peak_gib(allocate, 1), measure.peak_gib(allocate, 257)
