@@ -1,11 +1,14 @@
 """Temperature and nucleus: they sharpen the posterior, for draws and for x_hat alike.
 
-Shapes: B rows, L positions, V tokens, D table dimension, N asked positions, R rows.
+Shapes: B rows, L positions, V tokens, D table dimension, N asked positions, R rows,
+K likeliest tokens.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,12 +21,15 @@ from dsl.state import State, flat
 
 Convention = Literal["keep", "drop"]
 
+# Tokens of a row that are summed up at first: most nuclei hold fewer.
+FIRST = 256
+
 # How many of a row's tokens stay, sorted from likely to unlikely, from the sum up to each. `keep`
 # is the common rule, `drop` that of public ReMDM; they differ in the token that crosses p.
 CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {
-        "keep": lambda total_NV, p_N1: torch.searchsorted(total_NV, p_N1) + 1,
-        "drop": lambda total_NV, p_N1: torch.searchsorted(total_NV, p_N1, right=True),
+        "keep": lambda total_NK, p_N1: torch.searchsorted(total_NK, p_N1) + 1,
+        "drop": lambda total_NK, p_N1: torch.searchsorted(total_NK, p_N1, right=True),
     }
 )
 
@@ -47,10 +53,15 @@ class Nucleus:
 
     def size(self, sorted_NV: Tensor) -> Tensor:
         """How many tokens stay, ``[N, 1]`` in [1, V], of log-probabilities from large to small."""
-        # Fifty thousand float32 terms would blur where the sum crosses p.
-        total_NV = sorted_NV.to(torch.float64, copy=True).exp_().cumsum_(-1)
-        p_N1 = total_NV.new_full((len(total_NV), 1), self.p)
-        return CONVENTIONS[self.convention](total_NV, p_N1).clamp_(1, sorted_NV.shape[1])
+        tokens, most = sorted_NV.shape[1], FIRST
+        while True:
+            # Fifty thousand float32 terms would blur where the sum crosses p.
+            total_NK = sorted_NV[:, :most].to(torch.float64, copy=True).exp_().cumsum_(-1)
+            if most >= tokens or bool((total_NK[:, -1] > self.p).all()):
+                break
+            most *= 8
+        p_N1 = total_NK.new_full((len(total_NK), 1), self.p)
+        return CONVENTIONS[self.convention](total_NK, p_N1).clamp_(1, tokens)
 
 
 class Truncated:
@@ -123,7 +134,11 @@ def descending(values_NV: Tensor) -> Tensor:
     """The values of each row from the largest down."""
     if values_NV.device.type == "cpu":
         # numpy's sort is vectorised and keeps no indices: torch's takes ten times as long.
-        return torch.from_numpy(np.sort(values_NV.detach().numpy(), axis=1)).flip(1)
+        sorted_NV = values_NV.detach().numpy().copy()
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(partial(np.ndarray.sort, axis=1), np.array_split(sorted_NV, threads)))
+        return torch.from_numpy(sorted_NV).flip(1)
     return values_NV.sort(1, descending=True).values
 
 

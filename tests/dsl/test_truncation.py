@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsl import truncation
 from dsl.channel import observe
 from dsl.chunks import CHUNK_ELEMENTS
 from dsl.paths import Masked, SecondOrder, SentenceSDE
@@ -195,9 +196,13 @@ def test_every_path_samples_the_sharpened_denoiser(path: Any) -> None:
 
 
 @pytest.mark.parametrize("convention", ["keep", "drop"])
-def test_the_nucleus_is_that_of_a_stable_sort(convention: Any) -> None:
-    """Also where tokens are equally likely at the cut."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("first", [1, 3, 7, 1024])
+def test_the_nucleus_is_that_of_a_stable_sort(
+    convention: Any, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens are summed up at first, and where some are equally likely at the cut."""
+    monkeypatch.setattr(truncation, "FIRST", first)
+    generator = torch.Generator().manual_seed(first)
     # Few different values make many ties; the last rows are all ties, and one sure token.
     scores_NV = torch.randint(4, (300, 40), generator=generator).float()
     scores_NV[-1], scores_NV[-2] = 0.0, torch.eye(40)[7] * 50
