@@ -38,7 +38,9 @@ class Workspace:
         self.config = config
         self.folder = config.folder
         self.parts = Parts(self.folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Also this process, where there are no others, keeps off a GPU that was not asked for.
+        gpu = config.workers.gpu and torch.cuda.is_available()
+        self.device = torch.device("cuda" if gpu else "cpu")
         self._opened: tuple[str, Model] | None = None
         self._readers: dict[Reader, Any] = {}
 
