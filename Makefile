@@ -51,7 +51,7 @@ services: $(ready)
 test-services: services
 	$(BIN)/python -m pytest tests/services --timeout 1800
 
-# One run under random faults: half an hour on 2 cores. `make test-soak SOAK=short` has four faults.
+# One run under random faults: 18 min on 2 cores. `make test-soak SOAK=short` has four faults.
 SOAK ?= full
 test-soak: services
 	$(BIN)/python -m pytest tests/soak -k $(SOAK) --timeout 7200
