@@ -1,12 +1,15 @@
 """Prometheus on the metrics of a real cluster: what the dashboard draws, and what wakes people up.
 
-One run by two workers on a Ray head, first undisturbed, then with a store that refuses checkpoints.
+One run by two workers on a Ray head, first undisturbed, then with a store that refuses checkpoints,
+then with a rank that hangs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,8 +32,8 @@ SETTINGS = [
     f"train.checkpoint.every={EVERY}", "train.checkpoint.max_failures=1000",
     "workers.count=2",
 ]  # fmt: skip
-# The alerts of a copy, so that a test need not wait for an hour.
-SHORTER = {"> 3600": "> 30", "for: 1m": "for: 1s"}
+# The alerts of a copy, so that a test need not wait for an hour. Ray exports gauges every 10 s.
+SHORTER = {"> 3600": "> 30", "for: 1m": "for: 1s", "[5m]": "[40s]", "for: 10m": "for: 20s"}
 # Drawn only where there is a GPU; and what moves only when workers come and go.
 OF_GPUS = {"ray_dsl_mfu_percent", "ray_node_gpus_utilization", "ray_node_gram_used"}
 STEADY = {"ray_dsl_workers"}
@@ -76,6 +79,7 @@ def test_a_run_is_seen_and_its_faults_are_told(run: Run, tmp_path: Path) -> None
     try:
         seen(server, run)
         a_store_that_fails(server, run)
+        a_rank_that_hangs(server, run)
     finally:
         server.down()
 
@@ -111,4 +115,16 @@ def a_store_that_fails(server: Prometheus, run: Run) -> None:
     assert moved(server, drawn()["ray_dsl_failed_checkpoints"])
     for path in taken:
         path.unlink()
+    run.until(lambda: not server.firing())
+
+
+def a_rank_that_hangs(server: Prometheus, run: Run) -> None:
+    """It stands still for a while, and the rank that shows the run lives."""
+    log = (run.folder / "logs/rank_00001.log").read_text()
+    rank = int(re.findall(r"begins: process (\d+) ", log)[-1])
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        run.until(lambda: "RunStalled" in server.firing())
+    finally:
+        os.kill(rank, signal.SIGCONT)
     run.until(lambda: not server.firing())
