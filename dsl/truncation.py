@@ -24,6 +24,9 @@ Convention = Literal["keep", "drop"]
 # Tokens of a row that are summed up at first: most nuclei hold fewer.
 FIRST = 256
 
+# Values for which another thread is worth its start.
+GRAIN = 2**18
+
 # How many of a row's tokens stay, sorted from likely to unlikely, from the sum up to each. `keep`
 # is the common rule, `drop` that of public ReMDM; they differ in the token that crosses p.
 CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
@@ -135,7 +138,7 @@ def descending(values_NV: Tensor) -> Tensor:
     if values_NV.device.type == "cpu":
         # numpy's sort is vectorised and keeps no indices: torch's takes ten times as long.
         sorted_NV = values_NV.detach().numpy().copy()
-        threads = torch.get_num_threads()
+        threads = min(torch.get_num_threads(), 1 + sorted_NV.size // GRAIN)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(partial(np.ndarray.sort, axis=1), np.array_split(sorted_NV, threads)))
         return torch.from_numpy(sorted_NV).flip(1)
