@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,27 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (
     (
         "tests/infra/test_group.py", "tests/infra/test_pool.py", "tests/infra/test_stream.py",
-        "tests/pipelines/benchmarks/test_benchmarks.py",
+        "tests/infra/test_cluster.py", "tests/pipelines/benchmarks/test_benchmarks.py",
     ),
     ("tests/pipelines/test_workers.py",),
     ("tests/pipelines/sweeping/test_killed.py",),
-    ("tests/infra/test_cluster.py",),
     ("tests/pipelines/test_submit.py",),
     ("tests/pipelines/evaluation/test_killed.py",),
-    ("tests/infra/test_stall.py",),
+    ("tests/infra/test_store_faults.py",),
+    ("tests/pipelines/evaluation/test_champion.py",),
+    ("tests/pipelines/report/test_plots.py",),
     ("tests/infra/test_tracking.py",),
     ("tests/pipelines/test_launch.py",),
+    ("tests/pipelines/evaluation/test_evaluate.py",),
+    ("tests/pipelines/test_buckets.py",),
     ("tests/pipelines/test_gpu_check.py",),
+    ("tests/pipelines/test_preemption.py",),
+    ("tests/infra/test_stall.py",),
+    ("tests/pipelines/test_failures.py",),
+    ("tests/pipelines/sweeping/test_arms.py",),
+    ("tests/pipelines/test_model.py",),
     ("tests/pipelines/exporting/test_export.py",),
+    ("tests/pipelines/test_secrets.py",),
 )  # fmt: skip
 MOST_PROCESSES = 4  # each takes about a GiB, and the workers of Ray come on top
 
@@ -60,8 +69,12 @@ def _rank(file: str) -> int:
     return next((rank for rank, row in enumerate(LONGEST) if file in row), len(LONGEST))
 
 
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.split("::")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _rank(item.nodeid.split("::")[0]))
+    items.sort(key=lambda item: _rank(_file(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -97,11 +110,17 @@ def pytest_report_header() -> str:
     )
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray of four logical CPUs: two workers, and two for the data tasks that feed them."""
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """A local Ray of four logical CPUs: two workers, and two for the data tasks that feed them.
+
+    It serves all files of a row of `LONGEST`, and ends with the last of them: idle, it would take
+    a share of a core from the tests that follow.
+    """
     import ray
 
+    if ray.is_initialized():
+        return
     # Workers unpickle functions of this repository by name, so they must find it.
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -115,8 +134,14 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
     )
-    yield
-    ray.shutdown()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The end of `ray_cluster`."""
+    ends = nextitem is None or _rank(_file(nextitem)) != _rank(_file(item))
+    if ends and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Training through Ray: what a killed worker loses, and what the number of workers changes.
 
-Three runs of the same twenty steps: by two workers; by two workers of which one is killed with
-SIGKILL in step 13, after the checkpoint of step 10; by this process, without Ray.
+Three runs of the same twenty steps: by two workers of Ray Train, of which one is killed with
+SIGKILL in step 13, after the checkpoint of step 10; by two plain processes, without Ray; by this
+process alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from pipelines import runs as ritual
 from pipelines.finetune import initial
 from pipelines.training import worker
 from pipelines.training.launch import TrainingTask
+from tests.infra.workers import in_workers
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
 
@@ -54,7 +57,18 @@ class KilledOnce(DSLObjective):
         return super().forward(tokens_BL, generator)
 
 
-def run(root: Path, data: Path, name: str, workers: int, objective: Any) -> dict[str, Any]:
+def in_two(assignment: worker.Assignment) -> None:
+    in_workers(2, worker.train, assignment)
+
+
+def run(
+    root: Path,
+    data: Path,
+    name: str,
+    workers: int,
+    objective: Any,
+    start: Callable[[worker.Assignment], None] | None,
+) -> dict[str, Any]:
     argv = [f"name={name}", f"root={root}", f"data={data}", f"workers.count={workers}", *SETTINGS]
     config = tiny.load("finetune", *argv)
     task = TrainingTask(
@@ -64,7 +78,7 @@ def run(root: Path, data: Path, name: str, workers: int, objective: Any) -> dict
         objective=objective,
         initial=partial(initial, config),
         tags={},
-        start=None if workers > 1 else worker.train,
+        start=start,
     )
     return ritual.carry_out(task)
 
@@ -77,15 +91,15 @@ def runs(
     root = tmp_path_factory.mktemp("runs")
     whole = partial(DSLObjective, support=SUPPORT)
     killed = partial(KilledOnce, marker=root / "was-killed")
-    run(root, tiny_shards, "two", 2, whole)
-    run(root, tiny_shards, "killed", 2, killed)
-    run(root, tiny_shards, "one", 1, whole)
+    run(root, tiny_shards, "two", 2, whole, in_two)
+    run(root, tiny_shards, "killed", 2, killed, None)
+    run(root, tiny_shards, "one", 1, whole, worker.train)
     assert (root / "was-killed").exists()
     return {name: root / name for name in ("two", "killed", "one")}
 
 
 def test_a_killed_worker_loses_nothing(runs: dict[str, Path]) -> None:
-    """20 steps = 10 + SIGKILL + 10, bit for bit."""
+    """20 steps = 10 + SIGKILL + 10, and Ray's workers = plain processes, bit for bit."""
     tiny.assert_same(runs["killed"], runs["two"], STEPS)
 
 
