@@ -111,6 +111,7 @@ def test_nothing_to_show_is_no_plot(name: str) -> None:
     assert draw(empty) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PLOTS)
 @settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
