@@ -199,6 +199,7 @@ def test_a_disk_that_is_full_while_preparing(
     assert main("prepare", *argv).code == 0
 
 
+@pytest.mark.long
 def test_a_corrupt_shard_that_is_skipped(
     main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
 ) -> None:

@@ -63,6 +63,7 @@ def run(out: Path, *argv: str, env: dict[str, str]) -> tuple[int, dict[str, Any]
     return done.returncode, told, json.loads((out / "gpu_check.json").read_text())["findings"]
 
 
+@pytest.mark.long
 def test_a_stage_needs_few_packages(tmp_path: Path, bare: dict[str, str]) -> None:
     refused = subprocess.run([sys.executable, "-c", "import ray"], env=bare, capture_output=True)
     assert b"No module named 'ray'" in refused.stderr  # or this test would show nothing

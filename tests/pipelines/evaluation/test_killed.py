@@ -14,24 +14,23 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tests.pipelines import tiny
-from tests.pipelines.evaluation.conftest import SETTINGS
+from tests.pipelines.evaluation.conftest import SETTINGS, Run
 
 SCRIPT = tiny.PRESETS.parent / "evaluate.py"
 PATHS = """{masked: {path: masked, budgets: [4, 8]}, hybrid: {path: {kind: hybrid,
     first: {kind: sentence_sde, gamma_max: 9}, second: masked, split: [2, 3]}}}"""
 
 
-def command(world: Path, root: Path) -> list[str]:
-    """`evaluate` of 2 models, 4 cells and 2 of another temperature, 20 texts each in parts of 5."""
+def arguments(world: Path, root: Path) -> list[str]:
+    """2 models, 4 cells and 2 of another temperature, 20 texts each in parts of 5."""
     models = ", ".join(f"{name}: {world / name}" for name in ("mdlm", "dsl"))
-    given = [
+    return [
         *(f"data={world / 'data/shards'}", f"root={root}", f"models={{{models}}}"),
         f"tracking.uri=sqlite:///{world / 'runs/mlflow.db'}",
         *(f"paths={PATHS}", "samples={rows: 20, traced: 2}"),
         *("judge={kind: own, model: " + str(world / "ar") + "}",),
         "frontier={temperatures: [0.5, 1.0], paths: [masked], budgets: [4], resamples: 20}",
     ]
-    return [sys.executable, str(SCRIPT), *SETTINGS, *given]
 
 
 def parts(root: Path) -> dict[str, int]:
@@ -48,10 +47,11 @@ def finish(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_kill_and_go_on(world: Path, tmp_path: Path) -> None:
-    whole = finish(command(world, tmp_path / "whole"))
+def test_kill_and_go_on(run: Run, world: Path, tmp_path: Path) -> None:
+    code, whole, err = run(*arguments(world, tmp_path / "whole"))
+    assert code == 0, err
 
-    line = command(world, tmp_path / "killed")
+    line = [sys.executable, str(SCRIPT), *SETTINGS, *arguments(world, tmp_path / "killed")]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     drawn = tmp_path / "killed/judged/samples/dsl-masked-4"
     while process.poll() is None and not drawn.exists():

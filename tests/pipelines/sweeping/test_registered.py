@@ -21,6 +21,7 @@ def away(*_: object) -> Any:
     raise ConnectionError("nothing answers")
 
 
+@pytest.mark.long
 def test_a_server_that_was_away_gets_the_winner_from_the_same_command(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
