@@ -98,7 +98,7 @@ HIGHER: list[AnyPath] = [  # their first move is beyond what a first stage of SN
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     stages=st.tuples(st.sampled_from(CONTINUOUS), st.sampled_from([ONE_EACH, *HIGHER]))
     | st.tuples(st.just(ONE_EACH), st.sampled_from(CONTINUOUS)),
