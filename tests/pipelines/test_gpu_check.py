@@ -49,7 +49,10 @@ def bare(tmp_path: Path) -> dict[str, str]:
     """An environment in which Python, and each process that it starts, has few packages."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    refused = subprocess.run([sys.executable, "-c", "import ray"], env=env, capture_output=True)
+    assert b"No module named 'ray'" in refused.stderr  # or the tests would show nothing
+    return env
 
 
 def run(out: Path, *argv: str, env: dict[str, str]) -> tuple[int, dict[str, Any], list[Any]]:
@@ -65,8 +68,6 @@ def run(out: Path, *argv: str, env: dict[str, str]) -> tuple[int, dict[str, Any]
 
 @pytest.mark.long
 def test_a_stage_needs_few_packages(tmp_path: Path, bare: dict[str, str]) -> None:
-    refused = subprocess.run([sys.executable, "-c", "import ray"], env=bare, capture_output=True)
-    assert b"No module named 'ray'" in refused.stderr  # or this test would show nothing
     code, told, findings = run(tmp_path / "out", "--only", "facts", env=bare)
     assert (code, told["failed"]) == (0, []), findings
     assert any("attention" in found["what"] for found in findings)
