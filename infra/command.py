@@ -34,6 +34,7 @@ MACHINE = {
     errno.EACCES: "choose another folder or ask for the right to it",
     errno.EPERM: "choose another folder or ask for the right to it",
     errno.EROFS: "choose a folder on a disk that can be written",
+    errno.EPIPE: "keep what reads the output (or the server) open, then run the same command again",
 }
 
 

@@ -28,6 +28,11 @@ class Revealed:
     def name(self) -> str:
         return f"revealed {self.share:g}"
 
+    @property
+    def place(self) -> dict[str, float]:
+        """Where it lies on the axis of a plot."""
+        return {"revealed": self.share}
+
     def gamma(self, rows: int, length: int, draws: Draws) -> Tensor:
         """``[B, L]``: inf where a token is revealed, 0 elsewhere."""
         rank_BL = draws.uniform(rows, length, Stream.PATH).argsort(1).argsort(1)
@@ -43,6 +48,11 @@ class AtSNR:
     @property
     def name(self) -> str:
         return f"SNR {self.snr:g}"
+
+    @property
+    def place(self) -> dict[str, float]:
+        """Where it lies on the axis of a plot."""
+        return {"gamma": self.snr}
 
     def gamma(self, rows: int, length: int, draws: Draws) -> Tensor:
         """``[B, L]``, all the same."""

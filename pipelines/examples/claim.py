@@ -1,19 +1,24 @@
 """The finding as one table and one plot, made from the results of evaluations.
 
-    python -m pipelines.examples.claim out=claim.png evaluations='[runs/frequent-evaluation]'
+    python -m pipelines.examples.claim out=claim.png \\
+        evaluations='{small: [runs/small-evaluation], frequent: [runs/frequent-0, runs/frequent-1]}'
 
-Every evaluation has a frontier, and its first model is the one to beat. For each number of calls
-and each model, the walk with the fewest bits per byte at the diversity of real text is taken, by
-each judge. The table is printed as Markdown, the plot shows the same for the last judge.
+Every evaluation has a frontier, and its first model is the one to beat. Evaluations of one text
+differ in the seeds that their models were trained with. For each number of calls and each model,
+the walk with the fewest bits per byte at the diversity of real text, averaged over the seeds, is
+taken, by each judge. The interval of a single seed is the evaluation's own, from resampled texts;
+that of several seeds is Student's t over the seeds. The table is printed as Markdown, the plot
+shows the same for the last judge.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from infra.documents import from_json
 from infra.errors import DataError
@@ -22,6 +27,7 @@ from pipelines import verb
 from pipelines.evaluation.cells import REAL
 from pipelines.report import Row, Rows
 from pipelines.report.drawing import GREY, groups, measured, panels, style
+from pipelines.sweeping.arms import paired
 
 REPORT = "report/evaluation.json"
 HEAD = "| text | judge | calls | best walk | bits per byte | best walk | bits per byte | fewer |"
@@ -29,14 +35,51 @@ HEAD = "| text | judge | calls | best walk | bits per byte | best walk | bits pe
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimConfig:
-    """`evaluations`: run directories of `evaluate`. `out`: the file of the plot, PNG."""
+    """`evaluations`: by the name of a text, the run directories of `evaluate`, one for each seed of
+    training. `out`: the file of the plot, PNG."""
 
-    evaluations: tuple[str, ...]
+    evaluations: Mapping[str, tuple[str, ...]]
     out: str
 
     def __post_init__(self) -> None:
-        if not self.evaluations:
-            raise ValueError("evaluations must hold at least one")
+        if not self.evaluations or not all(self.evaluations.values()):
+            raise ValueError("evaluations must name a text, and of each text at least one run")
+
+
+class Figure(NamedTuple):
+    """A value, and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Walk(NamedTuple):
+    """The rows of one walk in the headlines, one for each seed."""
+
+    seeds: tuple[Row, ...]
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The model and the number of calls."""
+        return self.seeds[0]["model"], self.seeds[0]["budget"]
+
+    @property
+    def name(self) -> str:
+        row = self.seeds[0]
+        split = " {} + {}".format(*row["split"]) if row.get("split") else ""
+        return f"{row['model']}, {row['path']}{split}"
+
+    def figure(self, key: str) -> Figure | None:
+        """The mean over the seeds of the value under a key; None unless every seed has the value
+        and both ends of its interval."""
+        keys = key, f"{key}_low", f"{key}_high"
+        if len(measured(self.seeds, *keys)) < len(self.seeds):
+            return None
+        if len(self.seeds) == 1:
+            return Figure(*(self.seeds[0][name] for name in keys))
+        over = paired([row[key] for row in self.seeds])
+        return Figure(over.mean, over.low, over.high)
 
 
 def judges(rows: Rows) -> list[str]:
@@ -46,57 +89,63 @@ def judges(rows: Rows) -> list[str]:
     return [key[len(start) : -len(end)] for key in keys if key.endswith(end)]
 
 
-def best(rows: Rows, judge: str) -> dict[tuple[str, int], Row]:
-    """By model and calls, the walk with the fewest bits per byte whose interval has ends."""
-    found: dict[tuple[str, int], Row] = {}
-    key = f"headline_{judge}"
-    for row in measured(rows, key, f"{key}_low", f"{key}_high", "budget"):
-        place = row["model"], row["budget"]
-        found[place] = min(found.get(place, row), row, key=lambda row: row[key])
+def best(headlines: Sequence[Rows], key: str) -> dict[tuple[str, int], tuple[Walk, Figure]]:
+    """By model and calls, the walk whose value under the key is the least, among those that have
+    one in the headline of every seed."""
+    found: dict[tuple[str, int], tuple[Walk, Figure]] = {}
+    rows = [row for headline in headlines for row in headline if "path" in row]
+    for walk in (Walk(tuple(of_walk)) for of_walk in groups(rows, _labels).values()):
+        figure = walk.figure(key)
+        if figure and len(walk.seeds) == len(headlines):
+            before = found.get(walk.place, (walk, figure))
+            found[walk.place] = min(before, (walk, figure), key=lambda pair: pair[1].value)
     return found
 
 
-def lines(name: str, rows: Rows) -> Iterator[str]:
-    """The lines of the table for one evaluation."""
-    (real,) = (row for row in rows if row["model"] == REAL)
-    for judge in judges(rows):
-        taken = best(rows, judge)
+def _labels(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["path"], row["budget"], row.get("p"), *(row.get("split") or ())
+
+
+def lines(name: str, headlines: Sequence[Rows]) -> Iterator[str]:
+    """The lines of the table for one text."""
+    for judge in judges(headlines[0]):
+        key = f"headline_{judge}"
+        taken = best(headlines, key)
         first, *others = dict.fromkeys(model for model, _ in taken)
         for calls in sorted({calls for _, calls in taken}):
             for model in others:
                 if (first, calls) not in taken or (model, calls) not in taken:
                     continue
-                before, after = taken[first, calls], taken[model, calls]
-                cells = [name, judge, str(calls), *_shown(before, judge), *_shown(after, judge)]
-                fewer = after.get(f"ahead_{judge}_interval", "–")
-                yield "| {} | {} |".format(" | ".join(cells), fewer)
-        yield f"| {name} | {judge} | – | real text | {real[f'headline_{judge}']:.2f} | | | |"
+                cells = [name, judge, str(calls)]
+                for walk, (value, low, high) in (taken[first, calls], taken[model, calls]):
+                    cells += [walk.name, f"{value:.2f} [{low:.2f}, {high:.2f}]"]
+                fewer = taken[model, calls][0].figure(f"ahead_{judge}")
+                cells.append(f"{fewer.low:.3f} to {fewer.high:.3f}" if fewer else "–")
+                yield f"| {' | '.join(cells)} |"
+        yield f"| {name} | {judge} | – | real text | {_real(headlines, key):.2f} | | | |"
 
 
-def _shown(row: Row, judge: str) -> tuple[str, str]:
-    split = " {} + {}".format(*row["split"]) if row.get("split") else ""
-    low, high = row[f"headline_{judge}_low"], row[f"headline_{judge}_high"]
-    path = f"{row['model']}, {row['path']}{split}"
-    return path, f"{row[f'headline_{judge}']:.2f} [{low:.2f}, {high:.2f}]"
+def _real(headlines: Sequence[Rows], key: str) -> float:
+    return fmean(row[key] for rows in headlines for row in rows if row["model"] == REAL)
 
 
-def draw(evaluations: dict[str, Rows]) -> bytes:
-    """A panel for each evaluation: bits per byte by the last judge against calls, and real text."""
-    made = panels(list(evaluations), width=3.4, height=3.0, share=False)
-    for axes, rows in zip(made.axes, evaluations.values(), strict=True):
-        judge = judges(rows)[-1]
+def draw(texts: Mapping[str, Sequence[Rows]]) -> bytes:
+    """A panel for each text: bits per byte by the last judge against calls, and real text."""
+    made = panels(list(texts), width=3.4, height=3.0, share=False)
+    for axes, headlines in zip(made.axes, texts.values(), strict=True):
+        judge = judges(headlines[0])[-1]
         key = f"headline_{judge}"
-        for place, (model, of_model) in enumerate(
-            groups(best(rows, judge).values(), lambda row: row["model"]).items()
-        ):
-            points = sorted(of_model, key=lambda row: row["budget"])
-            middle = [row[key] for row in points]
-            below = [row[key] - row[f"{key}_low"] for row in points]
-            above = [row[f"{key}_high"] - row[key] for row in points]
-            calls, look = [row["budget"] for row in points], style(place)
-            axes.errorbar(calls, middle, (below, above), label=model, **look)
-        (real,) = (row[key] for row in rows if row["model"] == REAL)
-        axes.axhline(real, color=GREY, ls=":", label="real text")
+        found = best(headlines, key)
+        for place, model in enumerate(dict.fromkeys(model for model, _ in found)):
+            points = sorted(
+                (at, figure) for (whose, at), (_, figure) in found.items() if whose == model
+            )
+            calls, figures = zip(*points, strict=True)
+            below = [figure.value - figure.low for figure in figures]
+            above = [figure.high - figure.value for figure in figures]
+            middle = [figure.value for figure in figures]
+            axes.errorbar(calls, middle, (below, above), label=model, **style(place))
+        axes.axhline(_real(headlines, key), color=GREY, ls=":", label="real text")
         axes.set(xlabel="denoiser calls", ylabel=f"bits per byte by {judge}")
         axes.grid(alpha=0.3)
     made.axes[0].legend(fontsize="x-small")  # which holds for all panels
@@ -123,14 +172,11 @@ def plan(config: ClaimConfig) -> dict[str, Any]:
 
 
 def execute(config: ClaimConfig) -> dict[str, Any]:
-    evaluations = {
-        Folder.at(run).url.rstrip("/").rpartition("/")[2].removesuffix("-evaluation"): read(run)
-        for run in config.evaluations
-    }
+    texts = {name: [read(run) for run in runs] for name, runs in config.evaluations.items()}
     print(HEAD, "|" + "---|" * (HEAD.count("|") - 1), sep="\n")
-    for name, rows in evaluations.items():
-        print(*lines(name, rows), sep="\n")
-    Path(config.out).write_bytes(draw(evaluations))
+    for name, headlines in texts.items():
+        print(*lines(name, headlines), sep="\n")
+    Path(config.out).write_bytes(draw(texts))
     return {"figure": config.out}
 
 

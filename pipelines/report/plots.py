@@ -28,6 +28,7 @@ from pipelines.report.drawing import (
 from pipelines.report.tables import Column, Row, Rows, number
 
 Bounds = tuple[float, float]
+XY = tuple[str, str, str, str]  # the key and the label of x, then those of y
 ECE = Column("ece", "ECE", ".3f")
 
 # The losses in a journal, and their lines.
@@ -79,32 +80,41 @@ def losses(journals: Mapping[str, Rows]) -> bytes | None:
 
 def courses(journals: Mapping[str, Rows]) -> bytes | None:
     """The converter's scale and the table's spread by step: a curve for each run."""
-    return _curves(journals, "step", "step", COURSE)
+    return _curves(journals, [("step", "step", *way) for way in COURSE.items()])
 
 
 def by_snr(rows: Rows, ways: Mapping[str, str]) -> bytes | None:
     """The values under the keys of `ways` against positive SNR: a curve for each model."""
     rows = [row for row in measured(rows, "gamma") if row["gamma"] > 0]
-    return _curves(groups(rows, lambda row: row["model"]), "gamma", "SNR", ways)
+    return _curves(_by_model(rows), [("gamma", "SNR", *way) for way in ways.items()])
 
 
-def _curves(
-    by_name: Mapping[str, Rows], key: str, title: str, ways: Mapping[str, str]
-) -> bytes | None:
-    """A panel for each of `ways` (key and label) against `key`: a curve for each name."""
-    seen = {
-        way: {name: found for name, rows in by_name.items() if (found := measured(rows, key, way))}
-        for way in ways
-    }
-    if not any(seen.values()):
+def by_state(rows: Rows, way: str, label: str) -> bytes | None:
+    """The values under `way`, whose axis says `label`, against the share of tokens revealed and
+    against SNR: a curve for each model."""
+    across = ("revealed", "share of tokens revealed"), ("gamma", "SNR")
+    return _curves(_by_model(rows), [(*x, way, label) for x in across])
+
+
+def _by_model(rows: Rows) -> dict[str, list[Row]]:
+    return groups(rows, itemgetter("model"))
+
+
+def _curves(by_name: Mapping[str, Rows], wanted: Sequence[XY]) -> bytes | None:
+    """A panel for each of the axes that are wanted: a curve for each name."""
+    seen = [
+        {name: found for name, rows in by_name.items() if (found := measured(rows, x, y))}
+        for x, _, y, _ in wanted
+    ]
+    if not any(seen):
         return None
     lines = styles(by_name)
-    made = panels([""] * len(ways), width=4.2, height=3.4, beside=1.0, share=False)
-    for axes, (way, label) in zip(made.axes, ways.items(), strict=True):
-        for name, rows in seen[way].items():
-            curve(axes, rows, key, way, label=name, **lines[name])
-        widen(axes, "x", [row[key] for rows in seen[way].values() for row in rows])
-        axes.set(xlabel=title, ylabel=label)
+    made = panels([""] * len(wanted), width=4.2, height=3.4, beside=1.0, share=False)
+    for axes, curves, (x, across, y, label) in zip(made.axes, seen, wanted, strict=True):
+        for name, rows in curves.items():
+            curve(axes, rows, x, y, label=name, **lines[name])
+        widen(axes, "x", [row[x] for rows in curves.values() for row in rows])
+        axes.set(xlabel=across, ylabel=label)
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False)
     made.legend()

@@ -105,6 +105,7 @@ def test_help_imports_nothing_heavy() -> None:
          "/x: No space left on device. free some space, then run the same command again"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 4, "/x: Permission denied."),
         (OSError(errno.EROFS, "Read-only file system"), 4, "the machine: Read-only file system."),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 4, "the machine: Broken pipe. keep what"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume\n"),
     ],
 )  # fmt: skip

@@ -26,7 +26,7 @@ from dsl.chain import ChainDenoiser
 from dsl.denoiser import Denoiser
 from infra.storage import Folder
 from pipelines.evaluation.cells import REFERENCES, Cell, labels
-from pipelines.evaluation.conditions import AtSNR, Condition, shown
+from pipelines.evaluation.conditions import Condition, shown
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.parts import chunks, lists, matrix
@@ -48,9 +48,7 @@ from pipelines.evaluation.workspace import Workspace
 from pipelines.examples import law
 from pipelines.kinds import ModelKind
 from pipelines.report import Column, Row, Rows, Table
-from pipelines.report.plots import by_snr
-
-BY_SNR = {"gap": "network from exact posterior, nats"}
+from pipelines.report.plots import by_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +151,10 @@ class Law(RowQuestion):
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
         asked = conditions(subject.trained_as, survey.config.states)
         for condition, found in zip(asked, self.found(survey, subject).values(), strict=True):
-            snr = {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}
-            row = {"model": subject.name, "state": condition.name, **snr}
             yield {
-                **row,
+                "model": subject.name,
+                "state": condition.name,
+                **condition.place,
                 **entries("entropy", mean(found["entropy"])),
                 **entries("gap", mean(found["gap"])),
             }
@@ -186,7 +184,8 @@ class Law(RowQuestion):
         return made
 
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterable[Drawn]:
-        return [("law_by_snr", self.title, by_snr(tables["law"].rows, BY_SNR))]
+        png = by_state(tables["law"].rows, "gap", "network from exact posterior, nats")
+        return [("law", self.title, png)]
 
 
 def _gaps(denoiser: Denoiser, tokens_BL: Tensor, *, url: str, **how: Any) -> Columns:

@@ -118,8 +118,7 @@ class States(RowQuestion):
         for condition, found in zip(asked, self.found(survey, subject).values(), strict=True):
             # Distances in a table that was never trained would mean nothing.
             squared = entries("squared_error", mean(found["squared"])) if kind.finite_snr else {}
-            snr = {"gamma": condition.snr} if isinstance(condition, AtSNR) else {}
-            row = {"model": name, "state": condition.name, **snr}
+            row = {"model": name, "state": condition.name, **condition.place}
             yield {**row, **entries("nats", mean(found["nats"])), **squared}
         if kind.causal:
             why = f"{kind.name} sees the tokens before, no others"

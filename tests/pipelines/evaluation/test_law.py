@@ -120,7 +120,7 @@ def test_the_evaluation_tells_the_network_from_the_path(
     assert walks == [("mdlm", "masked"), ("dsl", "masked"), ("dsl", "sde")]
     # A random network writes texts that the law finds far less likely than the exact posterior's.
     assert all(row["model_nats"] > row["path_nats"] for row in tables["law_paths"])
-    assert (tmp_path / "judged/report/law_by_snr.png").exists()
+    assert (tmp_path / "judged/report/law.png").exists()
 
 
 def test_an_unknown_law_is_said(run: Run, world: Path) -> None:

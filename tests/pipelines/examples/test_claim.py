@@ -18,39 +18,83 @@ def head(model: str, path: str, calls: int, bits: float, **more: Any) -> dict[st
     return row | {"headline_ar_interval": "whatever"}
 
 
+def ahead(value: float) -> dict[str, float]:
+    return {"ahead_ar": value, "ahead_ar_low": value - 0.1, "ahead_ar_high": value + 0.1}
+
+
+REAL = {"model": "real", "headline_ar": 2.0, "headline_ar_interval": "1.9 to 2.1"}
 ROWS = [
-    {"model": "real", "headline_ar": 2.0, "headline_ar_interval": "1.9 to 2.1"},
+    REAL,
     {"model": "dsl", "path": "hybrid", "budget": 16, "reached": "no"},
     head("more", "masked", 16, 3.0),
     head("more", "remask", 16, 2.9),
-    head("dsl", "masked", 16, 2.8, ahead_ar_interval="0.0 to 0.2"),
-    head("dsl", "hybrid", 16, 2.5, split=[8, 8], ahead_ar_interval="0.300 to 0.500"),
+    head("dsl", "masked", 16, 2.8, **ahead(0.1)),
+    head("dsl", "hybrid", 16, 2.5, split=[8, 8], **ahead(0.4)),
     head("dsl", "masked", 32, 2.4) | {"headline_ar_high": float("inf")},
 ]
+
+
+def said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *seeds: list[dict[str, Any]]
+) -> list[str]:
+    """The lines of the table for evaluations with these headlines."""
+    for number, rows in enumerate(seeds):
+        report = tmp_path / f"{number}/report/evaluation.json"
+        report.parent.mkdir(parents=True)
+        report.write_text(json.dumps({"headline": rows}))
+    runs = tuple(str(tmp_path / str(number)) for number in range(len(seeds)))
+    claim.execute(claim.ClaimConfig(out=str(tmp_path / "a.png"), evaluations={"small": runs}))
+    head_line, rule, *lines = capsys.readouterr().out.splitlines()
+    assert head_line.count("|") == rule.count("|") == lines[0].count("|")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    return lines
 
 
 def test_the_best_walk_of_each_model_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = tmp_path / "small-evaluation/report/evaluation.json"
-    report.parent.mkdir(parents=True)
-    report.write_text(json.dumps({"headline": ROWS}))
-    config = claim.ClaimConfig(
-        out=str(tmp_path / "claim.png"), evaluations=(str(tmp_path / "small-evaluation"),)
-    )
-    claim.execute(config)
-    head_line, rule, *lines = capsys.readouterr().out.splitlines()
-    assert head_line.count("|") == rule.count("|") == lines[0].count("|")
-    assert lines == [
+    assert said(tmp_path, capsys, ROWS) == [
         "| small | ar | 16 | more, remask | 2.90 [2.80, 3.00] "
         "| dsl, hybrid 8 + 8 | 2.50 [2.40, 2.60] | 0.300 to 0.500 |",
         "| small | ar | – | real text | 2.00 | | | |",
     ]
-    assert (tmp_path / "claim.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_walk_without_an_interval_is_not_taken() -> None:
-    assert ("dsl", 32) not in claim.best(ROWS, "ar")
+def test_over_several_seeds_it_is_the_best_on_average_with_an_interval_over_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Masked is the best walk of DSL by the second seed alone, and hybrid on average. The ends are
+    those of Student's t with one degree of freedom, whose 97.5 % quantile is 12.706."""
+    second = [
+        REAL,
+        head("more", "masked", 16, 3.1),
+        head("more", "remask", 16, 2.92),
+        head("dsl", "masked", 16, 2.5, **ahead(0.42)),
+        head("dsl", "hybrid", 16, 2.52, split=[8, 8], **ahead(0.42)),
+    ]
+    # Means 2.91, 2.51, .41; standard errors .01 each.
+    assert said(tmp_path, capsys, ROWS, second) == [
+        "| small | ar | 16 | more, remask | 2.91 [2.78, 3.04] "
+        "| dsl, hybrid 8 + 8 | 2.51 [2.38, 2.64] | 0.283 to 0.537 |",
+        "| small | ar | – | real text | 2.00 | | | |",
+    ]
+
+
+@pytest.mark.parametrize("seeds", [[ROWS], [ROWS, ROWS]])
+def test_a_walk_without_an_interval_is_not_taken(seeds: list[list[dict[str, Any]]]) -> None:
+    assert ("dsl", 32) not in claim.best(seeds, "headline_ar")
+
+
+def test_a_walk_that_one_seed_lacks_is_not_taken() -> None:
+    lacking = [row for row in ROWS if row.get("split") is None]
+    walk, _ = claim.best([ROWS, lacking], "headline_ar")["dsl", 16]
+    assert walk.name == "dsl, masked"
+
+
+@pytest.mark.parametrize("evaluations", [{}, {"small": ()}])
+def test_a_text_has_an_evaluation(evaluations: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(ValueError, match="at least one run"):
+        claim.ClaimConfig(out="a.png", evaluations=evaluations)
 
 
 @pytest.mark.parametrize("tables", [{}, {"headline": []}])

@@ -36,6 +36,7 @@ PLOTS: dict[str, tuple[Draw, list[Row]]] = {
     "reliability": (plots.reliability, rows.calibration()),
     "nll": (plots.nll, rows.likelihood()),
     "errors_by_snr": (lambda rows: plots.by_snr(rows, plots.ERRORS), rows.states()),
+    "by_state": (lambda rows: plots.by_state(rows, "nats", "nats"), rows.states()),
     "converter": (lambda rows: plots.by_snr(rows, plots.CONVERTER), rows.converter()),
     "courses": (lambda rows: plots.courses({"a": rows, "b": rows}), rows.course()),
     "schedule": (traces.schedule, rows.traces()),
@@ -311,6 +312,17 @@ def test_the_converter_has_a_panel_for_each_of_its_figures(drawn: list[Figure]) 
     assert points(entropy, "model 1") == [(0.5, 2.0), (4.0, 0.6), (100.0, 3 / 101)]
     assert entropy.get_xscale() == "log"
     assert set(lines(mask)) == set(lines(token)) == {"model 0", "model 1"}
+
+
+def test_each_kind_of_state_has_a_panel_and_a_model_is_in_those_that_it_was_asked_about(
+    drawn: list[Figure],
+) -> None:
+    endpoints = [{"model": "mdlm", "revealed": share, "nats": 2 - share} for share in (0.0, 0.5)]
+    plots.by_state([*endpoints, *rows.states(models=1)], "nats", "nats")
+    shares, snr = panels(drawn[0])
+    assert points(shares, "mdlm") == [(0.0, 2.0), (0.5, 1.5)]
+    assert points(snr, "model 0") == [(gamma, 5 / (1 + gamma)) for gamma in (0.5, 4.0, 32.0)]
+    assert [list(lines(axes)) for axes in (shares, snr)] == [["mdlm"], ["model 0"]]
 
 
 def test_losses_of_many_runs_wrap(drawn: list[Figure]) -> None:
