@@ -97,7 +97,9 @@ class ChainDenoiser(MarkovDenoiser):
         self.table_VD = table_VD.double()
         self.order = order
         self.initial = log(initial_V.to(self.table_VD))
-        self.transition_VRV = log(transition_VV.to(self.table_VD)).view(tokens, -1, tokens)
+        self.probs_VRV = transition_VV.to(self.table_VD).view(tokens, -1, tokens)
+        self.transition_VRV = log(self.probs_VRV)
+        self.all_possible = bool((self.probs_VRV > 0).all())
 
     @classmethod
     def fit(
@@ -151,7 +153,7 @@ class ChainDenoiser(MarkovDenoiser):
         )
         digits = [history_B // tokens**i % tokens for i in reversed(range(first.ndim))]
         while len(digits) < length:
-            probs_SV = self.transition_VRV.view(-1, tokens).exp()
+            probs_SV = self.probs_VRV.view(-1, tokens)
             next_B = torch.multinomial(probs_SV[history_B], 1, generator=generator).squeeze(1)
             history_B = (history_B * tokens + next_B) % tokens**self.order
             digits.append(next_B)
@@ -181,20 +183,39 @@ class ChainDenoiser(MarkovDenoiser):
             start = start + evidence_BLV[:, i].view(shape)
         ahead = [start.reshape(rows, tokens, -1)]
         for i in range(first.ndim, length):
-            step_BVRV = ahead[-1][..., None] + self.transition_VRV
-            ahead.append(self._renamed(step_BVRV.logsumexp(1) + evidence_BLV[:, i, None]))
+            ahead.append(self._renamed(self._next(ahead[-1]) + evidence_BLV[:, i, None]))
         behind_BVR = torch.zeros_like(ahead[-1])
         joint = []
         for i, ahead_BVR in zip(reversed(range(first.ndim, length)), reversed(ahead), strict=False):
             both_BSV = (ahead_BVR + behind_BVR).reshape(rows, -1, tokens)
             joint.append(both_BSV.logsumexp(1))
             after_BRV = behind_BVR.reshape(rows, -1, tokens) + evidence_BLV[:, i, None]
-            behind_BVR = (self.transition_VRV + after_BRV[:, None]).logsumexp(-1)
+            behind_BVR = self._before(after_BRV)
         both = (ahead[0] + behind_BVR).view(rows, *first.shape)
         for kept in reversed(range(first.ndim)):
             others = tuple(1 + i for i in range(first.ndim) if i != kept)
             joint.append(both.logsumexp(others) if others else both)
         return torch.stack(joint[::-1], dim=1), both.flatten(1).logsumexp(1)
+
+    # Where every transition is possible, both sums are products of matrices, without an exponential
+    # for each transition: some ten times as fast. All terms but the largest may vanish in float64
+    # and do not count. Where some transition is impossible, those that vanish may be all there is.
+
+    def _next(self, ahead_BVR: Tensor) -> Tensor:
+        """``log sum_v exp(ahead_vr) P(w | v, r)``, ``[B, R, V]``."""
+        if not self.all_possible:
+            return (ahead_BVR[..., None] + self.transition_VRV).logsumexp(1)
+        top_B1R = ahead_BVR.amax(1, keepdim=True)
+        sum_BRV = torch.einsum("bvr,vrw->brw", (ahead_BVR - top_B1R).exp(), self.probs_VRV)
+        return sum_BRV.log() + top_B1R.transpose(1, 2)
+
+    def _before(self, after_BRV: Tensor) -> Tensor:
+        """``log sum_w P(w | v, r) exp(after_rw)``, ``[B, V, R]``."""
+        if not self.all_possible:
+            return (self.transition_VRV + after_BRV[:, None]).logsumexp(-1)
+        top_BR1 = after_BRV.amax(2, keepdim=True)
+        sum_BVR = torch.einsum("brw,vrw->bvr", (after_BRV - top_BR1).exp(), self.probs_VRV)
+        return sum_BVR.log() + top_BR1.transpose(1, 2)
 
     def _renamed(self, history_BRV: Tensor) -> Tensor:
         """The history (R, V) by its first token and the rest: (V, R)."""

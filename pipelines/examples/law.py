@@ -106,7 +106,7 @@ def execute(config: LawConfig) -> dict[str, Any]:
 
 def _probabilities(law: ChainDenoiser) -> dict[str, Any]:
     tokens = len(law.table_VD)
-    transition = law.transition_VRV.exp().view((tokens,) * (law.order + 1))
+    transition = law.probs_VRV.view((tokens,) * (law.order + 1))
     return {"initial": law.initial.exp().tolist(), "transition": transition.tolist()}
 
 
