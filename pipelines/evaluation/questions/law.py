@@ -25,7 +25,7 @@ import dsl
 from dsl.chain import ChainDenoiser
 from dsl.denoiser import Denoiser
 from infra.storage import Folder
-from pipelines.evaluation.cells import REFERENCES, Cell, labels
+from pipelines.evaluation.cells import REAL, REFERENCES, Cell, labels
 from pipelines.evaluation.conditions import Condition, shown
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import mean
@@ -168,7 +168,8 @@ class Law(RowQuestion):
                 note=f"Jensen-Shannon divergence of {order + 1}-grams from held-out text, in bits, "
                 f"of {survey.config.law.rows:,} texts that the exact posterior draws along the "
                 "path (what the path costs), and of as many of the model's own; the rest is due to "
-                f"the network. {CONFIDENCE:.0%} intervals. Nats: -log P of the texts, per token.",
+                f"the network. {CONFIDENCE:.0%} intervals. Nats: -log P of the texts, per token; "
+                "those of held-out text come first.",
                 columns=(
                     *LABELS,
                     Column("budget", "Budget"),
@@ -201,23 +202,26 @@ def _group(cell: Cell) -> str:
 
 
 def _path_rows(survey: Survey, order: int) -> Rows:
-    """Every cell, after the law's own draws."""
+    """Held-out text, which the law itself has drawn, and every cell."""
     config = survey.config
     exact = _exact(config.data)(torch.eye(survey.held_out.vocabulary.size))
 
     def tokens(group: str) -> np.ndarray:
         return matrix(survey.parts.read(group, ["tokens"])["tokens"], np.int64)[: config.law.rows]
 
+    def nats(whose: str, texts_NL: np.ndarray) -> dict[str, float]:
+        nats_N = -exact.log_prob(torch.from_numpy(texts_NL)).numpy() / texts_NL.shape[1]
+        return entries(f"{whose}_nats", mean(nats_N))
+
     references_NL = tokens(f"samples/{REFERENCES}")
-    made = []
+    made: list[Row] = [{"model": REAL, **nats("path", references_NL)}]
     for cell in _cells(survey):
         row: dict[str, Any] = labels(cell)
         for whose, group in (("path", _group(cell)), ("model", f"samples/{cell.name}")):
             texts_NL = tokens(group)
+            row |= nats(whose, texts_NL)
             row |= estimated(
                 f"{whose}_js", *scores(texts_NL, references_NL, order), seed=config.seed
             )
-            nats_N = -exact.log_prob(torch.from_numpy(texts_NL)).numpy() / texts_NL.shape[1]
-            row |= entries(f"{whose}_nats", mean(nats_N))
         made.append(row)
     return made

@@ -116,10 +116,13 @@ def test_the_evaluation_tells_the_network_from_the_path(
         ("dsl", "SNR 4"),
     ]
     assert all(row["gap"] > 0 and row["entropy"] > 0 for row in tables["law"])
-    walks = [(row["model"], row["path"]) for row in tables["law_paths"]]
+    real, *rows = tables["law_paths"]
+    assert real["model"] == "real"
+    assert real["path_nats"] > 0
+    walks = [(row["model"], row["path"]) for row in rows]
     assert walks == [("mdlm", "masked"), ("dsl", "masked"), ("dsl", "sde")]
     # A random network writes texts that the law finds far less likely than the exact posterior's.
-    assert all(row["model_nats"] > row["path_nats"] for row in tables["law_paths"])
+    assert all(row["model_nats"] > row["path_nats"] for row in rows)
     assert (tmp_path / "judged/report/law.png").exists()
 
 
