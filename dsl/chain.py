@@ -197,9 +197,10 @@ class ChainDenoiser(MarkovDenoiser):
             joint.append(both.logsumexp(others) if others else both)
         return torch.stack(joint[::-1], dim=1), both.flatten(1).logsumexp(1)
 
-    # Where every transition is possible, both sums are products of matrices, without an exponential
-    # for each transition: some ten times as fast. All terms but the largest may vanish in float64
-    # and do not count. Where some transition is impossible, those that vanish may be all there is.
+    # Where every transition is possible, both sums are products of matrices, which need no
+    # exponential for each transition. A term that vanishes in float64 is then too small beside the
+    # largest to count. Where some transition is impossible, the largest may be multiplied by 0, and
+    # such a term may be all there is.
 
     def _next(self, ahead_BVR: Tensor) -> Tensor:
         """``log sum_v exp(ahead_vr) P(w | v, r)``, ``[B, R, V]``."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -46,40 +45,40 @@ class ClaimConfig:
             raise ValueError("evaluations must name a text, and of each text at least one run")
 
 
-class Figure(NamedTuple):
-    """A value, and the ends of its interval."""
+class Spread(NamedTuple):
+    """Of a value, with its ends."""
 
     value: float
     low: float
     high: float
 
 
-class Walk(NamedTuple):
+class Repeats(NamedTuple):
     """The rows of one walk in the headlines, one for each seed."""
 
-    seeds: tuple[Row, ...]
+    rows: tuple[Row, ...]
 
     @property
-    def place(self) -> tuple[str, int]:
+    def cell(self) -> tuple[str, int]:
         """The model and the number of calls."""
-        return self.seeds[0]["model"], self.seeds[0]["budget"]
+        return self.rows[0]["model"], self.rows[0]["budget"]
 
     @property
     def name(self) -> str:
-        row = self.seeds[0]
+        row = self.rows[0]
         split = " {} + {}".format(*row["split"]) if row.get("split") else ""
         return f"{row['model']}, {row['path']}{split}"
 
-    def figure(self, key: str) -> Figure | None:
+    def figure(self, key: str) -> Spread | None:
         """The mean over the seeds of the value under a key; None unless every seed has the value
         and both ends of its interval."""
         keys = key, f"{key}_low", f"{key}_high"
-        if len(measured(self.seeds, *keys)) < len(self.seeds):
+        if len(measured(self.rows, *keys)) < len(self.rows):
             return None
-        if len(self.seeds) == 1:
-            return Figure(*(self.seeds[0][name] for name in keys))
-        over = paired([row[key] for row in self.seeds])
-        return Figure(over.mean, over.low, over.high)
+        if len(self.rows) == 1:
+            return Spread(*(self.rows[0][name] for name in keys))
+        over = paired([row[key] for row in self.rows])
+        return Spread(over.mean, over.low, over.high)
 
 
 def judges(rows: Rows) -> list[str]:
@@ -89,16 +88,16 @@ def judges(rows: Rows) -> list[str]:
     return [key[len(start) : -len(end)] for key in keys if key.endswith(end)]
 
 
-def best(headlines: Sequence[Rows], key: str) -> dict[tuple[str, int], tuple[Walk, Figure]]:
+def best(headlines: Sequence[Rows], key: str) -> dict[tuple[str, int], tuple[Repeats, Spread]]:
     """By model and calls, the walk whose value under the key is the least, among those that have
     one in the headline of every seed."""
-    found: dict[tuple[str, int], tuple[Walk, Figure]] = {}
+    found: dict[tuple[str, int], tuple[Repeats, Spread]] = {}
     rows = [row for headline in headlines for row in headline if "path" in row]
-    for walk in (Walk(tuple(of_walk)) for of_walk in groups(rows, _labels).values()):
+    for walk in (Repeats(tuple(of_walk)) for of_walk in groups(rows, _labels).values()):
         figure = walk.figure(key)
-        if figure and len(walk.seeds) == len(headlines):
-            before = found.get(walk.place, (walk, figure))
-            found[walk.place] = min(before, (walk, figure), key=lambda pair: pair[1].value)
+        if figure and len(walk.rows) == len(headlines):
+            before = found.get(walk.cell, (walk, figure))
+            found[walk.cell] = min(before, (walk, figure), key=lambda pair: pair[1].value)
     return found
 
 
@@ -176,7 +175,8 @@ def execute(config: ClaimConfig) -> dict[str, Any]:
     print(HEAD, "|" + "---|" * (HEAD.count("|") - 1), sep="\n")
     for name, headlines in texts.items():
         print(*lines(name, headlines), sep="\n")
-    Path(config.out).write_bytes(draw(texts))
+    folder, name = Folder.holding(config.out)
+    folder.write_bytes(name, draw(texts))
     return {"figure": config.out}
 
 

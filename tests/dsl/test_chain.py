@@ -76,6 +76,18 @@ def test_it_is_the_enumerated_law(order: int, length: int, seed: int, zeros: flo
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if zeros else 1e-10)
 
 
+def test_products_of_matrices_are_the_sums_of_exponentials() -> None:
+    """With transitions as improbable as float64 can say, and evidence of every size."""
+    small = [[1.0, 1e-200, 1e-12], [1e-300, 0.5, 0.5], [0.3, 0.7, 1e-200]]
+    transition_VV = torch.tensor(small, dtype=torch.float64)
+    law = ChainDenoiser(ring(3), torch.full((3,), 1 / 3), transition_VV)
+    state = states(law.table_VD, 50, 12, 0)
+    products = law(state).log_probs()
+    assert law.all_possible
+    law.all_possible = False
+    torch.testing.assert_close(products, law(state).log_probs(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_probabilities_of_texts_sum_to_one(order: int) -> None:
     law = chain(3, order, 7, zeros=0.3)

@@ -43,10 +43,10 @@ def said(
         report.parent.mkdir(parents=True)
         report.write_text(json.dumps({"headline": rows}))
     runs = tuple(str(tmp_path / str(number)) for number in range(len(seeds)))
-    claim.execute(claim.ClaimConfig(out=str(tmp_path / "a.png"), evaluations={"small": runs}))
+    claim.execute(claim.ClaimConfig(out=str(tmp_path / "new/a.png"), evaluations={"small": runs}))
     head_line, rule, *lines = capsys.readouterr().out.splitlines()
     assert head_line.count("|") == rule.count("|") == lines[0].count("|")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new/a.png").read_bytes().startswith(b"\x89PNG")
     return lines
 
 
