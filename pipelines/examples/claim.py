@@ -46,7 +46,7 @@ class ClaimConfig:
 
 
 class Spread(NamedTuple):
-    """Of a value, with its ends."""
+    """A value, and the ends of its interval."""
 
     value: float
     low: float
