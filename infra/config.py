@@ -308,8 +308,7 @@ def _dataclass(config_type: type[T], layers: list[Layer], path: str) -> T:
             # A required dataclass whose own fields all have defaults need not be mentioned.
             members = _members(annotation)
             if len(members) != 1 or str in _options(annotation):
-                spelt = " | ".join(_kinds(members)) or _spell(annotation)
-                raise ConfigError(f"{dotted}{name}", f"required, a {spelt}", "Set it")
+                raise ConfigError(f"{dotted}{name}", f"required, a {_spell(annotation)}", "Set it")
             values[name] = _dataclass(members[0], [], f"{dotted}{name}")
     try:
         return config_type(**values)
@@ -374,17 +373,22 @@ def _kinds(members: list[Any]) -> dict[str, Any]:
 
 
 def _spell(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(map(repr, typing.get_args(annotation)))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " | ".join(map(_spell, typing.get_args(annotation)))
-    if annotation is type(None):
-        return "null"
-    return (
-        annotation.__name__
-        if isinstance(annotation, type) and not typing.get_args(annotation)
-        else str(annotation).replace("typing.", "")
-    )
+    """The type as its value would be written: `[float, float]`, `{str: [int, …], …}`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        members = _members(annotation)
+        rest = [_spell(option) for option in arguments if option not in members]
+        return " | ".join([*(_kinds(members) or map(_spell, members)), *rest])
+    if origin is dict:
+        key, value = map(_spell, arguments)
+        return f"{{{key}: {value}, …}}"
+    if origin is tuple:
+        return f"[{', '.join('…' if a is Ellipsis else _spell(a) for a in arguments)}]"
+    if dataclasses.is_dataclass(annotation):
+        return " | ".join(_kinds([annotation])) or f"{{{', '.join(_fields(annotation))}}}"
+    return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
 def _where(layer: Layer, path: str) -> str:

@@ -37,7 +37,7 @@ class ClaimConfig:
     """`evaluations`: by the name of a text, the run directories of `evaluate`, one for each seed of
     training. `out`: the file of the plot, PNG."""
 
-    evaluations: Mapping[str, tuple[str, ...]]
+    evaluations: dict[str, tuple[str, ...]]
     out: str
 
     def __post_init__(self) -> None:

@@ -139,7 +139,7 @@ def test_text_or_a_mapping_in_its_place(tmp_path: Path) -> None:
     assert fed() == "bread"
     assert fed(mapping, "food.lr=3") == Optimizer(lr=3.0, betas=(0.5, 0.5))
     assert fed(mapping, "food=water") == "water"
-    with pytest.raises(ConfigError, match=r"^food: required, a str"):
+    with pytest.raises(ConfigError, match=r"^food: required, a {lr, betas} \| str"):
         config.load(Fed, verb="finetune", argv=["other=1"], presets=tmp_path)
     with pytest.raises(ConfigError, match="food"):
         fed("food=3")
@@ -192,7 +192,9 @@ def test_text_stays_as_typed(text: str) -> None:
         (["path=remask", "path.eta=-1"], "path: eta is -1.0, not in [0, 1]"),
         (["path=sentence"], "path.gamma_max: required, a float"),
         (["path=hybrid"], "path.second: required, a masked | remask | sentence | hybrid"),
-        (["optimizer.betas=[1]"], "optimizer.betas (command line): expected tuple[float, float]"),
+        (["optimizer.betas=[1]"], "optimizer.betas (command line): expected [float, float]"),
+        (["samplers=1"], "expected {str: masked | remask | sentence | hybrid, …}, got 1"),
+        (["widths=1"], "widths (command line): expected [int, …], got 1"),
         (["widths=[1, x]"], "widths.1 (command line): expected int, got 'x'"),
         (["resources.CPU=x"], "resources.CPU (command line): expected float, got 'x'"),
         (["widths=[1"], "widths=[1: not YAML"),
