@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from infra import console
+from infra import console, local
 from infra.errors import ConfigError, DataError, InfraError, Problem, causes
+from infra.preemption import sigterm_kept
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-OBJECT_STORE_BYTES = 256 * 2**20
 DATA_CPUS = 2  # Ray Data's tasks need CPUs of their own beside the training workers
 START_S = 600.0  # the longest wait for workers: the time an autoscaler has to bring machines
 SAY_S = 30.0  # between two lines about that wait
@@ -74,42 +73,30 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     address = config.address or os.environ.get("RAY_ADDRESS")
-    if not address and not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        # Ray turns tokens on for local clusters. It may already have read RAY_AUTH_MODE.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not address:
+        local.require_token()
     import ray
 
     if ray.is_initialized():
         yield
         return
-    if address:
-        try:
-            with _sigterm_kept():
-                ray.init(address=address, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            why = str(error).splitlines()[0]
-            raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
-    else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # never preempted
-        # Ray's default of 15 leaves a worker nearly nothing of a core that other work wants, too.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        try:
-            with _its_address_known(), _sigterm_kept():
-                ray.init(
-                    address="local",
-                    num_cpus=config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=True,  # without it Ray Train logs a complaint every second
-                    logging_level="error",
-                )
-        except Exception as error:
-            # Ray raises a bare one where its processes are not up in time; any other is a bug.
-            if type(error) is not Exception:
-                raise
-            why = str(error).partition("\n")[0]
-            fix = "See that the machine has time and memory left"
-            raise InfraError("Ray on this machine", why, f"{fix}, then run it again") from error
-    _relayed()
+    num_cpus = config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS)
+    with _joined(address) if address else local.started(num_cpus):
+        _relayed()
+        yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """Connect to the cluster at the address for the duration of the block."""
+    import ray
+
+    try:
+        with sigterm_kept():
+            ray.init(address=address, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        why = str(error).splitlines()[0]
+        raise InfraError(f"Ray at {address}", why, "Is it up, and the token right?") from error
     try:
         yield
     finally:
@@ -124,37 +111,6 @@ def _relayed() -> None:
     name = "ray_print_logs"  # by which `ray.shutdown` removes it
     streams.remove_handler(name)
     streams.add_handler(name, console.relay)
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which Ray replaces by one that ends the process."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _its_address_known() -> Iterator[None]:
-    """Tell the processes of the cluster that is started in the block its address.
-
-    Ray Train checks on its controller through any Ray it finds. With several on a machine that may
-    be another one, which has no such controller, and a healthy run would lose its workers.
-    """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    own = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def run_group(

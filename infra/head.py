@@ -32,8 +32,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, OBJECT_STORE_BYTES, QUIET, commit
+from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, QUIET, commit
 from infra.errors import InfraError, Problem
+from infra.local import OBJECT_STORE_BYTES
 
 UP = "Start one with `python -m infra.cluster up`"
 START_SECONDS, STOP_SECONDS = 180, 20

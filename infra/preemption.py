@@ -65,6 +65,15 @@ def terminable(first: Callable[[], None] | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which `ray.init` replaces by one that ends the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def stoppable(run: Folder) -> Iterator[None]:
     """Inside the block, the first SIGTERM asks the workers of a run to stop, a second raises
     Terminated. Needs the sole right to write into the run directory."""

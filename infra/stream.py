@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import heapq
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import count, islice
+from itertools import count
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from infra.errors import ConfigError, DataError, Problem
+from infra.errors import ConfigError, DataError
 from infra.shards import Manifest, check_files, read_group
 from infra.storage import Folder
 
 # The generator's streams for `holdout` and for mixtures: beyond those of all windows.
 HOLDOUT, MIXING = (1 << 64) - 1, (1 << 64) - 2
-WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
-STEPS_AHEAD = 64
-READERS = 2  # tasks at a time for one worker
 
 T = TypeVar("T")
 
@@ -276,14 +271,7 @@ def read(
     order: Order, lanes: Sequence[int], start_step: int = 0
 ) -> Iterator[dict[int, np.ndarray]]:
     """Each step's microbatches from `start_step` on, endless: {lane: ids [R, L] int64}."""
-    return _steps(order, lanes, start_step, _pieces)
-
-
-def ray_batches(
-    order: Order, lanes: Sequence[int], start_step: int = 0
-) -> Iterator[dict[int, np.ndarray]]:
-    """The same as `read`, read ahead by Ray Data tasks on this worker's node."""
-    return _steps(order, lanes, start_step, _pieces_by_ray)
+    return microbatches(order, lanes, start_step, _pieces)
 
 
 def holdout(folder: Folder, manifest: Manifest, split: str, rows: int, seed: int) -> np.ndarray:
@@ -321,15 +309,6 @@ def _pieces(plan: Plan, lanes: Sequence[int], steps: Sequence[int]) -> Pieces:
     return ((lane, plan.read(window)) for lane, window in plan.windows(lanes, steps))
 
 
-def _pieces_by_ray(plan: Plan, lanes: Sequence[int], steps: Sequence[int]) -> Pieces:
-    windows = plan.windows(lanes, steps)
-    horizons = iter(lambda: list(islice(windows, WINDOWS_PER_HORIZON)), [])
-    rows = (piece for horizon in horizons for piece in _through_ray(plan, horizon))
-    # Enough must be ready to last through the start of the next horizon, about a second.
-    windows_ahead = STEPS_AHEAD * plan.config.rows_per_microbatch * plan.num_windows // plan.rows
-    return _ahead(rows, len(lanes) * max(2, windows_ahead))
-
-
 class _Rows:
     """Cuts the pieces of a source into the microbatches of its lanes."""
 
@@ -346,13 +325,16 @@ class _Rows:
         return taken_RL.astype(np.int64)
 
 
-def _steps(
+def microbatches(
     order: Order,
     lanes: Sequence[int],
     start_step: int,
     pieces: Callable[[Plan, Sequence[int], Sequence[int]], Pieces],
 ) -> Iterator[dict[int, np.ndarray]]:
-    """Each step's microbatches. A source is opened when the first of its own is due."""
+    """Each step's microbatches, as `read` gives them, cut from what `pieces` reads of each source.
+
+    A source is opened when the first microbatch of its own is due.
+    """
     opened: dict[int, _Rows] = {}
     with ExitStack() as stack:
         for step in count(start_step):
@@ -365,86 +347,6 @@ def _steps(
                     opened[nth] = _Rows(order.plans[nth], lanes, found)
                 batch[lane] = opened[nth].take(lane)
             yield batch
-
-
-def _through_ray(plan: Plan, horizon: list[tuple[int, Window]]) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of some windows, one Ray Data task each.
-
-    A task that meets a Problem returns nothing, and its window is read again here: if that fails
-    too, the Problem is raised without a remote traceback around it.
-    """
-    import pyarrow as pa
-    import ray.data
-
-    folder, manifest = plan.folder, replace(plan.manifest, splits={})  # tasks need no file list
-
-    def fetch(batch: dict[str, np.ndarray]) -> pa.Table:
-        (nth,) = batch["nth"]
-        try:
-            rows_NL, _ = read_window(folder, manifest, horizon[nth][1])
-        except Problem:
-            rows_NL = np.empty((0, manifest.length), manifest.dtype)
-        ids = pa.array(rows_NL.reshape(-1))
-        lists = pa.FixedSizeListArray.from_arrays(ids, manifest.length)
-        return pa.table({"nth": np.full(len(rows_NL), nth), "tokens": lists})
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # otherwise notices at every horizon
-    dataset = ray.data.from_items(
-        [{"nth": nth} for nth in range(len(horizon))], override_num_blocks=len(horizon)
-    ).map_batches(
-        fetch,
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.TaskPoolStrategy(size=READERS),
-        num_cpus=0,  # the workers may have reserved every core, for which reading must not wait
-        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
-    )
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-
-    due = 0
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        nth_N = block["nth"].to_numpy()
-        rows_NL = block["tokens"].combine_chunks().flatten().to_numpy()
-        rows_NL = rows_NL.reshape(-1, manifest.length)
-        for nth in np.unique(nth_N):
-            yield from _again(plan, horizon[due:nth])
-            yield horizon[nth][0], rows_NL[nth_N == nth]
-            due = nth + 1
-    yield from _again(plan, horizon[due:])
-
-
-def _again(plan: Plan, missed: Sequence[tuple[int, Window]]) -> Iterator[tuple[int, np.ndarray]]:
-    for lane, window in missed:
-        yield lane, plan.read(window)
-
-
-def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same endless items, drawn ahead by a thread that keeps up to `depth` of them ready."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    done = threading.Event()
-
-    def draw() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-                if done.is_set():
-                    return
-        except BaseException as error:
-            ready.put((None, error))
-
-    threading.Thread(target=draw, name="stream", daemon=True).start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error:
-                raise error
-            yield item
-    finally:
-        done.set()
-        with suppress(queue.Empty):  # make room, so that a waiting thread sees that it is done
-            ready.get_nowait()
 
 
 def _permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dsl.vocabulary import TOKENIZER
-from infra import cluster, shards, stream
+from infra import cluster, readahead, shards
 from infra.cluster import ClusterConfig
 from infra.shards import ROWS_PER_GROUP, ShardWriter, read_manifest
 from infra.storage import Folder
@@ -69,7 +69,7 @@ def _read(place: Path, rows: int, rounds: int) -> dict[str, np.ndarray]:
 
     folder = Folder.at(str(place))
     plan = Plan.of(folder, read_manifest(folder), "train", StreamConfig())
-    microbatches = stream.ray_batches(plan, (0,))
+    microbatches = readahead.ray_batches(plan, (0,))
 
     def scan(number: int) -> None:
         for file in sorted((place / "train").iterdir()):

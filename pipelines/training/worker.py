@@ -12,7 +12,7 @@ import numpy as np
 
 from dsl.denoiser import Denoiser
 from dsl.objective import Objective
-from infra import parallel, ranklog, stream
+from infra import parallel, ranklog, readahead, stream
 from infra.errors import DataError
 from infra.mixture import Mixture, MixtureConfig
 from infra.shards import Manifest
@@ -57,7 +57,7 @@ def in_ray(assignment: Assignment) -> None:
     with parallel.flushed(), ExitStack() as stack:
         first = parallel.world()[0] == 0
         shown = {"show": stack.enter_context(gauges(assignment.config.name))} if first else {}
-        train(assignment, batches=stream.ray_batches, reports=ray.train.report, **shown)
+        train(assignment, batches=readahead.ray_batches, reports=ray.train.report, **shown)
 
 
 def train(

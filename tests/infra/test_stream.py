@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -12,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra import stream
+from infra import readahead, stream
 from infra.errors import ConfigError, DataError
+from infra.readahead import ray_batches
 from infra.shards import Manifest, Shard, ShardWriter, VocabularyRecord
 from infra.storage import Folder
-from infra.stream import Plan, StreamConfig, holdout, ray_batches, read, read_window
+from infra.stream import Plan, StreamConfig, holdout, read, read_window
 
 L, ROWS = 4, 230
 CONFIG = StreamConfig(seed=3, num_lanes=4, rows_per_microbatch=3, window_groups=2)
@@ -331,12 +334,22 @@ def test_holdout(folder: Folder, manifest: Manifest) -> None:
 
 @pytest.fixture
 def short_horizons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "WINDOWS_PER_HORIZON", 16)
-    monkeypatch.setattr(stream, "STEPS_AHEAD", 2)
+    monkeypatch.setattr(readahead, "WINDOWS_PER_HORIZON", 16)
+    monkeypatch.setattr(readahead, "STEPS_AHEAD", 2)
 
 
 @pytest.mark.usefixtures("ray_cluster", "short_horizons")
-def test_ray_reads_the_same(plan: Plan) -> None:
+def test_ray_reads_the_same_and_rests(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    looks: dict[StreamingExecutor, list[float]] = defaultdict(list)
+    look = StreamingExecutor._scheduling_loop_step
+
+    def noting(self: StreamingExecutor, *arguments: Any) -> bool:
+        looks[self].append(time.monotonic())
+        return look(self, *arguments)
+
+    monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", noting)
     for lanes, step in (((0, 2), 0), ((1, 3), 33)):
         batches = ray_batches(plan, lanes, step)
         assert same(take(batches, 25), take(read(plan, lanes, step), 25))  # over three horizons
@@ -345,6 +358,10 @@ def test_ray_reads_the_same(plan: Plan) -> None:
     for thread in ahead:
         thread.join(300)
     assert not any(thread.is_alive() for thread in ahead)
+    assert len(looks) > 3  # horizons
+    for times in looks.values():
+        assert len(times) > 1
+        assert np.diff(times).min() >= readahead.PAUSE_S, "a thread that never waits slows training"
 
 
 @pytest.mark.usefixtures("ray_cluster", "short_horizons")
