@@ -106,9 +106,10 @@ def _in_its_own_session() -> Iterator[None]:
 
 @contextmanager
 def _raylet_watched() -> Iterator[None]:
-    """End this process with a message if the raylet dies in the block.
+    """End this process with a message if the raylet dies in the block, killed for memory say.
 
-    Without it, Ray either waits for ever or ends the process with exit code 1 and no message.
+    Otherwise Ray waits for ever, or ends this process with exit code 1 and no message. The latter
+    still happens where the raylet gets SIGTERM, if Ray hears of it first.
     """
     # Private: Ray names its sockets to nobody. The one of the object store is the first to close.
     from ray._private.worker import _global_node

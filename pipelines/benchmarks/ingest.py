@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, repeat
@@ -30,6 +31,7 @@ from pipelines.prepare import PrepareConfig, TokenizerFile
 from pipelines.report import Row, Table
 
 CPU = torch.device("cpu")
+WAIT_S = 4.0
 IDS = shards.VocabularyRecord(kind="bpe", sha256="0" * 64, size=50257)
 FACTS = {"source": "random", "split_rule": "all", "blocks": "eos"}
 
@@ -37,7 +39,7 @@ FACTS = {"source": "random", "split_rule": "all", "blocks": "eos"}
 def run(config: BenchmarkConfig) -> Table:
     size, rounds = config.ingest, config.rounds
     with tempfile.TemporaryDirectory() as place:
-        rows = [step(size, rounds, Path(place)) for step in (reading, preparing)]
+        rows = [*reading(size, rounds, Path(place)), preparing(size, rounds, Path(place))]
     note = (
         f"{size.rows:,} rows of {size.length} random tokens on this machine's disk, read in the "
         f"shuffled order of training by one worker. Text: {size.megabytes} MB of {size.source}."
@@ -45,8 +47,9 @@ def run(config: BenchmarkConfig) -> Table:
     return table("Ingest", note, rows)
 
 
-def reading(size: IngestConfig, rounds: int, place: Path) -> Row:
-    """The stream by Ray Data, against a scan of the same files by the Parquet library."""
+def reading(size: IngestConfig, rounds: int, place: Path) -> Iterator[Row]:
+    """The stream by Ray Data, against a scan of the same files by the Parquet library; and what it
+    takes from a training that is slower."""
     import ray
 
     draws = np.random.default_rng(0)
@@ -56,15 +59,18 @@ def reading(size: IngestConfig, rounds: int, place: Path) -> Row:
             writer.write("train", draws.integers(IDS.size, size=(count, size.length)))
     with cluster.connected(ClusterConfig()):
         # In a worker, as in training; Ray ends the read-ahead together with it.
-        timed = ray.get(ray.remote(_read).remote(place, size.rows, rounds))
+        timed, waiting_s = ray.get(ray.remote(_read).remote(place, size.rows, rounds))
     ours_R, theirs_R = (size.rows * size.length / 1e6 / timed[name] for name in ("ray", "parquet"))
     here = (size.rows, size.length) == (IngestConfig.rows, IngestConfig.length)
     bar = Bar("≥", 5.0, here, unit="M tokens/s")
     what, against = "stream by Ray Data", "bare Parquet"
-    return ratio("ray", what, against, ours_R, theirs_R, unit=bar.unit, bar=bar)
+    yield ratio("ray", what, against, ours_R, theirs_R, unit=bar.unit, bar=bar)
+    what, against = "CPU of the open stream while nobody reads", "one core"
+    yield ratio("waiting", what, against, waiting_s, WAIT_S, bar=Bar("≤", 0.05, here))
 
 
-def _read(place: Path, rows: int, rounds: int) -> dict[str, np.ndarray]:
+def _read(place: Path, rows: int, rounds: int) -> tuple[dict[str, np.ndarray], float]:
+    """Seconds of either side in each round, and of the CPU while the stream waits `WAIT_S`."""
     import pyarrow.parquet as pq
 
     folder = Folder.at(str(place))
@@ -76,7 +82,11 @@ def _read(place: Path, rows: int, rounds: int) -> dict[str, np.ndarray]:
             pq.read_table(file, columns=["tokens"], use_threads=False)
 
     sides = {"ray": lambda number: take(microbatches, rows), "parquet": scan}
-    return interleaved(sides, rounds, CPU)
+    timed = interleaved(sides, rounds, CPU)
+    time.sleep(WAIT_S)  # what is read ahead has been read
+    before = time.process_time()
+    time.sleep(WAIT_S)
+    return timed, time.process_time() - before
 
 
 def take(microbatches: Iterator[dict[int, np.ndarray]], rows: int) -> None:

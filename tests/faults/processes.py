@@ -93,22 +93,24 @@ class Run:
 Begin = Callable[..., AbstractContextManager[Run]]
 
 
-def begin(address: str, data: Path | str, root: Path | str, logs: Path, *argv: str) -> Run:
-    """`pipelines/finetune.py name=run` on a cluster; what it says goes into the folder `logs`."""
-    given = [f"data={data}", f"root={root}", "name=run", f"workers.cluster.address={address}"]
+def begin(address: str | None, data: Path | str, root: Path | str, logs: Path, *argv: str) -> Run:
+    """`pipelines/finetune.py name=run` on a cluster, or with None on one of its own, in a process
+    group of its own; what it says goes into the folder `logs`."""
+    given = [f"data={data}", f"root={root}", "name=run"]
+    given += [f"workers.cluster.address={address}"] if address else []
     log = logs / f"said-{time.time_ns()}.txt"
     # As its users run it: what makes the other tests quick is not to make this look quick.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_TRAIN_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_TRAIN_", "RAY_ADDRESS"))}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "pipelines" / "finetune.py"), *given, *SETTINGS, *argv],
-            cwd=ROOT, stdout=output, stderr=output, env=env,
+            cwd=ROOT, stdout=output, stderr=output, env=env, process_group=0,
         )  # fmt: skip
     return Run(root / "run" if isinstance(root, Path) else f"{root}/run", process, log)
 
 
 @contextmanager
-def finetune(address: str, data: Path, root: Path, *argv: str) -> Iterator[Run]:
+def finetune(address: str | None, data: Path, root: Path, *argv: str) -> Iterator[Run]:
     """The same on a disk; SIGTERM for it where the block ends first."""
     run = begin(address, data, root, root, *argv)
     try:

@@ -26,7 +26,7 @@ KEYS = {
     "sampler": {"masked", "remask", "reference", "sde", "sde_nucleus", "remask_public", "calls"},
     "train": {"dsl", "mdlm", "matmul", "dsl_memory", "mdlm_memory", "sharded"},
     "converter": {"forward", "backward"},
-    "ingest": {"ray", "prepare"},
+    "ingest": {"ray", "waiting", "prepare"},
     "evaluate": {"features"},
 }
 
