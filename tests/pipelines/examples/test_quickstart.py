@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from infra import cluster
+from infra import cluster, local
 from infra.cluster import ClusterConfig
 from pipelines.examples import quickstart
 from pipelines.examples.quickstart import QuickstartConfig, summary
@@ -101,6 +101,7 @@ def test_ray_is_started_once_for_all_verbs_and_for_none_that_are_finished(
     monkeypatch.setattr(ray, "is_initialized", lambda: connected[0])
     monkeypatch.setattr(ray, "shutdown", lambda: connected.__setitem__(0, False))
     monkeypatch.setattr(cluster, "_relayed", lambda: None)
+    monkeypatch.setattr(local, "_raylet_watched", nullcontext)
     (tmp_path / "evaluation.json").write_text(json.dumps(TABLES))
     made = {**MADE, "evaluate": {**MADE["evaluate"], "tables": f"{tmp_path}/evaluation.json"}}
     ran: list[str] = []
