@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from infra.errors import InfraError
@@ -89,9 +89,9 @@ def _its_address_known() -> Iterator[None]:
 def _in_its_own_session() -> Iterator[None]:
     """Start the processes of Ray outside the process group of this process.
 
-    `timeout`, Slurm and others send SIGTERM to the whole group of a command. Ray's processes would
-    end at once, and the workers could not make their last checkpoint. When this process dies, the
-    kernel still ends them.
+    `timeout`, for one, sends SIGTERM to the whole group of a command. Ray's processes would end at
+    once, and the workers could not make their last checkpoint. When this process dies, the kernel
+    still ends them.
     """
     # Private: `ray.init` has no argument for it.
     from ray._private import services
@@ -119,7 +119,8 @@ def _raylet_watched() -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        store.recv(1)  # the store says nothing: this returns when the connection ends
+        with store, suppress(OSError):
+            store.recv(1)  # the store says nothing: this returns when the connection ends
         if not over.is_set():
             fix = "Out of memory? Run the same command again to resume"
             error = InfraError(WHERE, "its raylet has died", fix)

@@ -54,8 +54,8 @@ def _through_ray(plan: Plan, horizon: list[tuple[int, Window]]) -> Iterator[tupl
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pause(ExecutionCallback):
-        """While training is slower than reading, Ray's scheduling thread never waits. It took half
-        of a core, and Python's lock, from training for as long as windows were left to read."""
+        """While training is slower than reading, Ray's scheduling thread never waits. It would use
+        a core, and Python's lock, for as long as there are windows left to read."""
 
         def on_execution_step(self, executor: object) -> None:
             time.sleep(PAUSE_S)

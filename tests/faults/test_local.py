@@ -17,7 +17,7 @@ TERMINATED, INFRASTRUCTURE = 143, 4
 def test_sigterm_of_the_whole_process_group(
     undisturbed: Path, data: Path, tmp_path: Path, cost: Cost
 ) -> None:
-    """As `timeout` and schedulers send it."""
+    """As `timeout` sends it."""
     with processes.finetune(None, data, tmp_path, "train.checkpoint.every=1000") as run:
         run.until(lambda: run.step >= 20)
         when = time.time()
