@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from infra import console, local
-from infra.errors import ConfigError, DataError, InfraError, Problem, causes
+from infra.errors import ConfigError, DataError, InfraError, PeerLost, Problem, causes
 from infra.preemption import sigterm_kept
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ SAY_S = 30.0  # between two lines about that wait
 # The states of Ray Train's controller in which no worker runs yet, or none any more.
 STARTING = ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState")
 COMMIT_VARIABLE = "SUBMITTED_COMMIT"
+LOCAL = "local"
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -45,7 +46,8 @@ QUIET = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Which Ray to use: that at `address`, else that of this process's job, else a local one."""
+    """Which Ray to use: that at `address`, else that of this process's job, else a local one.
+    The address `local` is that of a local one in any case."""
 
     address: str | None = None
     num_cpus: int | None = None  # of a local cluster; default: the machine's, or more if needed
@@ -72,8 +74,8 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if not address:
+    address = config.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == LOCAL:
         local.require_token()
     import ray
 
@@ -81,7 +83,7 @@ def connected(config: ClusterConfig, *, needed_cpus: int = 1) -> Iterator[None]:
         yield
         return
     num_cpus = config.num_cpus or max(os.cpu_count() or 1, needed_cpus + DATA_CPUS)
-    with _joined(address) if address else local.started(num_cpus):
+    with local.started(num_cpus) if address == LOCAL else _joined(address):
         _relayed()
         yield
 
@@ -173,18 +175,31 @@ def run_group(
     try:
         with _interrupts():
             return trainer.fit().return_value
-    except TrainingFailedError as error:
-        found = list(causes(error))
-        for cause in found:
-            if isinstance(cause, Problem):
-                raise cause from error
-        if any(isinstance(cause, ray.exceptions.RayActorError) for cause in found):
-            raise InfraError(
-                name, f"a worker died, {max_failures} restarts allowed", "Out of memory?"
-            ) from error
-        raise
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        problem = problem_of(error, name, max_failures)
+        if problem is None:
+            raise
+        raise problem from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def problem_of(error: Exception, name: str, max_failures: int) -> Problem | None:
+    """What an error of Ray Train tells the user; None for a bug.
+
+    What a worker raised counts more than that one died, and that more than its loss for another.
+    """
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
+
+    found = list(causes(error))
+    problems = [cause for cause in found if isinstance(cause, Problem)]
+    dead = [c for c in found if isinstance(c, RayActorError | OutOfMemoryError | NodeDiedError)]
+    if dead:
+        cause = str(dead[0]).splitlines()[0].rstrip(".")
+        why = f"a worker died, {max_failures} restarts allowed: {cause}"
+        fix = "Out of memory, or did one stand still? See the lines above, and logs/ of the run"
+        problems.append(InfraError(name, why, fix))
+    return min(problems, key=lambda problem: isinstance(problem, PeerLost), default=None)
 
 
 def _fatal_errors(kinds: tuple[type[Exception], ...]) -> Any:

@@ -44,6 +44,10 @@ class InfraError(Problem):
     exit_code = 4
 
 
+class PeerLost(InfraError):
+    """Another process of a group has gone, which is all that this one knows of it."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate closest in spelling to `name`, or None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(candidates), n=1)), None)

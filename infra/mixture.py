@@ -88,12 +88,12 @@ class Schedule:
     seed: int
 
     def names(self, lanes: Sequence[int], step: int) -> dict[int, str]:
-        """Of the sources of the lanes' microbatches behind `step` finished ones."""
+        """The name of the source of each lane's next microbatch, after `step` microbatches."""
         there = list(self.config.sources)
         return {lane: there[self.source(lane, step)] for lane in lanes}
 
     def source(self, lane: int, step: int) -> int:
-        """Of the microbatch behind `step` finished ones."""
+        """The index of the source of a lane's next microbatch, after `step` microbatches."""
         return int(self._sources(lane, step, step + 1)[0])
 
     def before(self, lane: int, step: int) -> list[int]:

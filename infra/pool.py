@@ -31,7 +31,7 @@ class PoolConfig:
     without Ray.
 
     `threads`: of each process, which reserves as many CPUs. By default it reserves one CPU and
-    uses the node's number of cores divided by `count`.
+    uses the number of its node's CPUs divided by `count`.
     """
 
     count: int = 1
@@ -94,7 +94,7 @@ class _Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
 
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.count))
+        torch.set_num_threads(config.threads or max(1, _cpus_of_node() // config.count))
         self._make = make
         self._work: Callable[[Any], Any] | None = None
 
@@ -112,6 +112,15 @@ class _Worker:
         return cloudpickle.dumps(answer)
 
 
+def _cpus_of_node() -> int:
+    """As many as Ray says, which knows a container's limit, and no more than there are cores."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    told = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == mine]
+    return min(int(told[0]), os.cpu_count() or 1)
+
+
 def _portable(error: Exception) -> Exception:
     """The error, or one with the same message if it cannot be pickled."""
     from ray import cloudpickle
@@ -125,7 +134,7 @@ def _portable(error: Exception) -> Exception:
 def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
     import ray
     from ray import cloudpickle
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     actor = ray.remote(
         num_cpus=config.cpus,
@@ -151,10 +160,10 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
             nth, worker = running.pop(done)
             try:
                 result, error, where = cloudpickle.loads(ray.get(done))
-            except RayActorError:
+            except (RayActorError, OutOfMemoryError) as error:
                 why = f"the process died at each of {ATTEMPTS} attempts"
                 fix = "Out of memory? Try smaller batches"
-                raise InfraError(f"job {nth}", why, fix) from None
+                raise InfraError(f"job {nth}", why, fix) from error
             if error:
                 raise error from RemoteTraceback(where)
             assign(worker)  # first, so that the process works on while the result is used
@@ -174,5 +183,5 @@ def _wait_for_room(actors: Sequence[Any], config: PoolConfig) -> None:
         needs = f"{config.cpus} CPUs" + " and a GPU" * config.gpu
         why = f"no room for {len(actors)} processes of {needs} within {START_S / 60:g} minutes"
         raise InfraError("pool", why, "Ask for fewer, or add machines") from error
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         raise InfraError("pool", "a process died while it started", "Out of memory?") from error

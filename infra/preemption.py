@@ -3,7 +3,8 @@
 SIGTERM, which a scheduler sends some time before it kills, reaches the process that started a run.
 That process writes the file `stop` into the run directory, the one place that every worker can
 read, whatever machine it is on; a worker finds it, makes a last checkpoint there, and ends. Ray
-announces separately that it drains a node: its worker makes a checkpoint early and goes on.
+announces separately that it drains a node: its worker makes a checkpoint early and goes on, with
+the rows that have been read ahead, since a node that drains starts no new tasks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from infra import console
 from infra.errors import Problem
 
 if TYPE_CHECKING:  # fsspec, whose import `--help` is not to pay
@@ -66,11 +68,20 @@ def terminable(first: Callable[[], None] | None = None) -> Iterator[None]:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which `ray.init` replaces by one that ends the process."""
+    """Keep the handler of SIGTERM, which `ray.init` replaces by one that ends the process.
+
+    Raises Terminated for a SIGTERM that comes before `ray.init` returns.
+    """
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:
+            raise Terminated from error
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -84,6 +95,9 @@ def stoppable(run: Folder) -> Iterator[None]:
         while not closed.is_set():
             try:
                 run.write_bytes(STOP, b"")
+                console.say(
+                    "SIGTERM: the workers end after a checkpoint; a second one ends at once"
+                )
                 return
             except Problem:  # the store does not answer; the last checkpoint needs it too
                 closed.wait(ASK_S)
@@ -152,10 +166,11 @@ def node_is_leaving() -> bool:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return False
+    # Private: the public `ray.train.get_preemption_info` is a barrier of all workers, and
+    # `ray.nodes` does not tell draining nodes from others.
+    ask = ray._private.state.state.get_draining_nodes
     try:
-        # Private: the public `ray.train.get_preemption_info` is a barrier of all workers, and
-        # `ray.nodes` does not tell draining nodes from others.
-        draining = ray._private.state.state.get_draining_nodes()
+        draining = ask()
     except Exception:  # the head of the cluster does not answer at the moment
         return False
     return ray.get_runtime_context().get_node_id() in draining

@@ -1,7 +1,7 @@
 """What each worker logs, kept with the run: `logs/rank_00000.log` in its directory.
 
 A restart appends. An object store cannot, so there the file grows in a temporary place and is
-uploaded whole, every now and then and at the end.
+uploaded whole, soon after something was logged and at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from infra import parallel
 from infra.errors import DataError, Problem
 from infra.storage import Folder
 
-UPLOAD_EVERY_S = 60.0
+# Where there is something new. `infra.stall` ends a process 10 s after its report at the earliest.
+UPLOAD_EVERY_S = 5.0
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -65,9 +66,13 @@ def _file(folder: Folder, name: str) -> Iterator[Path]:
             path.write_bytes(folder.read_bytes(name))
 
         def upload() -> None:
+            held = 0  # bytes that the store has
             while not closed.wait(UPLOAD_EVERY_S):
-                with suppress(Problem):  # a store may be away for a while
-                    folder.write_bytes(name, path.read_bytes())
+                content = path.read_bytes()
+                if len(content) > held:
+                    with suppress(Problem):  # a store may be away for a while
+                        folder.write_bytes(name, content)
+                        held = len(content)
 
         thread = threading.Thread(target=upload, name="ranklog", daemon=True)
         thread.start()

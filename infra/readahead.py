@@ -19,7 +19,7 @@ from infra.stream import Order, Pieces, Plan, Window, microbatches, read_window
 
 WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
 STEPS_AHEAD = 64
-READERS = 2  # tasks at a time for one worker
+READERS = 2  # tasks at a time, for one worker and one source
 PAUSE_S = 0.05  # of Ray Data's scheduling thread, between two looks at its tasks
 
 T = TypeVar("T")

@@ -1,10 +1,11 @@
 """Detects that a group of processes that step together stands still, and names the rank to blame.
 
 Each rank tells the group's store, once a second, which step it has finished and what it does.
-Where a rank has finished no step for `timeout_s`, it reads what all have told and says so in one
-message. The collective that it waits in fails a little later, through the timeout of its process
-group, and that error becomes the message. What does not fail by itself (a collective of NCCL, a
-wait without a timeout) is ended with its process.
+Where a rank has done one thing (a step, a validation, the wait for data or for a checkpoint) for
+longer than `timeout_s`, it reads what all have told and says so in one message. With gloo, the
+collective that it waits in fails a little later, through the timeout of its process group, and that
+error becomes the message. What does not fail by itself (a collective of NCCL, a wait without a
+timeout) is ended with its process, whose log then has the message.
 
 A barrier with a timeout of its own would name ranks too, but only at the barrier: NCCL ends a
 process in whatever collective it waits, before that process could ask which rank is missing.
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from infra.errors import InfraError
+from infra.errors import InfraError, PeerLost
 
 BEAT_S = 1.0
 MARGIN_S = 5.0  # to read what others have told, before the store ends with the process it is in
@@ -63,18 +64,23 @@ class Rank:
         self._clock.start()
 
     def doing(self, what: str) -> None:
-        """What this rank does from now on, in a word or two."""
+        """What this rank does from now on, in a word or two; the time starts anew."""
         self._doing = what
+        self._restart()
 
     def finished(self, step: int) -> None:
         """A step is done; the time starts anew."""
-        self._finished, self._since = step, time.monotonic()
-        self.report = None
-        self._asks.clear()
+        self._finished = step
+        self._restart()
 
     def close(self) -> None:
         self._closed.set()
         self._clock.join()
+
+    def _restart(self) -> None:
+        self._since = time.monotonic()
+        self.report = None
+        self._asks.clear()
 
     def _talk(self) -> None:
         for beat in itertools.count():
@@ -105,7 +111,7 @@ class Rank:
 
     def _ask(self) -> str:
         """Which rank has finished which step, and what it does."""
-        why = f"no step was finished for {self._timeout_s:.0f} s"
+        why = f"nothing was finished for {self._timeout_s:.0f} s"
         self._heard.clear()
         self._asks.set()
         until = time.monotonic() + 2 * MARGIN_S
@@ -128,8 +134,10 @@ class Rank:
 def detected(timeout_s: float, finished: int) -> Iterator[Rank]:
     """Detect a stall of this group inside the block, from the step `finished` on.
 
+    timeout_s: the longest that a rank may do one thing, see `Rank.doing`.
+
     Needs a process group. What is raised inside, once a report was made, becomes an InfraError of
-    that report.
+    that report. Raises PeerLost where the connection to another rank breaks.
     """
     # Private: torch's public functions take a timeout only when they make a group.
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + 2 * MARGIN_S))
@@ -138,12 +146,21 @@ def detected(timeout_s: float, finished: int) -> Iterator[Rank]:
         yield rank
     except Exception as error:
         rank.close()  # where a collective timed out, the report is just being made
-        if rank.report is None:
-            raise
-        fix = "Look at that process and its machine; the same command resumes"
-        raise InfraError("workers", rank.report, fix) from error
+        if rank.report is not None:
+            fix = "Look at that process and its machine; the same command resumes"
+            raise InfraError("workers", rank.report, fix) from error
+        if _of_connection(error):
+            why, fix = "the connection to another worker broke", "The same command resumes"
+            raise PeerLost("workers", why, fix) from error
+        raise
     finally:
         rank.close()
+
+
+def _of_connection(error: Exception) -> bool:
+    """Whether it comes from the process group. What gloo raises has no class of its own."""
+    gloo = type(error) is RuntimeError and "gloo" in str(error)
+    return gloo or isinstance(error, dist.DistError)
 
 
 def _state(before: Status | None, after: Status | None) -> str:

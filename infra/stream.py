@@ -261,7 +261,7 @@ class Order(Protocol):
         """The order of each source by itself; all with one configuration."""
 
     def source(self, lane: int, step: int) -> int:
-        """The number of the source that a lane's microbatch behind `step` finished ones is of."""
+        """The index of the source of a lane's next microbatch, after `step` microbatches."""
 
     def before(self, lane: int, step: int) -> list[int]:
         """How many of the first `step` microbatches of a lane are of each source."""

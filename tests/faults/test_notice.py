@@ -86,7 +86,7 @@ def test_a_rank_that_hangs(undisturbed: Path, finetune: Begin, tmp_path: Path, c
         recovered_s = run.recovered(step, when)
         assert run.wait() == 0, run.said
     logs = "".join(path.read_text() for path in (run.folder / "logs").iterdir())
-    assert f"no step was finished for {STALL_S} s" in logs
+    assert f"nothing was finished for {STALL_S} s" in logs
     assert "gives no sign of life" in logs or "does not answer" in logs
     cost(f"a rank hangs, stall_s={STALL_S}", f"{step - kept} steps, redone", recovered_s)
     processes.assert_equal(run.folder, undisturbed)

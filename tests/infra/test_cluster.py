@@ -18,7 +18,8 @@ import pytest
 
 from infra import cluster, head
 from infra.cluster import Revision
-from infra.errors import DataError, InfraError
+from infra.errors import DataError, InfraError, PeerLost, Problem
+from infra.preemption import Terminated
 from tests.infra.common import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,25 +52,58 @@ def test_a_killed_worker_restarts_the_group_and_a_problem_surfaces(tmp_path: Pat
     assert started == ["rank0-0", "rank0-1", "rank1-0", "rank1-1"], "bad data is not tried again"
 
 
-def test_a_machine_too_busy_for_ray_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (Exception("The current node timed out during startup."), InfraError),
+        (RuntimeError("Failed to start GCS. Last 1 lines of error files:\n…"), InfraError),
+        (TypeError("an argument that Ray does not know"), TypeError),
+        (SystemExit(signal.SIGTERM), Terminated),  # the handler that Ray installs while it starts
+        (SystemExit(1), SystemExit),
+    ],
+    ids=str,
+)
+def test_ray_that_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, expected: type[BaseException]
+) -> None:
     import ray
 
-    def late(**_: Any) -> None:
-        raise Exception("The current node timed out during startup.")
+    def fail(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise raised
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", late)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(InfraError) as caught, cluster.connected(cluster.ClusterConfig()):
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    local = cluster.connected(cluster.ClusterConfig(address="local"))
+    with pytest.raises(expected) as caught, local:
         pass
-    assert caught.value.where == "Ray on this machine"
+    assert caught.type is expected
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert expected is not InfraError or caught.value.where == "Ray on this machine"
 
-    def wrong(**_: Any) -> None:
-        raise TypeError("an argument that Ray does not know")
 
-    monkeypatch.setattr(ray, "init", wrong)
-    with pytest.raises(TypeError), cluster.connected(cluster.ClusterConfig()):
-        pass
+def failed(*errors: Exception) -> Problem | None:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    return cluster.problem_of(WorkerGroupError("…", dict(enumerate(errors))), "run", 3)
+
+
+def test_what_ended_a_worker_is_told_rather_than_what_the_others_saw() -> None:
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    lost, bad = PeerLost("workers", "the connection broke"), DataError("part-0", "row 3", "Mend it")
+    memory = OutOfMemoryError("Killed due to the node running low on memory.\nA long story")
+    killed = WorkerHealthCheckFailedError("…", failure=memory)
+    assert failed(lost, bad) is bad
+    assert failed(RuntimeError("r"), lost) is lost
+    assert failed(RuntimeError("r"), KeyError("k")) is None
+    assert str(failed(lost, killed)) == (
+        "run: a worker died, 3 restarts allowed: Killed due to the node running low on memory. "
+        "Out of memory, or did one stand still? See the lines above, and logs/ of the run"
+    )
 
 
 @pytest.mark.long

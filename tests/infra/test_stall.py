@@ -23,20 +23,21 @@ port, rank, how, victim = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(s
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 stall.MARGIN_S = 2.0
+SIGNALS = {{"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}}
 try:
     with stall.detected({timeout}, 38) as this:
         for step in range(39, 10_000):
             this.doing(f"in step {{step}}")
             if (rank, step) == (victim, 41):
                 print("hangs", flush=True)
-                if how == "stopped":
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                if how in SIGNALS:
+                    os.kill(os.getpid(), SIGNALS[how])
                 this.doing("waiting for the data of step 41")
                 sys.stdin.readline()
             dist.all_reduce(torch.ones(1))
             this.finished(step)
 except InfraError as error:
-    print(error, flush=True)
+    print(type(error).__name__, error, flush=True)
     os._exit(error.exit_code)  # its collective has failed, and gloo may abort a tidy end
 dist.destroy_process_group()  # else its threads may abort a process that ends
 """
@@ -85,9 +86,28 @@ def ended() -> Iterator[dict[Case, tuple[int, str]]]:
 def test_a_rank_that_hangs_is_named(ended: dict[Case, tuple[int, str]], case: Case) -> None:
     code, said = ended[case]
     assert code == 4, said
-    assert f"workers: no step was finished for {TIMEOUT_S} s" in said
+    assert f"workers: nothing was finished for {TIMEOUT_S} s" in said
     assert f"rank {1 - case[1]} last finished step 40, in step 41" in said
     assert [words for words in CASES[case] if words not in said] == []
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_is_no_bug_of_the_other(victim: int) -> None:
+    group = ranks(RANK.format(timeout=1000), "killed", victim)
+    said, _ = group[1 - victim].communicate(timeout=300)
+    assert said == (
+        "PeerLost workers: the connection to another worker broke. The same command resumes\n"
+    )
+    assert (group[1 - victim].returncode, group[victim].wait(300)) == (4, -signal.SIGKILL)
+
+
+def test_what_a_rank_does_has_the_whole_time_each() -> None:
+    """Two things in one step, which together take longer than one may."""
+    script = RANK.format(timeout=4).replace(
+        "dist.all_reduce", "time.sleep(3); this.doing('else'); time.sleep(3); dist.all_reduce"
+    )
+    script = script.replace("import os", "import time, os").replace("10_000", "41")
+    assert [rank.wait(300) for rank in ranks(script, "not", 1)] == [0, 0]
 
 
 def test_a_loop_that_ends_is_not_disturbed() -> None:
