@@ -31,6 +31,7 @@ class ConverterConfig:
     ``skip`` adds each token's own evidence to its logits. The exact posterior is
     ``p(s_i = v | z) ∝ p(s_i = v | z_others) exp(<z_i, x_v>)`` (003 A.1), so the network is left
     with the context and need not learn to copy. A masked token has no evidence: nothing is added.
+    A temperature or nucleus on a path through finite SNR relies on it (`dsl.truncation`).
     """
 
     embed_dim: int = 64

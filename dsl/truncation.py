@@ -76,6 +76,8 @@ class Truncated:
     Along any path, tokens that are independent are then drawn from p', because this is the exact
     posterior of p'. To sharpen the product instead would sharpen the noise in ``z_i`` as well,
     which the sampler itself has drawn. A masked token has no evidence: its answer is all context.
+    A network without the skip (see `dsl.converter.ConverterConfig`) may count the evidence wrongly.
+    Its context's part is then wrong too, and so are texts drawn through finite SNR.
 
     The cut leaves the likeliest tokens of total probability about ``nucleus`` (always at least
     one). What `Posterior` promises holds for the result.
