@@ -80,12 +80,11 @@ class Run:
         return until(met, PATIENCE_S)
 
     def recovered(self, step: int, since: float) -> float:
-        """Seconds from `since` (of the epoch) until the run had done `step` again, or the one behind
-        it where a checkpoint of `step` was kept."""
+        """Seconds from `since` (of the epoch) until `step` had been done again."""
 
         def redone() -> float | None:
             rows = journal.read(str(self.folder))
-            times = [row["time"] for row in rows if row["step"] >= step and row["time"] > since]
+            times = [row["time"] for row in rows if row["step"] == step and row["time"] > since]
             return times[0] if times else None
 
         return float(self.until(redone)) - since
