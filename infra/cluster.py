@@ -195,7 +195,7 @@ def problem_of(error: Exception, name: str, max_failures: int) -> Problem | None
     problems = [cause for cause in found if isinstance(cause, Problem)]
     dead = [c for c in found if isinstance(c, RayActorError | OutOfMemoryError | NodeDiedError)]
     if dead:
-        cause = str(dead[0]).splitlines()[0].rstrip(".")
+        cause = str(dead[0]).partition("\n")[0].rstrip(".")
         why = f"a worker died, {max_failures} restarts allowed: {cause}"
         fix = "Out of memory, or did one stand still? See the lines above, and logs/ of the run"
         problems.append(InfraError(name, why, fix))
