@@ -98,7 +98,9 @@ def _ended(stage: str, options: argparse.Namespace) -> tuple[str, bool]:
     """Run a stage; how it ended, and whether it came to its end."""
     command = [sys.executable, "-m", __package__, "--out", options.out, "--stage", stage]
     command += ["--device", options.device, *(["--small"] if options.small else [])]
-    changed = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
+    changed = {"PYTHONFAULTHANDLER": "1"}  # a crash leaves the stack of each thread in the log
+    if options.device == "cpu":
+        changed["CUDA_VISIBLE_DEVICES"] = ""
     if options.small:  # a tiny network gains nothing from threads, which wait for busy cores
         changed["OMP_NUM_THREADS"] = "1"
     log = options.out / f"{stage}.log"

@@ -56,13 +56,14 @@ def bare(tmp_path: Path) -> dict[str, str]:
 
 
 def run(out: Path, *argv: str, env: dict[str, str]) -> tuple[int, dict[str, Any], list[Any]]:
-    """Exit code, last line and findings of the command."""
+    """Exit code, last line and findings of the command; what it logged is shown if a test fails."""
     given = [sys.executable, "-m", "pipelines.gpu_check", "--out", str(out), *ON_CPU, *argv]
     done = subprocess.run(given, capture_output=True, text=True, env=env, cwd=ROOT)
-    logs = "\n".join(log.read_text() for log in out.glob("*.log"))
-    assert done.stdout, done.stderr
+    logs = [f"{log.name}:\n{log.read_text()}" for log in out.glob("*.log")]
+    sys.stderr.write("\n".join([*logs, done.stderr]))
+    assert done.stdout
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["report"] == str(out / "gpu_check.json"), logs
+    assert told["report"] == str(out / "gpu_check.json")
     return done.returncode, told, json.loads((out / "gpu_check.json").read_text())["findings"]
 
 
@@ -95,6 +96,27 @@ def test_every_stage_comes_to_its_end(tmp_path: Path, bare: dict[str, str]) -> N
 
 def test_the_full_check_takes_at_most_ten_minutes() -> None:
     assert sum(command.LIMITS.values()) <= 600
+
+
+# As sitecustomize.py: puts a stage in the place of `facts` that crashes in native code.
+CRASHING = """
+import os, sys
+def run(check):
+    os.abort()
+    yield
+sys.modules["pipelines.gpu_check.facts"] = sys.modules[__name__]
+"""
+
+
+def test_a_stage_that_crashes_leaves_the_place_in_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASHING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert command.main(["--out", str(tmp_path), *ON_CPU, "--only", "facts"]) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "exit code -6" in told["failed"][0]
+    assert "line 4 in run" in (tmp_path / "facts.log").read_text()
 
 
 # A stage that finds one thing and then hangs, as does a process that it has started.
