@@ -46,7 +46,7 @@ class Crossing:
         """Whether the texts as they are reach it, and where they lie if they do not."""
         if self.reached:
             return "yes"
-        return "no, less diverse" if self.gap_T.max() < 0 else "no, more diverse"
+        return "no, less diverse" if self.gap_T[-1] < 0 else "no, more diverse"
 
     def of(self, values_TR: np.ndarray) -> np.ndarray:
         """Another figure of the curve there, ``[1 + R]``; NaN where it is not reached."""
@@ -59,9 +59,11 @@ class Crossing:
 def crossing(diversity_TR: np.ndarray, target_R: np.ndarray, confidence: float) -> Crossing:
     """Where a curve has the diversity ``target_R``, by ``diversity_TR`` at each temperature.
 
-    Of the neighbouring temperatures between which it lies, the two nearest to it; of several that
-    are equally near, the lowest. A curve of one temperature reaches it where the difference of the
-    two diversities cannot be told from 0: where its interval at ``confidence`` holds 0.
+    It lies between two neighbouring temperatures of which the hotter has the more diverse texts;
+    of several such pairs, the hottest counts. Where heat makes texts less diverse, the colder ones
+    have fallen apart, and their quality says nothing of the model. A curve of one temperature
+    reaches it where the difference of the two diversities cannot be told from 0: where its interval
+    at ``confidence`` holds 0.
     """
     gap_TR = diversity_TR - target_R
     if len(gap_TR) == 1:
@@ -69,12 +71,10 @@ def crossing(diversity_TR: np.ndarray, target_R: np.ndarray, confidence: float) 
         weight_R = np.full(gap_TR.shape[1], 0.0 if low <= 0 <= high else math.nan)
         return Crossing(np.zeros(len(weight_R), int), weight_R, gap_TR[:, 0])
     below_TR, above_TR = gap_TR[:-1], gap_TR[1:]
-    between_TR = np.sign(below_TR) * np.sign(above_TR) <= 0
-    width_TR = np.abs(below_TR) + np.abs(above_TR)
-    lower_R = np.where(between_TR, width_TR, math.inf).argmin(0)
+    rises_TR = (below_TR <= 0) & (above_TR >= 0)
+    lower_R = len(rises_TR) - 1 - rises_TR[::-1].argmax(0)
     resample_R = np.arange(len(lower_R))
-    from_R, width_R = (values[lower_R, resample_R] for values in (below_TR, width_TR))
+    from_R, to_R, found_R = (of[lower_R, resample_R] for of in (below_TR, above_TR, rises_TR))
     # No width: both temperatures have the very diversity.
-    weight_R = np.abs(from_R) / np.where(width_R > 0, width_R, 1)
-    found_R = between_TR[lower_R, resample_R]
-    return Crossing(lower_R, np.where(found_R, weight_R, math.nan), gap_TR[:, 0])
+    width_R = np.where(to_R > from_R, to_R - from_R, 1)
+    return Crossing(lower_R, np.where(found_R, -from_R / width_R, math.nan), gap_TR[:, 0])

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
+import numpy as np
+
 from infra import documents, registry
 from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines.evaluation import held_out, promotion, subjects
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.parts import Parts, chunks, texts
+from pipelines.evaluation.parts import Parts, chunks, matrix, texts
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
 from pipelines.evaluation.survey import Survey
@@ -78,7 +80,9 @@ def prepare(
     if folder.exists(SUBJECTS):
         before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
-        return survey(before)
+        made = survey(before)
+        require_same_rows(made)
+        return made
     for question in config.questions:
         question.require(config, rows, uri)
     made = survey(_copy_models(config, folder, origins, rows, uri))
@@ -123,6 +127,18 @@ def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder
         raise ConfigError(
             "name",
             f"{folder.url} is an evaluation of other versions of these models",
+            "Choose another name, or existing=restart to wipe it",
+        )
+
+
+def require_same_rows(survey: Survey) -> None:
+    """ConfigError unless the data still holds the rows that earlier parts were asked about."""
+    tokens = survey.parts.read(f"samples/{REFERENCES}", ["tokens"])["tokens"]
+    kept_NL, now_NL = matrix(tokens, np.int64), survey.held_out.rows_NL
+    if not np.array_equal(kept_NL, now_NL[: len(kept_NL)]):
+        raise ConfigError(
+            "data",
+            f"{survey.config.data} has changed since {survey.config.folder.url} was begun",
             "Choose another name, or existing=restart to wipe it",
         )
 

@@ -95,7 +95,10 @@ def conclude(
 
 
 def require(survey: Survey) -> None:
-    """ConfigError for a gate that asks for what is not measured, before anything is."""
+    """ConfigError for a gate that asks for what is not measured of both models, before anything
+    is. Of the unigram, which stands for a champion where there is none, all is measured."""
     if wanted := survey.config.gate:
         for metric in (wanted.metric, *wanted.guards):
-            metric.require(survey, wanted.model)
+            for model in (wanted.model, CHAMPION):
+                if model in survey.kinds:
+                    metric.require(survey, model)

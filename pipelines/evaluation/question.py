@@ -50,12 +50,16 @@ class Part:
     work: Callable[[Workspace], pa.Table]
 
 
+CONFIDENCE = 0.95  # of the intervals in a verdict
+
+
 class Merit(NamedTuple):
     """A figure that texts are compared by, under `key` in the table of texts.
 
     better: +1 where more is better, -1 where less is, 0 where neither is. bounds: of its axis.
     published: the papers' table of it by budget. plot: the name of its plot, which is against calls
-    unless `own_plot` names another.
+    unless `own_plot` names another. ahead: the key of how far a walk is ahead of the best one that
+    the model to beat has in as many calls; its interval at CONFIDENCE is under `…_low`, `…_high`.
     """
 
     key: str
@@ -65,6 +69,7 @@ class Merit(NamedTuple):
     bounds: tuple[float, float] | None = None
     published: str = ""
     own_plot: str = ""
+    ahead: str = ""
 
     @property
     def plot(self) -> str:

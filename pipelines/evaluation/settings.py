@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, make_dataclass
 from typing import Literal, Union
 
@@ -134,3 +135,7 @@ class EvaluateConfig(Questions, RunSettings):
             raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
         if self.gate and self.gate.model not in self.models:
             raise ValueError(f"gate.model is {self.gate.model}, which is none of the models")
+        walks = Counter(f"{m}-{p}" for m in (*self.models, CHAMPION) for p in self.paths)
+        for name, times in walks.items():
+            if times > 1:
+                raise ValueError(f"two walks would be named {name}: rename a model or a path")

@@ -75,7 +75,7 @@ class Survey:
             raise ConfigError(
                 "gate",
                 f"{len(fitting)} walks of {model} along {path} with {budget} calls",
-                f"Name one of: {there}",
+                f"Name one of: {there}; give one of several splits a path of its own",
             )
         return fitting[0].name
 

@@ -10,7 +10,7 @@ from pipelines.evaluation.question import Merit
 from pipelines.report import STDERR, Column, Row, Rows
 from pipelines.report.tables import number
 
-DEVIATIONS = 1.96  # on either side make a 95 % interval of a normal variable
+DEVIATIONS = 1.96  # on either side of a normal variable make an interval at CONFIDENCE
 
 
 def verdict(texts: Rows, merits: Iterable[Merit], decision: Decision | None) -> str:
@@ -77,21 +77,33 @@ def _rival(first: Row, others: Sequence[Row], texts: Rows, merit: Merit) -> Row 
 
 
 def _lead(first: Row, rival: Row, merit: Merit) -> str:
-    """The difference with its interval, from both standard errors as of independent texts: too
-    wide, if anything, where two walks share their noise. It does not cover that both walks were
-    chosen as the best ones."""
+    """The difference with its interval: that of the paired resamples, where the merit has one of
+    the two walks. Else from both standard errors as of independent texts: too wide, if anything,
+    where two walks share their noise, and without the choice of both walks as the best ones."""
     lead = merit.better * (number(first[merit.key]) - number(rival[merit.key]))
     errors = (number(row.get(merit.key + STDERR)) for row in (first, rival))
     reach = DEVIATIONS * math.hypot(*errors)
+    low, high = _paired(first, rival, merit) or (lead - reach, lead + reach)
     size = f"by {lead:{merit.show}}"
-    if math.isnan(reach):
+    if math.isnan(low):
         return f"better {size}, without an interval, since there is no standard error"
-    interval = f"{size} [{lead - reach:{merit.show}}, {lead + reach:{merit.show}}] at 95 %"
-    if lead > reach:
+    interval = f"{size} [{low:{merit.show}}, {high:{merit.show}}] at 95 %"
+    if low > 0:
         return f"better {interval}"
-    if lead < -reach:
+    if high < 0:
         return f"worse {interval}"
     return f"ahead {interval}, which chance may explain"
+
+
+def _paired(first: Row, rival: Row, merit: Merit) -> tuple[float, float] | None:
+    """The ends of the interval of the lead that one of the rows states: how far its walk is ahead
+    of the best one that the model to beat has in as many calls. None where that is another pair."""
+    low, high = f"{merit.ahead}_low", f"{merit.ahead}_high"
+    ours, theirs = ([number(row.get(key)) for key in (low, high)] for row in (first, rival))
+    stated = [all(map(math.isfinite, ends)) for ends in (ours, theirs)]
+    if first.get("budget") != rival.get("budget") or sum(stated) != 1:
+        return None
+    return (ours[0], ours[1]) if stated[0] else (-theirs[1], -theirs[0])
 
 
 def _walk(row: Row) -> str:

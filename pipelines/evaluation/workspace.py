@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -101,5 +102,7 @@ class Workspace:
 
 
 def copied(address: str) -> str:
-    """The name in `MODELS` of a model of our own that reads the texts of others."""
-    return "judging-" + "".join(c if c.isalnum() else "-" for c in address)
+    """The name in `MODELS` of a model of our own that reads the texts of others: another one for
+    each address."""
+    readable = "".join(c if c.isalnum() else "-" for c in address)
+    return f"judging-{readable}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"

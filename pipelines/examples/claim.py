@@ -7,8 +7,9 @@ Every evaluation has a frontier, and its first model is the one to beat. Evaluat
 differ in the seeds that their models were trained with. For each number of calls and each model,
 the walk with the fewest bits per byte at the diversity of real text, averaged over the seeds, is
 taken, by each judge. The interval of a single seed is the evaluation's own, from resampled texts;
-that of several seeds is Student's t over the seeds. The table is printed as Markdown, the plot
-shows the same for the last judge.
+that of several seeds is Student's t over the seeds. It covers the choice of texts and of rows of
+real text only where each evaluation has made its own, by its `seed`. The table is printed as
+Markdown, the plot shows the same for the last judge.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def lines(name: str, headlines: Sequence[Rows]) -> Iterator[str]:
     for judge in judges(headlines[0]):
         key = f"headline_{judge}"
         taken = best(headlines, key)
-        first, *others = dict.fromkeys(model for model, _ in taken)
+        first, *others = _models(headlines)
         for calls in sorted({calls for _, calls in taken}):
             for model in others:
                 if (first, calls) not in taken or (model, calls) not in taken:
@@ -124,6 +125,11 @@ def lines(name: str, headlines: Sequence[Rows]) -> Iterator[str]:
         yield f"| {name} | {judge} | – | real text | {_real(headlines, key):.2f} | | | |"
 
 
+def _models(headlines: Sequence[Rows]) -> list[str]:
+    """Those of the first evaluation, the one to beat first, whether or not they have a headline."""
+    return list(dict.fromkeys(row["model"] for row in headlines[0] if "path" in row))
+
+
 def _real(headlines: Sequence[Rows], key: str) -> float:
     return fmean(row[key] for rows in headlines for row in rows if row["model"] == REAL)
 
@@ -135,10 +141,12 @@ def draw(texts: Mapping[str, Sequence[Rows]]) -> bytes:
         judge = judges(headlines[0])[-1]
         key = f"headline_{judge}"
         found = best(headlines, key)
-        for place, model in enumerate(dict.fromkeys(model for model, _ in found)):
+        for place, model in enumerate(_models(headlines)):
             points = sorted(
                 (at, figure) for (whose, at), (_, figure) in found.items() if whose == model
             )
+            if not points:
+                continue
             calls, figures = zip(*points, strict=True)
             below = [figure.value - figure.low for figure in figures]
             above = [figure.high - figure.value for figure in figures]

@@ -32,7 +32,7 @@ from pipelines.evaluation.grid import (
 )
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.parts import matrix
-from pipelines.evaluation.question import Drawn, Merit, Part, Question, Questions
+from pipelines.evaluation.question import CONFIDENCE, Drawn, Merit, Part, Question, Questions
 from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
@@ -148,8 +148,16 @@ class Frontier(Question):
     def merits_in(self, config: Questions) -> tuple[Merit, ...]:
         if config.frontier is None:
             return ()
+        stated = config.frontier.confidence == CONFIDENCE
         return tuple(
-            Merit(_headline(name), f"{_title(name)} ↓", ".3f", better=-1, own_plot=_key(name))
+            Merit(
+                _headline(name),
+                f"{_title(name)} ↓",
+                ".3f",
+                better=-1,
+                own_plot=_key(name),
+                ahead=f"ahead_{name}" if stated else "",
+            )
             for name in judges(config)
         )
 
@@ -169,8 +177,8 @@ class Frontier(Question):
         return {
             "headline": Table(
                 title="Bits per byte at the diversity of real text",
-                note="Interpolated linearly between the two nearest temperatures that bracket it; "
-                "lower is better. What has a single temperature reaches it where the difference in "
+                note="Interpolated linearly between the two temperatures that bracket it, the hottest "
+                "of which the higher has the more diverse texts; lower is better. What has a single temperature reaches it where the difference in "
                 f"diversity cannot be told from 0. Intervals at {asked.confidence:.0%} from "
                 f"{asked.resamples:,} resamples of the same rows of all texts. In a resample that "
                 "is lost the diversity is not reached: its value counts as the least at the lower "

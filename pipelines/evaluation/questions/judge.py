@@ -44,9 +44,16 @@ WHERE = "judge.model"
 FOLDER = "parts/judged"
 
 
+class Read(NamedTuple):
+    """Sums over each text, ``[N]``: nats (float64), and how many tokens they are for (int64)."""
+
+    nats_N: np.ndarray
+    tokens_N: np.ndarray
+
+
 class Judged(NamedTuple):
-    """Sums over each text, ``[N]``: nats (float64), how many tokens they are for, and the UTF-8
-    bytes of the text without marks of its ends (both int64)."""
+    """The same, and the UTF-8 bytes that the ids of each text stand for, ``[N]`` int64: exact even
+    where a text tears a character; marks of its ends hold none."""
 
     nats_N: np.ndarray
     tokens_N: np.ndarray
@@ -54,7 +61,16 @@ class Judged(NamedTuple):
 
 
 # From texts, and their rows of ids [N, L] in the data's vocabulary.
-Reads = Callable[[Sequence[str], np.ndarray], Judged]
+Reads = Callable[[Sequence[str], np.ndarray], Read]
+
+
+def judged(
+    judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
+) -> Columns:
+    """The columns of `Judged`, of texts and their ids in the data's vocabulary."""
+    read: Read = workspace.reader(judge)(texts, tokens_NL)
+    bytes_N = metrics.text_bytes(tokens_NL, workspace.vocabulary)
+    return Judged(*read, bytes_N)._asdict()
 
 
 def perplexity(judged: Judged) -> Score:
@@ -93,7 +109,7 @@ class PretrainedJudge(PretrainedReader):
         end = tokenizer.eos_token or tokenizer.decode([start])
 
         @torch.no_grad()
-        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
+        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Read:
             texts = [text.replace(END_OF_TEXT, end) for text in texts]
             ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             # Behind a start token, which the text may bring along.
@@ -107,11 +123,8 @@ class PretrainedJudge(PretrainedReader):
                 for logits_LV, number in zip(logits_BLV, batch.rows, strict=True):
                     text, window, done = found[number]
                     nats_N[text] += _nats(logits_LV, window, done, marks)
-            return Judged(
-                nats_N,
-                np.array([sum(id not in marks for id in row) for row in ids], np.int64),
-                np.array([len(text.replace(end, "").encode()) for text in texts], np.int64),
-            )
+            tokens_N = np.array([sum(id not in marks for id in row) for row in ids], np.int64)
+            return Read(nats_N, tokens_N)
 
         return judge
 
@@ -158,11 +171,11 @@ class OwnJudge(OwnReader):
     def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
         denoiser = self.open(device, open_model)
 
-        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
+        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Read:
             rows, length = tokens_NL.shape
             read = (likelihood.ar(denoiser, rows_BL) for rows_BL in self.batches(tokens_NL))
             nats_N = np.concatenate([estimate.mean_B.numpy() for estimate in read]) * length
-            return Judged(nats_N, np.full(rows, length), _bytes(texts))
+            return Read(nats_N, np.full(rows, length))
 
         return judge
 
@@ -211,19 +224,14 @@ class NGramJudge(Reader):
         size = workspace.vocabulary.size
         model = NGram(workspace.training_RL, size, self.order or default_order(size))
 
-        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Judged:
+        def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Read:
             rows, length = tokens_NL.shape
-            return Judged(model.nats(tokens_NL).sum(1), np.full(rows, length), _bytes(texts))
+            return Read(model.nats(tokens_NL).sum(1), np.full(rows, length))
 
         return judge
 
 
 AnyJudge = HubJudge | PackagedJudge | OwnJudge | NGramJudge
-
-
-def _bytes(texts: Sequence[str]) -> np.ndarray:
-    """UTF-8 bytes of each text without marks of its ends, ``[N]``."""
-    return np.array([len(text.replace(END_OF_TEXT, "").encode()) for text in texts], np.int64)
 
 
 def windows(tokens: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], int]]:
@@ -263,12 +271,6 @@ def _require_causal(model: str, network: Any, start: int) -> None:
 # --- the question ------------------------------------------------------------------------------
 
 
-def _judged(
-    judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
-) -> Columns:
-    return workspace.reader(judge)(texts, tokens_NL)._asdict()
-
-
 def _group(source: str) -> str:
     return f"{FOLDER}/{source}"
 
@@ -286,8 +288,8 @@ class GenerativePerplexity(OfTexts):
     section: ClassVar[str] = "judge"
 
     def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
-        judged = Judged(**survey.columns(_group(self.source(survey, model))))
-        return np.exp(ratios(judged.nats_N, judged.tokens_N, draws.rows(len(judged.nats_N))))
+        read = Judged(**survey.columns(_group(self.source(survey, model))))
+        return np.exp(ratios(read.nats_N, read.tokens_N, draws.rows(len(read.nats_N))))
 
 
 class Judge(Question):
@@ -307,14 +309,14 @@ class Judge(Question):
         return (config.judge,)
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
-        measure = partial(_judged, survey.config.judge)
+        measure = partial(judged, survey.config.judge)
         return parts_of_texts(_group(source), source, texts, measure)
 
     def of_source(self, survey: Survey, source: str) -> Row:
-        judged = Judged(**survey.columns(_group(source)))
+        read = Judged(**survey.columns(_group(source)))
         return {
-            **entries("perplexity", perplexity(judged)),
-            **entries("judged_bits_per_byte", bits_per_byte(judged)),
+            **entries("perplexity", perplexity(read)),
+            **entries("judged_bits_per_byte", bits_per_byte(read)),
         }
 
     def note(self, config: Questions) -> str:

@@ -24,7 +24,7 @@ from pipelines.evaluation.question import (
     parts_of_texts,
     require_names,
 )
-from pipelines.evaluation.questions.judge import AnyJudge, Judged, bits_per_byte
+from pipelines.evaluation.questions.judge import AnyJudge, Judged, bits_per_byte, judged
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row
@@ -44,7 +44,7 @@ def _judged(
     name: str, judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
 ) -> Columns:
     with named(name):
-        return workspace.reader(judge)(texts, tokens_NL)._asdict()
+        return judged(judge, workspace, texts, tokens_NL)
 
 
 def _folder(name: str) -> str:
@@ -77,9 +77,9 @@ class JudgedBits(OfTexts):
 
     def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
         group = _group(self.judge, self.source(survey, model))
-        judged = Judged(**survey.columns(group))
-        bits_N = judged.nats_N / np.log(2)
-        return ratios(bits_N, judged.bytes_N, draws.rows(len(bits_N)))
+        read = Judged(**survey.columns(group))
+        bits_N = read.nats_N / np.log(2)
+        return ratios(bits_N, read.bytes_N, draws.rows(len(bits_N)))
 
     def require(self, survey: Survey, candidate: str) -> None:
         super().require(survey, candidate)
@@ -126,8 +126,8 @@ class Judges(Question):
     def of_source(self, survey: Survey, source: str) -> Row:
         row: Row = {}
         for name in survey.config.judges:
-            judged = Judged(**survey.columns(_group(name, source)))
-            row = {**row, **entries(_key(name), bits_per_byte(judged))}
+            read = Judged(**survey.columns(_group(name, source)))
+            row = {**row, **entries(_key(name), bits_per_byte(read))}
         return row
 
     def note(self, config: Questions) -> str:

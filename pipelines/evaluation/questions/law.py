@@ -105,8 +105,9 @@ def _walked(workspace: Workspace, *, cell: Cell, first: int, rows: int) -> pa.Ta
     exact = _exact(config.data)(workspace.model(cell.model).denoiser.table_VD.detach())
     length = workspace.rows(0, 1).shape[1]
     start = dsl.State.masked(rows, length, exact.table_VD.shape[1])
+    sharpened = config.samples.sharpen(exact, cell)  # as are the model's own texts
     made = dsl.sample(
-        exact, cell.walk, start, budget=cell.budget, seed=config.seed, first_row=first
+        sharpened, cell.walk, start, budget=cell.budget, seed=config.seed, first_row=first
     )
     nats_B = -exact.log_prob(made.tokens_BL) / length
     return pa.table({"tokens": lists(made.tokens_BL.numpy()), "nats": nats_B.numpy()})
@@ -126,6 +127,11 @@ class Law(RowQuestion):
         Column("entropy", "Entropy", ".4f"),
         Column("gap", "Gap", ".4f"),
     )
+
+    def check(self, config: Questions) -> None:
+        asked, there = config.law, config.samples.rows
+        if asked.paths and asked.rows > there:
+            raise ValueError(f"law.rows is {asked.rows}, and samples.rows draws only {there} texts")
 
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         law.read(Folder.at(config.data))

@@ -157,7 +157,9 @@ class Nats:
     def figures(self, survey: Survey, model: str, draws: Resamples) -> np.ndarray:
         kind = survey.kinds.get(model, AR)  # the unigram's is exact, too
         view = EXACT if EXACT in kind.views else self.view
-        nats_N = survey.columns(_group(model, view))["nats"]
+        # An exact likelihood of more rows than the view was taken of is compared on the same rows.
+        rows = _rows(survey.config, self.view)
+        nats_N = survey.columns(_group(model, view))["nats"][:rows]
         return means(nats_N, draws.rows(len(nats_N)))
 
     def require(self, survey: Survey, candidate: str) -> None:
@@ -197,9 +199,7 @@ class Likelihood(RowQuestion):
         return {view.name: partial(_nats, view.measure) for view in found}
 
     def asked_rows(self, config: Questions, asked: str) -> int:
-        settings = config.likelihood
-        rows: int = settings.unmasking_rows if asked == UNMASKING else settings.rows
-        return rows
+        return _rows(config, asked)
 
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
         config = survey.config
@@ -226,6 +226,12 @@ class Likelihood(RowQuestion):
         rows = tables[self.name].rows
         shown = [row for row in rows if "gamma_star" in row or row["view"] == "endpoint_bound"]
         return [("nll", "Likelihood against the SNR of the bound", nll(shown))]
+
+
+def _rows(config: Questions, view: str) -> int:
+    """How many rows a view of the likelihood is taken of."""
+    settings: LikelihoodConfig = config.likelihood
+    return settings.unmasking_rows if view == UNMASKING else settings.rows
 
 
 def _bytes(survey: Survey) -> np.ndarray:

@@ -45,14 +45,13 @@ def at(diversity_T: Any, bits_T: Any, target: float) -> float:
     diversity=st.lists(st.floats(0, 5), min_size=2, max_size=6, unique=True).map(sorted),
     slope=st.floats(-3, 3),
     share=st.floats(0, 1),
-    falling=st.booleans(),
 )
 def test_on_a_straight_line_the_headline_is_exact(
-    diversity: list[float], slope: float, share: float, falling: bool
+    diversity: list[float], slope: float, share: float
 ) -> None:
     target = diversity[0] + share * (diversity[-1] - diversity[0])
     assume(diversity[0] <= target <= diversity[-1])
-    diversity_T = np.array(diversity[:: -1 if falling else 1])
+    diversity_T = np.array(diversity)
     bits_T = 2 + slope * diversity_T
     assert at(diversity_T, bits_T, target) == pytest.approx(2 + slope * target, abs=1e-9)
     # A judge on another scale says the same on its own.
@@ -85,9 +84,17 @@ def test_what_does_not_reach_it_says_on_which_side_it_stays(
     assert math.isnan(at(diversity, diversity, target))
 
 
-def test_of_several_crossings_the_nearest_counts_and_of_equal_ones_the_coolest() -> None:
+def test_of_several_crossings_the_hottest_counts_at_which_diversity_rises() -> None:
     assert at([0.0, 3.0, 1.5, 2.5], [0.0, 30.0, 1.0, 2.0], 2.0) == pytest.approx(1.5)
     assert at([1.0, 3.0, 1.0], [10.0, 20.0, 30.0], 2.0) == pytest.approx(15.0)
+    # The coldest texts have fallen apart: they come nearer to the target, from the other side.
+    assert at([2.1, 1.9, 1.0, 3.0], [90.0, 80.0, 10.0, 20.0], 2.0) == pytest.approx(15.0)
+
+
+def test_where_heat_only_makes_texts_less_diverse_nothing_is_told() -> None:
+    found = crossing(same([3.0, 1.0]), same(2.0)[0], 0.95)
+    assert (found.reached, found.lost, found.said) == (False, R, "no, less diverse")
+    assert math.isnan(at([3.0, 1.0], [1.0, 2.0], 2.0))
 
 
 def test_equal_diversities_at_the_target_give_the_cooler_one() -> None:

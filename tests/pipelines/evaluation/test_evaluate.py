@@ -282,12 +282,17 @@ def test_a_bad_model_is_one_message(
         ("judges={a: {kind: ngram, order: 33}}", 2, ["judges.a.order", "At most 13"]),
         ("judges={a: {kind: own, model: WORLD/dsl}}", 3, ["judges.a.model", "only an ar model"]),
         ("published=[owt]", 2, ["published", "owt_mauve"]),
+        (
+            "models={a: WORLD/dsl, a-b: WORLD/dsl} paths={b-c: {path: masked}, c: {path: masked}}",
+            2, ["two walks would be named a-b-c"],
+        ),
+        ("law={rows: 9, paths: [p]}", 2, ["law.rows is 9", "only 6 texts"]),
     ],
-)
+)  # fmt: skip
 def test_a_bad_setting_is_one_message(
     refused: Refused, given: str, code: int, words: list[str]
 ) -> None:
-    argv = re.split(r" (?=paths\.)", given)
+    argv = re.split(r" (?=paths[.=])", given)
     refused(["models={a: WORLD/dsl}", *argv], code, words)
 
 

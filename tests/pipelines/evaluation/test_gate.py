@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.evaluation import gate
+from pipelines.evaluation import gate, promotion
 from pipelines.evaluation.gate import Decision, Metric, Resamples
 from pipelines.evaluation.parts import lists
 from pipelines.evaluation.questions import mauve
@@ -23,7 +24,7 @@ from pipelines.evaluation.questions.likelihood import Nats
 from pipelines.evaluation.questions.mauve import MauveGain
 from pipelines.evaluation.questions.texts import EntropyGap, WordShare
 from pipelines.evaluation.settings import GateConfig
-from pipelines.kinds import MDLM
+from pipelines.kinds import AR, MDLM
 
 N = 400
 TEXTS = {"path": "masked", "budget": 8}
@@ -40,8 +41,12 @@ class Made:
     entropies_N: dict[str, np.ndarray] = field(default_factory=dict)
     features_NF: dict[str, np.ndarray] = field(default_factory=dict)
     tokens_N: dict[str, np.ndarray] = field(default_factory=dict)
-    kinds = MappingProxyType({"old": MDLM, "new": MDLM})
-    config = SimpleNamespace(mauve=None, samples=SimpleNamespace(rows=N))
+    kinds = MappingProxyType({"old": MDLM, "new": MDLM, "ar": AR})
+    config = SimpleNamespace(
+        mauve=None,
+        samples=SimpleNamespace(rows=N),
+        likelihood=SimpleNamespace(rows=N, unmasking_rows=3),
+    )
 
     def source(self, model: str, path: str, budget: int) -> str:
         assert (path, budget) == ("masked", 8)
@@ -51,7 +56,7 @@ class Made:
         _, question, model, *view = group.replace("judges/ngram", "judged").split("/")
         model = {"references": "real"}.get(model, model)
         if question == "likelihood":
-            assert view == ["endpoint_bound"]
+            assert view == ["exact" if self.kinds[model] is AR else "endpoint_bound"]
             return {"nats": self.nats_N[model]}
         if question == "judged":
             nats_N, tokens_N = self.judged_2N[model]
@@ -361,6 +366,30 @@ def test_rows_that_cannot_be_paired() -> None:
     scores = Made(nats_N={"new": noise(1, 5), "old": noise(2, 6)})
     with pytest.raises(ValueError, match="6 rows cannot be paired with 5"):
         decide(scores, NATS)
+
+
+def test_an_exact_likelihood_is_compared_on_the_rows_that_the_view_was_taken_of() -> None:
+    scores: Any = Made(nats_N={"ar": np.array([1.0, 2.0, 3.0, 50.0])})
+    found_R = Nats(view="unmasking").figures(scores, "ar", Resamples(0, 20))
+    assert found_R[0] == 2.0
+    assert found_R.max() <= 3.0
+
+
+def test_a_gate_asks_whether_the_champion_can_be_measured_too() -> None:
+    asked = []
+
+    def metric(name: str) -> Any:
+        return SimpleNamespace(require=lambda survey, model: asked.append((name, model)))
+
+    wanted = SimpleNamespace(model="new", metric=metric("metric"), guards=(metric("guard"),))
+    survey: Any = SimpleNamespace(config=SimpleNamespace(gate=wanted), kinds={"new": MDLM})
+    promotion.require(survey)
+    assert asked == [("metric", "new"), ("guard", "new")]
+    survey.kinds["champion"] = AR
+    promotion.require(survey)
+    assert asked[2:] == [
+        (name, model) for name in ("metric", "guard") for model in ("new", "champion")
+    ]
 
 
 # --- what is made of it --------------------------------------------------------------------------

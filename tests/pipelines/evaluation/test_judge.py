@@ -20,7 +20,14 @@ from infra.errors import ConfigError, DataError
 from pipelines.evaluation import metrics
 from pipelines.evaluation.ngram import NGram
 from pipelines.evaluation.questions import judge
-from pipelines.evaluation.questions.judge import HubJudge, Judged, NGramJudge, OwnJudge, windows
+from pipelines.evaluation.questions.judge import (
+    HubJudge,
+    Judged,
+    NGramJudge,
+    OwnJudge,
+    Read,
+    windows,
+)
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
 from tests.pipelines.evaluation.small import own
@@ -32,7 +39,7 @@ TEXTS = [
 NO_TOKENS = np.zeros((len(TEXTS), 0), np.int64)
 
 
-def judged(folder: Path, texts: list[str], **settings: Any) -> Judged:
+def judged(folder: Path, texts: list[str], **settings: Any) -> Read:
     return HubJudge(model=str(folder), **settings).load("cpu", strangers.none_of_ours)(
         texts, NO_TOKENS
     )
@@ -67,8 +74,6 @@ def test_a_known_unigram_gives_its_own_nats(unigram: tuple[Path, Any], max_token
     ids = [[i for i in encoder(text)["input_ids"] if i != encoder.eos_token_id] for text in TEXTS]
     np.testing.assert_allclose(found.nats_N, [nats_V[i].sum() for i in ids], rtol=1e-6)
     np.testing.assert_array_equal(found.tokens_N, [len(i) for i in ids])
-    bare = [text.replace(END_OF_TEXT, "") for text in TEXTS]
-    np.testing.assert_array_equal(found.bytes_N, [len(text) for text in bare])
 
 
 @pytest.mark.parametrize("batch", [2, 64])
@@ -149,7 +154,6 @@ def test_the_mark_is_read_as_the_judges_own(tmp_path: Path) -> None:
     found = judged(folder, [f"one{END_OF_TEXT}two", "one</s>two"], max_tokens=20)
     assert found.tokens_N.tolist() == [len(encoder("one")[0]) + len(encoder("two")[0])] * 2
     assert found.nats_N[0] == found.nats_N[1]
-    assert found.bytes_N.tolist() == [6, 6]
 
 
 def test_a_model_that_sees_its_targets_is_refused(tmp_path: Path) -> None:
@@ -210,7 +214,6 @@ def test_own_judge_multiplies_conditionals() -> None:
         nats_B += F.nll_loss(log_probs_BV, tokens_BL[:, place], reduction="none")
     np.testing.assert_allclose(found.nats_N, nats_B.numpy(), rtol=1e-5)
     assert found.tokens_N.tolist() == [12] * 3
-    assert found.bytes_N.tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("kind", ["mdlm", "dsl"])
@@ -235,7 +238,6 @@ def test_ngram_judge_finds_what_its_model_says() -> None:
     found = NGramJudge(order=3).load_in(workspace)([f"é{END_OF_TEXT}", "ab"], tokens_NL)
     np.testing.assert_array_equal(found.nats_N, NGram(training_RL, 28, 3).nats(tokens_NL).sum(1))
     assert found.tokens_N.tolist() == [8, 8]
-    assert found.bytes_N.tolist() == [2, 2]
     by_default = NGramJudge().load_in(workspace)(["", ""], tokens_NL)
     six = NGram(training_RL, 28, 6).nats(tokens_NL).sum(1)
     np.testing.assert_array_equal(by_default.nats_N, six)
@@ -253,6 +255,25 @@ def test_an_order_without_counts_is_refused(order: int, length: int, size: int, 
     NGramJudge(order=order - 1).check_data(data)
     with pytest.raises(ConfigError, match=f"judge.order: .*{why}"):
         NGramJudge(order=order).check_data(data)
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_ids_even_where_a_text_tears_a_character() -> None:
+    vocabulary = Vocabulary.train_bpe(["abc"] * 20, 300)
+    (ids,) = vocabulary.encode(["aé"])
+    tokens_NL = np.array([[*ids[:2], vocabulary.eos], [*ids]])
+    texts = [vocabulary.decode(row) for row in tokens_NL]
+    assert "\ufffd" in texts[0]  # which is three bytes of its own
+
+    def reader(_: Any) -> Any:
+        return lambda texts, tokens_NL: Read(np.array([1.0, 2.0]), np.array([3, 3]))
+
+    workspace: Any = SimpleNamespace(reader=reader, vocabulary=vocabulary)
+    found = judge.judged(NGramJudge(), workspace, texts, tokens_NL)
+    assert found["bytes_N"].tolist() == [2, 3]
+    assert (found["nats_N"].tolist(), found["tokens_N"].tolist()) == ([1.0, 2.0], [3, 3])
 
 
 # --- figures -------------------------------------------------------------------------------------

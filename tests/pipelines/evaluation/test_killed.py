@@ -9,10 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from infra.errors import ConfigError
+from infra.storage import Folder
+from pipelines.evaluation import preparation
+from pipelines.evaluation.cells import REFERENCES
+from pipelines.evaluation.parts import Parts, lists
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import SETTINGS, Run
 
@@ -45,6 +54,20 @@ def finish(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_other_data_are_not_taken_for_those_of_before(tmp_path: Path) -> None:
+    kept = Parts(Folder.at(str(tmp_path)))
+    kept.write(f"samples/{REFERENCES}", 0, pa.table({"tokens": lists(np.eye(3, dtype=int))}), {})
+    survey: Any = SimpleNamespace(
+        config=SimpleNamespace(data="shards", folder=kept.folder),
+        parts=kept,
+        held_out=SimpleNamespace(rows_NL=np.eye(5, 3, dtype=int)),
+    )
+    preparation.require_same_rows(survey)
+    survey.held_out.rows_NL[1] = 7
+    with pytest.raises(ConfigError, match="shards has changed since"):
+        preparation.require_same_rows(survey)
 
 
 def test_kill_and_go_on(run: Run, world: Path, tmp_path: Path) -> None:

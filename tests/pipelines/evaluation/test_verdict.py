@@ -65,6 +65,35 @@ def test_without_errors_there_is_no_interval() -> None:
     assert "[" not in found
 
 
+PAIRED = Merit("bits", "Bits ↓", ".2f", better=-1, ahead="ahead")
+
+
+def bits(
+    model: str, value: float, budget: int = 8, ahead: tuple[float, float] | None = None
+) -> Row:
+    ends = dict(zip(("ahead_low", "ahead_high"), ahead, strict=True)) if ahead else {}
+    errors = {"bits": value, "bits_stderr": 0.5}
+    return row(model, None, **errors, **ends) | {"budget": budget}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ((bits("more", 3.0), bits("dsl", 2.9, ahead=(0.05, 0.2))), "better by 0.10 [0.05, 0.20]"),
+        ((bits("more", 3.0), bits("dsl", 3.1, ahead=(-0.3, -0.1))), "better by 0.10 [0.10, 0.30]"),
+        # What is not of this pair: as of independent texts, 1.96 times the square root of .5.
+        ((bits("more", 3.0, 16), bits("dsl", 2.9, ahead=(0.05, 0.2))), "0.10 [-1.29, 1.49]"),
+        ((bits("more", 3.0), bits("dsl", 2.9, ahead=(0.05, math.inf))), "0.10 [-1.29, 1.49]"),
+        (
+            (bits("b", 3.0, ahead=(0.5, 0.9)), bits("dsl", 2.9, ahead=(0.05, 0.2))),
+            "0.10 [-1.29, 1.49]",
+        ),
+    ],
+)
+def test_an_interval_of_the_very_pair_is_preferred(rows: tuple[Row, ...], words: str) -> None:
+    assert words in verdict(rows, [PAIRED], None)
+
+
 def test_less_is_better_where_the_merit_says_so() -> None:
     rows = [row(name, None, perplexity=value) for name, value in (("a", 30.0), ("b", 20.0))]
     rows.append(row("c", None, perplexity=math.inf))

@@ -25,7 +25,7 @@ def ahead(value: float) -> dict[str, float]:
 REAL = {"model": "real", "headline_ar": 2.0, "headline_ar_interval": "1.9 to 2.1"}
 ROWS = [
     REAL,
-    {"model": "dsl", "path": "hybrid", "budget": 16, "reached": "no"},
+    {"model": "more", "path": "conf", "budget": 16, "reached": "no"},
     head("more", "masked", 16, 3.0),
     head("more", "remask", 16, 2.9),
     head("dsl", "masked", 16, 2.8, **ahead(0.1)),
@@ -89,6 +89,16 @@ def test_a_walk_that_one_seed_lacks_is_not_taken() -> None:
     lacking = [row for row in ROWS if row.get("split") is None]
     walk, _ = claim.best([ROWS, lacking], "headline_ar")["dsl", 16]
     assert walk.name == "dsl, masked"
+
+
+def test_without_the_model_to_beat_no_other_takes_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unreached = {"model": "more", "path": "masked", "budget": 16, "reached": "no"}
+    others = [head(model, "masked", 16, 2.8, **ahead(0.1)) for model in ("dsl", "other")]
+    real = "| small | ar | – | real text | 2.00 | | | |"
+    assert said(tmp_path / "some", capsys, [REAL, unreached, *others]) == [real]
+    assert said(tmp_path / "none", capsys, [REAL, unreached]) == [real]
 
 
 @pytest.mark.parametrize("evaluations", [{}, {"small": ()}])
