@@ -177,8 +177,9 @@ class Frontier(Question):
         return {
             "headline": Table(
                 title="Bits per byte at the diversity of real text",
-                note="Interpolated linearly between the two temperatures that bracket it, the hottest "
-                "of which the higher has the more diverse texts; lower is better. What has a single temperature reaches it where the difference in "
+                note="Interpolated linearly between the two temperatures that bracket it, the "
+                "hottest of which the higher has the more diverse texts; lower is better. What has "
+                "a single temperature reaches it where the difference in "
                 f"diversity cannot be told from 0. Intervals at {asked.confidence:.0%} from "
                 f"{asked.resamples:,} resamples of the same rows of all texts. In a resample that "
                 "is lost the diversity is not reached: its value counts as the least at the lower "
