@@ -98,10 +98,8 @@ def report(
                 f"{config.seed}, kept in samples/references",
             },
             **facts,
-            "models": {
-                subject.name: {**subject.origin, **subject.facts, "kind": subject.kind}
-                for subject in survey.subjects
-            },
+            "models": {subject.name: _told(subject) for subject in survey.subjects},
+            "readers": {subject.origin["address"]: _told(subject) for subject in survey.readers},
         },
         tables={name: table for name, table in tables.items() if table.rows},
         plots=[Plot(name, caption, png) for name, caption, png in (*drawn, *training) if png],
@@ -112,6 +110,10 @@ def report(
         told=("models",),
     )
     return made, figures(measured)
+
+
+def _told(subject: Subject) -> dict[str, Any]:
+    return {**subject.origin, **subject.facts, "kind": subject.kind}
 
 
 def _film(survey: Survey, walks: Rows) -> Mapping[str, Any] | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from pipelines.evaluation.subjects import Origin, Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import MODELS, Workspace, copied
 
+READERS = "readers.json"  # the models of our own that read the texts of others
 SUBJECTS = "subjects.json"  # written last: where it is, all that a restart needs is there
 
 
@@ -74,51 +74,62 @@ def prepare(
     Raises ConfigError where that attempt found other versions of the models.
     """
 
-    def survey(subjects: Sequence[Subject]) -> Survey:
-        return Survey(config=config, parts=Parts(folder), held_out=rows, subjects=subjects)
+    def survey(subjects: Sequence[Subject], readers: Sequence[Subject]) -> Survey:
+        return Survey(
+            config=config, parts=Parts(folder), held_out=rows, subjects=subjects, readers=readers
+        )
 
     if folder.exists(SUBJECTS):
         before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
-        made = survey(before)
+        made = survey(before, _before(folder, READERS))
         require_same_rows(made)
         return made
     for question in config.questions:
         question.require(config, rows, uri)
-    made = survey(_copy_models(config, folder, origins, rows, uri))
+    addresses = sorted({at for reader in config.readers for at in reader.addresses()})
+    reading = {
+        copied(address): subjects.origin(copied(address), address, uri=uri, root=config.root)
+        for address in addresses
+    }
+    made = survey(
+        _copy_models(config, folder, origins, rows, uri),
+        _copy_models(config, folder, reading, rows, uri),
+    )
+    (folder / MODELS).write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
     promotion.require(made)
     workspace = Workspace(config)
     _write_texts(workspace, rows)
     for question in config.questions:
         question.prepare(workspace, rows)
-    content = json.dumps([asdict(subject) for subject in made.subjects], indent=1)
-    folder.write_bytes(SUBJECTS, content.encode())
+    for name, copies in ((READERS, made.readers), (SUBJECTS, made.subjects)):
+        content = json.dumps([asdict(subject) for subject in copies], indent=1)
+        folder.write_bytes(name, content.encode())
     return made
 
 
-def _before(folder: Folder) -> list[Subject]:
+def _before(folder: Folder, name: str = SUBJECTS) -> list[Subject]:
     """The models as an earlier attempt has copied them into the run directory."""
-    fix = "Remove the file; the same command writes it anew"
-    subjects: list[Subject] = documents.load(folder, SUBJECTS, list[Subject], fix)
+    fix = f"Remove {SUBJECTS}; the same command writes both anew"
+    subjects: list[Subject] = documents.load(folder, name, list[Subject], fix)
     return subjects
 
 
 def _copy_models(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
 ) -> list[Subject]:
-    place, made = folder / MODELS, []
-    freeze = partial(
-        subjects.freeze,
-        converter=config.converter,
-        uri=uri,
-        trust_remote_code=config.trust_remote_code,
-    )
-    for name, origin in origins.items():
-        made.append(freeze(name, origin, rows, place))
-    for address in {address for reader in config.readers for address in reader.addresses()}:
-        freeze(copied(address), {"address": address}, rows, place)
-    place.write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
-    return made
+    return [
+        subjects.freeze(
+            name,
+            origin,
+            rows,
+            folder / MODELS,
+            converter=config.converter,
+            uri=uri,
+            trust_remote_code=config.trust_remote_code,
+        )
+        for name, origin in origins.items()
+    ]
 
 
 def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder: Folder) -> None:

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Which models walk which paths, the rows that they are asked about, and what was found."""
+    """Which models walk which paths, the rows that they are asked about, and what was found.
+
+    readers: the models of our own that read their texts.
+    """
 
     config: EvaluateConfig
     parts: Parts
     held_out: HeldOut
     subjects: Sequence[Subject]
+    readers: Sequence[Subject]
 
     @cached_property
     def kinds(self) -> Mapping[str, ModelKind]:

@@ -162,6 +162,10 @@ def test_what_others_say_of_the_texts(run: Run, world: Path, tmp_path: Path) -> 
     folder = tmp_path / "judged"
     tables = json.loads((folder / "report/evaluation.json").read_text())
     rows = {row["model"]: row for row in tables["samples"]}
+    # Who has read them is told as exactly as who has written them.
+    assert tables["readers"].keys() == {str(world / "flat_ar"), str(world / "ar")}
+    assert tables["readers"][str(world / "flat_ar")]["weights"]
+    assert len({reader["weights"] for reader in tables["readers"].values()}) == 2
 
     # A judge that finds every token as likely as any other; each token counts, first and last too.
     for row in rows.values():
