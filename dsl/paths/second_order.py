@@ -16,6 +16,11 @@ from dsl.paths.token_sde import TokenSDE
 from dsl.posterior import Posterior
 from dsl.state import State, send
 
+# The largest h / (2 h') by which a turn counts. Soft evidence just below the grid makes a token's
+# last step a mere remnant, and the quotient grows without limit: it would blow up the noise in the
+# turn. About here plain steps become the better ones; coarse log grids stay below it.
+LONGEST = 6.0
+
 
 class Extrapolated(Posterior):
     """A posterior whose mean is another drift; what it says of tokens is unchanged."""
@@ -52,7 +57,7 @@ class SecondOrder:
     ``drift = x_hat + h / (2 h') (x_hat - x_hat')`` with the prediction x_hat' and the step h' of
     the last call (003 eq. 24 is the first term). The noise is additive, so the error in law falls
     with the square of the step instead of the step. No call is added. A token that did not move
-    last time moves by its prediction alone.
+    last time, or by a small part of its present step, moves by its prediction alone.
     """
 
     path: SentenceSDE | TokenSDE
@@ -75,7 +80,8 @@ class SecondOrder:
         x_hat_BLD = posterior.mean()
         drift = posterior
         if carry.x_hat_BLD is not None and carry.step_BL is not None:
-            ratio_BL = torch.where(carry.step_BL > 0, step_BL / (2 * carry.step_BL), 0.0)
+            ratio_BL = step_BL / (2 * carry.step_BL)  # inf or NaN where the token waited
+            ratio_BL = torch.where(ratio_BL <= LONGEST, ratio_BL, 0.0)
             turn_BLD = ratio_BL[..., None].to(x_hat_BLD) * (x_hat_BLD - carry.x_hat_BLD)
             drift = Extrapolated(posterior, x_hat_BLD + turn_BLD)
         return gamma_BL, Carry(inner, x_hat_BLD, step_BL, drift)

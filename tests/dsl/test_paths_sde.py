@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsl.exact import ExactPosterior
 from dsl.noise import Draws, Stream
 from dsl.paths import (
     Clock,
@@ -30,7 +31,7 @@ from dsl.paths.token_sde import jvp
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
 from dsl.state import State
-from tests.dsl.laws import Law, random_law, ring
+from tests.dsl.laws import Law, random_law, ring, total_variation
 
 INF = float("inf")
 LAW = replace(random_law(tokens=3, length=4, dim=2, seed=3), table_VD=ring(3))
@@ -94,6 +95,7 @@ def test_information_takes_equal_nats() -> None:
         lambda: SentenceSDE(gamma_max=INF),
         lambda: SentenceSDE(gamma_max=3.0, grid="lin"),  # type: ignore[arg-type]
         lambda: Quantile(mu=0.0, sigma=0.0),
+        lambda: SentenceSDE(gamma_max=1.0, grid=Quantile(mu=2.69, sigma=0.3)),
         lambda: Information(gammas=(0.0, 2.0, 1.0), nats=(0.0, 1.0, 2.0)),
         lambda: Information(gammas=(0.0, 2.0), nats=(0.1, 1.0)),
         lambda: TokenSDE(gamma_max=3.0, delta=0.0),
@@ -263,3 +265,26 @@ def test_second_order_costs_no_call_and_keeps_the_grid() -> None:
     walks = [made.recorded["walk"].gamma for made in (plain, second)]
     assert all(torch.equal(*pair) for pair in zip(*walks, strict=True))
     assert "shortfall_B" in draw(SecondOrder(TokenSDE(gamma_max=9.0, delta=0.1)), 12).recorded
+
+
+def test_a_remnant_of_a_step_is_not_drawn_out() -> None:
+    """Soft evidence just below the grid: its first move says next to nothing of how x_hat turns."""
+    rows, gamma_L = 2000, torch.tensor([20 / 12 - 1e-6, 0.0, 0.0, 0.0], dtype=torch.float64)
+    tokens_BL = torch.tensor([[2, 2, 2, 2]]).expand(rows, -1)
+    known_BL = torch.zeros(rows, 4, dtype=torch.bool)
+    start = State.from_tokens(LAW.table_VD, tokens_BL, known_BL, gamma_L.expand(rows, -1))
+    posterior = LAW.denoiser()(start.rows(torch.tensor([0])))
+    assert isinstance(posterior, ExactPosterior)
+    given = replace(LAW, p_S=posterior.weights_BS[0])
+    path = SecondOrder(SentenceSDE(gamma_max=20.0))
+    made = sample(LAW.denoiser(), path, start, budget=13, seed=0)
+    assert total_variation(given, made.tokens_BL) < 0.15
+
+
+def test_the_steps_of_a_coarse_log_grid_are_second_order() -> None:
+    """They grow fourfold from one to the next, and drawing the turn out as much still helps."""
+    log = SentenceSDE(gamma_max=60.0, grid="log")
+    first, second = (
+        total_variation(LAW, draw(path, 4, rows=4000).tokens_BL) for path in (log, SecondOrder(log))
+    )
+    assert second < 0.9 * first
