@@ -21,7 +21,7 @@ from dsl.channel import observe
 from dsl.denoiser import Denoiser
 from dsl.noise import Draws, Stream
 from dsl.objective import cross_entropy
-from dsl.paths.grids import NAMED, Grid, Information
+from dsl.paths.grids import Grid, Information, named
 from dsl.posterior import Denoises, Posterior
 from dsl.state import flat, send
 
@@ -32,8 +32,8 @@ PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 class Estimate:
     """Nats per token of each row, ``[B]`` float64, and the standard error of the estimating.
 
-    The standard error is rather too large than too small: it includes how the terms differ by
-    design.
+    The square of the standard error is rather too large than too small in expectation: it includes
+    how the terms differ by design.
     """
 
     mean_B: Tensor
@@ -81,10 +81,11 @@ def path_integral(
             from a log-normal.
 
     Raises:
-        ValueError: ``gamma_max`` is not positive and finite, or ``steps`` is below 2.
+        ValueError: ``gamma_max`` is not positive and finite, ``steps`` is below 2, or ``path`` or
+            ``grid`` has no such name.
     """
-    if not 0 < gamma_max < math.inf:
-        raise ValueError(f"gamma_max must be positive and finite, got {gamma_max}")
+    _require_finite_snr("gamma_max", gamma_max)
+    _require_two("steps", steps)
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
     rows, length = tokens_BL.shape
@@ -119,8 +120,9 @@ def hybrid_bound(
     ``2 * steps`` denoiser calls. Choose ``gamma_star`` on validation text, never per example.
 
     Raises:
-        ValueError: as `path_integral`.
+        ValueError: as `path_integral`, of ``gamma_star``.
     """
+    _require_finite_snr("gamma_star", gamma_star)
     integral = path_integral(
         denoiser,
         tokens_BL,
@@ -156,6 +158,7 @@ def roar(
     Raises:
         ValueError: ``samples`` is below 2.
     """
+    _require_two("samples", samples)
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
     rows, length = tokens_BL.shape
@@ -227,10 +230,13 @@ def profile(
     """The error field on the diffusion path, measured at ``gammas``: one denoiser call each.
 
     Raises:
-        ValueError: ``gammas`` do not increase from 0, or are fewer than two.
+        ValueError: ``gammas`` do not increase from 0, are not finite, or are fewer than two.
     """
-    if len(gammas) < 2 or gammas[0] != 0 or any(a >= b for a, b in pairwise(gammas)):
-        raise ValueError(f"gammas must be at least two and increase from 0, got {list(gammas)}")
+    rises = all(low < high for low, high in pairwise(gammas))  # not so beside a NaN
+    if len(gammas) < 2 or gammas[0] != 0 or not rises or math.isinf(gammas[-1]):
+        raise ValueError(
+            f"gammas must be at least two, finite and increase from 0, got {list(gammas)}"
+        )
     table_VD = denoiser.table_VD
     tokens_BL = tokens_BL.to(table_VD.device)
     everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
@@ -293,7 +299,7 @@ class _Contour:
         rows, length = tokens_BL.shape
         start_BL, stop_BL = _PATHS[path](rows, length, draws)
         self.start_BL, self.span_BL = start_BL, stop_BL - start_BL
-        rise = NAMED[grid] if isinstance(grid, str) else grid
+        rise = named(grid)
         knots = [rise.gamma(step / steps, gamma_max) for step in range(steps + 1)]
         self.knots = torch.tensor(knots, dtype=torch.float64)
 
@@ -303,6 +309,16 @@ class _Contour:
         share_BL = ((time - self.start_BL) / self.span_BL).clamp(0, 1) * pieces
         piece_BL = share_BL.long().clamp_max(pieces - 1)
         return self.knots[piece_BL].lerp(self.knots[piece_BL + 1], share_BL - piece_BL)
+
+
+def _require_finite_snr(name: str, gamma: float) -> None:
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {gamma}")
+
+
+def _require_two(name: str, terms: int) -> None:
+    if terms < 2:
+        raise ValueError(f"{name} must be at least 2, got {terms}: one has no standard error")
 
 
 def _ranks(keys_BL: Tensor) -> Tensor:
@@ -339,12 +355,12 @@ def _sum(terms: Sequence[Tensor], length: int) -> Estimate:
     """The sum of independent terms ``[B]``, each of a part next to the previous one's, per token.
 
     Each part is seen once, so its variance shows in how neighbours differ: half the square of a
-    difference has the mean of two variances, plus half the square of what differs by design.
+    difference has the mean of two variances, plus half the square of what differs by design. The
+    last term counts as a neighbour of the first, so that every variance counts once.
     """
-    if len(terms) < 2:
-        raise ValueError("an estimate needs at least 2 steps or samples: one has no standard error")
     terms_TB = torch.stack(list(terms))
-    variance_B = terms_TB.diff(dim=0).square().sum(0) / 2 * (len(terms) / (len(terms) - 1))
+    around_TB = torch.cat([terms_TB, terms_TB[:1]])
+    variance_B = around_TB.diff(dim=0).square().sum(0) / 2
     return Estimate((terms_TB.sum(0) / length).cpu(), (variance_B.sqrt() / length).cpu())
 
 

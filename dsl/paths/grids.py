@@ -49,11 +49,16 @@ class Quantile:
             raise ValueError(f"need finite mu and positive sigma, got {self.mu}, {self.sigma}")
 
     def gamma(self, share: float, gamma_max: float) -> float:
+        log_gamma = NormalDist(self.mu, self.sigma)
+        below = log_gamma.cdf(math.log(gamma_max))
+        if below == 0:
+            raise ValueError(
+                f"gamma_max {gamma_max:g} must not lie so far below the median of the log-normal, "
+                f"{math.exp(self.mu):g}: no share of it is left; raise it or lower mu"
+            )
         if not 0 < share < 1:
             return share * gamma_max
-        log_gamma = NormalDist(self.mu, self.sigma)
-        below = share * log_gamma.cdf(math.log(gamma_max))
-        return min(math.exp(log_gamma.inv_cdf(below)), gamma_max)
+        return min(math.exp(log_gamma.inv_cdf(share * below)), gamma_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,19 @@ LINEAR = Linear()
 
 # Grids without settings, by name.
 NAMED: Mapping[str, Grid] = MappingProxyType({"linear": LINEAR, "log": Log()})
+
+
+def named(grid: Grid | str) -> Grid:
+    """A grid, which may be given by its name.
+
+    Raises:
+        ValueError: no grid without settings has that name.
+    """
+    if not isinstance(grid, str):
+        return grid
+    if grid not in NAMED:
+        raise ValueError(f"grid must be one of {', '.join(NAMED)}, got {grid!r}")
+    return NAMED[grid]
 
 
 def _interpolate(x: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> float:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from dsl.paths.clock import Clock
-from dsl.paths.grids import LINEAR, NAMED, Grid
+from dsl.paths.grids import LINEAR, Grid, named
 from dsl.posterior import Posterior
 from dsl.state import State
 
@@ -32,15 +32,12 @@ class SentenceSDE:
     def __post_init__(self) -> None:
         if not 0 < self.gamma_max < float("inf"):
             raise ValueError(f"gamma_max must be positive and finite, got {self.gamma_max}")
-        if isinstance(self.grid, str) and self.grid not in NAMED:
-            raise ValueError(f"grid must be one of {', '.join(NAMED)}, got {self.grid!r}")
-        # A profile that ends too early is told now, not in the middle of a sample.
+        # A grid that does not fit is told now, not in the middle of a sample.
         self.gamma(1.0)
 
     def gamma(self, share: float) -> float:
         """SNR after a share of the moves."""
-        grid = NAMED[self.grid] if isinstance(self.grid, str) else self.grid
-        return grid.gamma(share, self.gamma_max)
+        return named(self.grid).gamma(share, self.gamma_max)
 
     def init(self, state: State) -> None:
         return None

@@ -197,6 +197,15 @@ def test_standard_errors_are_not_too_small(steps: int) -> None:
         assert 0.9 < claimed / estimate.mean_B.std() < 2.0
 
 
+def test_terms_at_the_ends_count_in_full() -> None:
+    """On equal steps of SNR nearly all of the error is that of the first."""
+    tokens_BL = EVERYTHING[3:4].expand(1_500, -1)
+    estimate = path_integral(
+        LAW.denoiser(), tokens_BL, gamma_max=1000.0, steps=8, seed=9, grid="linear"
+    )
+    assert 0.9 < estimate.stderr_B.square().mean().sqrt() / estimate.mean_B.std() < 1.3
+
+
 def test_rows_do_not_depend_on_the_batch() -> None:
     tokens_BL = LAW.draw(8, seed=0)
     denoiser = LAW.denoiser()
@@ -282,7 +291,7 @@ def test_profile_measures_the_error_field() -> None:
     mean_G = measured.mean_G
     assert (mean_G.diff() < 0).all()
     assert mean_G[-1] < 1e-4
-    for gammas in ([0.0], [1.0, 2.0], [0.0, 2.0, 2.0]):
+    for gammas in ([0.0], [1.0, 2.0], [0.0, 2.0, 2.0], [0.0, math.nan], [0.0, 1.0, math.inf]):
         with pytest.raises(ValueError, match="increase from 0"):
             profile(LAW.denoiser(), tokens_BL[:2], gammas, seed=0)
 
@@ -327,9 +336,17 @@ def test_what_cannot_be_estimated_is_refused() -> None:
     for gamma in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="gamma_max"):
             path_integral(denoiser, tokens_BL, gamma_max=gamma, steps=4, seed=0)
-    with pytest.raises(ValueError, match="at least 2"):
-        path_integral(denoiser, tokens_BL, gamma_max=1.0, steps=1, seed=0)
-    with pytest.raises(ValueError, match="at least 2"):
-        roar(denoiser, tokens_BL, samples=1, seed=0)
+        with pytest.raises(ValueError, match="gamma_star"):
+            hybrid_bound(denoiser, tokens_BL, gamma_star=gamma, steps=4, seed=0)
+    for steps in (0, 1):
+        with pytest.raises(ValueError, match="steps must be at least 2"):
+            path_integral(denoiser, tokens_BL, gamma_max=1.0, steps=steps, seed=0)
+        with pytest.raises(ValueError, match="steps must be at least 2"):
+            hybrid_bound(denoiser, tokens_BL, gamma_star=1.0, steps=steps, seed=0)
+        with pytest.raises(ValueError, match="samples must be at least 2"):
+            roar(denoiser, tokens_BL, samples=steps, seed=0)
+    for grid in ("quantile", "lag"):
+        with pytest.raises(ValueError, match="grid must be one of linear, log"):
+            path_integral(denoiser, tokens_BL, gamma_max=1.0, steps=4, seed=0, grid=grid)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="staggered"):
         path_integral(denoiser, tokens_BL, gamma_max=1.0, steps=4, seed=0, path="sideways")
