@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsl.likelihood import Estimate
-from dsl.paths import Path
+from dsl.paths import Hybrid, Path, Remask
 from dsl.posterior import Denoises, Posterior
 from dsl.sampling import sample
 from dsl.state import State, send
@@ -32,8 +32,14 @@ def estimate(
             the procedure's own probability says so.
 
     Raises:
-        ValueError: the path passes through finite SNR or hides a token that it has revealed.
+        ValueError: the path passes through finite SNR, or may hide a token that it has revealed.
     """
+    stages = path.stages if isinstance(path, Hybrid) else [path]
+    if path.finite_snr:
+        raise ValueError("the path passes through finite SNR, whose noise has no likelihood")
+    # By its kind: not every run of such a path hides a token again.
+    if any(isinstance(stage, Remask) for stage in stages):
+        raise ValueError("the path may reveal a token twice, so its texts have no single order")
     told = _Told(denoiser, tokens_BL)
     rows, length = tokens_BL.shape
     start = State.masked(rows, length, denoiser.table_VD.shape[1])
@@ -47,7 +53,10 @@ class _Told:
     def __init__(self, denoiser: Denoises, tokens_BL: Tensor) -> None:
         self.denoiser = denoiser
         self.tokens_BL = tokens_BL.to(denoiser.table_VD.device, torch.int64)
-        self.nats_BL = torch.zeros_like(self.tokens_BL, dtype=torch.float64)
+        # Not zeros_like, which keeps the strides of transposed tokens: it would have no flat view.
+        self.nats_BL = torch.zeros(
+            tokens_BL.shape, dtype=torch.float64, device=denoiser.table_VD.device
+        )
         self.drawn_BL = torch.zeros(tokens_BL.shape, dtype=torch.bool)
 
     @property

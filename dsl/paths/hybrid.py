@@ -52,9 +52,14 @@ class Hybrid:
             raise ValueError(f"split must be two counts of calls, not both 0, got {self.split}")
 
     @property
+    def stages(self) -> list[Stage]:
+        """Those that get calls."""
+        both = zip((self.first, self.second), self.split, strict=True)
+        return [stage for stage, calls in both if calls]
+
+    @property
     def finite_snr(self) -> bool:
-        stages = zip((self.first, self.second), self.split, strict=True)
-        return any(stage.finite_snr for stage, calls in stages if calls)
+        return any(stage.finite_snr for stage in self.stages)
 
     def init(self, state: State) -> Carry:
         second = self.split[0] == 0

@@ -12,7 +12,7 @@ import torch
 
 import dsl
 from dsl import unmasking
-from dsl.paths import AnyPath, EntropyBounded, Masked, Order, Remask, SentenceSDE
+from dsl.paths import AnyPath, EntropyBounded, Hybrid, Masked, Order, Remask, SentenceSDE
 from dsl.state import State
 from dsl.truncation import Truncated
 from tests.dsl.laws import random_law
@@ -69,8 +69,27 @@ def test_a_drawn_order_gives_a_bound() -> None:
     [
         (SentenceSDE(gamma_max=9.0), "finite SNR"),
         (Remask(rule="cap", eta=0.9), "twice"),
+        (Hybrid(Masked(), Remask(rule="conf"), split=(7, 1)), "twice"),
+        (Hybrid(SentenceSDE(gamma_max=9.0), Masked(), split=(4, 4)), "finite SNR"),
     ],
 )
 def test_other_paths_are_refused(path: AnyPath, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        unmasking.estimate(LAW.denoiser(), EVERY_SL, path, budget=8, seed=0)
+    """Whatever they would do in this run: in one call nothing is revealed twice."""
+    for budget in (1, 8):
+        with pytest.raises(ValueError, match=said):
+            unmasking.estimate(LAW.denoiser(), EVERY_SL[:2], path, budget=budget, seed=0)
+
+
+def test_a_stage_without_calls_refuses_nothing() -> None:
+    path = Hybrid(Remask(rule="cap"), Order("left_to_right"), split=(0, 4))
+    assert of_every_text(path, 4).sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_texts_may_be_transposed() -> None:
+    across = EVERY_SL.T.contiguous().T
+    path = EntropyBounded(bound=0.7)
+    found, expected = (
+        unmasking.estimate(LAW.denoiser(), texts, path, budget=2, seed=0).mean_B
+        for texts in (across, EVERY_SL)
+    )
+    assert torch.equal(found, expected)
