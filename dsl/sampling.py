@@ -66,7 +66,7 @@ def sample(
         seed: a non-negative 64-bit integer.
 
     Raises:
-        ValueError: the budget is below 1.
+        ValueError: the budget is below 1, or the seed is out of range.
         PathError: the path does not fit the budget or the length of the text.
     """
     if budget < 1:
@@ -126,11 +126,11 @@ class _Evaluator:
         wanted_B = self.stale_B & self._unfinished()
         if self.posterior is None:
             wanted_B = torch.ones_like(wanted_B)
-        asked_R, every_B = self._batch(wanted_B), torch.arange(len(wanted_B))
-        if self.posterior is None or len(asked_R) == len(every_B):
+        if self.posterior is None or wanted_B.all():
             self.posterior = self.denoiser(self.state)
         else:
-            fresh, given_R = self.posterior, every_B
+            fresh, given_R = self.posterior, torch.arange(len(wanted_B))
+            asked_R = self._batch(wanted_B)
             if len(asked_R):
                 fresh, given_R = self.denoiser(self.state.rows(asked_R)), asked_R
             there_R = send(given_R, self.state.z_BLD.device)
@@ -140,16 +140,17 @@ class _Evaluator:
         return self.posterior
 
     def _batch(self, wanted_B: Tensor) -> Tensor:
-        """The rows to evaluate: those that are wanted and, on a GPU, others up to a power of two.
+        """The rows to evaluate: on a GPU the first one again and again, up to a power of two.
 
         A GPU plans its kernels anew for every size of batch, and what it answers for a row does not
-        depend on the rows beside it.
+        depend on the rows beside it. Another row would not do: a finished one keeps the answer from
+        before its last reveal, which a path may still read.
         """
         rows_R = flat(wanted_B)
         if self.state.z_BLD.device.type == "cpu" or not len(rows_R):
             return rows_R
-        size = 1 << (len(rows_R) - 1).bit_length()
-        return torch.cat([rows_R, flat(~wanted_B)[: size - len(rows_R)]])
+        size = min(1 << (len(rows_R) - 1).bit_length(), len(wanted_B))
+        return torch.cat([rows_R, rows_R[:1].expand(size - len(rows_R))])
 
     def probe(self, state: State) -> Posterior:
         """The posterior of a state that is not the one being walked; it is not remembered."""

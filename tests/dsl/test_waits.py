@@ -125,15 +125,19 @@ class Spy:
         return self.inner(state)
 
 
-def test_a_gpus_partial_batches_have_few_sizes_and_the_same_texts() -> None:
-    """With more calls than tokens most of them are for some of the rows."""
-    rows, path = 12, Masked()
+@pytest.mark.parametrize(
+    "path", [Masked(), Hybrid(Masked(), Remask(rule="conf"), split=(8, 8))], ids=repr
+)
+def test_a_gpus_partial_batches_have_few_sizes_and_the_same_texts(path: AnyPath) -> None:
+    """With more calls than tokens most of them are for some of the rows. Rule ``conf`` reads the
+    answers for rows that the first stage has finished, which no other row may have renewed."""
+    rows = 12
     start = State.masked(rows, 4, 2, dtype=torch.float64)
     here = Spy(LAW.table_VD)
-    expected = sample(here, path, start, budget=16, seed=3)
+    expected = sample(here, path, start, budget=16, seed=7)
     with standing_in():
         there = Spy(LAW.table_VD.to(GPU))
-        made = sample(there, path, start, budget=16, seed=3)
+        made = sample(there, path, start, budget=16, seed=7)
         assert made.tokens_BL.tolist() == expected.tokens_BL.tolist()
     assert set(there.rows) <= {1, 2, 4, 8, rows}
     assert {3, 5, 6, 7} & set(here.rows)
