@@ -29,7 +29,7 @@ def read(annotation: Any, value: Any, where: str) -> Any:
     if isinstance(value, Mapping) and members:
         return _dataclass(_member(kinds, value, where) if kinds else members[0], value, where)
     value = tuple(value) if isinstance(value, list) else value
-    if not any(_fits(option, value) for option in _options(annotation)):
+    if not _fits(annotation, value):
         words = [*kinds, *_words(annotation)]
         wanted = _offer(value, words) if words else f"Give {annotation}"
         raise ValueError(f"{where}: {value!r} does not fit. {wanted}")
@@ -60,11 +60,19 @@ def _dataclass(member: Any, given: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _fits(option: Any, value: Any) -> bool:
-    """Whether a plain value may be what an annotation, or one option of it, asks for."""
-    if typing.get_origin(option) is typing.Literal:
-        return value in typing.get_args(option)
-    if origin := typing.get_origin(option):
+def _fits(annotation: Any, value: Any) -> bool:
+    """Whether a plain value may be what an annotation asks for, with all that is in it."""
+    return any(_fits_option(option, value) for option in _options(annotation))
+
+
+def _fits_option(option: Any, value: Any) -> bool:
+    origin, inner = typing.get_origin(option), typing.get_args(option)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple and isinstance(value, tuple):
+        wanted = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(value) == len(wanted) and all(map(_fits, wanted, value))
+    if origin:
         return isinstance(value, origin)
     if isinstance(value, bool):
         return option is bool

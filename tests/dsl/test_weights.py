@@ -146,6 +146,12 @@ def test_a_long_list_is_cut_and_counted(denoiser, tmp_path):
         ("config.json", b'{"format": "dsl/1"}', "does not describe"),
         ("config.json", b'{"format": "dsl/1", "denoiser": {"depth": 1}}', "does not describe"),
         ("config.json", b'{"format": "dsl/1", "denoiser": 3}', "does not describe"),
+        (
+            "config.json",
+            b'{"format": "dsl/1", "denoiser": {"backbone": {"kind": "transformers", "tokens": 3, '
+            b'"blocks": 1, "settings": {}, "never": ["a"]}}}',
+            r"never: \('a',\) does not fit",
+        ),
         ("model.safetensors", None, "no such file"),
         ("model.safetensors", b"", "damaged"),
         ("config.json", b'{"format": "dsl/1", "sha256": 3}', "damaged"),

@@ -350,6 +350,10 @@ def test_a_path_from_plain_values(spec: Any, path: Any) -> None:
     assert from_dict(spec) == path
 
 
+HALVES = {"kind": "hybrid", "first": "masked", "second": "masked"}
+INFORMATION = {"kind": "information", "nats": [0, 1]}
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -362,6 +366,14 @@ def test_a_path_from_plain_values(spec: Any, path: Any) -> None:
         ({"kind": "sentence_sde", "gamma_max": 3, "grid": "lag"}, "Did you mean 'log'"),
         ({"kind": "hybrid", "first": "hybrid", "second": "masked", "split": [1, 1]}, "path.first"),
         ({"kind": "hybrid", "first": "masked", "second": "masked", "split": 2}, "path.split: 2"),
+        (HALVES | {"split": ["a", "b"]}, "path.split: ('a', 'b')"),
+        (HALVES | {"split": [1, 2, 3]}, "path.split: (1, 2, 3)"),
+        (HALVES | {"split": [1, True]}, "path.split: (1, True)"),
+        ({"kind": "order", "order": ["a", "b"]}, "path.order: ('a', 'b')"),
+        (
+            {"kind": "sentence_sde", "gamma_max": 3, "grid": INFORMATION | {"gammas": [0, "x"]}},
+            "path.grid.gammas: (0, 'x')",
+        ),
     ],
 )
 def test_a_bad_path_says_where(spec: Any, said: str) -> None:
