@@ -66,11 +66,9 @@ def read_backbone(
     tensors: Mapping[str, Tensor], declared: Mapping[str, Any], *, where: Path
 ) -> DiT:
     """A DiT from the tensors of a file; sizes are read off them and must match ``declared``."""
-    weights = {
-        name.removeprefix("backbone."): tensor.detach().float().clone()
-        for name, tensor in tensors.items()
-    }
-    inv_freq = weights.pop(INV_FREQ, None)
+    held = {name.removeprefix("backbone."): tensor.detach() for name, tensor in tensors.items()}
+    inv_freq = held.pop(INV_FREQ, None)
+    weights = {name: tensor.float().clone() for name, tensor in held.items()}
     config = read_sizes(weights, inv_freq, declared, where=where)
     for name in HEAD:
         if name in weights and weights[name].shape[:1] == (config.tokens + 1,):
@@ -119,10 +117,11 @@ def read_sizes(
         differing.append(f"neither {INV_FREQ} nor n_heads in {CONFIG} says how many heads it has")
     if type(heads) is not int:
         differing.append(f"n_heads in {CONFIG} is {heads!r}")
-    if inv_freq is not None and not torch.allclose(
-        inv_freq, rotary_frequencies(2 * inv_freq.numel(), inv_freq.device)
-    ):
-        differing.append(f"{INV_FREQ} is not that of base 10000")
+    if inv_freq is not None:
+        # Files in half precision hold them rounded.
+        expected = rotary_frequencies(2 * inv_freq.numel(), inv_freq.device).to(inv_freq)
+        if not torch.allclose(inv_freq, expected):
+            differing.append(f"{INV_FREQ} is not that of base 10000")
     if differing:
         raise WeightsError(
             f"{where}: {'; '.join(differing)}. "

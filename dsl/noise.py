@@ -47,6 +47,10 @@ class Draws:
     first_row: int
     step: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
+
     def uniform(self, rows: int, length: int, stream: Stream) -> Tensor:
         """``[B, L]`` float64 in [0, 1)."""
         return self._uniform(rows, length, stream)[:, :length]

@@ -128,7 +128,7 @@ class InformationUniform:
     at the SNR below which a uniformly random share of its nats lie, up to ``gamma_max``.
 
     Raises:
-        ValueError: the profile ends below ``gamma_max``.
+        ValueError: ``gamma_max`` is not above 0, or the profile ends below it.
     """
 
     profile: Information
@@ -136,6 +136,7 @@ class InformationUniform:
     kind: Literal["information"] = "information"
 
     def __post_init__(self) -> None:
+        _require(self.gamma_max > 0, "gamma_max", self.gamma_max, "above 0")
         self.profile.gamma(1.0, self.gamma_max)
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Tensor:

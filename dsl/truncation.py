@@ -4,7 +4,6 @@ Shapes: B rows, L positions, V tokens, D table dimension, N asked positions, R r
 K likeliest tokens.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ class Truncated:
 
     Args:
         denoiser: the denoiser to sharpen.
-        temperature: positive; below 1 is sharper.
+        temperature: in [1e-37, 1e37]; below 1 is sharper.
         nucleus: p in (0, 1]; 1 cuts nothing.
         convention: ``"keep"`` the token with which the sum passes p, or ``"drop"`` it.
 
@@ -148,9 +147,11 @@ def descending(values_NV: Tensor) -> Tensor:
 
 
 def require_temperature(temperature: float) -> None:
-    """ValueError unless it is positive and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    """ValueError unless float32 can hold it, its inverse, and log-probabilities divided by it."""
+    if not 1e-37 <= temperature <= 1e37:
+        raise ValueError(
+            f"temperature must be positive and finite, within [1e-37, 1e37], got {temperature}"
+        )
 
 
 class TruncatedPosterior(Posterior):

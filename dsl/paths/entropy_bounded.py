@@ -41,7 +41,10 @@ class EntropyBounded:
         self, state: State, posterior: Posterior, carry: None, clock: Clock
     ) -> tuple[Tensor, None]:
         at_N = flat(open_BL(state.host))
-        entropy_BL = torch.full_like(state.gamma_BL, torch.inf, dtype=torch.float64)
+        # Not full_like, which keeps the strides of a transposed gamma: it would have no flat view.
+        entropy_BL = torch.full(
+            state.gamma_BL.shape, torch.inf, dtype=torch.float64, device=state.gamma_BL.device
+        )
         there_N = send(at_N, entropy_BL.device)
         entropy_BL.view(-1)[there_N] = posterior.entropy_at(at_N).to(entropy_BL)
         sorted_BL = entropy_BL.sort(dim=1).values

@@ -121,9 +121,10 @@ class Memory(NamedTuple):
 class Remask:
     """Mask revealed tokens again with probability sigma, reveal the others that much more often.
 
-    An unrevealed token is revealed with probability ``(alpha' - (1 - sigma) alpha) / (1 - alpha)``,
-    so that the share revealed follows the schedule of `Masked` whatever sigma is. The rule says
-    sigma:
+    An unrevealed token is revealed with probability ``(alpha' - (1 - sigma) alpha) / (1 - alpha)``.
+    Where sigma is one number for all tokens, the share revealed so follows the schedule of `Masked`
+    (``loop``: its own), whatever sigma is. Under ``conf`` it lags behind: sigma is 0 for the
+    unrevealed tokens, whose reveals then do not make up for what is masked. The rule says sigma:
 
     ====================  ===========================================================
     ``cap``               ``min(eta, sigma_max)``, eta 0.008

@@ -118,6 +118,15 @@ def test_folder_and_file_are_the_same_model(tmp_path):
     assert dsl.from_mdlm(tmp_path / "hf").config == other.config
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_folder_may_be_of_another_precision(tmp_path, dtype):
+    content = training_file()["state_dict"]
+    write_folder(tmp_path, {name: value.to(dtype) for name, value in content.items()})
+    denoiser = dsl.from_mdlm(tmp_path)
+    for name, mine in denoiser.backbone.named_parameters():
+        assert torch.equal(mine, content[f"backbone.{name}"][: len(mine)].to(dtype).float()), name
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -87,6 +87,16 @@ def test_known_tokens_take_no_turn(path: Any) -> None:
     assert (made.recorded["reveals"].max(1).values == 2).all()
 
 
+def test_masks_may_be_transposed() -> None:
+    known_BL = torch.arange(5).expand(9, 5) < 2
+    texts = LAW.draw(9, seed=0)
+    across, expected = (
+        draw(EntropyBounded(bound=0.3), 3, state=State.from_tokens(LAW.table_VD, texts, known))
+        for known in (known_BL.T.contiguous().T, known_BL.contiguous())
+    )
+    assert torch.equal(across.tokens_BL, expected.tokens_BL)
+
+
 def test_the_largest_set_within_the_bound_is_revealed() -> None:
     """Against every subset: the surest k with sum less maximum within the bound, never k + 1."""
     state = State.masked(1, 5, 2)

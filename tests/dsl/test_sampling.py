@@ -210,6 +210,9 @@ def test_soft_evidence_waits_for_the_grid() -> None:
 def test_wrong_budgets_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one call"):
         draw(Masked(), budget=0)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match="seed must lie in"):
+            sample(LAW.denoiser(), Masked(), blank(LAW, 2), budget=2, seed=seed)
     with pytest.raises(ValueError, match=r"5 \+ 7 calls but the budget is 11"):
         draw(PATHS[4], budget=11)
     for split in ((0, 0), (-1, 2)):

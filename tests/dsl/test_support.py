@@ -133,6 +133,12 @@ def test_a_profile_that_ends_too_soon_is_refused():
         InformationUniform(profile=MEASURED, gamma_max=10.0)
 
 
+@pytest.mark.parametrize("gamma_max", [0.0, -5.0, math.nan])
+def test_information_needs_a_positive_end(gamma_max):
+    with pytest.raises(ValueError, match="gamma_max must be above 0"):
+        InformationUniform(profile=MEASURED, gamma_max=gamma_max)
+
+
 def test_lognormal_without_spread_is_a_constant():
     gamma = LogNormal(mu=math.log(5.0), sigma=0.0).sample(3, 4, generator(0, 0, 0))
     torch.testing.assert_close(gamma, torch.full((3, 4), 5.0))

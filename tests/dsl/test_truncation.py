@@ -128,6 +128,8 @@ def test_a_path_through_soft_evidence_draws_from_the_sharpened_law(options: dict
     [
         {"temperature": 0.0},
         {"temperature": float("nan")},
+        {"temperature": 1e-38},
+        {"temperature": 1e38},
         {"nucleus": 0.0},
         {"nucleus": 1.1},
         {"convention": "cut"},
@@ -136,6 +138,13 @@ def test_a_path_through_soft_evidence_draws_from_the_sharpened_law(options: dict
 def test_bad_options_are_told(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Truncated(cyclic(4).denoiser(), **options)
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e37])
+def test_extreme_temperatures_are_a_law_in_float32(temperature: float) -> None:
+    for log_probs_V in (zipf(), torch.full((GPT2,), 1 / GPT2).log()):
+        cut_NV = Truncated(Fixed(log_probs_V), temperature=temperature).cut(log_probs_V[None])
+        assert cut_NV.exp().sum().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_a_nucleus_of_a_long_tail_is_cut_in_float64() -> None:
