@@ -136,6 +136,17 @@ def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Te
     )
 
 
+def add_product(sum_AB: Tensor, left_AN: Tensor, right_NB: Tensor) -> None:
+    """``sum += left @ right``, added in the dtype of the sum, which may be wider.
+
+    Over many chunks, a sum in bfloat16 would be rounded after each.
+    """
+    if left_AN.dtype == sum_AB.dtype:
+        sum_AB.addmm_(left_AN, right_NB)  # without a pass over the product
+    else:
+        sum_AB += left_AN @ right_NB
+
+
 def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
     """``softmax(query key^T) values``, ``[N, W]``: attention of N positions to U slots.
 
@@ -155,28 +166,35 @@ class Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
-        mixed_NW = mixture(query_NK, key_UK, values_UW)
-        ctx.save_for_backward(query_NK, key_UK, values_UW, mixed_NW)
-        return mixed_NW
+        ctx.save_for_backward(query_NK, key_UK, values_UW)
+        return mixture(query_NK, key_UK, values_UW)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        query_NK, key_UK, values_UW, mixed_NW = ctx.saved_tensors
+        query_NK, key_UK, values_UW = ctx.saved_tensors
         grad_NW = grad_NW.to(values_UW.dtype)
         query_grad_NK, key_grad_UK = torch.empty_like(query_NK), torch.zeros_like(key_UK)
-        values_grad_UW = torch.zeros_like(values_UW) if ctx.needs_input_grad[2] else None
-        # What a softmax takes off each gradient, sum_u weight_u dL/dweight_u, is <grad, mixed>.
-        mean_N1 = (grad_NW.to(query_NK) * mixed_NW.to(query_NK)).sum(1, keepdim=True)
+        values_grad_UW = None
+        if ctx.needs_input_grad[2]:
+            wide = torch.promote_types(values_UW.dtype, torch.float32)
+            values_grad_UW = torch.zeros_like(values_UW, dtype=wide)
         with _without_autocast(query_NK):
             for span in _spans(query_NK, key_UK):
                 weights_NU = weights(query_NK[span], key_UK)
                 if values_grad_UW is not None:
-                    values_grad_UW.addmm_(weights_NU.to(values_UW.dtype).T, grad_NW[span])
+                    add_product(values_grad_UW, weights_NU.to(values_UW.dtype).T, grad_NW[span])
+                # Of a softmax, weight (grad - mean). The mean, sum_u weight_u grad_u, is also
+                # <grad, mixed>, which bfloat16 rounds otherwise than the products it is taken off:
+                # where one slot has nearly all the weight, the two would not cancel.
                 scores_grad_NU = (grad_NW[span] @ values_UW.T).to(query_NK.dtype)
-                scores_grad_NU.sub_(mean_N1[span]).mul_(weights_NU)
+                scores_grad_NU.mul_(weights_NU)
+                mean_N1 = scores_grad_NU.sum(1, keepdim=True)
+                scores_grad_NU.addcmul_(weights_NU, mean_N1, value=-1)
                 query_grad_NK[span] = scores_grad_NU @ key_UK
                 key_grad_UK.addmm_(scores_grad_NU.T, query_NK[span])
+        if values_grad_UW is not None:
+            values_grad_UW = values_grad_UW.to(values_UW.dtype)
         return query_grad_NK, key_grad_UK, values_grad_UW
 
 
