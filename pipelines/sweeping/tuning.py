@@ -212,8 +212,7 @@ class SweepCallback(tune.Callback):
         rung = self.config.asha.rungs(trial.step + 1)[-1]
         why = f"not among the best 1/{self.config.asha.reduction} at step {rung}"
         self.trials.end(trial.name, "stopped", why)
-        if handle := tracking.opened((self.trials.folder / trial.name).url):
-            tracking.finish(handle, "KILLED", {"stopped_at": str(trial.step), "stopped_why": why})
+        _close(self.trials, self.trials.read(trial.name))
 
     def _steps(self) -> int:
         return sum(trial.step for trial in self.trials.all())
@@ -235,11 +234,17 @@ class SweepCallback(tune.Callback):
 
 
 def close(trials: Trials) -> None:
-    """End the MLflow runs of trials that did not end by themselves."""
+    """End the MLflow runs of trials that did not end by themselves, once no process of theirs is
+    left: one that was stopped may have logged again since its run was closed, and so opened it."""
     for trial in trials.all():
-        handle = tracking.opened((trials.folder / trial.name).url)
-        if handle and trial.state in ("running", "lost"):
-            tracking.finish(handle, "KILLED")
+        if trial.state in ("running", "lost", "stopped"):
+            _close(trials, trial)
+
+
+def _close(trials: Trials, trial: Trial) -> None:
+    tags = {"stopped_at": str(trial.step), "stopped_why": trial.why}
+    if handle := tracking.opened((trials.folder / trial.name).url):
+        tracking.finish(handle, "KILLED", tags if trial.state == "stopped" else {})
 
 
 # --- in the process of a trial ---------------------------------------------------------------
