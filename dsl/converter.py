@@ -131,7 +131,7 @@ def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Te
     N·U numbers.
     """
     return (
-        torch.cat([query_ND, torch.ones_like(query_ND[:, :1])], dim=1),
+        torch.cat([query_ND, query_ND.new_ones(len(query_ND), 1)], dim=1),
         torch.cat([key_UD, bias_U.to(key_UD)[:, None]], dim=1),
     )
 

@@ -1,7 +1,7 @@
 """The network that answers a state with a posterior: table, converter and backbone.
 
 Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots, W backbone width,
-H hidden width (W, or W + D with the skip), N asked positions (flat), R rows.
+N asked positions (flat), R rows.
 """
 
 import copy
@@ -93,14 +93,6 @@ class Denoiser(nn.Module):
         table_VD: Tensor = self.table()
         return table_VD
 
-    @property
-    def head(self) -> tuple[Tensor, Tensor]:
-        """``weight_VH, bias_V``: logits are ``linear(hidden, weight, bias)``."""
-        weight_VW, bias_V = self.backbone.head
-        if not self.config.skip:
-            return weight_VW, bias_V
-        return torch.cat([weight_VW, self.table_VD.to(weight_VW)], dim=1), bias_V
-
     def flops_per_token(self, length: int, *, predicted: float, evidence: float) -> float:
         """Floating-point operations of a training step per token of its batch.
 
@@ -110,17 +102,25 @@ class Denoiser(nn.Module):
         """
         tokens, dim = self.table.direction_VD.shape
         width = self.backbone.head[0].shape[1]
-        logits, mixture = width + dim * self.config.skip, self.backbone.values_UW.shape[1] + dim
+        logits = width + dim * (self.config.skip and evidence > 0)  # see `skip`
+        mixture = self.backbone.values_UW.shape[1] + dim
         # The backbone counts its head at every token.
         body = self.backbone.flops_per_token(length) - 6 * tokens * width
         return body + 6 * tokens * (predicted * logits + evidence * mixture)
 
     def hidden(self, state: State) -> Tensor:
-        """Hidden states ``[B, L, H]``, one linear map away from the logits."""
-        hidden_BLW = self._read(state, self.table_VD)
-        if not self.config.skip:
-            return hidden_BLW
-        return torch.cat([hidden_BLW, state.z_BLD.to(hidden_BLW)], dim=-1)
+        """The backbone's ``[B, L, W]``; logits are its head's linear map of them, and `skip`."""
+        return self._read(state, self.table_VD)
+
+    def skip(self, state: State, at_N: Tensor) -> tuple[Tensor, Tensor]:
+        """``z_ND, table_VD``, whose product is what evidence adds to the logits at ``at_N``.
+
+        D is 0 without a skip and in a batch without evidence: nothing is computed for it then.
+        """
+        heard = self.config.skip and bool(state.host.evidence_BL.any())
+        table_VD = self.table_VD[:, : None if heard else 0]
+        z_ND = state.z_BLD.flatten(0, 1)[at_N, : table_VD.shape[1]]
+        return z_ND.to(table_VD), table_VD
 
     def forward(self, state: State) -> Posterior:
         """The posterior of every token. Runs the backbone; logits are computed when asked for.
@@ -151,9 +151,7 @@ class Denoiser(nn.Module):
 class NetworkPosterior(Posterior):
     """Hidden states, projected onto the vocabulary at asked positions only.
 
-    ``evidence_BLD`` is what skips the backbone, None without a skip. Backbone and skip are two
-    products here: `Denoiser.head`, which joins them, copies the whole head, and that would cost
-    more than the logits of a few positions.
+    ``evidence_BLD`` is what skips the backbone, None without a skip.
     """
 
     def __init__(

@@ -90,7 +90,7 @@ def mdlm_loss(denoiser: Denoiser, tokens_BL: Tensor, generator: torch.Generator)
     )
     gamma_BL = torch.where(uniform_BL < t_B1, 0.0, torch.inf)
     state = observe(denoiser.table_VD, tokens_BL, gamma_BL, generator)
-    logits_BLV = F.linear(denoiser.hidden(state), *denoiser.head).float()
+    logits_BLV = F.linear(denoiser.hidden(state), *denoiser.backbone.head).float()
     log_probs_BLV = logits_BLV - logits_BLV.logsumexp(-1, keepdim=True)
     known_BL = state.revealed_BL
     log_probs_BLV[known_BL] = IMPOSSIBLE

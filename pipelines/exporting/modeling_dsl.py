@@ -95,7 +95,7 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
         known_BL = input_ids != self.config.mask_token_id
         state = State.from_tokens(self.denoiser.table_VD, input_ids * known_BL, known_BL)
         state = state.like(self.denoiser.table_VD)
-        logits_BLV = precise(F.linear(self.denoiser.hidden(state), *self.denoiser.head))
+        logits_BLV = precise(F.linear(self.denoiser.hidden(state), *self.denoiser.backbone.head))
         loss = None if labels is None else F.cross_entropy(logits_BLV.mT, labels)
         return MaskedLMOutput(loss=loss, logits=logits_BLV)
 

@@ -107,13 +107,27 @@ def test_the_snr_itself_is_not_seen():
 def test_logits_are_what_the_head_makes_of_the_hidden_states():
     denoiser = awake()
     state = some_state(denoiser)
-    logits_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.head)
+    logits_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.backbone.head)
+    logits_BLV += state.z_BLD @ denoiser.table_VD.T
     at_N = torch.tensor([9, 3, 20])
     unrevealed_N = ~state.revealed_BL.flatten()[at_N]
     torch.testing.assert_close(
         denoiser(state).log_probs_at(at_N)[unrevealed_N],
         logits_BLV.flatten(0, 1)[at_N].log_softmax(-1)[unrevealed_N],
     )
+
+
+@torch.no_grad()
+def test_the_skip_computes_nothing_where_there_is_no_evidence():
+    denoiser = awake()
+    at_N, state = torch.tensor([9, 3, 20]), some_state(denoiser)
+    silent = Denoiser(replace(denoiser.config, skip=False), denoiser.backbone)
+    z_ND, table_VD = denoiser.skip(state, at_N)
+    assert torch.equal(z_ND, state.z_BLD.flatten(0, 1)[at_N])
+    assert torch.equal(table_VD, denoiser.table_VD)
+    masked = State.masked(3, LENGTH, DIM)
+    for z_ND, table_VD in (denoiser.skip(masked, at_N), silent.skip(state, at_N)):
+        assert (z_ND.shape, table_VD.shape) == ((3, 0), (TOKENS, 0))
 
 
 class VocabularySized(TorchDispatchMode):

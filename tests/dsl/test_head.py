@@ -7,21 +7,23 @@ import torch.nn.functional as F
 import dsl.chunks
 from dsl.head import nats
 
-N, W, V = 7, 5, 11
+N, W, V, D = 7, 5, 11, 3
 
 
-def given(dtype=torch.float64, positions=N, tokens=V, width=W):
+def given(dtype=torch.float64, positions=N, tokens=V, width=W, dim=D):
+    """What `nats` takes: a head of this dtype, evidence in float32 or better."""
     draw = torch.Generator().manual_seed(0)
-    hidden_NW = torch.randn(positions, width, generator=draw, dtype=torch.float64)
-    weight_VW = torch.randn(tokens, width, generator=draw, dtype=torch.float64)
-    bias_V = torch.randn(tokens, generator=draw, dtype=torch.float64)
+    shapes = (positions, width), (tokens, width), (tokens,), (positions, dim), (tokens, dim)
+    leaves = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     tokens_N = torch.randint(tokens, (positions,), generator=draw)
-    leaves = [x.to(dtype).requires_grad_() for x in (hidden_NW, weight_VW, bias_V)]
-    return *leaves, tokens_N
+    wide = torch.promote_types(dtype, torch.float32)
+    dtypes = (dtype, dtype, dtype, wide, wide)
+    return *(x.to(to).requires_grad_() for x, to in zip(leaves, dtypes, strict=True)), tokens_N
 
 
-def plain(hidden_NW, weight_VW, bias_V, tokens_N):
-    return F.cross_entropy(F.linear(hidden_NW, weight_VW, bias_V), tokens_N, reduction="none")
+def plain(hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N):
+    logits_NV = F.linear(hidden_NW, weight_VW, bias_V) + z_ND @ table_VD.T
+    return F.cross_entropy(logits_NV, tokens_N, reduction="none")
 
 
 def gradients(function, given, weight_N):
@@ -31,9 +33,10 @@ def gradients(function, given, weight_N):
 
 @pytest.mark.parametrize("positions", [0, 1, 6, N])
 @pytest.mark.parametrize("chunk", [1, 3, 100], ids="chunks of {}".format)
-def test_values_and_gradients_are_those_of_the_plain_formula(monkeypatch, positions, chunk):
+@pytest.mark.parametrize("dim", [0, D], ids="D = {}".format)
+def test_values_and_gradients_are_those_of_the_plain_formula(monkeypatch, positions, chunk, dim):
     monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", chunk * V / 2)
-    case = given(positions=positions)
+    case = given(positions=positions, dim=dim)
     weight_N = torch.arange(positions, dtype=torch.float64) - 1.5
     torch.testing.assert_close(nats(*case), plain(*case))
     torch.testing.assert_close(gradients(nats, case, weight_N), gradients(plain, case, weight_N))
@@ -45,9 +48,19 @@ def test_gradients_are_derivatives():
 
 
 def test_logits_of_any_size_give_finite_gradients():
-    hidden_NW, weight_VW, bias_V, tokens_N = given(torch.float32)
-    case = ((hidden_NW * 1e4).detach().requires_grad_(), weight_VW, bias_V, tokens_N)
+    hidden_NW, *rest = given(torch.float32)
+    case = ((hidden_NW * 1e4).detach().requires_grad_(), *rest)
     assert all(g.isfinite().all() for g in gradients(nats, case, torch.ones(N)))
+
+
+def test_a_token_that_is_never_predicted_leaves_the_gradients_finite():
+    hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N = given()
+    bias_V = bias_V.detach().index_fill(0, torch.tensor([V - 1]), -torch.inf).requires_grad_()
+    case = (hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N % (V - 1))
+    torch.testing.assert_close(nats(*case), plain(*case))
+    found = gradients(nats, case, torch.ones(N))
+    torch.testing.assert_close(found, gradients(plain, case, torch.ones(N)))
+    assert all(grad.isfinite().all() for grad in found)
 
 
 def test_the_gradient_of_the_head_is_not_rounded_after_every_chunk(monkeypatch):
@@ -64,11 +77,11 @@ def test_the_gradient_of_the_head_is_not_rounded_after_every_chunk(monkeypatch):
 
 
 def test_autocast_may_bring_another_dtype_than_the_head():
-    hidden_NW, weight_VW, bias_V, tokens_N = (x.detach() for x in given(torch.float32))
+    hidden_NW, weight_VW, *rest = (x.detach() for x in given(torch.float32))
     weight_VW.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        value_N = nats(hidden_NW.bfloat16(), weight_VW, bias_V, tokens_N)
+        value_N = nats(hidden_NW.bfloat16(), weight_VW, *rest)
     value_N.sum().backward()
     assert value_N.dtype == weight_VW.grad.dtype == torch.float32
-    expected_N = plain(hidden_NW, weight_VW, bias_V, tokens_N)
+    expected_N = plain(hidden_NW, weight_VW, *rest)
     torch.testing.assert_close(value_N, expected_N, rtol=0.05, atol=0.05)

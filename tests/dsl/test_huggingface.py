@@ -38,8 +38,8 @@ def test_at_the_endpoints_it_is_the_model(tmp_path: Path, family: str) -> None:
     ids_BL = torch.where(known_BL, tokens_BL, hubs.SPECIAL.index("[MASK]"))
     logits_BLV = model(ids_BL).logits[..., : denoiser.config.backbone.tokens]
     state = seen(denoiser, tokens_BL, known_BL)
-    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.head)
-    drawable_V = denoiser.head[1].isfinite()
+    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.backbone.head)
+    drawable_V = denoiser.backbone.head[1].isfinite()
     assert (~drawable_V).nonzero().squeeze(1).tolist() == [
         hubs.SPECIAL.index(name) for name in ("[PAD]", "[MASK]")
     ]
@@ -69,7 +69,7 @@ def test_a_causal_model_sees_both_sides(tmp_path: Path, family: str, adapt: str)
     logits_BLV = model(inputs_embeds=inputs_BLW, attention_mask=everything).logits
     logits_BLV = logits_BLV[:, : tokens_BL.shape[1], : denoiser.config.backbone.tokens]
     state = seen(denoiser, tokens_BL, known_BL)
-    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.head)
+    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.backbone.head)
     assert (ours_BLV - logits_BLV).abs().max() < 1e-4
     # The last token changes what is said of the first.
     other_BL = tokens_BL.clone()
@@ -92,8 +92,8 @@ def test_a_model_that_only_its_code_knows(tmp_path: Path) -> None:
     known_BL = torch.rand(tokens_BL.shape) < 0.5
     logits_BLV = model(torch.where(known_BL, tokens_BL, mask)).logits
     state = seen(denoiser, tokens_BL, known_BL)
-    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.head)
-    drawable_V = denoiser.head[1].isfinite()
+    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.backbone.head)
+    drawable_V = denoiser.backbone.head[1].isfinite()
     assert (~drawable_V).nonzero().flatten().tolist() == [0, mask]
     logits_BLV = logits_BLV[..., : len(drawable_V)]
     assert (ours_BLV - logits_BLV)[~known_BL][:, drawable_V].abs().max() < 1e-4

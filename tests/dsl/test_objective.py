@@ -53,7 +53,8 @@ def tokens_BL() -> Tensor:
 
 def naive(denoiser: Denoiser, state: State, tokens_BL: Tensor) -> Tensor:
     """``[B, L]`` nats through all the logits, 0 where revealed."""
-    logits_BLV = F.linear(denoiser.hidden(state), *denoiser.head)
+    logits_BLV = F.linear(denoiser.hidden(state), *denoiser.backbone.head)
+    logits_BLV = logits_BLV + state.z_BLD @ denoiser.table_VD.T
     log_probs_BLV = logits_BLV.log_softmax(-1)
     nats_BL = -log_probs_BLV.gather(-1, tokens_BL[..., None]).squeeze(-1)
     return nats_BL.masked_fill(state.revealed_BL, 0)
@@ -273,6 +274,7 @@ def test_flops_are_of_the_positions_that_are_predicted(objective, predicted, evi
     config = objective.denoiser.config
     width, dim, tokens = config.backbone.width, config.embed_dim, config.backbone.tokens
     body = 3 * config.backbone.blocks * (2 * 12 * width**2 + 4 * L * width)
-    head = 6 * tokens * (width + dim)  # the skip is a part of it
-    expected = body + predicted * head + evidence * head
+    skip = dim if evidence else 0
+    head, mixture = 6 * tokens * (width + skip), 6 * tokens * (width + dim)
+    expected = body + predicted * head + evidence * mixture
     assert objective.flops_per_token(L) == pytest.approx(expected)

@@ -9,6 +9,7 @@ import dsl
 from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig, NetworkPosterior
 from dsl.dit import DiTConfig
+from dsl.objective import cross_entropy
 from dsl.paths import AnyPath, EntropyBounded, Hybrid
 from dsl.precision import dtype_of
 from dsl.state import State
@@ -75,6 +76,31 @@ def test_only_the_network_is_in_bfloat16(denoiser: Denoiser, drafts: State) -> N
     torch.testing.assert_close(probs_NV.sum(-1), torch.ones(len(at_N)), rtol=0, atol=1e-6)
     mean_ND = probs_NV.double() @ denoiser.table_VD.double()
     torch.testing.assert_close(half.mean_at(at_N).double(), mean_ND, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [15.0, 100.0])
+def test_the_loss_hears_evidence_in_float32(gamma: float) -> None:
+    """Tokens come in pairs that are close, as those of a trained table: evidence of hundreds of
+    nats then speaks for both, a few nats apart."""
+    torch.manual_seed(0)
+    tokens, rows, length, dim = 60, 16, 16, 16
+    shape = DiTConfig(tokens=tokens, width=32, blocks=1, heads=2, cond_dim=8, start="open")
+    made = Denoiser(DenoiserConfig(backbone=shape, embed_dim=dim, beta=1.0))
+    direction_VD = made.table.direction_VD
+    with torch.no_grad():
+        direction_VD[1::2] = direction_VD[::2] + 0.33 * direction_VD[1::2]
+    tokens_BL = torch.randint(tokens, (rows, length))
+    gamma_BL, draws = torch.full((rows, length), gamma), torch.Generator().manual_seed(1)
+    state = observe(made.table_VD.detach(), tokens_BL, gamma_BL, draws)
+
+    def loss(denoiser: Denoiser) -> tuple[torch.Tensor, torch.Tensor]:
+        nats_N = cross_entropy(denoiser, state, tokens_BL, torch.arange(rows * length))
+        return nats_N.detach(), torch.autograd.grad(nats_N.mean(), direction_VD)[0]
+
+    (full_N, full_VD), (half_N, half_VD) = loss(made), loss(made.computing_in(torch.bfloat16))
+    assert half_N.dtype == half_VD.dtype == torch.float32
+    assert (half_N - full_N).abs().max() < 0.06
+    assert (half_VD - full_VD).norm() < 0.01 * full_VD.norm()
 
 
 def test_the_weights_are_shared_and_stay(denoiser: Denoiser, drafts: State) -> None:
