@@ -38,15 +38,8 @@ def nats(
 
 class _Nats(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NW: Tensor,
-        weight_VW: Tensor,
-        bias_V: Tensor,
-        z_ND: Tensor,
-        table_VD: Tensor,
-        tokens_N: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N = arguments
         log_sum_N = z_ND.new_empty(len(hidden_NW))
         nats_N = torch.empty_like(log_sum_N)
         with torch.autocast(hidden_NW.device.type, enabled=False):
@@ -57,7 +50,7 @@ class _Nats(torch.autograd.Function):
                 log_sum_N[chunk] = logits_CV.logsumexp(1)
                 nats_N[chunk] = log_sum_N[chunk] - logits_CV.gather(1, tokens_N[chunk, None])[:, 0]
                 del logits_CV  # or the next chunk's would be made beside it
-        ctx.save_for_backward(hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N, log_sum_N)
+        ctx.save_for_backward(*arguments, log_sum_N)
         return nats_N
 
     @staticmethod
