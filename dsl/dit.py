@@ -40,6 +40,16 @@ class DiTShape:
     dropout: float = 0.0
     start: Literal["zero", "open"] = "zero"
 
+    def __post_init__(self) -> None:
+        sizes = (self.width, self.blocks, self.heads, self.cond_dim)
+        if min(sizes) < 1 or self.width % (2 * self.heads):
+            raise ValueError(
+                f"{self}: sizes must be positive and the width a multiple of twice the heads, "
+                "because rotary position pairs the coordinates of every head"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
+
     def config(self, tokens: int, *, causal: bool) -> "DiTConfig":
         """With what data (V tokens) and objective add to it."""
         return DiTConfig(**vars(self), tokens=tokens, causal=causal)
@@ -54,14 +64,9 @@ class DiTConfig(DiTShape):
     causal: bool = False
 
     def __post_init__(self) -> None:
-        sizes = (self.tokens, self.width, self.blocks, self.heads, self.cond_dim, self.mlp_ratio)
-        if min(sizes) < 1 or self.width % (2 * self.heads):
-            raise ValueError(
-                f"{self}: sizes must be positive and the width a multiple of twice the heads, "
-                "because rotary position pairs the coordinates of every head"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
+        super().__post_init__()
+        if min(self.tokens, self.mlp_ratio) < 1:
+            raise ValueError(f"{self}: sizes must be positive")
 
     def build(self) -> "DiT":
         return DiT(self)

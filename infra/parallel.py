@@ -40,6 +40,8 @@ PEAK_FLOPS = {
     "L40S": 362e12,
 }
 
+LONGEST_STALL_S = 1e8  # three years, which torch can still count as a timeout
+
 Lane = TypeVar("Lane")
 T = TypeVar("T")
 
@@ -58,8 +60,11 @@ class ParallelConfig:
     stall_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        if not self.stall_s > 0:
-            raise ValueError(f"stall_s must be positive, got {self.stall_s}")
+        if not 0 < self.stall_s <= LONGEST_STALL_S:
+            why = f"must be positive, and {LONGEST_STALL_S:g} at most"
+            raise ValueError(f"stall_s {why}, got {self.stall_s}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of matrix products on `device`; master weights are float32 regardless."""

@@ -33,6 +33,19 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     ema: float = 0.999
 
+    def __post_init__(self) -> None:
+        wanted = {
+            "lr": ("at least 0", 0 <= self.lr < math.inf),
+            "betas": ("in [0, 1)", all(0 <= beta < 1 for beta in self.betas)),
+            "weight_decay": ("at least 0", 0 <= self.weight_decay < math.inf),
+            "clip": ("positive", self.clip > 0),
+            "warmup": ("at least 0", self.warmup >= 0),
+            "ema": ("in [0, 1)", 0 <= self.ema < 1),
+        }
+        for name, (what, fits) in wanted.items():
+            if not fits:
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
+
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of step 1 … `steps`."""
         rise = min(step / max(self.warmup, 1), 1.0)
@@ -53,6 +66,12 @@ class CheckpointConfig:
     milestone_every: int | None = None
     max_failures: int = 3
     corrupt: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep", "milestone_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
