@@ -322,9 +322,12 @@ def _leaf(annotation: Any, layer: Layer, path: str) -> Any:
     if isinstance(layer.value, bool) and annotation in (int, float):
         raise _wrong(annotation, layer, path)  # pydantic would take `yes` for 1
     try:
-        return TypeAdapter(annotation).validate_python(layer.value)
+        value = TypeAdapter(annotation).validate_python(layer.value)
     except ValidationError:
         raise _wrong(annotation, layer, path) from None
+    if isinstance(value, float) and math.isnan(value):  # which text can spell
+        raise _wrong(annotation, layer, path)
+    return value
 
 
 def _mappings(layers: list[Layer], path: str) -> list[Layer]:
