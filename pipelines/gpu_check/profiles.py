@@ -25,9 +25,14 @@ def attention(procedure: Callable[[], object], device: torch.device) -> str:
 def kernels(procedure: Callable[[], object], device: torch.device) -> str:
     """The longest kernels (on a CPU: operators) with their share of the time."""
     key = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-    # Time on a GPU is told twice: of its kernels, and of the operators that have launched them.
+    # Time on a GPU is told three times: of its kernels, of the operators that have launched them,
+    # and of named stretches of the program.
     here = device.type.upper()
-    events = [event for event in _events(procedure, device) if event.device_type.name == here]
+    events = [
+        event
+        for event in _events(procedure, device)
+        if event.device_type.name == here and not event.is_user_annotation
+    ]
     whole = sum(getattr(event, key) for event in events)
     longest = sorted(events, key=lambda event: -getattr(event, key))[:LONGEST]
     return "; ".join(f"{getattr(e, key) / whole:.0%} {e.key[:60]}" for e in longest)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from infra.checkpoints import Checkpoints
 from pipelines.benchmarks.results import Bar
@@ -198,6 +199,35 @@ def test_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPatch) -
     assert profiles.synchronisations(procedure, torch.device("cuda")) == 3
     assert modes == ["warn", "default"]
     assert profiles.synchronisations(procedure, torch.device("cpu")) is None
+
+
+def test_only_kernels_are_among_the_longest_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of AdamW and a compiled graph are stretches that hold the time of their kernels."""
+
+    def event(key: str, where: DeviceType, us: float, *, stretch: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, device_type=where, self_device_time_total=us, is_user_annotation=stretch
+        )
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 3.0),
+        event("gemm", DeviceType.CUDA, 3.0),
+        event("softmax", DeviceType.CUDA, 1.0),
+        event("## Call CompiledFxGraph ##", DeviceType.CUDA, 4.0, stretch=True),
+    ]
+    monkeypatch.setattr(profiles, "_events", lambda *_: events)
+    told = profiles.kernels(lambda: None, torch.device("cuda"))
+    assert told == "75% gemm; 25% softmax"
+
+
+def test_a_named_stretch_of_the_program_is_no_kernel() -> None:
+    def procedure() -> None:
+        with torch.profiler.record_function("a step"):
+            torch.ones(4).exp()
+
+    told = profiles.kernels(procedure, torch.device("cpu"))
+    assert "aten::exp" in told
+    assert "a step" not in told
 
 
 class Here:
