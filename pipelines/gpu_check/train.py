@@ -79,6 +79,7 @@ def _inside(check: Check, name: Named, learner: Learner) -> Iterator[Finding]:
     rows = check.sizes.train_rows[0]
     rows_RL = train.microbatch(check.benchmark(rows))
     step = partial(learner.step, 1, {0: rows_RL})
+    step()  # it compiles, and waits for each kernel that it tries
     waits = profiles.synchronisations(step, check.device)
     bar = check.at_most(MOST_SYNCHRONISATIONS, here=check.gpu)
     yield Finding(f"{name} step: waits for the GPU", waits, "", bar)

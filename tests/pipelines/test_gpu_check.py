@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 from infra.checkpoints import Checkpoints
 from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check import __main__ as command
-from pipelines.gpu_check import parity, profiles, resume
+from pipelines.gpu_check import parity, profiles, resume, train
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import SMALL, Check
 from tests.gpu import GPU, standing_in
@@ -199,6 +199,19 @@ def test_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPatch) -
     assert profiles.synchronisations(procedure, torch.device("cuda")) == 3
     assert modes == ["warn", "default"]
     assert profiles.synchronisations(procedure, torch.device("cpu")) is None
+
+
+def test_waits_are_counted_in_a_step_that_is_not_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one compiles, and to try kernels is to wait for them."""
+    steps: list[int] = []
+    monkeypatch.setattr(profiles, "synchronisations", lambda *_: len(steps))
+    monkeypatch.setattr(profiles, "kernels", lambda *_: "")
+    learner: Any = SimpleNamespace(step=lambda step, _: steps.append(step))
+    check = Check(out=tmp_path, device=torch.device("cpu"), sizes=SMALL)
+    waits, _ = train._inside(check, "mdlm", learner)
+    assert waits.value == 1
 
 
 def test_only_kernels_are_among_the_longest_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
