@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from dsl import dit
 from infra.checkpoints import Checkpoints
 from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check import __main__ as command
@@ -282,3 +283,23 @@ def test_texts_are_compared_by_the_noise_of_the_cpu(
         with parity.noise_of_the_cpu() if injected else nullcontext():
             differ = [found.value for found in parity._of_texts(check)]
     assert differ == [0, 0] if injected else min(differ) > 0
+
+
+def test_float64_is_compared_at_the_angles_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's cosines differ from a CPU's in the last bits of float32."""
+    angles = dit.rotary
+
+    def of_device(length: int, head_dim: int, device: torch.device) -> torch.Tensor:
+        return angles(length, head_dim, device) * (1 if device.type == "cpu" else 1 + 2**-23)
+
+    monkeypatch.setattr(dit, "rotary", of_device)
+    with standing_in(), parity.noise_of_the_cpu():
+        check = Check(out=tmp_path, device=GPU, sizes=SMALL)
+        apart = {
+            dtype: max(found.value for found in parity._of_loss(check, "dsl", dtype))
+            for dtype in parity.ALLOWED
+        }
+    assert apart[torch.float64] < 1e-12
+    assert apart[torch.float32] > 1e-8  # where the device's own are compared
