@@ -64,13 +64,21 @@ def train(
         monitor: what the run tells and is told. A notice makes a checkpoint early, or the end.
 
     Raises:
-        ConfigError: the loss or its gradient is no longer finite.
+        ConfigError: the loss or its gradient is no longer finite, or this machine would compute in
+            another dtype than the steps so far: `auto` depends on the device.
         InfraError: several checkpoints in a row could not be written, or a worker hangs.
     """
     with parallel.join(sharding) as mesh:
         learner = Learner(objective, config, mesh, sharding)
         done, saved = checkpoints.resume(learner.tensors())
-        saved = {"began": monitor.began, **saved}
+        dtype = str(sharding.dtype(learner.device)).removeprefix("torch.")
+        saved = {"began": monitor.began, "compute_dtype": dtype, **saved}
+        if saved["compute_dtype"] != dtype:
+            raise ConfigError(
+                "workers.parallel.compute_dtype",
+                f"{dtype} here, but {saved['compute_dtype']} up to step {done}",
+                f"Set it to {saved['compute_dtype']}, or train under a new name",
+            )
         lanes = config.stream.lanes(*parallel.world())
         held_out = {n: _held_out(rows, config, lanes) for n, rows in data.validation.items()}
         length = next(iter(data.validation.values())).shape[1]
@@ -115,7 +123,7 @@ def train(
                 if saving:
                     monitor.doing(f"in the checkpoint of step {step}")
                     monitor.sync()
-                    checkpoints.save(step, learner.tensors(), meta=progress.saving())
+                    checkpoints.save(step, learner.tensors(), meta={**saved, **progress.saving()})
                     heeded = notice
             monitor.doing("in the last checkpoint")
             checkpoints.wait()

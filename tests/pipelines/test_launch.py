@@ -25,6 +25,7 @@ from dsl.objective import DSLObjective
 from infra import checkpoints, journal, stream
 from infra.checkpoints import committed, consolidate
 from infra.errors import ConfigError
+from infra.parallel import ParallelConfig
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.stream import Plan
@@ -77,6 +78,24 @@ def test_twelve_steps_are_six_a_stop_and_six(
     made = tiny.execute(verb, *argv)
     assert_same_run(whole[verb], run)
     assert made["checkpoint"].endswith("step_000012")
+
+
+def test_a_run_goes_on_in_the_precision_in_which_it_began(
+    tmp_path: Path, data: str, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `auto`, a run that moves to a GPU, or from one, would change it."""
+    run = tmp_path / "run"
+    argv = arguments("pretrain", data, run, whole)
+    with tiny.bare(tiny.interrupted_at(8)), pytest.raises(KeyboardInterrupt):
+        pretrain.execute(tiny.load("pretrain", *argv))
+    before = curve(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(ParallelConfig, "dtype", lambda config, device: torch.bfloat16)
+        with pytest.raises(ConfigError, match="bfloat16 here, but float32 up to step 6. Set it"):
+            tiny.execute("pretrain", *argv)
+    assert curve(run) == before
+    tiny.execute("pretrain", *argv, "workers.parallel.compute_dtype=float32")
+    assert_same_run(whole["pretrain"], run)
 
 
 STAGES = {
