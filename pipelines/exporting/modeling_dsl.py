@@ -16,6 +16,7 @@ Shapes: B rows, L positions, V tokens, N given tokens.
 
 import math
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class DSLConfig(PretrainedConfig):
         self.denoiser = dict(denoiser or {})
         self.metadata = dict(metadata or {})
         self.mask_token_id = mask_token_id
+        kwargs.pop("sha256", None)  # of the files it came with, not of those it is saved beside
         super().__init__(**kwargs)
 
 
@@ -66,6 +68,18 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: Any) -> None:
         """Nothing to do: every weight comes from the file."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As for any model, under the denoiser's own names: `dsl.load` opens the folder, too."""
+        tensors = self.state_dict() if state_dict is None else state_dict
+        own = {name.removeprefix("denoiser."): tensor for name, tensor in tensors.items()}
+        super().save_pretrained(save_directory, state_dict=own, **kwargs)
 
     def get_input_embeddings(self) -> None:
         """None: the rows belong to the backbone, and are mixed where a token is evidence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,19 @@ def test_the_folder_is_a_model_of_this_code_too(place: Path) -> None:
     assert again.denoiser.config == made.config
     for name, tensor in made.state_dict().items():
         assert torch.equal(again.denoiser.get_parameter(name), tensor)
+
+
+def test_what_transformers_saves_again_is_a_model_of_this_code_too(place: Path) -> None:
+    code = """
+    model = opened(given)
+    model.denoiser.backbone.head[1].data.add_(1)
+    model.save_pretrained("again")
+    print((opened("again").generate(rows=2) == model.generate(rows=2)).all().int().item())
+    """
+    assert stranger(textwrap.dedent(code), str(place / "dsl"), place, HF_HUB_OFFLINE="1")
+    again, made = dsl.load(place / "again"), dsl.load(place / "made" / "dsl")
+    assert torch.equal(again.backbone.head[1], made.backbone.head[1] + 1)
+    assert torch.equal(again.table_VD, made.table_VD)
 
 
 def test_path_and_budget_are_named(tmp_path: Path) -> None:
