@@ -21,6 +21,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import dsl
 from dsl import conditioning, weights
+from dsl.errors import TextError, VocabularyError
 from dsl.paths import choose, from_dict
 from dsl.precision import dtype_of
 from dsl.truncation import Truncated
@@ -68,7 +69,7 @@ class TextModel(mlflow.pyfunc.PythonModel):
         table_VD = self.denoiser.table_VD
         network = self.denoiser.computing_in(dtype_of(given["precision"], table_VD.device))
         denoiser = Truncated(network, given["temperature"], given["nucleus"], given["convention"])
-        rows = [self._read(text, given) for text in texts(model_input)]
+        rows = [self._read(row, text, given) for row, text in enumerate(texts(model_input))]
         finished: list[str] = []
         for first_row, batch in conditioning.batches(rows, given["batch"]):
             path, budget = choose(wanted, given["budget"], length=len(batch[0]), causal=self.causal)
@@ -83,22 +84,33 @@ class TextModel(mlflow.pyfunc.PythonModel):
             finished += [self.vocabulary.decode(ids) for ids in sampled.tokens_BL.tolist()]
         return finished
 
-    def _read(self, text: str, given: Mapping[str, Any]) -> conditioning.Given:
-        return conditioning.read(
-            text,
-            self.vocabulary,
-            mode=given["mode"],
-            snr=given["snr"],
-            length=given["length"] or None,
-            otherwise=self.length,
-        )
+    def _read(self, row: int, text: str, given: Mapping[str, Any]) -> conditioning.Given:
+        try:
+            return conditioning.read(
+                text,
+                self.vocabulary,
+                mode=given["mode"],
+                snr=given["snr"],
+                length=given["length"] or None,
+                otherwise=self.length,
+            )
+        except (TextError, VocabularyError) as error:
+            raise type(error)(f"row {row}: {error}") from error
 
 
 def texts(model_input: pd.DataFrame | Sequence[str] | Sequence[Mapping[str, str]]) -> list[str]:
-    """The texts of a data frame with one column, of a list, or of mappings with a `text`."""
+    """The texts of a data frame with one column, of a list, or of mappings with a `text`.
+
+    Raises ValueError for what is no text, such as a missing value.
+    """
     if isinstance(model_input, pd.DataFrame):
-        return model_input.iloc[:, 0].tolist()
-    return [row if isinstance(row, str) else row["text"] for row in model_input]
+        found = model_input.iloc[:, 0].tolist()
+    else:
+        found = [row["text"] if isinstance(row, Mapping) else row for row in model_input]
+    for row, text in enumerate(found):
+        if not isinstance(text, str):
+            raise ValueError(f"row {row}: {text!r} is not a text")
+    return found
 
 
 def read_path(spec: str | Mapping[str, Any]) -> Any:

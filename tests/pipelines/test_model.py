@@ -143,6 +143,21 @@ def test_bad_parameters_are_told(folder: Path, params: dict[str, Any], said: str
         loaded(folder).predict(None, ["the "], params)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["the ", "much too long"], "row 1: the text has 13 tokens"),
+        (["the ", "The "], "row 1: .*'T' is not in this vocabulary"),
+        (["the ", None], "row 1: None is not a text"),
+        (pd.DataFrame({"text": ["the ", float("nan")]}), "row 1: nan is not a text"),
+        ([{"text": ["the "]}], "row 0: .* is not a text"),
+    ],
+)
+def test_a_bad_row_is_named(folder: Path, given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        loaded(folder).predict(None, given)
+
+
 def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, folder: Path) -> None:
     path = list(sys.path)
     mlflow.set_tracking_uri(run.uri)
