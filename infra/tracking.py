@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from infra import documents, journal
 from infra.config import flatten
-from infra.errors import ConfigError, InfraError, Problem
+from infra.errors import ConfigError, DataError, InfraError, Problem
 from infra.journal import Journal, Logger, Sender, batches, reason
 from infra.storage import Folder, scrub
 
@@ -104,7 +104,8 @@ def start(
     parent: id of the run that this one is shown under.
 
     If the server does not answer, a warning is logged and the handle has no run id: metrics go to
-    the journal alone, and `finish` or `replay` makes the run. ConfigError for an impossible uri.
+    the journal alone, and `finish` or `replay` makes the run. ConfigError for an impossible uri,
+    DataError where the data set is no longer the one that the run began with.
     """
     folder, uri = Folder.at(root) / name, locate(config, root)
     record = _Record(
@@ -122,6 +123,7 @@ def start(
     )
     if folder.exists(RECORD):
         before = _Record.load(folder)
+        _require_same(before.dataset, record.dataset)
         record.key, record.created, record.artifacts = before.key, before.created, before.artifacts
         if (before.uri, before.experiment) == (uri, config.experiment):
             record.run_id = before.run_id
@@ -135,6 +137,16 @@ def start(
     with _failures_logged(folder, uri):
         _open(client, record, folder)
     return record.handle(folder)
+
+
+def _require_same(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    if before and now and before["digest"] != now["digest"]:
+        digests = f"{before['digest'][:12]}, now {now['digest'][:12]}"
+        raise DataError(
+            now["source"],
+            f"not the data that this run began with (digest {digests})",
+            "Prepare it as it was, choose another name, or wipe the run with existing=restart",
+        )
 
 
 def finish(

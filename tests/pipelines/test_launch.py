@@ -24,7 +24,7 @@ from dsl.noise import generator
 from dsl.objective import DSLObjective
 from infra import checkpoints, journal, stream
 from infra.checkpoints import committed, consolidate
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.parallel import ParallelConfig
 from infra.shards import read_manifest
 from infra.storage import Folder
@@ -96,6 +96,21 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(
     assert curve(run) == before
     tiny.execute("pretrain", *argv, "workers.parallel.compute_dtype=float32")
     assert_same_run(whole["pretrain"], run)
+
+
+def test_a_run_goes_on_with_the_rows_with_which_it_began(tmp_path: Path) -> None:
+    """Even if others have been prepared at the same address since."""
+    run = tmp_path / "run"
+    argv = [f"data={tiny.shards(tmp_path / 'data')}", f"root={tmp_path}", "name=run"]
+    with tiny.bare(tiny.interrupted_at(8)), pytest.raises(KeyboardInterrupt):
+        pretrain.execute(tiny.load("pretrain", *argv))
+    before = curve(run)
+    tiny.shards(tmp_path / "data", tiny.documents(300), existing="restart")
+    with pytest.raises(DataError, match="not the data that this run began with"):
+        tiny.execute("pretrain", *argv)
+    assert curve(run) == before
+    tiny.shards(tmp_path / "data", existing="restart")
+    tiny.execute("pretrain", *argv)
 
 
 STAGES = {
