@@ -91,7 +91,7 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(
     before = curve(run)
     with monkeypatch.context() as patch:
         patch.setattr(ParallelConfig, "dtype", lambda config, device: torch.bfloat16)
-        with pytest.raises(ConfigError, match="bfloat16 here, but float32 up to step 6"):
+        with pytest.raises(ConfigError, match=r"bfloat16 here, but float32 up to step [36]\."):
             tiny.execute("pretrain", *argv)
     assert curve(run) == before
     tiny.execute("pretrain", *argv, "workers.parallel.compute_dtype=float32")
