@@ -199,12 +199,14 @@ def _find(client: MlflowClient, model_uri: str) -> Any:
         fix = "Write models:/name@alias or models:/name/3"
         raise DataError(model_uri, "not the address of a registered model", fix)
     name, alias, version = parts["name"], parts["alias"], parts["version"]
-    models = {model.name: model.aliases for model in client.search_registered_models()}
-    if name not in models:
-        raise DataError(model_uri, f"no model is named {name}", _offer(name, models))
-    if alias and alias not in models[name]:
-        raise DataError(model_uri, f"{name} has no alias {alias}", _offer(alias, models[name]))
-    version = version or models[name][alias]
+    registered = client.search_registered_models(f"name = '{name}'")
+    if not registered:
+        names = [model.name for model in client.search_registered_models()]  # the first hundred
+        raise DataError(model_uri, f"no model is named {name}", _offer(name, names))
+    aliases = registered[0].aliases
+    if alias and alias not in aliases:
+        raise DataError(model_uri, f"{name} has no alias {alias}", _offer(alias, aliases))
+    version = version or aliases[alias]
     versions = [found.version for found in client.search_model_versions(f"name = '{name}'")]
     if int(version) not in map(int, versions):
         why = f"{name} has no version {version}"

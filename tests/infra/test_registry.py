@@ -99,6 +99,20 @@ def test_what_is_registered_is_described(run: RunHandle, made: registry.ModelVer
     assert registry.get_alias("toy", "champion", run.uri) is None
 
 
+def test_a_model_is_found_among_many(run: RunHandle, made: registry.ModelVersion) -> None:
+    """MLflow lists a hundred at a time, in the order of their names."""
+    client = connect(run.uri)
+    names = [f"another-{nth}" for nth in range(100)]
+    for name in names:
+        client.create_registered_model(name)
+    try:
+        assert registry.describe(made.uri, run.uri) == made
+        assert registry.get_alias("toy", "candidate", run.uri) == made
+    finally:
+        for name in names:
+            client.delete_registered_model(name)
+
+
 def test_weights_come_back(run: RunHandle, made: registry.ModelVersion) -> None:
     with registry.downloaded(made.uri, run.uri) as folder:
         files = {file.name for file in folder.iterdir()}
