@@ -24,6 +24,8 @@ FLAGS = {
     "--dry-run": "print the plan and touch nothing",
     "--traceback": "show where an error came from",
 }
+# Classes of Python, torch and Ray, by name: neither library is to be imported for them.
+OUT_OF_MEMORY = {"MemoryError", "OutOfMemoryError"}
 BUG = 1
 INTERRUPTED, TERMINATED = 130, 143  # as shells count the signals that end a process
 LONGEST = 2_000  # characters of a message
@@ -101,6 +103,10 @@ def explain(error: BaseException, data_errors: tuple[type[Exception], ...] = ())
             return "ended by SIGTERM; run the same command again to resume", TERMINATED
         if isinstance(cause, KeyboardInterrupt):
             return "interrupted; run the same command again to resume", INTERRUPTED
+        if OUT_OF_MEMORY & {kind.__name__ for kind in type(cause).__mro__}:
+            why = str(cause).partition("\n")[0] or "there is not enough"
+            fix = "Ask for fewer rows at a time"
+            return str(InfraError("memory", why, fix)), InfraError.exit_code
         if isinstance(cause, OSError) and cause.errno in MACHINE:
             where, why = str(cause.filename or "the machine"), cause.strerror or str(cause)
             return str(InfraError(where, why, MACHINE[cause.errno])), InfraError.exit_code

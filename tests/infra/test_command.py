@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 from infra import command
@@ -106,6 +107,9 @@ def test_help_imports_nothing_heavy() -> None:
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 4, "/x: Permission denied."),
         (OSError(errno.EROFS, "Read-only file system"), 4, "the machine: Read-only file system."),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 4, "the machine: Broken pipe. keep what"),
+        (MemoryError(), 4, "memory: there is not enough. Ask for fewer rows at a time\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 4,
+         "memory: CUDA out of memory. Tried to allocate 2 GiB. Ask for fewer rows"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume\n"),
     ],
 )  # fmt: skip
@@ -165,6 +169,7 @@ def test_errors_come_out_of_ray_wrappers() -> None:
     assert command.explain(task_error(DataError("a", "b"))) == ("a: b", 3)
     assert command.explain(task_error(WeightsError("w")), (WeightsError,)) == ("w", 3)
     assert command.explain(task_error(KeyError("k")))[0].startswith("KeyError: 'k'")
+    assert command.explain(task_error(torch.OutOfMemoryError("CUDA")))[1] == 4
     group = WorkerGroupError(
         "…", {0: ConnectionError("peer"), 1: task_error(ConfigError("a", "b"))}
     )
