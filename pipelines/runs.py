@@ -140,6 +140,9 @@ def _open(folder: Folder, config: RunSettings, verb: str, free: tuple[str, ...])
             raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
         return
     if config.existing == "restart":
+        for name in folder.names():
+            if name != tracking.CONFIG:  # which goes last: without it, this would be no run
+                folder.remove(name)
         folder.remove()
         return
     before = flatten(parse(folder.read_bytes(tracking.CONFIG), folder.url_of(tracking.CONFIG)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,28 @@ def test_a_run_that_was_taken_over_is_left_alone(
     assert committed(str(run / "checkpoints")) == [3]
     assert not (run / "model").exists()
     assert not (run / "result.json").exists()
+
+
+def test_a_restart_that_was_cut_off_can_be_repeated(
+    tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever file a removal begins with, the rest is still known for a run."""
+    run = Path(shutil.copytree(finished, tmp_path / "mdlm"))
+    argv = [f"data={data}", f"root={tmp_path}", "name=mdlm", "existing=restart"]
+
+    remove = Folder.remove
+
+    def cut_off(folder: Folder, name: str = "") -> None:
+        if folder.path != str(run):  # it is the lease
+            remove(folder, name)
+            return
+        with suppress(OSError):
+            (run / name / "config.yaml").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "remove", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.execute("pretrain", *argv)
+    tiny.execute("pretrain", *argv)
+    tiny.assert_same(run, finished)
