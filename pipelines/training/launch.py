@@ -181,7 +181,8 @@ class TrainingTask(runs.Task):
             denoiser = self.config.trained(initial)
             denoiser.load_state_dict(consolidate(folder / "checkpoints", step, "ema.denoiser."))
             self._save(folder / "model", merged(denoiser) if self.config.lora else denoiser)
-        last = journal.read(folder)[-1]
+        # A store may have taken the checkpoint and refused the last lines of the journal.
+        last = next((row for row in journal.read(folder) if row["step"] == step), {})
         return Made(
             result={
                 "checkpoint": (folder / "checkpoints" / f"step_{step:06d}").url,

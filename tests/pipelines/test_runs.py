@@ -109,3 +109,18 @@ def test_a_restart_that_was_cut_off_can_be_repeated(
             tiny.execute("pretrain", *argv)
     tiny.execute("pretrain", *argv)
     tiny.assert_same(run, finished)
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_the_metrics_of_a_result_are_those_of_the_last_step(
+    tmp_path: Path, data: Path, finished: Path, left: int
+) -> None:
+    """They are lost where a bucket took the last checkpoint, but not the journal."""
+    run = Path(shutil.copytree(finished, tmp_path / "mdlm"))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(finished.parent), str(tmp_path)))
+    (run / "result.json").unlink()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:left]))
+    made = tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
+    assert made["metrics"] == {}
