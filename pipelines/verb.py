@@ -45,6 +45,12 @@ class RunSettings:
         return Folder.at(self.root) / self.name
 
 
+def require_model_name(name: str | None) -> None:
+    """ValueError for a name under which the registry would take no model, or not find it again."""
+    if name is not None and not re.fullmatch("[^/:@']+", name):
+        raise ValueError(f"register must be a name without / : @ ', got {name!r}")
+
+
 def run(
     verb: str,
     config_type: type[T],

@@ -18,7 +18,7 @@ from pipelines.evaluation.settings import EvaluateConfig, Questions
 from pipelines.finetune import FinetuneConfig, Recipe
 from pipelines.sweeping.search import OneAtATime, Random, Search
 from pipelines.sweeping.space import Knob, Settings, label
-from pipelines.verb import RunSettings, TrackingConfig
+from pipelines.verb import RunSettings, TrackingConfig, require_model_name
 
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
 Bounds = Sequence[tuple[int, float]]  # (step, bound) of the validations of a trial, in order
@@ -121,6 +121,7 @@ class SweepConfig(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_model_name(self.register)
         if not self.space:
             raise ValueError("space must hold at least one knob")
         if self.concurrent is not None and self.concurrent < 1:

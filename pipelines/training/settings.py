@@ -14,7 +14,7 @@ from infra.mixture import MixtureConfig
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
 from pipelines.models import SCRATCH
-from pipelines.verb import RunSettings
+from pipelines.verb import RunSettings, require_model_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,7 @@ class RunConfig(TrainingConfig, RunSettings):
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
         RunSettings.__post_init__(self)
+        require_model_name(self.register)
 
     @property
     def mixture(self) -> MixtureConfig:
