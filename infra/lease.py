@@ -153,7 +153,7 @@ def _take(run: Folder) -> Held:
         if not _create(folder, lease.name, _encode(content)):
             continue
         # Another process may have taken over, and removed the last number, before we listed them.
-        if _names(folder)[-1] != lease.name:
+        if _names(folder)[-1:] != [lease.name]:
             folder.remove(lease.name)
         else:
             for name in names:

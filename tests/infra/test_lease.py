@@ -182,6 +182,19 @@ def test_a_process_number_that_was_given_again_is_another_process(tmp_path: Path
         pass
 
 
+def test_a_store_whose_list_lags_behind(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lists do not show the lease that was just written."""
+    names, asked = lease._names, []
+
+    def late(folder: Folder) -> list[str]:
+        asked.append(folder)
+        return [] if len(asked) < 3 else names(folder)
+
+    monkeypatch.setattr(lease, "_names", late)
+    with held(run):
+        assert len(asked) > 2
+
+
 def race(url: str, start: Any, won: Any, rounds: int) -> None:
     for number in range(rounds):
         start.wait()
