@@ -169,7 +169,7 @@ class Checkpoints:
         instead, and the damaged one loses its commit, so that it no longer counts.
         """
         damaged: dict[int, Damaged] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(_of_rank_0(self.steps())):
             try:
                 meta = self.load(step, tensors)
             except Damaged as problem:
@@ -317,6 +317,14 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[st
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
     return tensors
+
+
+def _of_rank_0(steps: list[int]) -> list[int]:
+    """Rank 0's list on every rank: another machine's view of the folder may lag behind."""
+    held = [steps]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held)
+    return held[0]
 
 
 def _at(folder: Folder, step: int) -> Folder:

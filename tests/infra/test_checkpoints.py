@@ -278,6 +278,26 @@ def test_a_failure_on_one_rank_is_the_verdict_of_all(tmp_path: Path) -> None:
         assert "bad cable" in message
 
 
+def resume_behind(folder: str) -> tuple[int | None, dict[str, Any]]:
+    with parallel.join(FLOAT32) as mesh:
+        run, store = Trained(mesh, FLOAT32), Patient(folder, keep=2)
+        for step in (1, 2):
+            run.step(step)
+            store.save(step, tensors_of(run), {})
+        if parallel.world()[0] == 1:
+            store.steps = lambda: [1]
+        step, _ = store.resume(tensors_of(run))
+        return step, full(tensors_of(run).items())
+
+
+def test_a_rank_whose_view_of_the_folder_lags_behind(tmp_path: Path) -> None:
+    """As an NFS client's may: all ranks load the step that rank 0 sees, and no mixture of two."""
+    resumed = in_workers(2, resume_behind, str(tmp_path))
+    assert [step for step, _ in resumed] == [2, 2]
+    written = consolidate(str(tmp_path), 2, "")
+    same(resumed[0][1], {key: tensor.numpy() for key, tensor in written.items()})
+
+
 def save_on_own_disk(folder: str) -> str:
     checkpoints.PAUSES_S = ()
     with parallel.join(FLOAT32) as mesh:
