@@ -75,8 +75,9 @@ class PrepareConfig:
     existing: Literal["resume", "restart"] = "resume"
 
     def __post_init__(self) -> None:
-        if self.length < 4:
-            raise ValueError(f"length must be at least 4 tokens, got {self.length}")
+        if not 4 <= self.length <= shards.LONGEST_ROW:
+            most = f"{shards.LONGEST_ROW:,} at most"
+            raise ValueError(f"length must be at least 4 tokens, and {most}, got {self.length}")
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ValueError("validation and test are shares in [0, 1) that leave some to train on")
 

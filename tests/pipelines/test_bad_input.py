@@ -39,6 +39,7 @@ REPOSITORY = Path(pretrain.__file__).parents[1]
         ("finetune", ["support.kind=raor"], "support.kind (command line)"),
         ("pretrain", ["nowhere.yaml"], "nowhere.yaml"),
         ("prepare", ["length=2.5"], "length (command line)"),
+        ("prepare", ["length=200000"], "and 131,072 at most, got 200000"),
         ("pretrain", ["objective=dsl"], "objective (command line)"),
         ("pretrain", ["train.steps=0"], "steps must be at least 1, got 0"),
         ("pretrain", ["register=team/dsl"], "register must be a name without / : @ '"),
