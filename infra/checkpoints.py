@@ -125,8 +125,7 @@ class Checkpoints:
         self.wait()
         meta = json.loads(json.dumps(meta))  # a copy, and an error now where it is not JSON
         staged = dcp.stage(tensors)
-        if dist.is_initialized() and self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
+        self._meet()
         thread = threading.Thread(target=self._write, args=(step, staged, meta), daemon=True)
         self._writing = (step, thread)
         thread.start()
@@ -168,8 +167,10 @@ class Checkpoints:
         A damaged checkpoint raises Damaged. With corrupt="skip" the one before it is loaded
         instead, and the damaged one loses its commit, so that it no longer counts.
         """
+        self._meet()
         damaged: dict[int, Damaged] = {}
-        for step in reversed(_of_rank_0(self.steps())):
+        steps, *_ = self._all(self.steps())  # rank 0's: another machine's view may lag behind
+        for step in reversed(steps):
             try:
                 meta = self.load(step, tensors)
             except Damaged as problem:
@@ -229,6 +230,11 @@ class Checkpoints:
             if old < step and old not in kept:
                 _at(self.folder, old).remove(COMMIT)  # first: from here on it does not count
                 _at(self.folder, old).remove()
+
+    def _meet(self) -> None:
+        """Give the ranks a group of their own, on the CPU whatever they train on."""
+        if dist.is_initialized() and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=PEER_TIMEOUT)
 
     @property
     def _rank(self) -> int:
@@ -317,14 +323,6 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[st
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
     return tensors
-
-
-def _of_rank_0(steps: list[int]) -> list[int]:
-    """Rank 0's list on every rank: another machine's view of the folder may lag behind."""
-    held = [steps]
-    if dist.is_initialized():
-        dist.broadcast_object_list(held)
-    return held[0]
 
 
 def _at(folder: Folder, step: int) -> Folder:

@@ -39,7 +39,7 @@ HARMLESS = {".safetensors", ".json", ".txt", ".md", ".yaml", ".yml", ".py"}
 # Files that MLflow itself adds, listed by name because they have no suffix.
 MLFLOW_FILES = {"MLmodel", "registered_model_meta"}
 CHECKSUMS = "checksums.json"
-URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+URI = re.compile(r"models:/(?P<name>[^/@']+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 MOVING_S = 300  # a server that keeps files in a bucket answers only after it has copied them
 

@@ -152,6 +152,7 @@ def test_aliases_move(run: RunHandle, made: registry.ModelVersion, sources: Path
         ("models:/toy/7", "toy has no version 7. Known: 1"),
         ("models:/toy", "not the address of a registered model"),
         ("runs:/abc/model", "not the address of a registered model"),
+        ("models:/it's@candidate", "not the address of a registered model"),
     ],
 )
 def test_what_is_not_there(

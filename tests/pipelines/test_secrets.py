@@ -67,7 +67,7 @@ def test_a_url_with_a_credential_is_refused_by_every_verb(
 
 
 def test_a_text_that_speaks_of_a_url_is_a_text() -> None:
-    tiny.load("pretrain", "data=d", "name=a", "register=write to https://me@host/x")
+    tiny.load("pretrain", "data=d", "name=a", "tracking.experiment=write to https://me@host/x")
 
 
 def test_a_run_on_a_bucket_shows_no_secret(
