@@ -7,6 +7,7 @@ K = D + 1.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -40,41 +41,42 @@ class _Nats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Tensor) -> Tensor:
         hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N = arguments
-        log_sum_N = z_ND.new_empty(len(hidden_NW))
-        nats_N = torch.empty_like(log_sum_N)
+        nats_N = z_ND.new_empty(len(hidden_NW))
         with torch.autocast(hidden_NW.device.type, enabled=False):
             cast_VW = weight_VW.to(hidden_NW.dtype)
             query_NK, key_VK = biased(z_ND, table_VD, bias_V)
             for chunk in _chunks(hidden_NW, weight_VW):
                 logits_CV = _logits(hidden_NW[chunk], cast_VW, query_NK[chunk], key_VK)
-                log_sum_N[chunk] = logits_CV.logsumexp(1)
-                nats_N[chunk] = log_sum_N[chunk] - logits_CV.gather(1, tokens_N[chunk, None])[:, 0]
+                nats_N[chunk] = F.cross_entropy(logits_CV, tokens_N[chunk], reduction="none")
                 del logits_CV  # or the next chunk's would be made beside it
-        ctx.save_for_backward(*arguments, log_sum_N)
+        ctx.save_for_backward(*arguments)
         return nats_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N, log_sum_N = ctx.saved_tensors
+        hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N = ctx.saved_tensors
         grad_hidden_NW, grad_z_ND = torch.empty_like(hidden_NW), torch.empty_like(z_ND)
-        grad_weight_VW = torch.zeros_like(weight_VW, dtype=log_sum_N.dtype)
+        grad_weight_VW = torch.zeros_like(weight_VW, dtype=z_ND.dtype)
         with torch.autocast(hidden_NW.device.type, enabled=False):
             cast_VW = weight_VW.to(hidden_NW.dtype)
             query_NK, key_VK = biased(z_ND, table_VD, bias_V)
             grad_key_VK = torch.zeros_like(key_VK)
+            # A position's gradient scales its row of each product, which is shorter than [V].
+            grad_N1 = grad_N[:, None]
+            scaled_NK, scaled_NW = grad_N1 * query_NK, grad_N1.to(hidden_NW.dtype) * hidden_NW
             for chunk in _chunks(hidden_NW, weight_VW):
-                error_CV = _logits(hidden_NW[chunk], cast_VW, query_NK[chunk], key_VK)
-                error_CV.sub_(log_sum_N[chunk, None]).exp_()
+                error_CV = _logits(hidden_NW[chunk], cast_VW, query_NK[chunk], key_VK).softmax(1)
                 minus_C1 = error_CV.new_full((len(error_CV), 1), -1.0)
                 error_CV.scatter_add_(1, tokens_N[chunk, None], minus_C1)
-                error_CV *= grad_N[chunk, None]
-                add_product(grad_key_VK, error_CV.T, query_NK[chunk])
+                add_product(grad_key_VK, error_CV.T, scaled_NK[chunk])
                 grad_z_ND[chunk] = error_CV @ table_VD
                 error_CV = error_CV.to(hidden_NW.dtype)
                 grad_hidden_NW[chunk] = error_CV @ cast_VW
-                add_product(grad_weight_VW, error_CV.T, hidden_NW[chunk])
+                add_product(grad_weight_VW, error_CV.T, scaled_NW[chunk])
                 del error_CV  # as above
+            grad_hidden_NW *= grad_N1.to(hidden_NW.dtype)
+            grad_z_ND *= grad_N1
         grad_table_VD, grad_bias_V = grad_key_VK[:, :-1], grad_key_VK[:, -1].to(bias_V)
         grad_head = grad_weight_VW.to(weight_VW), grad_bias_V
         return grad_hidden_NW, *grad_head, grad_z_ND, grad_table_VD, None
