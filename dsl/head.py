@@ -62,21 +62,20 @@ class _Nats(torch.autograd.Function):
             cast_VW = weight_VW.to(hidden_NW.dtype)
             query_NK, key_VK = biased(z_ND, table_VD, bias_V)
             grad_key_VK = torch.zeros_like(key_VK)
-            # A position's gradient scales its row of each product, which is shorter than [V].
+            # A position's gradient scales its row of each product, which is shorter than [V]. It
+            # is never rounded to bfloat16: in a mean all rows would have the same error.
             grad_N1 = grad_N[:, None]
-            scaled_NK, scaled_NW = grad_N1 * query_NK, grad_N1.to(hidden_NW.dtype) * hidden_NW
+            scaled_NK, scaled_NW = grad_N1 * query_NK, (grad_N1 * hidden_NW).to(hidden_NW.dtype)
             for chunk in _chunks(hidden_NW, weight_VW):
                 error_CV = _logits(hidden_NW[chunk], cast_VW, query_NK[chunk], key_VK).softmax(1)
                 minus_C1 = error_CV.new_full((len(error_CV), 1), -1.0)
                 error_CV.scatter_add_(1, tokens_N[chunk, None], minus_C1)
                 add_product(grad_key_VK, error_CV.T, scaled_NK[chunk])
-                grad_z_ND[chunk] = error_CV @ table_VD
+                grad_z_ND[chunk] = grad_N1[chunk] * (error_CV @ table_VD)
                 error_CV = error_CV.to(hidden_NW.dtype)
-                grad_hidden_NW[chunk] = error_CV @ cast_VW
+                grad_hidden_NW[chunk] = grad_N1[chunk] * (error_CV @ cast_VW)
                 add_product(grad_weight_VW, error_CV.T, scaled_NW[chunk])
                 del error_CV  # as above
-            grad_hidden_NW *= grad_N1.to(hidden_NW.dtype)
-            grad_z_ND *= grad_N1
         grad_table_VD, grad_bias_V = grad_key_VK[:, :-1], grad_key_VK[:, -1].to(bias_V)
         grad_head = grad_weight_VW.to(weight_VW), grad_bias_V
         return grad_hidden_NW, *grad_head, grad_z_ND, grad_table_VD, None

@@ -76,6 +76,16 @@ def test_the_gradient_of_the_head_is_not_rounded_after_every_chunk(monkeypatch):
     assert error(1) < 1.5 * error(512)
 
 
+def test_the_gradient_of_a_mean_is_not_scaled_by_a_rounded_share():
+    """bfloat16's 1/600 is 0.2 % off, and so would be the gradients of all weights."""
+    exact = gradients(plain, given(positions=600, width=16), torch.full((600,), 1 / 600))
+    case = given(torch.bfloat16, positions=600, width=16)
+    found = gradients(nats, case, torch.full((600,), 1 / 600))
+    for grad, true in zip(found[:2], exact[:2], strict=True):
+        scale = (grad.double() * true).sum() / true.square().sum()
+        assert scale.item() == pytest.approx(1, abs=1e-3)
+
+
 def test_autocast_may_bring_another_dtype_than_the_head():
     hidden_NW, weight_VW, *rest = (x.detach() for x in given(torch.float32))
     weight_VW.requires_grad_()
