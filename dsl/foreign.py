@@ -81,9 +81,12 @@ class ForeignBackbone(nn.Module):
     def __init__(self, config: ForeignConfig, network: Any) -> None:
         super().__init__()
         self.config = config
-        taken = network.get_input_embeddings(), network.get_output_embeddings()
-        values_XW, weight_XH = (module.weight for module in taken)
-        bias_X = getattr(taken[1], "bias", None)
+        taken = embedding, projection = (
+            network.get_input_embeddings(),
+            network.get_output_embeddings(),
+        )
+        values_XW, weight_XH = _values(embedding), projection.weight
+        bias_X = getattr(projection, "bias", None)
         tokens = config.tokens
         tied = weight_XH is values_XW
         # [MASK] is the network's own, or, where it has none, the mean of all rows.
@@ -130,6 +133,17 @@ class ForeignBackbone(nn.Module):
             sum(p.numel() for p in self.network.parameters()) + self.config.tokens * width
         )
         return 3 * (2 * weights + 4 * self.config.blocks * length * width)
+
+
+@torch.no_grad()
+def _values(embedding: Any) -> Tensor:
+    """``[X, W]``: what an embedding answers for every id, which need not be its weight: Gemma's
+    scales its rows."""
+    weight_XW: Tensor = embedding.weight
+    if not isinstance(embedding, nn.Embedding) or type(embedding).forward is nn.Embedding.forward:
+        return weight_XW
+    values_XW: Tensor = embedding(torch.arange(len(weight_XW), device=weight_XW.device))
+    return values_XW
 
 
 def network(config: ForeignConfig) -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dsl.denoiser import BackboneConfig, Denoiser, DenoiserConfig
 from dsl.errors import AdaptationError, VocabularyError, WeightsError
@@ -72,7 +74,8 @@ def from_transformers(
         WeightsError: anything but a whole model of the library with a tokenizer that fits it; a
             masked model without a mask token.
         AdaptationError: a causal model without ``adapt``, a masked one with it, one that does not
-            see both sides of a position, or one that only untrusted code knows.
+            see both sides of a position, one with a step of its own at its embedding or its
+            vocabulary projection (Gemma2 caps its logits), or one that only untrusted code knows.
         ValueError: ``embed_dim``, ``beta`` or ``mask_prior`` out of range.
     """
     folder = Path(path)
@@ -100,7 +103,12 @@ def from_transformers(
     config = DenoiserConfig(
         backbone=backbone, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior, skip=skip
     )
-    denoiser = Denoiser(config, ForeignBackbone(backbone, bidirectional(network))).eval()
+    asked_1L = _some_tokens(network, spoken)
+    own_1LX = _logits(network, folder, input_ids=asked_1L)
+    taken = ForeignBackbone(backbone, network)
+    _require_its_own_answer(taken, asked_1L, own_1LX, folder)
+    bidirectional(network)
+    denoiser = Denoiser(config, taken).eval()
     _require_both_sides(denoiser, folder)
     return denoiser
 
@@ -235,6 +243,41 @@ def _network(folder: Path, trained: Trained, opener: str, local: Mapping[str, bo
             f"whole {trained} language model. Name a folder that was saved with them."
         )
     return network
+
+
+def _some_tokens(network: Any, spoken: _Spoken) -> Tensor:
+    """``[1, L]`` ids, the mask token's last if there is one. Padding is treated apart by some."""
+    silent = {*spoken.never, getattr(network.config, "pad_token_id", None)}
+    ids = [id for id in range(spoken.tokens) if id not in silent][:8]
+    return torch.tensor([ids + [spoken.mask] * (spoken.mask is not None)])
+
+
+@torch.no_grad()
+def _logits(network: Any, folder: Path, **given: Tensor) -> Tensor:
+    try:
+        logits_1LX: Tensor = network(**given).logits
+    except Exception as error:  # as above
+        raise _unusable(folder, error) from error
+    return logits_1LX
+
+
+@torch.no_grad()
+def _require_its_own_answer(
+    taken: ForeignBackbone, asked_1L: Tensor, own_1LX: Tensor, folder: Path
+) -> None:
+    """AdaptationError where the network says otherwise than it did with its two ends inside it,
+    attention as it was."""
+    hidden_1LH = _logits(taken.network, folder, inputs_embeds=taken.values_UW[asked_1L])
+    ours_1LV = F.linear(hidden_1LH, taken.head[0], taken.bias_V)
+    own_1LV = own_1LX[..., : taken.config.tokens]
+    apart_1LV = (ours_1LV - own_1LV).abs()
+    # Of the median, as networks that bar tokens give these the lowest number there is.
+    if apart_1LV.max() > 1e-4 * own_1LV.abs().median():
+        raise AdaptationError(
+            f"{folder}: the network has a step of its own at its embedding or at its vocabulary "
+            "projection, such as a cap on its logits, so it cannot be taken without them (logits "
+            f"differ by {apart_1LV.max():.2g}). Take another model, such as BERT or Llama"
+        )
 
 
 @torch.no_grad()

@@ -77,12 +77,32 @@ def qwen(vocab_size: int) -> Any:
     )
 
 
+def gemma(vocab_size: int) -> Any:
+    from transformers import GemmaConfig
+
+    return GemmaConfig(vocab_size=vocab_size, num_key_value_heads=2, head_dim=8, **SIZES)
+
+
+def gemma2(vocab_size: int) -> Any:
+    from transformers import Gemma2Config
+
+    return Gemma2Config(vocab_size=vocab_size, num_key_value_heads=2, head_dim=8, **SIZES)
+
+
+def gemma3(vocab_size: int) -> Any:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(vocab_size=vocab_size, num_key_value_heads=2, head_dim=8, **SIZES)
+
+
 MASKED: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (bert, roberta, distilbert, modernbert, eurobert, untied)}
 )
 CAUSAL: Mapping[str, Callable[[int], Any]] = MappingProxyType(
-    {f.__name__: f for f in (llama, qwen)}
+    {f.__name__: f for f in (llama, qwen, gemma, gemma3)}
 )
+# Models that cannot be taken.
+REFUSED: Mapping[str, Callable[[int], Any]] = MappingProxyType({"gemma2": gemma2})
 
 
 def words(folder: Path, special: list[str]) -> Any:
@@ -110,7 +130,7 @@ def saved(folder: Path, family: str, special: list[str] = SPECIAL, spare: int = 
     words(folder, special)
     size = len(special) + len(WORDS) + spare
     masked = family in MASKED
-    config = (MASKED | CAUSAL)[family](size)
+    config = (MASKED | CAUSAL | REFUSED)[family](size)
     auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval()
     for weight in model.parameters():  # so that biases and norms, which start at 0 and 1, matter

@@ -60,7 +60,8 @@ def test_a_causal_model_sees_both_sides(tmp_path: Path, family: str, adapt: str)
     tokens_BL = tokens() - 2
     known_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
     known_BL[:, 4] = False
-    rows_UW = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    rows_UW = embedding(torch.arange(embedding.num_embeddings))
     inputs_BLW = torch.where(known_BL[..., None], rows_UW[tokens_BL], rows_UW.mean(0))
     start_B1W = rows_UW[1].expand(len(inputs_BLW), 1, -1)
     if adapt == "shift":
@@ -80,6 +81,20 @@ def test_a_causal_model_sees_both_sides(tmp_path: Path, family: str, adapt: str)
         for each_BL in (tokens_BL, other_BL)
     )
     assert (before - after).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", hubs.CAUSAL)
+def test_a_causal_model_reads_a_text_as_its_own(tmp_path: Path, family: str) -> None:
+    model = hubs.saved(tmp_path, family, special=["[UNK]", "[CLS]", "[SEP]"])
+    denoiser = dsl.from_transformers(tmp_path, mask_prior=1.0, embed_dim=4, adapt="no_shift")
+    tokens_BL = tokens() - 2
+    everything = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
+    logits_BLV = model(input_ids=tokens_BL, attention_mask=everything).logits
+    state = seen(denoiser, tokens_BL, torch.ones_like(tokens_BL, dtype=torch.bool))
+    ours_BLV = torch.nn.functional.linear(denoiser.hidden(state), *denoiser.backbone.head)
+    apart_BLV = ours_BLV - logits_BLV[..., : denoiser.config.backbone.tokens]
+    assert apart_BLV.abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -197,6 +212,7 @@ def remake(folder: Path, name: str, **changes: object) -> None:
     [
         ("llama", None, lambda f: None, AdaptationError, "Say how to adapt it: adapt=shift"),
         ("bert", "shift", lambda f: None, AdaptationError, "needs no adaptation"),
+        ("gemma2", "no_shift", lambda f: None, AdaptationError, "such as a cap on its logits"),
         ("bert", None, lambda f: hubs.words(f, hubs.SPECIAL[:-1]), WeightsError, "no mask token"),
         ("bert", None, lambda f: (f / "tokenizer.json").unlink(), WeightsError, "no tokenizer"),
         (
