@@ -97,7 +97,7 @@ class Converter(nn.Module):
         z_ND = torch.cat([evidence_ND.new_zeros(1, evidence_ND.shape[1]), evidence_ND])
         # Forward-mode derivatives, for which nothing is kept, go through the formula itself.
         mix = Mixture.apply if torch.is_grad_enabled() else mixture
-        mixed_NW = mix(*self.asked(z_ND, table_VD), _in_compute_dtype(values_UW))
+        mixed_NW = mix(*self.asked(z_ND, table_VD), in_compute_dtype(values_UW))
         inputs_BLW = torch.where(
             state.revealed_BL[..., None], F.embedding(state.tokens_BL, values_UW), mixed_NW[0]
         )
@@ -207,12 +207,12 @@ def _spans(query_NK: Tensor, key_UK: Tensor) -> list[slice]:
     return spans(len(query_NK), len(key_UK), query_NK.device)
 
 
-def _in_compute_dtype(values_UW: Tensor) -> Tensor:
-    """The values in the dtype that autocast gives to products, or in their own."""
-    device = values_UW.device.type
+def in_compute_dtype(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast gives to products, or in its own."""
+    device = tensor.device.type
     if not torch.is_autocast_enabled(device):
-        return values_UW
-    return values_UW.to(torch.get_autocast_dtype(device))
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def mask_bias(tokens: int, mask_prior: float) -> float:

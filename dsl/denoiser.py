@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsl.backbone import Backbone, precise
-from dsl.converter import Converter, ConverterConfig, biased
+from dsl.converter import Converter, ConverterConfig, biased, in_compute_dtype
 from dsl.dit import DiTConfig, DiTShape
 from dsl.foreign import ForeignConfig
 from dsl.posterior import Posterior
@@ -144,8 +144,8 @@ class Denoiser(nn.Module):
         if self.config.backbone.causal:
             start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
             inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)
-        hidden_BLW: Tensor = self.backbone(inputs_BLW)
-        return hidden_BLW
+        # The last norm of some networks answers in float32, in which the head would be slow.
+        return in_compute_dtype(self.backbone(inputs_BLW))
 
 
 class NetworkPosterior(Posterior):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from dsl.objective import cross_entropy
 from dsl.paths import AnyPath, EntropyBounded, Hybrid
 from dsl.precision import dtype_of
 from dsl.state import State
+from tests.dsl import hubs
 from tests.dsl.walks import HYBRIDS, LAW, PATHS
 
 ROWS, LENGTH, BUDGET = 256, 4, 8
@@ -76,6 +79,18 @@ def test_only_the_network_is_in_bfloat16(denoiser: Denoiser, drafts: State) -> N
     torch.testing.assert_close(probs_NV.sum(-1), torch.ones(len(at_N)), rtol=0, atol=1e-6)
     mean_ND = probs_NV.double() @ denoiser.table_VD.double()
     torch.testing.assert_close(half.mean_at(at_N).double(), mean_ND, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_head_is_in_bfloat16_whatever_the_last_norm_answers_in(tmp_path: Path) -> None:
+    hubs.saved(tmp_path, "llama")
+    half = dsl.from_transformers(tmp_path, embed_dim=4, adapt="shift").computing_in(torch.bfloat16)
+    state = State.masked(2, LENGTH, 4)
+    posterior = half(state)
+    assert isinstance(posterior, NetworkPosterior)
+    given = half.hidden(state), posterior.hidden_BLW, posterior.head[0]
+    assert {tensor.dtype for tensor in given} == {torch.bfloat16}
+    assert posterior.log_probs().dtype == torch.float32
 
 
 @pytest.mark.parametrize("gamma", [15.0, 100.0])
