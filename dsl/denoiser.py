@@ -130,9 +130,10 @@ class Denoiser(nn.Module):
         table_VD = self.table_VD
         state = state.like(table_VD)
         hidden_BLW = self._read(state, table_VD)
-        weight_VW, bias_V = (part.to(hidden_BLW.dtype) for part in self.backbone.head)
+        weight_VW, bias_V = self.backbone.head
+        head = weight_VW.to(hidden_BLW.dtype), bias_V
         evidence_BLD = state.z_BLD if self.config.skip else None
-        return NetworkPosterior(state, table_VD, hidden_BLW, (weight_VW, bias_V), evidence_BLD)
+        return NetworkPosterior(state, table_VD, hidden_BLW, head, evidence_BLD)
 
     def _read(self, state: State, table_VD: Tensor) -> Tensor:
         with products_in(self._products, table_VD.device):
@@ -175,9 +176,10 @@ class NetworkPosterior(Posterior):
 
     def _logits(self, at_N: Tensor) -> Tensor:
         hidden_NW, (weight_VW, bias_V) = self.hidden_BLW.flatten(0, 1)[at_N], self.head
-        if self.evidence_BLD is None:
-            return precise(F.linear(hidden_NW, weight_VW, bias_V))
         logits_NV = precise(F.linear(hidden_NW, weight_VW))
+        # Log unigram probabilities reach -11, which bfloat16 would round by .03 nats.
+        if self.evidence_BLD is None:
+            return logits_NV.add_(bias_V)
         z_ND = self.evidence_BLD.flatten(0, 1)[at_N].to(logits_NV)
         # Evidence may add hundreds of nats, which bfloat16 would round by whole nats.
         with torch.autocast(z_ND.device.type, enabled=False):

@@ -93,6 +93,17 @@ def test_the_head_is_in_bfloat16_whatever_the_last_norm_answers_in(tmp_path: Pat
     assert posterior.log_probs().dtype == torch.float32
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_heads_bias_stays_in_float32(skip: bool) -> None:
+    shape = DiTConfig(tokens=50, width=16, blocks=1, heads=1, cond_dim=4)  # its head starts at 0
+    made = Denoiser(DenoiserConfig(backbone=shape, embed_dim=4, skip=skip))
+    bias_V = torch.linspace(-11, -2, 50)
+    made.backbone.head[1].copy_(bias_V)
+    log_probs_V = made.computing_in(torch.bfloat16)(State.masked(1, 1, 4)).log_probs()[0, 0]
+    torch.testing.assert_close(log_probs_V, bias_V.log_softmax(0), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("gamma", [15.0, 100.0])
 def test_the_loss_hears_evidence_in_float32(gamma: float) -> None:
     """Tokens come in pairs that are close, as those of a trained table: evidence of hundreds of
