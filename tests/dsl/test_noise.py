@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsl import philox
-from dsl.noise import Draws, Stream, generator
+from dsl.noise import Draws, Stream, generator, normal
 from tests.dsl.laws import chi_square_p, normal_p
+from tests.gpu import GPU, standing_in
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 5))
 
@@ -97,6 +98,17 @@ def test_training_generator_is_keyed_by_seed_step_and_lane() -> None:
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
 
 
+def test_a_gpus_normals_of_training_are_keyed_by_the_generator_of_the_cpu() -> None:
+    def draw(*key: int) -> tuple[float, ...]:
+        with standing_in():
+            drawn = normal(torch.Size((2, 3)), torch.float64, GPU, generator(*key))
+            return tuple(drawn.flatten().tolist())
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]
+    assert len({draw(*key) for key in keys}) == len(keys)
+
+
 # --- what a GPU draws, on the CPU ------------------------------------------------------------
 
 WORDS = [  # counter, key, answer: the test vectors of the generator's authors
@@ -121,6 +133,13 @@ def test_words_are_those_of_the_published_generator(
 def on_gpu(shape: tuple[int, ...], seed: int = 0, first_row: int = 0, step: int = 0) -> Tensor:
     key = {"seed": seed, "first_row": first_row, "step": step}
     return philox.normal(torch.Size(shape), torch.device("cpu"), **key)
+
+
+def test_a_gpus_draws_are_keyed_by_seed_row_and_step() -> None:
+    shape = torch.Size((2, 3, 2))
+    with standing_in():
+        found = Draws(3, 5, 7).normal(shape, torch.float64, GPU).cpu()
+    assert torch.equal(found, on_gpu(shape, seed=3, first_row=5, step=7))
 
 
 @settings(max_examples=40, deadline=None)
