@@ -31,9 +31,10 @@ from dsl.paths.token_sde import jvp
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
 from dsl.state import State
-from tests.dsl.laws import Law, random_law, ring, total_variation
+from tests.dsl.laws import Law, Written, random_law, ring, total_variation
 
 INF = float("inf")
+SIGNS = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
 LAW = replace(random_law(tokens=3, length=4, dim=2, seed=3), table_VD=ring(3))
 
 
@@ -166,6 +167,40 @@ def test_uncertain_tokens_wait_and_a_tight_tolerance_is_reported() -> None:
     assert (spread > 0.5).all()
 
 
+def foreseen(gamma: list[float], x_hat: list[float]) -> tuple[State, Posterior]:
+    """One row at these SNRs, and a posterior of two tokens, 1 and -1, with these means."""
+    gamma_BL, x_hat_L = (torch.tensor(values, dtype=torch.float64) for values in (gamma, x_hat))
+    tokens_BL = torch.zeros(1, len(gamma), dtype=torch.int64)
+    state = State.from_tokens(SIGNS, tokens_BL, tokens_BL.bool(), gamma_BL[None])
+    return state, Written(state, SIGNS, torch.stack([1 + x_hat_L, 1 - x_hat_L], 1).div(2).log())
+
+
+def at(call: int, budget: int) -> Clock:
+    return Clock(call=call, budget=budget, draws=Draws(0, 0, call))
+
+
+def test_a_step_is_a_share_of_what_is_left() -> None:
+    """Steps of 3 on the linear grid; ``s / (s + moves left - 1)`` for a weight s below one."""
+    path = TokenSDE(gamma_max=12.0, delta=0.15)
+    state, posterior = foreseen([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    gamma_BL, carry = path.target(state, posterior, path.init(state), at(0, 5))
+    assert gamma_BL.tolist() == [[3.0, 3.0, 3.0]]
+    walked, beyond_L = [3.0, 3.0, 3.0], [0.0, 0.0, 0.0]
+    for call, turns in ((1, (0.0, 0.3, 0.9)), (2, (0.3, 0.0, -0.6))):
+        assert carry.x_hat_BLD is not None
+        x_hat = (carry.x_hat_BLD.flatten() + torch.tensor(turns)).tolist()
+        gamma_BL, carry = path.target(*foreseen(walked, x_hat), carry, at(call, 5))
+        left = 4 - call
+        for token, turn in enumerate(turns):
+            weight = min(0.15 / (abs(turn) / 3 + 1e-6) / 3, 1.0)
+            moved = (12 - walked[token]) * weight / (weight + left - 1)
+            beyond_L[token] += max(moved - weight * 3, 0.0)
+            walked[token] += moved
+        assert gamma_BL.flatten().tolist() == pytest.approx(walked, rel=1e-6)
+    assert min(beyond_L[1:]) > 0.1
+    assert path.report(carry)["shortfall_B"].item() == pytest.approx(sum(beyond_L) / 3, rel=1e-6)
+
+
 def test_a_jvp_is_charged_to_the_budget() -> None:
     """Every move but the last, and the first of an odd budget, costs two calls."""
     asked = []
@@ -265,6 +300,21 @@ def test_second_order_costs_no_call_and_keeps_the_grid() -> None:
     walks = [made.recorded["walk"].gamma for made in (plain, second)]
     assert all(torch.equal(*pair) for pair in zip(*walks, strict=True))
     assert "shortfall_B" in draw(SecondOrder(TokenSDE(gamma_max=9.0, delta=0.1)), 12).recorded
+
+
+def test_a_turn_counts_by_the_steps_before_and_after_it() -> None:
+    """Steps of 1 and 3: by 3 / (2 · 1)."""
+    grid = Information(gammas=(0.0, 1.0, 4.0), nats=(0.0, 1.0, 2.0))
+    path = SecondOrder(SentenceSDE(gamma_max=4.0, grid=grid))
+    state, before = foreseen([0.0, 0.0], [0.1, -0.4])
+    gamma_BL, carry = path.target(state, before, path.init(state), at(0, 3))
+    assert gamma_BL.tolist() == [[1.0, 1.0]]
+    assert torch.equal(path.steer(before, carry).mean(), before.mean())
+    state, posterior = foreseen([1.0, 1.0], [0.3, 0.2])
+    gamma_BL, carry = path.target(state, posterior, carry, at(1, 3))
+    assert gamma_BL.tolist() == [[4.0, 4.0]]
+    drift_L = path.steer(posterior, carry).mean().flatten()
+    assert drift_L.tolist() == pytest.approx([0.3 + 1.5 * 0.2, 0.2 + 1.5 * 0.6])
 
 
 def test_a_remnant_of_a_step_is_not_drawn_out() -> None:
