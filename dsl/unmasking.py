@@ -10,7 +10,7 @@ Shapes: B rows, L positions, N asked positions (flat, in [0, B·L)), R rows.
 import torch
 from torch import Tensor
 
-from dsl.likelihood import Estimate
+from dsl.likelihood import Estimate, log_prob_of
 from dsl.paths import Hybrid, Path, Remask
 from dsl.posterior import Denoises, Posterior
 from dsl.sampling import sample
@@ -73,7 +73,7 @@ class _Told:
             raise ValueError("the path reveals a token twice, so its texts have no single order")
         there_N = send(at_N, self.tokens_BL.device)
         tokens_N = self.tokens_BL.flatten()[there_N]
-        log_probs_N = posterior.log_probs_at(at_N).gather(1, tokens_N[:, None]).squeeze(1)
+        log_probs_N = posterior.summarise(log_prob_of, at_N, tokens_N)
         self.nats_BL.view(-1)[there_N] = -log_probs_N.double()
         self.drawn_BL.view(-1)[at_N] = True
         return tokens_N

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import dsl
-from dsl import unmasking
+from dsl import chunks, unmasking
 from dsl.paths import AnyPath, EntropyBounded, Hybrid, Masked, Order, Remask, SentenceSDE
+from dsl.posterior import Posterior
 from dsl.state import State
 from dsl.truncation import Truncated
-from tests.dsl.laws import random_law
+from tests.dsl.laws import Written, random_law
 
 LAW = random_law(tokens=3, length=4, dim=2, seed=3)
 EVERY_SL = torch.tensor(list(itertools.product(range(3), repeat=4)))
@@ -83,6 +84,30 @@ def test_other_paths_are_refused(path: AnyPath, said: str) -> None:
 def test_a_stage_without_calls_refuses_nothing() -> None:
     path = Hybrid(Remask(rule="cap"), Order("left_to_right"), split=(0, 4))
     assert of_every_text(path, 4).sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_work_is_chunked_by_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Known:
+        table_VD = LAW.table_VD
+        log_probs_NV = torch.randn(12, 3).log_softmax(-1)
+
+        def __call__(self, state: State) -> Posterior:
+            made = Written(state, self.table_VD, self.log_probs_NV)
+            made.asked = asked
+            return made
+
+    def nats() -> torch.Tensor:
+        tokens_BL = EVERY_SL[5:8]
+        return unmasking.estimate(Known(), tokens_BL, Masked(), budget=1, seed=0).mean_B
+
+    whole_B = nats()
+    assert asked == [12]
+    asked.clear()
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 15)  # five positions a chunk
+    assert torch.equal(nats(), whole_B)
+    assert asked == [5, 5, 2]
 
 
 def test_texts_may_be_transposed() -> None:
