@@ -86,6 +86,11 @@ def test_weights_are_a_distribution(seed, scale, prior):
     torch.testing.assert_close(weights_BLU.sum(-1), torch.ones(ROWS, LENGTH))
 
 
+def test_beta_starts_at_the_scale_of_the_dimension():
+    assert Converter(TOKENS, 16, beta=None, mask_prior=0.5).beta.tolist() == [0.25]
+    assert Converter(TOKENS, 16, beta=0.5, mask_prior=0.5).beta.tolist() == [0.5]
+
+
 def test_the_mask_bias_is_the_prior_s_logit():
     assert mask_bias(50257, 0.5) == pytest.approx(math.log(50257), abs=1e-12)
     assert mask_bias(50257, 0.99) == pytest.approx(15.42, abs=5e-3)
