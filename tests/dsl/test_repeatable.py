@@ -5,7 +5,6 @@ Bit-exact resumption rests on it, because a process that resumes lays its tensor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -46,8 +45,3 @@ def test_no_result_depends_on_where_its_operands_lie(name: str, dtype: torch.dty
             for other in range(0, LINE, 3):
                 found = OPERATIONS[name](placed(one, offset), placed(two, other))
                 assert torch.equal(found, expected), (rows, inner, columns, offset, other)
-
-
-def test_mkl_is_told_to_be_repeatable() -> None:
-    """By `infra` in every verb and worker, here by the tests' own start."""
-    assert os.environ["MKL_CBWR"]
