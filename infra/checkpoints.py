@@ -97,13 +97,9 @@ class Checkpoints:
         """The committed steps, ascending."""
         return committed(self.folder)
 
-    def latest(self) -> int | None:
-        """The last committed step."""
-        return max(self.steps(), default=None)
-
     @property
     def last(self) -> int | None:
-        """The last step that this process knows to be committed, without asking the store."""
+        """The last step that the ranks know to be committed, without asking the store."""
         if self._writing and not self._writing[1].is_alive() and self._failure is None:
             return self._writing[0]
         return self._last
@@ -153,9 +149,11 @@ class Checkpoints:
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fill `tensors` in place from a committed step, whatever the sharding; its meta.
 
-        Raises DataError if the step is not there, is damaged, or has other tensors.
+        Raises DataError, on all ranks, if the step is not there, is damaged, or has other tensors.
         """
-        folder, commit = _at(self.folder, step), _read_commit(self.folder, step)
+        self._meet()
+        folder = _at(self.folder, step)
+        commit = self._from_rank_0(lambda: _read_commit(self.folder, step))
         _must_match(folder, commit.tensors, tensors)
         dcp.read(folder, commit.tensors, tensors, alone=False)
         self._last = step
@@ -169,8 +167,7 @@ class Checkpoints:
         """
         self._meet()
         damaged: dict[int, Damaged] = {}
-        steps, *_ = self._all(self.steps())  # rank 0's: another machine's view may lag behind
-        for step in reversed(steps):
+        for step in reversed(self._from_rank_0(self.steps)):
             try:
                 meta = self.load(step, tensors)
             except Damaged as problem:
@@ -239,6 +236,23 @@ class Checkpoints:
     @property
     def _rank(self) -> int:
         return 0 if self._group is None else dist.get_rank(self._group)
+
+    def _from_rank_0(self, ask: Callable[[], T]) -> T:
+        """What rank 0 finds in the store, or its problem, on every rank: another machine's view
+        may lag behind, and ranks that go on from two steps would mix them."""
+        if self._group is None:
+            return ask()
+        found: list[Any] = [None, None]
+        if self._rank == 0:
+            try:
+                found[0] = ask()
+            except Problem as problem:
+                found[1] = problem
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        value, problem = found
+        if problem:
+            raise problem
+        return value  # type: ignore[no-any-return]
 
     def _all(self, value: T) -> list[T]:
         """Every rank's value."""

@@ -127,7 +127,7 @@ def train(
                     heeded = notice
             monitor.doing("in the last checkpoint")
             checkpoints.wait()
-        if checkpoints.latest() != progress.step:
+        if checkpoints.last != progress.step:
             raise InfraError(
                 checkpoints.folder.url,
                 f"the last checkpoint could not be written; {_last_good(checkpoints)}",

@@ -46,7 +46,7 @@ def train(folder: str, until: int, save_at: int, die_at: int | None = None) -> d
     """Resume from the latest checkpoint, if any, and train; the whole tensors at the end."""
     with parallel.join(FLOAT32) as mesh:
         run, store = Trained(mesh, FLOAT32), Checkpoints(folder, keep=9)
-        first = store.latest()
+        first = max(store.steps(), default=None)
         if first is not None:
             assert store.load(first, tensors_of(run)) == {"losses": [0.5], "step": first}
         for step in range(first or 0, until):
@@ -136,7 +136,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(
         in_workers(1, save_twice, folder, die)
     assert (tmp_path / "step_000002").exists()
     store = Patient(folder, keep=2)
-    assert (store.steps(), store.latest()) == ([1], 1)
+    assert store.steps() == [1]
     tensors = numbers(0)
     store.load(1, tensors)
     assert torch.equal(tensors["a"], numbers(1)["a"])
@@ -175,10 +175,10 @@ def test_save_copies_before_it_returns(tmp_path: Path, monkeypatch: pytest.Monke
     store.save(1, tensors, meta)
     tensors["a"].zero_()
     meta["losses"].append(2.0)
-    assert store.latest() is None
+    assert store.steps() == []
     go.set()
     store.wait()
-    assert store.latest() == 1
+    assert store.steps() == [1]
     assert torch.equal(consolidate(str(tmp_path), 1, "a")[""], numbers(1)["a"])
     assert store.resume(numbers(0)) == (1, {"losses": [1.0]})
 
@@ -278,24 +278,56 @@ def test_a_failure_on_one_rank_is_the_verdict_of_all(tmp_path: Path) -> None:
         assert "bad cable" in message
 
 
-def resume_behind(folder: str) -> tuple[int | None, dict[str, Any]]:
+def lists_less(store: Checkpoints) -> None:
+    store.steps = lambda: [1]
+
+
+def sees_damage(store: Checkpoints) -> None:
+    def torn(folder: Folder, commit: checkpoints.Commit) -> None:
+        if commit.step == 2:
+            raise dcp.Damaged(folder.url, "damaged checkpoint: the file is missing")
+
+    checkpoints._must_be_whole = torn
+
+
+def resume_behind(
+    folder: str, behind: int, lag: Callable[[Checkpoints], None], corrupt: Any
+) -> tuple[int | None, dict[str, Any]]:
     with parallel.join(FLOAT32) as mesh:
-        run, store = Trained(mesh, FLOAT32), Patient(folder, keep=2)
+        run, store = Trained(mesh, FLOAT32), Patient(folder, keep=2, corrupt=corrupt)
         for step in (1, 2):
             run.step(step)
             store.save(step, tensors_of(run), {})
-        if parallel.world()[0] == 1:
-            store.steps = lambda: [1]
+        if parallel.world()[0] == behind:
+            lag(store)
         step, _ = store.resume(tensors_of(run))
+        assert store.last == step
         return step, full(tensors_of(run).items())
 
 
-def test_a_rank_whose_view_of_the_folder_lags_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("behind", "lag", "corrupt", "expected"),
+    [
+        (1, lists_less, "stop", 2),
+        (1, sees_damage, "stop", 2),
+        (1, sees_damage, "skip", 2),
+        (0, sees_damage, "skip", 1),
+    ],
+)
+def test_a_rank_whose_view_of_the_folder_lags_behind(
+    behind: int, lag: Callable[[Checkpoints], None], corrupt: str, expected: int, tmp_path: Path
+) -> None:
     """As an NFS client's may: all ranks load the step that rank 0 sees, and no mixture of two."""
-    resumed = in_workers(2, resume_behind, str(tmp_path))
-    assert [step for step, _ in resumed] == [2, 2]
-    written = consolidate(str(tmp_path), 2, "")
-    same(resumed[0][1], {key: tensor.numpy() for key, tensor in written.items()})
+    resumed = in_workers(2, resume_behind, str(tmp_path), behind, lag, corrupt)
+    assert [step for step, _ in resumed] == [expected, expected]
+    written = consolidate(str(tmp_path), expected, "")
+    for _, tensors in resumed:
+        same(tensors, {key: tensor.numpy() for key, tensor in written.items()})
+
+
+def test_damage_that_rank_0_sees_is_the_verdict_of_all(tmp_path: Path) -> None:
+    with pytest.raises(dcp.Damaged, match="the file is missing"):
+        in_workers(2, resume_behind, str(tmp_path), 0, sees_damage, "stop")
 
 
 def save_on_own_disk(folder: str) -> str:
