@@ -18,7 +18,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +53,18 @@ class Journal:
 
     An object store cannot append. There the lines gather in a temporary file, which `sync` uploads
     whole. Call it before committing a checkpoint, so that the store holds every line up to the
-    checkpoint's step.
+    checkpoint's step. `permit` is called before each upload; it raises if this process may no
+    longer write the run.
     """
 
-    def __init__(self, folder: str | Folder, *, resume: int | None = None) -> None:
-        self.folder = Folder.at(folder)
+    def __init__(
+        self,
+        folder: str | Folder,
+        *,
+        resume: int | None = None,
+        permit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self._permit = Folder.at(folder), permit
         self._spool = None if self.folder.is_local else tempfile.TemporaryDirectory()
         self.local = Path(self._spool.name if self._spool else self.folder.path) / NAME
         kept = [] if resume is None else [row for row in read(self.folder) if row["step"] <= resume]
@@ -67,6 +74,7 @@ class Journal:
             # Unbuffered: one line is one system call, which a SIGKILL cannot cut in two.
             self._file = self.local.open("ab", buffering=0)
         self._uploaded, self._uploaded_at = -1, -math.inf
+        self._uploading = threading.Lock()  # an older upload must not end after a newer one
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line; it has reached the operating system on return.
@@ -88,12 +96,14 @@ class Journal:
         """Upload the journal to its object store; on a disk it is there already.
 
         Does nothing if the store has every line, or if the last upload was less than `every`
-        seconds ago. Raises InfraError where the store refuses.
+        seconds ago. Raises InfraError where the store refuses, and what `permit` raises.
         """
-        size, now = self.local.stat().st_size, time.monotonic()
-        if self._spool and size != self._uploaded and now >= self._uploaded_at + every:
-            self.folder.write_bytes(NAME, self.local.read_bytes())
-            self._uploaded, self._uploaded_at = size, now
+        with self._uploading:
+            size, now = self.local.stat().st_size, time.monotonic()
+            if self._spool and size != self._uploaded and now >= self._uploaded_at + every:
+                self._permit()
+                self.folder.write_bytes(NAME, self.local.read_bytes())
+                self._uploaded, self._uploaded_at = size, now
 
     def close(self) -> None:
         """Upload what is left and close the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ RESULT = "result.json"
 FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "train.log_every")
 # What counts as bad data or weights beside infra's own errors.
 DATA_ERRORS = (WeightsError, VocabularyError)
+
+log = logging.getLogger(__name__)
 
 Dataset = Mapping[str, str]  # `name`, `digest` and `source`, as MLflow shows them
 
@@ -99,11 +102,11 @@ def carry_out(task: Task) -> dict[str, Any]:
             if task.stands(before):
                 say(f"{folder.url} is finished; existing=restart would make it anew")
                 return before
-        with _beginning(folder, config, task.verb):
+        with _beginning(holder.lease, config, task.verb):
             handle = _start(task, *task.prepare(folder))
         run = Run(folder, holder.lease, handle)
         say(f"run {folder.url}; metrics: {tracking.page(handle)}")
-        with _ending(handle):
+        with _ending(run):
             task.work(run)
             holder.lease.confirm()
             made = task.conclude(run)
@@ -171,9 +174,10 @@ def result(folder: Folder, *keys: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _beginning(folder: Folder, config: RunSettings, verb: str) -> Iterator[None]:
+def _beginning(lease: Lease, config: RunSettings, verb: str) -> Iterator[None]:
     """Around all that comes before the MLflow run: a kill leaves a run to resume, an error
-    nothing."""
+    nothing, or what the process that took the run over has there."""
+    folder = lease.run
     if folder.exists(tracking.RECORD):
         yield
         return
@@ -182,6 +186,7 @@ def _beginning(folder: Folder, config: RunSettings, verb: str) -> Iterator[None]
         yield
     except Exception:
         with suppress(Problem):
+            lease.confirm()
             folder.remove()
         raise
 
@@ -220,13 +225,18 @@ def _start(task: Task, data: Dataset | None, tags: Mapping[str, str]) -> RunHand
 
 
 @contextmanager
-def _ending(handle: RunHandle) -> Iterator[None]:
-    """Show in MLflow that a run was cut off, if it was."""
+def _ending(run: Run) -> Iterator[None]:
+    """Show in MLflow that a run was cut off, if it was and is still this process's."""
     try:
         yield
     except BaseException as error:
         # An interrupt, a notice, or the exit by which Ray Tune halts a trial is no failure.
-        tracking.finish(handle, "FAILED" if isinstance(error, Exception) else "KILLED")
+        status: tracking.Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        try:
+            run.lease.confirm()
+            tracking.finish(run.handle, status)
+        except Problem as problem:  # the first error is the one to tell
+            log.warning("the end of the run is not recorded: %s", problem)
         raise
 
 
@@ -235,9 +245,10 @@ def _publish(run: Run, made: Made) -> None:
     place = run.folder / "report"
     for name, content in made.files.items():
         place.write_bytes(name, content)
-    log = tracking.Logger(tracking.Journal(run.folder), run.handle)
-    log.log(0, made.result["metrics"])
-    log.close()
+    journal = tracking.Journal(run.folder, permit=run.lease.confirm)
+    logger = tracking.Logger(journal, run.handle)
+    logger.log(0, made.result["metrics"])
+    logger.close()
     with place.local() as local:
         tracking.log_artifacts(run.handle, local)
 

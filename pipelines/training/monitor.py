@@ -51,7 +51,9 @@ class Monitor:
 
     def _open(self, done: int | None) -> tracking.Logger:
         self.run.lease.confirm()
-        return tracking.Logger(tracking.Journal(self.run.folder, resume=done), self.run.handle)
+        permit = self.run.lease.confirm
+        journal = tracking.Journal(self.run.folder, resume=done, permit=permit)
+        return tracking.Logger(journal, self.run.handle)
 
     def doing(self, what: str) -> None:
         """What this rank does from now on, for whoever asks when it hangs."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from infra import journal, tracking
 from infra.errors import ConfigError, DataError, InfraError
 from infra.journal import Journal
+from infra.storage import Folder
 from infra.tracking import Logger, RunHandle, TrackingConfig, connect
 from tests.infra.common import MLflowServer, until
 
@@ -139,6 +141,46 @@ def test_journal_in_an_object_store() -> None:
     book.append(2, {"loss": 1.5})
     book.close()
     assert [(row["step"], row["loss"]) for row in journal.read(url)] == [(1, 3.0), (2, 1.5)]
+
+
+def test_an_upload_that_lingers_is_not_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread's, which began before the one that a checkpoint waits for."""
+    url, write, began, calls = "memory://bucket/runs/lingers", Folder.write_bytes, Event(), []
+
+    def lingers(folder: Folder, name: str, content: bytes) -> None:
+        calls.append(name)
+        if len(calls) == 1:
+            began.set()
+            time.sleep(0.5)
+        write(folder, name, content)
+
+    book = Journal(url)
+    book.append(1, {"loss": 3.0})
+    monkeypatch.setattr(Folder, "write_bytes", lingers)
+    thread = Thread(target=book.sync)
+    thread.start()
+    began.wait()
+    book.append(2, {"loss": 2.0})
+    book.sync()
+    thread.join()
+    assert [row["step"] for row in journal.read(url)] == [1, 2]
+
+
+def test_a_journal_of_a_run_that_was_taken_over_stays_here(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither its thread, nor a checkpoint, nor the end uploads it over the successor's."""
+    handle = RunHandle(folder="memory://bucket/runs/taken", uri="sqlite:///unused.db", run_id=None)
+
+    def refuse() -> None:
+        raise InfraError(handle.folder, "the run was taken over")
+
+    log = Logger(Journal(handle.folder, permit=refuse), handle, interval=0.01)
+    log.log(1, {"loss": 2.0})
+    until(lambda: "the run was taken over" in caplog.text)
+    log.sync()
+    log.close()
+    assert journal.read(handle.folder) == []
 
 
 # The run

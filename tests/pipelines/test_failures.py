@@ -188,6 +188,14 @@ def test_a_disk_that_is_full_at_the_end(
     assert main("pretrain", *argv).code == 0
 
 
+def test_a_list_of_checkpoints_that_lags_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    """As an NFS client's may: the checkpoint that was just committed is none that failed."""
+    monkeypatch.setattr(checkpoints.Checkpoints, "steps", lambda store: [])
+    tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+
+
 def test_a_disk_that_is_full_while_preparing(
     main: Callable[..., tiny.Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from infra import tracking
 from infra.checkpoints import committed
 from infra.errors import InfraError
 from infra.lease import Lease, held
+from infra.preemption import Terminated
 from infra.storage import Folder
+from infra.tracking import RunHandle
+from pipelines.runs import Run
+from pipelines.training.launch import TrainingTask
 from tests.pipelines import tiny
 
 
@@ -82,8 +88,55 @@ def test_a_run_that_was_taken_over_is_left_alone(
         tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
     run = tmp_path / "run"
     assert committed(str(run / "checkpoints")) == [3]
+    assert json.loads((run / "run.json").read_text())["status"] == "RUNNING"
     assert not (run / "model").exists()
     assert not (run / "result.json").exists()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_fails_to_begin_removes_its_own_run_alone(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Another process may have taken the run over meanwhile, and written there."""
+    run = tmp_path / "run"
+
+    def fail(task: TrainingTask, folder: Folder) -> None:
+        if taken:
+            (lease,) = (tmp_path / ".run.lease").iterdir()
+            lease.rename(lease.with_name("000009.json"))
+            lease.with_name("000009.json").write_text('{"holder": "another"}')
+            folder.write_bytes("run.json", b"{}")
+        raise InfraError("memory://data", "the store does not answer")
+
+    monkeypatch.setattr(TrainingTask, "prepare", fail)
+    with pytest.raises(InfraError, match="the store does not answer"):
+        tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    assert sorted(os.listdir(run) if run.exists() else []) == ["config.yaml", "run.json"] * taken
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), Terminated(), KeyboardInterrupt()], ids=repr
+)
+def test_the_first_error_is_told_though_its_record_fails(
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
+) -> None:
+    def fail(task: TrainingTask, run: Run) -> None:
+        monkeypatch.setattr(tracking, "finish", away)
+        raise error
+
+    def away(handle: RunHandle, status: str) -> None:
+        raise InfraError(handle.folder, "the store does not answer")
+
+    monkeypatch.setattr(TrainingTask, "work", fail)
+    with pytest.raises(type(error)) as caught:
+        tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    assert caught.value is error
+    assert "the end of the run is not recorded" in caplog.text
+    assert "the store does not answer" in caplog.text
 
 
 def test_a_restart_that_was_cut_off_can_be_repeated(
