@@ -116,8 +116,19 @@ class Folder:
         """Sorted names of what lies directly in the folder; [] if there is no folder."""
         return sorted(self.sizes())
 
+    def files(self) -> list[str]:
+        """Sorted names of the files that lie directly in the folder."""
+        return sorted(name for name, info in self._listed().items() if info["type"] != "directory")
+
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that lies directly in the folder, by name; folders in it have 0."""
+        return {
+            name: info["size"] or 0 if info["type"] == "file" else 0
+            for name, info in self._listed().items()
+        }
+
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        """What the filesystem says of all that lies directly in the folder, by name."""
 
         def listed(path: str) -> list[dict[str, Any]]:
             while True:
@@ -131,7 +142,7 @@ class Folder:
         own = self.path.strip("/")  # some stores list the folder in itself
         found = {info["name"].strip("/"): info for info in self._ask("", listed)}
         return {
-            path.rpartition("/")[2]: info["size"] or 0 if info["type"] == "file" else 0
+            path.rpartition("/")[2]: info
             for path, info in found.items()
             if path != own and not path.endswith(PARTIAL)
         }
@@ -200,7 +211,7 @@ class Folder:
         with tempfile.TemporaryDirectory() as staging:
             copy = Path(staging) / self.path.rstrip("/").rpartition("/")[2]
             copy.mkdir(exist_ok=True)  # the root of a store has no name
-            for name in names or self.names():
+            for name in names or self.files():
                 (copy / name).write_bytes(self.read_bytes(name))
             yield copy
 

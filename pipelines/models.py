@@ -113,7 +113,7 @@ def _read(
 
 def _needed(folder: Folder) -> AbstractContextManager[Path]:
     """The files of a folder, or the one file, on this machine, without pickles that go unused."""
-    names = folder.names()
+    names = folder.files()
     if any(name.endswith(SAFE) for name in names):
         names = [name for name in names if not name.endswith(huggingface.PICKLES)]
     return folder.local(*names)
@@ -212,7 +212,7 @@ def vocabulary_of(manifest: Manifest, data: Folder) -> Vocabulary:
 def read_vocabulary(address: str) -> Vocabulary:
     """The vocabulary in a `tokenizer.json`, or in a folder that holds one or GPT-2's two files."""
     folder, name = Folder.holding(address.rstrip("/"))
-    inside = (folder / name).names()  # none: it is a file
+    inside = (folder / name).files()  # none: it is a file
     with (folder / name if inside else folder).local(*inside or [name]) as local:
         return Vocabulary.load(local if inside else local / name)
 

@@ -54,6 +54,8 @@ def test_a_stream_appears_when_it_is_whole(folder: Folder) -> None:
 def test_a_copy_on_this_machine(folder: Folder) -> None:
     for name in ("a", "b"):
         folder.write_bytes(name, name.encode())
+    (folder / "sub").write_bytes("c", b"c")
+    assert folder.files() == ["a", "b"]
     for asked in ((), ("a",)):
         with folder.local(*asked) as place:
             assert place.name == "[folder]*"

@@ -8,6 +8,9 @@ import pytest
 
 import dsl
 from dsl.dit import DiTShape
+from infra.storage import Folder
+from pipelines import models
+from pipelines.models import ConverterConfig
 from tests.dsl.test_mdlm import training_file, write_folder
 from tests.pipelines import tiny
 
@@ -62,3 +65,15 @@ def test_scratch_is_as_the_backbone_says(data: str, tmp_path: Path, verb: str) -
     shape = DiTShape(width=16, blocks=2, heads=2, cond_dim=8, dropout=0.3)
     saved = dsl.load(tmp_path / "run" / "model").config.backbone
     assert saved == shape.config(28, causal=False)
+
+
+def test_a_folder_in_a_store_may_have_folders_of_its_own(data: str, mdlm: Path) -> None:
+    """As many of the hub have, with the weights once more in another format."""
+    place = Folder.at("memory://hub/mdlm")
+    for path in mdlm.iterdir():
+        place.write_bytes(path.name, path.read_bytes())
+    place.write_bytes("tokenizer.json", (Path(data) / "tokenizer.json").read_bytes())
+    (place / "onnx").write_bytes("model.onnx", b"none of ours")
+    model = models.load(place.url, converter=ConverterConfig(), tracking_uri="")
+    assert model.denoiser.config.backbone.width == 16
+    assert models.read_vocabulary(place.url).size == 28
