@@ -32,12 +32,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infra import process
 from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, QUIET, commit
 from infra.errors import InfraError, Problem
 from infra.local import OBJECT_STORE_BYTES
 
 UP = "Start one with `python -m infra.cluster up`"
 START_SECONDS, STOP_SECONDS = 180, 20
+JOB_SECONDS = 90  # that a stopped job has for a last checkpoint; 3 by default
 # A job needs neither. Ray itself leaves out .git, .venv and what .gitignore names.
 EXCLUDES = ["/.cluster", "/tests"]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -55,17 +57,27 @@ class Head:
     @staticmethod
     def load(state: Path, *, alive: bool = True) -> Head:
         """The head that `state` records; InfraError where there is none, or none is `alive`."""
+        record = state / "head.json"
         try:
-            head = Head(**json.loads((state / "head.json").read_text()))
+            head = Head(**json.loads(record.read_text()))
         except FileNotFoundError:
             raise InfraError(str(state), "no cluster is up", UP) from None
+        except (ValueError, TypeError):
+            fix = "End its processes by hand, if there are any, and remove the file"
+            raise InfraError(str(record), "not the record of a cluster", fix) from None
         if alive and not head.alive:
             raise InfraError(str(state), "the cluster that was up is gone", f"{UP} after `down`")
         return head
 
     @property
     def alive(self) -> bool:
-        return _started(self.pid) == self.started
+        return process.started(self.pid) == self.started
+
+    def save(self, state: Path) -> None:
+        """Record the head in `state`; a kill leaves no part of a record."""
+        partial = state / "head.json.partial"
+        partial.write_text(json.dumps(asdict(self)))
+        os.replace(partial, state / "head.json")
 
 
 def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) -> Head:
@@ -95,22 +107,24 @@ def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) 
         "num-cpus": num_cpus or (os.cpu_count() or 1) + DATA_CPUS,
     }  # fmt: skip
     # `down` stops the jobs first. Ray would then wait half a minute for actors of its own to end.
-    undrained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    patience = {
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_SECONDS),
+    }  # fmt: skip
     with (state / "head.log").open("w") as log:
-        process = subprocess.Popen(
+        ray = subprocess.Popen(
             [RAY, "start", "--head", "--block", *(f"--{k}={v}" for k, v in arguments.items())],
-            env=_environment(state) | undrained, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=_environment(state) | patience, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard_port}"
-    head = Head(pid=process.pid, started=_started(process.pid), address=address, folder=folder)
-    (state / "head.json").write_text(json.dumps(asdict(head)))
+    head = Head(pid=ray.pid, started=process.started(ray.pid) or "", address=address, folder=folder)
+    head.save(state)
     deadline = time.monotonic() + START_SECONDS
     while True:
         with contextlib.suppress(OSError):
             _ask(f"{address}/api/version", token.read_text())
             return head
-        if process.poll() is not None or time.monotonic() > deadline:
+        if ray.poll() is not None or time.monotonic() > deadline:
             down(state)
             raise InfraError(address, "the head did not start", f"See {state / 'head.log'}")
         time.sleep(0.5)
@@ -147,10 +161,11 @@ def down(state: Path) -> None:
     """End the head that `up` started: its jobs, its process group, and nothing else."""
     head = Head.load(state, alive=False)
     if head.alive:
-        _stop_jobs(head.address, (state / "token").read_text())
+        _stop_jobs(head.address, state / "token")
         os.kill(head.pid, signal.SIGTERM)
-        _wait_while(lambda: head.alive)
-    if _started(head.pid) in ("", head.started):  # otherwise another process has the pid by now
+        _wait_while(lambda: head.alive, STOP_SECONDS)
+    # Otherwise another process has the pid by now.
+    if process.started(head.pid) in (None, head.started):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
     shutil.rmtree(head.folder, ignore_errors=True)
@@ -161,17 +176,14 @@ def down(state: Path) -> None:
 def _environment(state: Path) -> dict[str, str]:
     """The environment of a `ray` command: the token, and the interpreter that jobs find first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    token = (state / "token").read_text()
+    try:
+        token = (state / "token").read_text()
+    except FileNotFoundError:
+        fix = f"End the cluster with `down`. {UP}"
+        raise InfraError(str(state), "the token of the cluster is gone", fix) from None
     hidden = {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", COMMIT_VARIABLE}
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return {**kept, **QUIET, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-
-
-def _started(pid: int) -> str:
-    """When the process was started; "" if there is none or it is a zombie."""
-    columns = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
-    status, _, began = subprocess.run(columns, capture_output=True, text=True).stdout.partition(" ")
-    return "" if status.startswith("Z") else began.strip()
 
 
 def _ask(url: str, token: str, method: str = "GET") -> Any:
@@ -182,23 +194,24 @@ def _ask(url: str, token: str, method: str = "GET") -> Any:
         return json.load(answer)
 
 
-def _stop_jobs(address: str, token: str) -> None:
+def _stop_jobs(address: str, token: Path) -> None:
     """Stop all jobs: their drivers have sessions of their own and would outlive the head."""
 
     def running() -> list[str]:
-        jobs = _ask(f"{address}/api/jobs/", token)
+        jobs = _ask(f"{address}/api/jobs/", token.read_text())
         live = [job["submission_id"] for job in jobs if job["status"] in ("PENDING", "RUNNING")]
         return [job for job in live if job]  # a driver that was not submitted has no id
 
-    with contextlib.suppress(OSError):  # a head that does not answer is ended all the same
+    # A head that does not answer, or whose token is gone, is ended all the same.
+    with contextlib.suppress(OSError):
         for job in running():
-            _ask(f"{address}/api/jobs/{job}/stop", token, "POST")
-        _wait_while(lambda: bool(running()))
+            _ask(f"{address}/api/jobs/{job}/stop", token.read_text(), "POST")
+        _wait_while(lambda: bool(running()), JOB_SECONDS + STOP_SECONDS)
 
 
-def _wait_while(condition: Callable[[], bool]) -> None:
-    """Wait until the condition is false, for STOP_SECONDS at most."""
-    deadline = time.monotonic() + STOP_SECONDS
+def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until the condition is false, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
     while condition() and time.monotonic() < deadline:
         time.sleep(0.2)
 

@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from infra import cluster
+from infra import cluster, process
 from infra.errors import DataError, InfraError, Problem
 from infra.storage import Folder, explained
 
@@ -145,7 +145,7 @@ def _take(run: Folder) -> Held:
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            "started": process.started(os.getpid()),
             "job": job,
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "beat": 0,
@@ -168,7 +168,7 @@ def _abandoned(run: Folder, name: str) -> bool:
     if not before and name not in folder.names():
         return True  # it was released or taken over since it was listed
     if before.get("machine") and before["machine"] == _machine():
-        return _started(before.get("pid")) != before.get("started")
+        return process.started(before.get("pid")) != before.get("started")
     log.warning(
         "%s is held by %s; waiting %.0f s for a sign of life", run.url, _describe(before),
         PATIENCE_S,
@@ -252,12 +252,3 @@ def _machine() -> str | None:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def _started(pid: object) -> str | None:
-    """When a process of this machine was started, in clock ticks; None if it is gone."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -164,6 +165,18 @@ def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+SLOW_TO_END = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(4)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("begun", flush=True)
+time.sleep(5000.125)
+"""
+
+
 @pytest.fixture
 def running_head(tmp_path: Path) -> Iterator[Path]:
     state = tmp_path / "cluster"
@@ -205,7 +218,8 @@ def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     assert f"of {commit.sha}" in job.stdout
     assert sys.executable in job.stdout
 
-    forever = ["python", "-c", "print('begun', flush=True); import time; time.sleep(5000.125)"]
+    last = state / "last"
+    forever = ["python", "-c", SLOW_TO_END, str(last)]
     long = subprocess.Popen(
         [sys.executable, "-m", "infra.cluster", "--state", str(state), "submit", "--", *forever],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -217,9 +231,66 @@ def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     assert long.returncode
     assert not processes_of(record.folder)
     assert not processes_of("5000.125")
+    assert last.exists(), "a job has time for a last checkpoint"
     assert not Path(record.folder).exists()
     gone = command(state, "submit", "--", "true")
     assert (gone.returncode, "no cluster is up" in gone.stderr) == (InfraError.exit_code, True)
+
+
+def test_a_job_that_is_stopped_has_time_and_a_record_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, written, start = {}, [], subprocess.Popen
+    replace = os.replace
+
+    def ends_at_once(command: list[str], env: dict[str, str], **more: Any) -> Any:
+        given.update(env)
+        return start(["true"], **more)
+
+    def replaced(partial: Path, path: Path) -> None:
+        assert not path.exists()
+        written.append(json.loads(partial.read_text()))
+        replace(partial, path)
+
+    monkeypatch.setattr(head.subprocess, "Popen", ends_at_once)
+    monkeypatch.setattr(head.os, "replace", replaced)
+    with pytest.raises(InfraError, match="the head did not start"):
+        head.up(tmp_path, dashboard_port=free_port())
+    assert given["RAY_JOB_STOP_WAIT_TIME_S"] == "90"
+    assert [record.keys() for record in written] == [{"pid", "started", "address", "folder"}]
+    assert os.listdir(tmp_path) == ["head.log"]
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"pid": 1}'])
+def test_a_broken_record_of_a_head_is_named(tmp_path: Path, record: str) -> None:
+    (tmp_path / "head.json").write_text(record)
+    with pytest.raises(InfraError, match=r"head\.json: not the record of a cluster\. End its"):
+        head.down(tmp_path)
+
+
+def test_a_head_whose_token_is_gone_can_be_ended(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    started = head.process.started(process.pid)
+    assert started
+    head.Head(pid=process.pid, started=started, address="http://127.0.0.1:9", folder="none").save(
+        tmp_path
+    )
+    with pytest.raises(InfraError, match=r"the token of the cluster is gone\. End the cluster"):
+        head.logs(tmp_path, "job")
+    head.down(tmp_path)
+    assert process.wait(60) == -signal.SIGTERM
+
+
+def test_a_start_is_known_without_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without `ps`, which goes by the clock and is not everywhere."""
+    from_ps = head.process._shown(os.getpid())
+    assert from_ps
+    assert head.process._shown(2**22 + 1) is None
+    monkeypatch.setenv("PATH", "")
+    found = head.process.started(os.getpid())
+    assert found
+    assert found.isdigit()
+    assert head.process.started(2**22 + 1) is None
 
 
 def test_down_signals_no_process_that_took_over_the_pid(tmp_path: Path) -> None:
