@@ -105,7 +105,8 @@ class SweepConfig(RunSettings):
     """Each trial is `finetune` with some settings replaced by values from `space`, whose keys are
     dotted keys of `finetune`.
 
-    `concurrent` is the number of trials at a time, by default as many as the cluster has room for.
+    `concurrent` is the number of trials at a time, by default as many as the cluster has room for
+    when the sweep begins. A cluster that grows only on demand needs it.
     `register` is the name of the best model in the registry.
     """
 

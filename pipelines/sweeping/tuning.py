@@ -107,16 +107,21 @@ def takes(workers: WorkersConfig) -> dict[str, float]:
 
 
 def concurrent(config: SweepConfig, there: Mapping[str, float]) -> int:
-    """How many trials run at a time on these resources."""
+    """How many trials run at a time: as many as the configuration says, for which a cluster may
+    have to grow first, else as many as these resources have room for."""
+    if config.concurrent:
+        return config.concurrent
     whole = takes(config.finetune.workers)
     room = min(int(there.get(key, 0) / value) for key, value in whole.items())
     if not room:
         needs = ", ".join(f"{value:g} {key}" for key, value in whole.items())
         has = ", ".join(f"{there.get(key, 0):g} {key}" for key in whole)
         raise InfraError(
-            "finetune.workers", f"a trial takes {needs}, the cluster has {has}", "Ask for less"
+            "finetune.workers",
+            f"a trial takes {needs}, the cluster has {has}",
+            "Ask for less, or set `concurrent` if the cluster grows",
         )
-    return min(room, config.concurrent or room)
+    return room
 
 
 # --- in the driver ---------------------------------------------------------------------------

@@ -208,6 +208,15 @@ def test_the_cluster_has_the_gpus_that_the_job_asks_for(name: str) -> None:
     assert workers.count <= min(most["gpu"], most["spot"])
 
 
+def test_a_sweep_begins_on_a_cluster_that_has_no_worker_yet() -> None:
+    from pipelines.sweeping import tuning
+
+    settings = parsed(ALL["RayJob/sweep"]["spec"]["entrypoint"])
+    groups = ALL["RayCluster/dsl"]["spec"]["workerGroupSpecs"]
+    most = {group["groupName"]: group["maxReplicas"] for group in groups}
+    assert 0 < tuning.concurrent(settings, {}) <= min(most["gpu"], most["spot"])
+
+
 # --- the image -------------------------------------------------------------------------------
 
 

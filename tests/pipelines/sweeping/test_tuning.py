@@ -168,6 +168,8 @@ def test_as_many_at_a_time_as_there_is_room_for(name: str) -> None:
     assert tuning.concurrent(replace(config, concurrent=1), there) == 1
     with pytest.raises(InfraError, match="a trial takes"):
         tuning.concurrent(config, {"CPU": 0.5})
+    # Of a cluster that has no machine yet, and brings them for trials that wait.
+    assert tuning.concurrent(replace(config, concurrent=8), {}) == 8
 
 
 def test_a_share_of_a_gpu_is_for_one_process() -> None:
