@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ DEPLOY = ROOT / "infra" / "deploy"
 JOBS = ("finetune", "sweep", "evaluate")
 # A cluster that idles for longer than this after its job is forgotten, not wanted.
 LONGEST_TTL_S = 3600
+# How long Ray lets a driver end, on the head, and a node.
+WAITS = ("RAY_JOB_STOP_WAIT_TIME_S", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
 SECRET_WORDS = ("PASSWORD", "SECRET", "TOKEN", "_KEY")
 
 Object = dict[str, Any]
@@ -24,6 +27,13 @@ Object = dict[str, Any]
 def documents(path: Path) -> list[Object]:
     # Anchors make one object of what is written once; copies can be changed one by one.
     return [copy.deepcopy(found) for found in yaml.safe_load_all(path.read_text()) if found]
+
+
+def image() -> dict[str, str]:
+    """The environment of the image of Ray's nodes."""
+    stage = (DEPLOY / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    lines = re.findall("^ENV (.*)", stage.replace("\\\n", " "), re.MULTILINE)
+    return dict(word.split("=", 1) for line in lines for word in line.split())
 
 
 def cluster() -> Object:
@@ -169,16 +179,24 @@ def of_cluster(spec: Object) -> Iterator[str]:
     if f"ray=={spec.get('rayVersion')}" not in (ROOT / "constraints.txt").read_text().split():
         yield "rayVersion is not the one that is installed"
     yield from of_context(spec["autoscalerOptions"].get("securityContext", {}))
-    for group in spec["workerGroupSpecs"]:
-        pod, name = group["template"]["spec"], group["groupName"]
-        if pod.get("automountServiceAccountToken") is not False:
-            yield f"{name} holds a token of Kubernetes"
-        if "nvidia.com/gpu" not in pod["containers"][0]["resources"]["limits"]:
-            continue
-        drains = {v["name"]: v.get("value") for v in pod["containers"][0].get("env", ())}
-        seconds = int(drains.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 0))
-        if not 60 <= seconds <= pod.get("terminationGracePeriodSeconds", 30) - 10:
-            yield f"{name} has no time for a checkpoint when it is preempted"
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        yield from of_group(group)
+
+
+def of_group(group: Object) -> Iterator[str]:
+    pod, name = group["template"]["spec"], group.get("groupName")
+    if name and pod.get("automountServiceAccountToken") is not False:
+        yield f"{name} holds a token of Kubernetes"
+    container, given = pod["containers"][0], image()
+    given |= {v["name"]: v["value"] for v in container.get("env", ()) if "value" in v}
+    mounts = [mount["mountPath"] for mount in container.get("volumeMounts", ())]
+    if not any(Path(given["HOME"]).is_relative_to(mount) for mount in mounts):
+        yield f"{name or 'head'} has nowhere to write caches"
+    if name and "nvidia.com/gpu" not in container["resources"]["limits"]:
+        return
+    waits = [int(given.get(variable, 0)) for variable in WAITS[name is not None :]]
+    if not all(60 <= s <= pod.get("terminationGracePeriodSeconds", 30) - 10 for s in waits):
+        yield f"{name or 'head'} leaves no time for a checkpoint"
 
 
 def of_job(spec: Object) -> Iterator[str]:

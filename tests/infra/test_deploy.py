@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from infra import cluster, config
+from infra import cluster, config, head
 from infra.errors import ConfigError
 from pipelines.training import progress
 from pipelines.training.progress import GAUGES
@@ -94,6 +94,11 @@ def test_a_misspelling_is_seen(name: str, path: str, value: Any, known: dict[str
         ("RayCluster/dsl", f"{HEAD}/volumes/0/hostPath", {"path": "/"}),
         ("RayCluster/dsl", f"{HEAD}/containers/0/image", "registry.example/dsl:latest"),
         ("RayCluster/dsl", f"{HEAD}/securityContext/runAsNonRoot", False),
+        ("RayCluster/dsl", f"{HEAD}/terminationGracePeriodSeconds", None),
+        ("RayCluster/dsl", f"{HEAD}/containers/0/env", None),
+        ("RayCluster/dsl", f"{HEAD}/containers/0/env/0/name", "RAY_JOB_STOP_WAIT_TIME_S"),
+        ("RayCluster/dsl", f"{GPU}/containers/0/env/0/value", "20"),
+        ("RayCluster/dsl", f"{GPU}/containers/0/volumeMounts/0/mountPath", "/data"),
         ("RayCluster/dsl", f"{GPU}/securityContext/seccompProfile", None),
         ("RayCluster/dsl", f"{GPU}/automountServiceAccountToken", True),
         ("RayCluster/dsl", f"{GPU}/terminationGracePeriodSeconds", 30),
@@ -241,6 +246,11 @@ def test_the_image_is_nobodys_and_holds_no_secret() -> None:
     assert re.search(r"^ARG PYTHON=\d+\.\d+\.\d+-", "\n".join(lines), re.MULTILINE)
     assert f"{cluster.COMMIT_VARIABLE}=$COMMIT" in "\n".join(lines)
     assert "RAY_AUTH_MODE=token" in "\n".join(lines)
+    assert manifests.image()["RAY_JOB_STOP_WAIT_TIME_S"] == str(head.JOB_SECONDS)
+    # What the presets' `compile: true` needs, which a slim image has not.
+    compilers = re.search(r"apt-get install -y --no-install-recommends (.*) \\", stages[2])
+    assert compilers
+    assert {"gcc", "g++", "libc6-dev"} <= set(compilers[1].split())
     given = (ROOT / ".dockerignore").read_text().split("\n")
     assert "*" in given, "an image takes what is named, not what happens to lie about"
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
