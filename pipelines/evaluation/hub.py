@@ -6,6 +6,7 @@ Shapes: B sequences of a batch, L positions.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -193,9 +194,18 @@ def _download(model: str, where: str) -> Path:
         lack = "no such folder here and no such model on the hub, or a private one"
     except Exception as error:  # of one HTTP library today and another one tomorrow
         reason = _line(error) or type(error).__name__
+        if _is_of_disk(error):
+            why = f"{model} cannot be kept in the cache on this machine ({reason})"
+            raise InfraError(where, why, "Make room, or set HF_HOME to another folder") from error
         why = f"{model} is not on this machine, and the hub does not hand it out ({reason})"
         raise InfraError(where, why, f"Name a local folder that holds it, or {stand_in}") from error
     raise DataError(where, f"{model}: {lack}", f"Name another model, or {stand_in}")
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether an error is of a file here; errors of the network are OSErrors as well."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in full)
 
 
 def _lack_of(folder: Path) -> str | None:

@@ -188,6 +188,19 @@ def test_an_absent_hub_is_one_message(cache: Any) -> None:
     assert error.endswith("featurizer.kind=own with a model of your own, the offline stand-in")
 
 
+def test_a_cache_that_cannot_be_written_is_not_the_hubs_fault(
+    folder: Path, cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/cache")
+    with strangers.hub({"someone/gpt2-tiny": folder}) as endpoint:
+        cache(endpoint)
+        error = refused(InfraError, "someone/gpt2-tiny")
+    assert "cannot be kept in the cache on this machine ([Errno 20] Not a directory: " in error
+    assert error.endswith("Make room, or set HF_HOME to another folder")
+
+
 def test_an_unknown_name_is_one_message(cache: Any) -> None:
     with strangers.hub({}) as endpoint:
         cache(endpoint)
