@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -265,14 +266,16 @@ def register(
             name=name,
             run_id=handle.run_id,
             uri=handle.uri,
-            requirements=(*PACKAGES, *_library(local)),
+            requirements=_requirements(local),
             code_paths=[PYFUNC.parents[1] / "dsl"],
             signature=SIGNATURE,
             tags=tags,
         )
 
 
-def _library(local: Path) -> tuple[str, ...]:
-    """What a model needs beside `PACKAGES`."""
+def _requirements(local: Path) -> list[str]:
+    """What a model needs, in the versions that made it. Which build of one (`+cpu`) is left to
+    whoever installs it."""
     kind = weights.read_config(local)["denoiser"]["backbone"].get("kind")
-    return ("transformers",) if kind == "transformers" else ()
+    names = (*PACKAGES, "transformers") if kind == "transformers" else PACKAGES
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import dsl
 from dsl.dit import DiTConfig
-from infra import tracking
+from infra import registry, tracking
 from infra.registry import ModelVersion
 from infra.storage import Folder
 from infra.tracking import RunHandle
@@ -176,6 +179,16 @@ def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, fol
     assert model.predict(["the "], params=params) == wanted
     with pytest.raises(mlflow.MlflowException, match="seed"):
         model.predict(["the "], params={"seed": "three"})
+
+
+def test_it_says_which_versions_made_it(run: RunHandle, made: ModelVersion, tmp_path: Path) -> None:
+    """A later minor version of torch may read it otherwise, or not at all."""
+    written = registry._fetch(made.uri, run.uri, str(tmp_path)) / "requirements.txt"
+    asked = [Requirement(line) for line in written.read_text().split()]
+    assert {one.name for one in asked} == {"mlflow", *models.PACKAGES}
+    for one in asked:
+        installed = Version(version(one.name)).public  # without the build, such as +cpu
+        assert str(one.specifier) == f"=={installed}"
 
 
 def test_a_stranger_loads_it(
