@@ -202,17 +202,20 @@ class Folder:
     def local(self, *names: str) -> Iterator[Path]:
         """The folder on this machine's disk: itself, or a copy for the duration of the block.
 
-        names: the files that are needed, by default all that lie directly in the folder. A copy
-        has the folder's own name.
+        names: the files that are needed, by default all that lie directly in the folder. Where the
+        address is that of a file, it is the file. A copy has the own name of either.
         """
         if self.is_local:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory() as staging:
             copy = Path(staging) / self.path.rstrip("/").rpartition("/")[2]
-            copy.mkdir(exist_ok=True)  # the root of a store has no name
-            for name in names or self.files():
-                (copy / name).write_bytes(self.read_bytes(name))
+            if needed := names or self.files():
+                copy.mkdir(exist_ok=True)  # the root of a store has no name
+                for name in needed:
+                    (copy / name).write_bytes(self.read_bytes(name))
+            else:
+                copy.write_bytes(self.read_bytes(""))
             yield copy
 
     def arrow_filesystem(self) -> pyarrow.fs.FileSystem:

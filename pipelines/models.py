@@ -212,10 +212,8 @@ def vocabulary_of(manifest: Manifest, data: Folder) -> Vocabulary:
 
 def read_vocabulary(address: str) -> Vocabulary:
     """The vocabulary in a `tokenizer.json`, or in a folder that holds one or GPT-2's two files."""
-    folder, name = Folder.holding(address.rstrip("/"))
-    inside = (folder / name).files()  # none: it is a file
-    with (folder / name if inside else folder).local(*inside or [name]) as local:
-        return Vocabulary.load(local if inside else local / name)
+    with Folder.at(address).local() as local:
+        return Vocabulary.load(local)
 
 
 def require_same(model: Model, vocabulary: Vocabulary, where: str) -> None:

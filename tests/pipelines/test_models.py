@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import dsl
 from dsl.dit import DiTShape
@@ -77,3 +78,13 @@ def test_a_folder_in_a_store_may_have_folders_of_its_own(data: str, mdlm: Path) 
     model = models.load(place.url, converter=ConverterConfig(), tracking_uri="")
     assert model.denoiser.config.backbone.width == 16
     assert models.read_vocabulary(place.url).size == 28
+    assert models.read_vocabulary(place.url_of("tokenizer.json")).size == 28
+
+
+def test_a_training_file_may_lie_in_a_store(tmp_path: Path) -> None:
+    torch.save(training_file(), tmp_path / "run.ckpt")
+    store = Folder.at("memory://lightning")
+    store.write_bytes("run.ckpt", (tmp_path / "run.ckpt").read_bytes())
+    address = store.url_of("run.ckpt")
+    model = models.load(address, converter=ConverterConfig(), tracking_uri="")
+    assert model.denoiser.config.backbone.width == 16
