@@ -60,6 +60,8 @@ class Merit(NamedTuple):
     published: the papers' table of it by budget. plot: the name of its plot, which is against calls
     unless `own_plot` names another. ahead: the key of how far a walk is ahead of the best one that
     the model to beat has in as many calls; its interval at CONFIDENCE is under `…_low`, `…_high`.
+    unranked: of a figure of equally diverse texts, what the verdict says where no walk has it;
+    where there are such figures, walks rank by no other.
     """
 
     key: str
@@ -70,6 +72,7 @@ class Merit(NamedTuple):
     published: str = ""
     own_plot: str = ""
     ahead: str = ""
+    unranked: str = ""
 
     @property
     def plot(self) -> str:

@@ -13,19 +13,27 @@ from pipelines.report.tables import number
 DEVIATIONS = 1.96  # on either side of a normal variable make an interval at CONFIDENCE
 
 
-def verdict(texts: Rows, merits: Iterable[Merit], decision: Decision | None) -> str:
+def verdict(texts: Rows, merits: Sequence[Merit], decision: Decision | None) -> str:
     """Which model is best along which path, by how much; and what the gate decided.
 
     `texts` are the rows of the table of texts.
     """
     gate = f"The gate decided: {decision.why}." if decision else "No gate decided on a champion."
-    return f"{_best(texts, leading(texts, merits))} {gate}"
+    merit = leading(texts, merits)
+    return f"{_best(texts, merit) if merit else _unranked(merits)} {gate}"
 
 
-def leading(texts: Rows, merits: Iterable[Merit]) -> Merit | None:
-    """The merit that texts are ranked by: the first that is measured and has a better side."""
-    fitting = (merit for merit in merits if merit.better and ranked(texts, merit))
+def leading(texts: Rows, merits: Sequence[Merit]) -> Merit | None:
+    """The merit that texts are ranked by: the first that is measured and has a better side. Where
+    figures of equally diverse texts were asked for, it is one of these or none."""
+    asked = [merit for merit in merits if merit.unranked] or merits
+    fitting = (merit for merit in asked if merit.better and ranked(texts, merit))
     return next(fitting, None)
+
+
+def _unranked(merits: Iterable[Merit]) -> str:
+    said = (merit.unranked for merit in merits if merit.unranked)
+    return next(said, "No model has written texts that could be ranked.")
 
 
 def ranked(texts: Rows, merit: Merit) -> list[Row]:
@@ -56,12 +64,12 @@ def fooled(texts: Rows, merits: Iterable[Merit], names: Iterable[str]) -> list[R
     return found
 
 
-def _best(texts: Rows, merit: Merit | None) -> str:
-    if merit is None:
-        return "No model has written texts that could be ranked."
+def _best(texts: Rows, merit: Merit) -> str:
+    """Judges like texts of less diversity, so a judge's figure says where that was not matched."""
     first, *others = ranked(texts, merit)
     title, show = merit.title.strip(" ↑↓"), Column(merit.key, merit.title, merit.show)
-    best = f"{title}: {_walk(first)} ranks first with {show.cell(first)}"
+    unmatched = " at unmatched diversity" if merit.better < 0 and not merit.unranked else ""
+    best = f"{title}{unmatched}: {_walk(first)} ranks first with {show.cell(first)}"
     rival = _rival(first, others, texts, merit)
     if rival is None:
         return f"{best}, and there is nothing to compare it with."

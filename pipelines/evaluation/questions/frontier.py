@@ -157,6 +157,8 @@ class Frontier(Question):
                 better=-1,
                 own_plot=_key(name),
                 ahead=f"ahead_{name}" if stated else "",
+                unranked="No walk of the frontier is as diverse as real text, so none ranks first: "
+                "widen frontier.temperatures.",
             )
             for name in judges(config)
         )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipelines.evaluation.gate import Decision, Interval
+from pipelines.evaluation.grid import FrontierConfig
 from pipelines.evaluation.question import Merit
+from pipelines.evaluation.questions.frontier import Frontier
+from pipelines.evaluation.questions.judge import Judge
 from pipelines.evaluation.settings import MERITS
 from pipelines.evaluation.verdict import fooled, leading, ranked, verdict
 from pipelines.report import Row
@@ -100,6 +104,27 @@ def test_less_is_better_where_the_merit_says_so() -> None:
     assert [r["model"] for r in ranked(rows, LESS)] == ["b", "a"]
     assert "better by 10.0" in verdict(rows, [MORE, LESS], None)
     assert leading([*rows, row("a", 0.5)], [MORE, LESS]) == MORE
+
+
+def test_a_judges_figure_alone_leads_at_unmatched_diversity() -> None:
+    rows = [row(name, None, perplexity=value) for name, value in (("a", 30.0), ("b", 20.0))]
+    said = "Generative perplexity at unmatched diversity: b along masked (8 calls) ranks first"
+    assert verdict(rows, [LESS], None).startswith(said)
+
+
+def test_where_a_frontier_was_asked_for_nothing_else_leads() -> None:
+    """Of a model whose texts are all alike, every other figure is the best."""
+    asked = SimpleNamespace(frontier=FrontierConfig(), questions=(Judge(),))
+    (head,) = Frontier().merits_in(asked)
+    rows = [row("a", 0.5, perplexity=1.0), row("b", 0.4, perplexity=20.0)]
+    merits = [MORE, LESS, head]
+    assert leading(rows, merits) is None
+    found = verdict(rows, merits, None)
+    assert found.startswith("No walk of the frontier is as diverse as real text, so none ranks")
+    assert "widen frontier.temperatures. No gate" in found
+    reached = [*rows, row("b", None, headline_judge=2.0)]
+    assert leading(reached, merits) == head
+    assert "at unmatched" not in verdict(reached, merits, None)
 
 
 def test_adversaries_fool_the_figures_by_which_they_pass_every_walk() -> None:
