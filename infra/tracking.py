@@ -123,7 +123,7 @@ def start(
     )
     if folder.exists(RECORD):
         before = _Record.load(folder)
-        _require_same(before.dataset, record.dataset)
+        require_same_data(before.dataset, record.dataset)
         record.key, record.created, record.artifacts = before.key, before.created, before.artifacts
         if (before.uri, before.experiment) == (uri, config.experiment):
             record.run_id = before.run_id
@@ -139,7 +139,8 @@ def start(
     return record.handle(folder)
 
 
-def _require_same(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+def require_same_data(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """DataError where two data sets, as `start` takes them, are known to differ."""
     if before and now and before["digest"] != now["digest"]:
         digests = f"{before['digest'][:12]}, now {now['digest'][:12]}"
         raise DataError(

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from infra import tracking
+from infra import shards, tracking
 from infra.console import say
 from infra.storage import Folder
 from pipelines import runs, verb
@@ -64,6 +64,8 @@ class EvaluationTask(runs.Task):
         folder = self.config.folder
         origins = preparation.origins(self.config, folder, self._uri)
         preparation.require_same(result["models"], origins, folder)
+        manifest = shards.read_manifest(self.config.data)
+        tracking.require_same_data(result.get("data"), runs.dataset({self.config.data: manifest}))
         return True
 
     def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
@@ -71,7 +73,8 @@ class EvaluationTask(runs.Task):
         self.origins = preparation.origins(config, folder, self._uri)
         rows = preparation.rows(config)
         self.survey = preparation.prepare(config, folder, self.origins, rows, self._uri)
-        return runs.dataset({config.data: rows.manifest}), _lineage(self.origins)
+        self.data = runs.dataset({config.data: rows.manifest})
+        return self.data, _lineage(self.origins)
 
     def work(self, run: Run) -> None:
         self.costs = engine.measure(self.survey)
@@ -84,6 +87,7 @@ class EvaluationTask(runs.Task):
         made, metrics = report(self.survey, self.decision, spent)
         result = {
             "models": self.origins,
+            "data": self.data,
             "report": folder.url_of("report/report.html"),
             "tables": folder.url_of("report/evaluation.json"),
             "samples": folder.url_of("samples"),

@@ -3,6 +3,7 @@ of the public MDLM code. Whatever the address, the answer is a denoiser with its
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -141,6 +142,20 @@ def _adapted(
         length=None,
         address=address,
     )
+
+
+def digest(address: str) -> str:
+    """SHA-256 of the names and contents of the files that `load` would read."""
+    folder = Folder.at(address)
+    place = next((place for place in (folder, folder / "model") if is_ours(place)), folder)
+    found = hashlib.sha256()
+    with _needed(place) as local:
+        files = [path for path in local.rglob("*") if path.is_file()] or [local]
+        for path in sorted(files):
+            with path.open("rb") as file:
+                found.update(f"{path.relative_to(local)} ".encode())
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def load_folder(folder: Folder, address: str = "", *, trust_remote_code: bool = False) -> Model:

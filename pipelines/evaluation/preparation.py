@@ -133,8 +133,10 @@ def _copy_models(
 
 
 def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder: Folder) -> None:
-    """ConfigError unless an evaluation is of the very models that are meant now."""
-    if before != now:
+    """ConfigError unless an evaluation is of the very models that are meant now, as far as it has
+    written down what they were."""
+    known = (before[name].items() <= now[name].items() for name in before.keys() & now.keys())
+    if before.keys() != now.keys() or not all(known):
         raise ConfigError(
             "name",
             f"{folder.url} is an evaluation of other versions of these models",

@@ -39,7 +39,8 @@ class Subject:
 
 def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
     """What an address means now: the `version` behind an alias, the run that made the model
-    (`run_id`), that run's directory (`run`), as far as each is known.
+    (`run_id`), that run's directory (`run`), as far as each is known; where there is no version,
+    the `digest` of what lies at the address.
 
     Raises DataError, with the nearest name, where nothing is there.
     """
@@ -60,7 +61,7 @@ def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
         near = nearest(last, parent.names())
         fix = f"Did you mean {parent.url_of(near)}?" if near else "Give a run, a model or models:/…"
         raise DataError(f"models.{name}", f"{address}: no such model", fix)
-    found = {"address": address, "run_id": _run_id(folder)}
+    found = {"address": address, "run_id": _run_id(folder), "digest": models.digest(address)}
     return found | ({"run": folder.url} if folder.exists(journal.NAME) else {})
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ from dsl.vocabulary import END_OF_TEXT, Vocabulary
 from infra import config
 from infra.tracking import connect
 from pipelines import evaluate
-from pipelines.evaluation import held_out, metrics, questions
+from pipelines.evaluation import engine, held_out, metrics, questions
 from pipelines.evaluation.ngram import NGram
 from pipelines.evaluation.question import Question
 from tests.pipelines import tiny
@@ -144,6 +146,45 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     code, _, err = run(*argv)
     assert code == 2
     assert "existing=restart" in err
+
+
+def test_a_finished_evaluation_stands_for_its_weights_and_its_data_alone(
+    run: Run, world: Path, tmp_path: Path
+) -> None:
+    weights, data = tmp_path / "weights", tmp_path / "shards"
+    shutil.copytree(world / "dsl", weights)
+    shutil.copytree(world / "data/shards", data)
+    argv = [f"models={{a: {weights}}}", f"data={data}"]
+    code, made, err = run(*argv)
+    assert code == 0, err
+    assert run(*argv)[1] == made
+
+    shutil.copytree(world / "flat", weights, dirs_exist_ok=True)
+    code, _, err = run(*argv)
+    assert code == 2
+    assert "is an evaluation of other versions of these models" in err
+    shutil.copytree(world / "dsl", weights, dirs_exist_ok=True)
+
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["splits"]["train"][0]["sha256"] = 64 * "0"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = run(*argv)
+    assert code == 3
+    assert "not the data that this run began with" in err
+    assert "existing=restart" in err
+
+
+def test_weights_that_changed_are_not_mixed_with_those_of_before(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "dsl", tmp_path / "weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", Mock(side_effect=KeyboardInterrupt))
+        assert run(f"models={{a: {tmp_path / 'weights'}}}")[0] > 3
+    shutil.copytree(world / "flat", tmp_path / "weights", dirs_exist_ok=True)
+    code, _, err = run(f"models={{a: {tmp_path / 'weights'}}}")
+    assert code == 2
+    assert "is an evaluation of other versions of these models" in err
 
 
 def test_what_others_say_of_the_texts(run: Run, world: Path, tmp_path: Path) -> None:
