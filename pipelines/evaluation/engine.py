@@ -16,7 +16,7 @@ from infra.console import Meter, say
 from infra.pool import PoolConfig
 from pipelines.evaluation.question import TEXTS, Part
 from pipelines.evaluation.survey import Survey
-from pipelines.evaluation.workspace import Workspace
+from pipelines.evaluation.workspace import Workspace, device_of
 from pipelines.report import Column, Table
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ def measure(survey: Survey) -> list[Cost]:
         costs = [_run("models", list(_of_models(survey)), survey, config.workers)]
         drawn = (*survey.sources, *(cell.name for cell in survey.further))
         texts = {source: survey.count(source) for source in drawn}
+        here = replace(config.workers, count=0)
         # Few texts are read sooner than a process has started.
-        few = sum(texts.values()) <= TEXTS
-        workers = replace(config.workers, count=0) if few else config.workers
+        few = sum(texts.values()) <= TEXTS and device_of(here) == device_of(config.workers)
+        workers = here if few else config.workers
         for stage, ask in (("texts", "of_texts"), ("corpora", "of_corpus")):
             parts = [
                 part

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from dsl.precision import dtype_of
 from infra import documents, registry
 from infra.errors import ConfigError
 from infra.storage import Folder
@@ -19,9 +20,10 @@ from pipelines.evaluation.parts import Parts, chunks, matrix, texts
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
 from pipelines.evaluation.survey import Survey
-from pipelines.evaluation.workspace import MODELS, Workspace, copied
+from pipelines.evaluation.workspace import MODELS, Workspace, copied, device_of
 
 READERS = "readers.json"  # the models of our own that read the texts of others
+DEVICE = "device.json"  # what parts are made on, and in which dtype
 SUBJECTS = "subjects.json"  # written last: where it is, all that a restart needs is there
 
 
@@ -71,7 +73,7 @@ def prepare(
     """The evaluation, once all models are known to fit; their weights and the texts beside them are
     copied into the run directory, unless an earlier attempt has done so.
 
-    Raises ConfigError where that attempt found other versions of the models.
+    Raises ConfigError where that attempt found other versions of the models, or computed elsewhere.
     """
 
     def survey(subjects: Sequence[Subject], readers: Sequence[Subject]) -> Survey:
@@ -84,6 +86,7 @@ def prepare(
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
         made = survey(before, _before(folder, READERS))
         require_same_rows(made)
+        require_same_device(config)
         return made
     for question in config.questions:
         question.require(config, rows, uri)
@@ -102,6 +105,7 @@ def prepare(
     _write_texts(workspace, rows)
     for question in config.questions:
         question.prepare(workspace, rows)
+    require_same_device(config)
     for name, copies in ((READERS, made.readers), (SUBJECTS, made.subjects)):
         content = json.dumps([asdict(subject) for subject in copies], indent=1)
         folder.write_bytes(name, content.encode())
@@ -141,6 +145,25 @@ def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder
             "name",
             f"{folder.url} is an evaluation of other versions of these models",
             "Choose another name, or existing=restart to wipe it",
+        )
+
+
+def require_same_device(config: EvaluateConfig) -> None:
+    """ConfigError where other parts were made on another kind of device, or in another dtype: both
+    depend on `workers`, and parts of one evaluation compare. The first call writes them down."""
+    folder, device = config.folder, device_of(config.workers)
+    dtype = str(dtype_of(config.precision, device)).removeprefix("torch.")
+    now = f"{device.type}, {dtype}"
+    if not folder.exists(DEVICE):
+        folder.write_bytes(DEVICE, json.dumps(now).encode())
+    before: str = documents.load(
+        folder, DEVICE, str, "Remove the file; the same command writes it anew"
+    )
+    if now != before:
+        raise ConfigError(
+            "workers.gpu",
+            f"{now} here, but {before} in the parts that {folder.url} has so far",
+            "Set it as it was, choose another name, or existing=restart to wipe it",
         )
 
 

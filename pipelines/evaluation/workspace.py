@@ -14,6 +14,7 @@ import torch
 
 from dsl.precision import dtype_of
 from dsl.vocabulary import Vocabulary
+from infra.pool import PoolConfig
 from pipelines import models
 from pipelines.evaluation.cells import REFERENCES
 from pipelines.evaluation.copies import Copies
@@ -39,9 +40,7 @@ class Workspace:
         self.config = config
         self.folder = config.folder
         self.parts = Parts(self.folder)
-        # Also this process, where there are no others, keeps off a GPU that was not asked for.
-        gpu = config.workers.gpu and torch.cuda.is_available()
-        self.device = torch.device("cuda" if gpu else "cpu")
+        self.device = device_of(config.workers)
         self._opened: tuple[str, Model] | None = None
         self._readers: dict[Reader, Any] = {}
 
@@ -99,6 +98,13 @@ class Workspace:
         denoiser = model.denoiser.to(self.device).eval()
         dtype = dtype_of(self.config.precision, self.device)
         return replace(model, denoiser=denoiser.computing_in(dtype))
+
+
+def device_of(workers: PoolConfig) -> torch.device:
+    """Where parts are made. The processes of a pool have a GPU each if they ask for one; this one,
+    where there are no others, may lack it, and keeps off one that was not asked for."""
+    gpu = workers.gpu and (workers.count > 0 or torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def copied(address: str) -> str:

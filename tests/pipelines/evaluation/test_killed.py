@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InfraError
+from infra.pool import PoolConfig
 from infra.storage import Folder
-from pipelines.evaluation import preparation
+from pipelines.evaluation import engine, preparation
 from pipelines.evaluation.cells import REFERENCES
 from pipelines.evaluation.parts import Parts, lists
 from tests.pipelines import tiny
@@ -68,6 +72,37 @@ def test_other_data_are_not_taken_for_those_of_before(tmp_path: Path) -> None:
     survey.held_out.rows_NL[1] = 7
     with pytest.raises(ConfigError, match="shards has changed since"):
         preparation.require_same_rows(survey)
+
+
+def test_parts_of_a_cpu_and_of_a_gpu_are_not_mixed(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their noise and, by precision=auto, their dtype are others."""
+    argv = [f"models={{a: {world / 'dsl'}}}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
+        assert run(*argv)[0] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        code, _, err = run(*argv, "workers.gpu=true")
+    assert code == 2
+    assert "workers.gpu: cuda, bfloat16 here, but cpu, float32 in the parts" in err
+    assert run(*argv, "workers.gpu=true")[0] == 0  # of a machine without one, which changes nothing
+
+
+def test_few_texts_are_read_where_all_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a pool may have GPUs that this one lacks."""
+    used: list[int] = []
+    monkeypatch.setattr(engine.pool, "connected", lambda workers: nullcontext())
+    monkeypatch.setattr(
+        engine, "_run", lambda stage, parts, survey, workers: used.append(workers.count)
+    )
+    survey: Any = SimpleNamespace(subjects=(), sources=("real",), further=(), count=lambda _: 1)
+    for gpu in (True, False):
+        workers = PoolConfig(count=2, gpu=gpu)
+        survey.config = SimpleNamespace(workers=workers, questions=())
+        engine.measure(survey)
+    assert used == [2, 2, 2, 2, 0, 0]
 
 
 def test_kill_and_go_on(run: Run, world: Path, tmp_path: Path) -> None:
