@@ -47,6 +47,11 @@ class Parts:
         names = (self.folder / group).names()
         return {int(name.removesuffix(SUFFIX)) for name in names if PART.fullmatch(name)}
 
+    def missing(self, group: str, rows: int, size: int) -> list[tuple[int, int]]:
+        """The parts that a group of so many rows lacks, as `chunks` has them."""
+        there = self.present(group)
+        return [(first, count) for first, count in chunks(rows, size) if first not in there]
+
     def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a group as one table, in the order of their numbers."""
         tables = self._each(group, columns)

@@ -16,7 +16,7 @@ from infra.storage import Folder
 from pipelines.evaluation import held_out, promotion, subjects
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.parts import Parts, chunks, matrix, texts
+from pipelines.evaluation.parts import Parts, matrix, texts
 from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.evaluation.subjects import Origin, Subject
 from pipelines.evaluation.survey import Survey
@@ -71,7 +71,8 @@ def prepare(
     config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
 ) -> Survey:
     """The evaluation, once all models are known to fit; their weights and the texts beside them are
-    copied into the run directory, unless an earlier attempt has done so.
+    copied into the run directory, unless an earlier attempt has done so. Parts that follow from the
+    data are written where they are missing, whoever has removed them.
 
     Raises ConfigError where that attempt found other versions of the models, or computed elsewhere.
     """
@@ -85,8 +86,7 @@ def prepare(
         before = _before(folder)
         require_same({subject.name: subject.origin for subject in before}, origins, folder)
         made = survey(before, _before(folder, READERS))
-        require_same_rows(made)
-        require_same_device(config)
+        _write_parts(made)
         return made
     for question in config.questions:
         question.require(config, rows, uri)
@@ -101,11 +101,7 @@ def prepare(
     )
     (folder / MODELS).write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
     promotion.require(made)
-    workspace = Workspace(config)
-    _write_texts(workspace, rows)
-    for question in config.questions:
-        question.prepare(workspace, rows)
-    require_same_device(config)
+    _write_parts(made)
     for name, copies in ((READERS, made.readers), (SUBJECTS, made.subjects)):
         content = json.dumps([asdict(subject) for subject in copies], indent=1)
         folder.write_bytes(name, content.encode())
@@ -168,15 +164,28 @@ def require_same_device(config: EvaluateConfig) -> None:
 
 
 def require_same_rows(survey: Survey) -> None:
-    """ConfigError unless the data still holds the rows that earlier parts were asked about."""
-    tokens = survey.parts.read(f"samples/{REFERENCES}", ["tokens"])["tokens"]
-    kept_NL, now_NL = matrix(tokens, np.int64), survey.held_out.rows_NL
-    if not np.array_equal(kept_NL, now_NL[: len(kept_NL)]):
-        raise ConfigError(
-            "data",
-            f"{survey.config.data} has changed since {survey.config.folder.url} was begun",
-            "Choose another name, or existing=restart to wipe it",
-        )
+    """ConfigError unless the data still holds the rows that earlier parts were asked about, as many
+    in each part as there were."""
+    config, parts, group = survey.config, survey.parts, f"samples/{REFERENCES}"
+    now_NL = survey.held_out.rows_NL[: max(config.held_out_rows.values())]
+    for first in parts.present(group):
+        kept_NL = matrix(parts.one(group, first, ["tokens"])["tokens"], np.int64)
+        if not np.array_equal(kept_NL, now_NL[first : first + config.batch]):
+            raise ConfigError(
+                "data",
+                f"{config.data} has changed since {config.folder.url} was begun",
+                "Choose another name, or existing=restart to wipe it",
+            )
+
+
+def _write_parts(survey: Survey) -> None:
+    """Write what other parts begin with, as far as it is not there, beside what goes with it."""
+    require_same_device(survey.config)
+    require_same_rows(survey)
+    workspace = Workspace(survey.config)
+    _write_texts(workspace, survey.held_out)
+    for question in survey.config.questions:
+        question.prepare(workspace, survey.held_out)
 
 
 def _write_texts(workspace: Workspace, rows: HeldOut) -> None:
@@ -193,6 +202,7 @@ def _write_texts(workspace: Workspace, rows: HeldOut) -> None:
         UNIGRAM: rows.unigram.draw(independent, length, config.seed),
     }
     for source, tokens_NL in sources.items():
-        for first, size in chunks(len(tokens_NL), config.batch):
+        group = f"samples/{source}"
+        for first, size in workspace.parts.missing(group, len(tokens_NL), config.batch):
             table = texts(tokens_NL[first : first + size], first, rows.vocabulary)
-            workspace.parts.write(f"samples/{source}", first, table, {})
+            workspace.parts.write(group, first, table, {})

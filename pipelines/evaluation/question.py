@@ -133,7 +133,8 @@ class Question:
             reader.check_data(held_out)
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
-        """Write parts that need the training split."""
+        """Write the parts that need the training split, as far as they are not there. They follow
+        from the configuration and the data alone."""
         if any(reader.reads_training for reader in self.readers(workspace.config)):
             workspace.keep_training(held_out.training_RL)
 

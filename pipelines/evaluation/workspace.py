@@ -62,8 +62,9 @@ class Workspace:
         return self._open(copied(address))
 
     def keep_training(self, training_RL: np.ndarray) -> None:
-        """Write the rows of the training split for the processes that ask for them."""
-        self.parts.write(TRAINING, 0, pa.table({"tokens": lists(training_RL)}), {})
+        """Have the rows of the training split for the processes that ask for them."""
+        if not self.parts.present(TRAINING):
+            self.parts.write(TRAINING, 0, pa.table({"tokens": lists(training_RL)}), {})
 
     @cached_property
     def training_RL(self) -> np.ndarray:

@@ -22,7 +22,7 @@ from pipelines.evaluation import metrics
 from pipelines.evaluation.cells import REAL
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.ngram import NGram, default_order
-from pipelines.evaluation.parts import chunks, matrix, texts
+from pipelines.evaluation.parts import matrix, texts
 from pipelines.evaluation.question import Question, Questions
 from pipelines.evaluation.workspace import Workspace
 
@@ -205,9 +205,12 @@ class Adversaries(Question):
             size=held_out.vocabulary.size,
         )
         for number, source in enumerate(sources):
+            missing = workspace.parts.missing(f"samples/{source}", len(given.real_NL), config.batch)
+            if not missing:
+                continue
             generator = np.random.default_rng([config.seed, STREAM, number])
             tokens_NL = ADVERSARIES[source](given, generator)
-            for first, count in chunks(len(tokens_NL), config.batch):
+            for first, count in missing:
                 table = texts(tokens_NL[first : first + count], first, held_out.vocabulary)
                 workspace.parts.write(f"samples/{source}", first, table, {})
 

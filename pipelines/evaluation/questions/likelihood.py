@@ -190,9 +190,10 @@ class Likelihood(RowQuestion):
         return {"likelihood.rows": config.likelihood.rows}
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
-        rows_NL = held_out.rows_NL[: workspace.config.likelihood.rows]
-        nats = pa.table({"nats": held_out.unigram.nats(rows_NL)})
-        workspace.parts.write(_group(UNIGRAM, EXACT), 0, nats, {})
+        if not workspace.parts.present(_group(UNIGRAM, EXACT)):
+            rows_NL = held_out.rows_NL[: workspace.config.likelihood.rows]
+            nats = pa.table({"nats": held_out.unigram.nats(rows_NL)})
+            workspace.parts.write(_group(UNIGRAM, EXACT), 0, nats, {})
 
     def asked(self, config: Questions, kind: ModelKind) -> Mapping[str, OfRows]:
         found = views(kind, config.likelihood, config.seed)

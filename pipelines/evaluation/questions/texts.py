@@ -171,8 +171,9 @@ class Texts(Question):
         return {"samples.rows": config.samples.rows}
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
-        words = pa.table({"word": sorted(held_out.words)})
-        workspace.parts.write(WORDS, 0, words, {})
+        if not workspace.parts.present(WORDS):
+            words = pa.table({"word": sorted(held_out.words)})
+            workspace.parts.write(WORDS, 0, words, {})
 
     def of_model(self, survey: Survey, subject: Subject) -> Iterator[Part]:
         config, samples = survey.config, survey.config.samples

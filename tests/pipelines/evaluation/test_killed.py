@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,11 +65,17 @@ def test_other_data_are_not_taken_for_those_of_before(tmp_path: Path) -> None:
     kept = Parts(Folder.at(str(tmp_path)))
     kept.write(f"samples/{REFERENCES}", 0, pa.table({"tokens": lists(np.eye(3, dtype=int))}), {})
     survey: Any = SimpleNamespace(
-        config=SimpleNamespace(data="shards", folder=kept.folder),
+        config=SimpleNamespace(
+            data="shards", folder=kept.folder, batch=3, held_out_rows={"likelihood.rows": 3}
+        ),
         parts=kept,
         held_out=SimpleNamespace(rows_NL=np.eye(5, 3, dtype=int)),
     )
     preparation.require_same_rows(survey)
+    survey.config.held_out_rows["likelihood.rows"] = 2  # of the 3 that are kept
+    with pytest.raises(ConfigError, match="shards has changed since"):
+        preparation.require_same_rows(survey)
+    survey.config.held_out_rows["likelihood.rows"] = 3
     survey.held_out.rows_NL[1] = 7
     with pytest.raises(ConfigError, match="shards has changed since"):
         preparation.require_same_rows(survey)
@@ -88,6 +95,41 @@ def test_parts_of_a_cpu_and_of_a_gpu_are_not_mixed(
     assert code == 2
     assert "workers.gpu: cuda, bfloat16 here, but cpu, float32 in the parts" in err
     assert run(*argv, "workers.gpu=true")[0] == 0  # of a machine without one, which changes nothing
+
+
+def test_parts_that_follow_from_the_data_are_written_again_where_they_are_missing(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [f"models={{a: {world / 'dsl'}}}", "adversaries=true", "judge={kind: ngram}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
+        assert run(*argv)[0] == 4
+    before = {path: pq.read_table(path) for path in tmp_path.glob("judged/*/**/*.parquet")}
+    assert len(before) > 20
+    folder = tmp_path / "judged"
+    for torn in ("samples/references/00000005", "samples/real/00000000", "samples/copier/00000005"):
+        (folder / f"{torn}.parquet").unlink()
+    for group in ("parts/words", "parts/training", "samples/unigram", "parts/likelihood/unigram"):
+        shutil.rmtree(folder / group)
+    kept = parts(tmp_path)
+    code, _, err = run(*argv)
+    assert code == 0, err
+    assert all(pq.read_table(path).equals(table) for path, table in before.items())
+    assert kept.items() <= parts(tmp_path).items()  # none of the others was written again
+
+
+def test_without_any_reference_the_rows_are_those_of_the_data(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [f"models={{a: {world / 'dsl'}}}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
+        assert run(*argv)[0] == 4
+    shutil.rmtree(tmp_path / "judged/samples/references")
+    code, _, err = run(*argv)
+    assert code == 0, err
+    kept = pq.read_table(tmp_path / "judged/samples/references")
+    assert kept["row"].to_pylist() == list(range(8))
 
 
 def test_few_texts_are_read_where_all_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
