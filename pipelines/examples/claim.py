@@ -3,8 +3,9 @@
     python -m pipelines.examples.claim out=claim.png \\
         evaluations='{small: [runs/small-evaluation], frequent: [runs/frequent-0, runs/frequent-1]}'
 
-Every evaluation has a frontier, and its first model is the one to beat. Evaluations of one text
-differ in the seeds that their models were trained with. For each number of calls and each model,
+Every evaluation has a frontier, and its first model is the one to beat. Evaluations of one text are
+of the same data, models and judges by their names, and differ in the seeds that their models were
+trained with. For each number of calls and each model,
 the walk with the fewest bits per byte at the diversity of real text, averaged over the seeds, is
 taken, by each judge. The interval of a single seed is the evaluation's own, from resampled texts;
 that of several seeds is Student's t over the seeds. It covers the choice of texts and of rows of
@@ -111,9 +112,10 @@ def lines(name: str, headlines: Sequence[Rows]) -> Iterator[str]:
     for judge in judges(headlines[0]):
         key = f"headline_{judge}"
         taken = best(headlines, key)
-        first, *others = _models(headlines)
+        models = _models(headlines)
         for calls in sorted({calls for _, calls in taken}):
-            for model in others:
+            for model in models[1:]:
+                first = models[0]
                 if (first, calls) not in taken or (model, calls) not in taken:
                     continue
                 cells = [name, judge, str(calls)]
@@ -159,8 +161,19 @@ def draw(texts: Mapping[str, Sequence[Rows]]) -> bytes:
     return made.png()
 
 
-def read(run: str) -> Rows:
-    """The rows of the headline of an evaluation; DataError where it has none."""
+class Evaluation(NamedTuple):
+    """The rows of the headline of an evaluation, and what those of one text have in common: the
+    digest of the data, and the models and the judges by name, the model to beat first."""
+
+    url: str
+    rows: Rows
+    data: str
+    models: list[str]
+    judges: list[str]
+
+
+def read(run: str) -> Evaluation:
+    """An evaluation; DataError where it has no headline."""
     folder = Folder.at(run)
     try:
         tables = from_json(folder.read_bytes(REPORT))
@@ -170,7 +183,34 @@ def read(run: str) -> Rows:
     if not any(row["model"] == REAL for row in rows) or not judges(rows):
         why = "this evaluation has no headline"
         raise DataError(folder.url_of(REPORT), why, "Evaluate again with `frontier` and a judge")
-    return rows
+    data, models = tables.get("data", {}).get("digest", ""), list(tables.get("models", {}))
+    return Evaluation(folder.url, rows, data, models, judges(rows))
+
+
+def together(runs: Sequence[str]) -> list[Rows]:
+    """The headlines of the evaluations of one text; DataError where two of them do not belong
+    together, or are the same."""
+    found: list[Evaluation] = []
+    for evaluation in map(read, runs):
+        for other in found:
+            _require_seeds(other, evaluation)
+        found.append(evaluation)
+    return [evaluation.rows for evaluation in found]
+
+
+def _require_seeds(one: Evaluation, other: Evaluation) -> None:
+    """DataError unless two evaluations differ in their seeds alone."""
+    if one.rows == other.rows:
+        fix = "Name every evaluation of a text once"
+        raise DataError(other.url, f"says the very same as {one.url}", fix)
+    for what in ("data", "models", "judges"):
+        before, now = getattr(one, what), getattr(other, what)
+        if before != now:
+            raise DataError(
+                other.url,
+                f"its {what} are {now}, and those of {one.url} are {before}",
+                "Name evaluations of other data, models or judges as another text",
+            )
 
 
 def plan(config: ClaimConfig) -> dict[str, Any]:
@@ -179,7 +219,7 @@ def plan(config: ClaimConfig) -> dict[str, Any]:
 
 
 def execute(config: ClaimConfig) -> dict[str, Any]:
-    texts = {name: [read(run) for run in runs] for name, runs in config.evaluations.items()}
+    texts = {name: together(runs) for name, runs in config.evaluations.items()}
     print(HEAD, "|" + "---|" * (HEAD.count("|") - 1), sep="\n")
     for name, headlines in texts.items():
         print(*lines(name, headlines), sep="\n")

@@ -34,15 +34,19 @@ ROWS = [
 ]
 
 
+def written(folder: Path, rows: list[dict[str, Any]], **more: Any) -> str:
+    """The run directory of an evaluation with this headline."""
+    facts = {"data": {"digest": "d", "references": "any"}, "models": {"more": {}, "dsl": {}}}
+    (folder / "report").mkdir(parents=True)
+    (folder / "report/evaluation.json").write_text(json.dumps({**facts, "headline": rows, **more}))
+    return str(folder)
+
+
 def said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], *seeds: list[dict[str, Any]]
 ) -> list[str]:
     """The lines of the table for evaluations with these headlines."""
-    for number, rows in enumerate(seeds):
-        report = tmp_path / f"{number}/report/evaluation.json"
-        report.parent.mkdir(parents=True)
-        report.write_text(json.dumps({"headline": rows}))
-    runs = tuple(str(tmp_path / str(number)) for number in range(len(seeds)))
+    runs = tuple(written(tmp_path / str(number), rows) for number, rows in enumerate(seeds))
     claim.execute(claim.ClaimConfig(out=str(tmp_path / "new/a.png"), evaluations={"small": runs}))
     head_line, rule, *lines = capsys.readouterr().out.splitlines()
     assert head_line.count("|") == rule.count("|") == lines[0].count("|")
@@ -99,6 +103,44 @@ def test_without_the_model_to_beat_no_other_takes_its_place(
     real = "| small | ar | – | real text | 2.00 | | | |"
     assert said(tmp_path / "some", capsys, [REAL, unreached, *others]) == [real]
     assert said(tmp_path / "none", capsys, [REAL, unreached]) == [real]
+
+
+def test_a_headline_without_any_walk_says_what_real_text_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(tmp_path, capsys, [REAL]) == ["| small | ar | – | real text | 2.00 | | | |"]
+
+
+SECOND = [REAL, *(head(model, "masked", 16, 2.0) for model in ("more", "dsl"))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "facts", "words"),
+    [
+        (ROWS, {}, "says the very same as"),
+        (ROWS, {"data": {"digest": "d", "references": "the first 512 of seed 1"}}, "the very same"),
+        (SECOND, {"data": {"digest": "e"}}, "its data are e, and those of"),
+        (SECOND, {"models": {"dsl": {}, "more": {}}}, "its models are ['dsl', 'more']"),
+        (SECOND, {"models": {"more": {}, "other": {}}}, "its models are ['more', 'other']"),
+        ([{"model": "real", "headline_x_interval": ""}], {}, "its judges are ['x'], and those of"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_averaged(
+    tmp_path: Path, rows: list[dict[str, Any]], facts: dict[str, Any], words: str
+) -> None:
+    runs = (written(tmp_path / "one", ROWS), written(tmp_path / "two", rows, **facts))
+    for order in (runs, (*runs, runs[0])):
+        with pytest.raises(DataError) as raised:
+            claim.execute(claim.ClaimConfig(out="a.png", evaluations={"small": order}))
+        assert words in str(raised.value)
+        assert all(run in str(raised.value) for run in runs)
+
+
+def test_evaluations_of_one_text_may_be_of_other_rows(tmp_path: Path) -> None:
+    """Each has made its choice of real text, by its seed."""
+    other = {"data": {"digest": "d", "references": "the first 512 of seed 1"}}
+    runs = written(tmp_path / "one", ROWS), written(tmp_path / "two", SECOND, **other)
+    assert claim.together(runs) == [ROWS, SECOND]
 
 
 @pytest.mark.parametrize("evaluations", [{}, {"small": ()}])
