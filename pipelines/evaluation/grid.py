@@ -17,7 +17,7 @@ from pipelines.evaluation.cells import REAL, Cell, labels
 from pipelines.evaluation.curves import Crossing, crossing
 from pipelines.evaluation.diversity import Kind
 from pipelines.evaluation.gate import Resamples, ratios, require_resamples
-from pipelines.evaluation.question import Questions
+from pipelines.evaluation.question import Questions, require_distinct
 from pipelines.evaluation.survey import Survey
 
 # A source beside the models whose name ends so is its namesake at that temperature, which is itself
@@ -51,9 +51,8 @@ class FrontierConfig:
         for temperature in self.temperatures:
             require_temperature(temperature)
         sizes = tuple(nucleus.p for nucleus in self.nuclei)
-        for name, values in (("temperatures", self.temperatures), ("nuclei", sizes)):
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"{name} holds {twice[0]:g} twice")
+        require_distinct("temperatures", self.temperatures)
+        require_distinct("nuclei", sizes)
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence lies between 0 and 1, got {self.confidence}")
         require_resamples(self.resamples)

@@ -293,6 +293,13 @@ def entries(key: str, score: Score) -> dict[str, float]:
     return {key: score.value, key + STDERR: score.stderr}
 
 
+def require_distinct(name: str, values: Iterable[float]) -> None:
+    """ValueError for two values of a setting that names of parts do not tell apart."""
+    said = [f"{value:g}" for value in values]
+    if twice := [value for value in said if said.count(value) > 1]:
+        raise ValueError(f"{name} holds {twice[0]} twice")
+
+
 def require_names(names: Iterable[str]) -> None:
     """ValueError for a name that folders and figures cannot bear."""
     for name in names:

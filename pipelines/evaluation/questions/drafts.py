@@ -32,7 +32,15 @@ from pipelines.evaluation.cells import REAL, Cell, longest
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.metrics import Score, mean
 from pipelines.evaluation.parts import chunks
-from pipelines.evaluation.question import Columns, Drawn, Part, Question, entries, tokens_of
+from pipelines.evaluation.question import (
+    Columns,
+    Drawn,
+    Part,
+    Question,
+    entries,
+    require_distinct,
+    tokens_of,
+)
 from pipelines.evaluation.questions.states import mean_hidden
 from pipelines.evaluation.questions.texts import LABELS, labels
 from pipelines.evaluation.survey import Survey
@@ -55,6 +63,7 @@ class DraftsConfig:
     def __post_init__(self) -> None:
         if not self.revealed or not all(0 < share < 1 for share in self.revealed):
             raise ValueError(f"revealed holds shares in (0, 1), got {list(self.revealed)}")
+        require_distinct("revealed", self.revealed)
         if self.rows < 2:
             raise ValueError(f"rows must be at least 2, got {self.rows}")
 

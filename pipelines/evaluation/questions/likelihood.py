@@ -26,7 +26,15 @@ from pipelines.evaluation.gate import Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.layouts import OURS, THEIRS, published_table, with_sources
 from pipelines.evaluation.metrics import Score
-from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
+from pipelines.evaluation.question import (
+    Columns,
+    Drawn,
+    OfRows,
+    Questions,
+    RowQuestion,
+    entries,
+    require_distinct,
+)
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
@@ -66,6 +74,7 @@ class LikelihoodConfig:
         for gamma in (self.gamma_max, *self.gamma_star):
             if not 0 < gamma < math.inf:
                 raise ValueError(f"gamma_max and gamma_star must be positive, got {gamma}")
+        require_distinct("gamma_star", self.gamma_star)
 
 
 # --- the views ---------------------------------------------------------------------------------

@@ -21,7 +21,15 @@ from dsl.denoiser import Denoiser
 from dsl.noise import Draws, Stream
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.metrics import mean
-from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
+from pipelines.evaluation.question import (
+    Columns,
+    Drawn,
+    OfRows,
+    Questions,
+    RowQuestion,
+    entries,
+    require_distinct,
+)
 from pipelines.evaluation.questions.states import mean_errors
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
@@ -42,6 +50,7 @@ class RobustnessConfig:
     def __post_init__(self) -> None:
         if not all(0 < share <= 1 for share in self.replaced):
             raise ValueError(f"replaced holds shares in (0, 1], got {list(self.replaced)}")
+        require_distinct("replaced", self.replaced)
 
 
 def replace(tokens_BL: Tensor, visible_BL: Tensor, share: float, size: int, draws: Draws) -> Tensor:
@@ -98,8 +107,8 @@ class Robustness(RowQuestion):
 
     def rows(self, survey: Survey, subject: Subject) -> Iterator[Row]:
         found = [columns["nats"] for columns in self.found(survey, subject).values()]
-        shares = (0.0, *survey.config.robustness.replaced)
-        for share, nats_N in zip(shares, found, strict=False):
+        shares = (0.0, *survey.config.robustness.replaced) if found else ()
+        for share, nats_N in zip(shares, found, strict=True):
             row = {"model": subject.name, "state": _state(share), "replaced": share}
             rise = entries("rise", mean(nats_N - found[0])) if share else {}
             yield {**row, **entries("nats", mean(nats_N)), **rise}

@@ -23,7 +23,15 @@ from dsl.posterior import Posterior
 from infra.config import to_tree
 from pipelines.evaluation.conditions import AtSNR, Condition, Revealed, shown
 from pipelines.evaluation.metrics import mean
-from pipelines.evaluation.question import Columns, Drawn, OfRows, Questions, RowQuestion, entries
+from pipelines.evaluation.question import (
+    Columns,
+    Drawn,
+    OfRows,
+    Questions,
+    RowQuestion,
+    entries,
+    require_distinct,
+)
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
@@ -45,6 +53,8 @@ class StatesConfig:
             raise ValueError(f"revealed holds shares in [0, 1), got {list(self.revealed)}")
         if not all(0 < gamma < math.inf for gamma in self.gammas):
             raise ValueError(f"gammas holds positive, finite SNRs, got {list(self.gammas)}")
+        require_distinct("revealed", self.revealed)
+        require_distinct("gammas", self.gammas)
 
 
 def conditions(kind: ModelKind, config: StatesConfig) -> tuple[Condition, ...]:
