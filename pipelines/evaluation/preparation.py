@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origi
     Raises ConfigError for a candidate that is not in the registry, DataError for what is missing.
     """
     found = {
-        name: subjects.origin(name, address, uri=uri, root=config.root)
+        name: subjects.origin(f"models.{name}", address, uri=uri, root=config.root)
         for name, address in config.models.items()
     }
     if config.gate:
@@ -49,7 +50,8 @@ def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origi
             earlier = {subject.name: subject.origin for subject in _before(folder)}
             return {**earlier, config.gate.model: candidate}
         if champion and not is_champion:
-            found[CHAMPION] = subjects.origin(CHAMPION, champion.uri, uri=uri, root=config.root)
+            where = f"models.{CHAMPION}"
+            found[CHAMPION] = subjects.origin(where, champion.uri, uri=uri, root=config.root)
     return found
 
 
@@ -90,14 +92,19 @@ def prepare(
         return made
     for question in config.questions:
         question.require(config, rows, uri)
-    addresses = sorted({at for reader in config.readers for at in reader.addresses()})
-    reading = {
-        copied(address): subjects.origin(copied(address), address, uri=uri, root=config.root)
-        for address in addresses
+    read_by = {
+        address: f"{key}.model"
+        for key, reader in config.readers.items()
+        for address in reader.addresses()
     }
+    reading = {
+        copied(address): subjects.origin(where, address, uri=uri, root=config.root)
+        for address, where in sorted(read_by.items())
+    }
+    wheres = {copied(address): where for address, where in read_by.items()}
     made = survey(
         _copy_models(config, folder, origins, rows, uri),
-        _copy_models(config, folder, reading, rows, uri),
+        _copy_models(config, folder, reading, rows, uri, wheres),
     )
     (folder / MODELS).write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
     promotion.require(made)
@@ -116,14 +123,21 @@ def _before(folder: Folder, name: str = SUBJECTS) -> list[Subject]:
 
 
 def _copy_models(
-    config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
+    config: EvaluateConfig,
+    folder: Folder,
+    origins: Mapping[str, Origin],
+    rows: HeldOut,
+    uri: str,
+    wheres: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Subject]:
+    """wheres: by name, the dotted paths of the settings that name what is none of the `models`."""
     return [
         subjects.freeze(
             name,
             origin,
             rows,
             folder / MODELS,
+            where=wheres.get(name, f"models.{name}"),
             converter=config.converter,
             uri=uri,
             trust_remote_code=config.trust_remote_code,

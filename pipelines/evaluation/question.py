@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from infra.errors import ConfigError, nearest
 from pipelines.evaluation.cells import Cell
 from pipelines.evaluation.metrics import Score
 from pipelines.evaluation.parts import chunks, matrix
@@ -111,9 +112,9 @@ class Question:
         """The sources of texts that its `prepare` writes, to stand beside the models."""
         return ()
 
-    def readers(self, config: Questions) -> Sequence[Reader]:
-        """What it has read the texts of the models."""
-        return ()
+    def readers(self, config: Questions) -> Mapping[str, Reader]:
+        """What it has read the texts of the models, by the dotted key that says so."""
+        return {}
 
     def cells(self, config: Questions, walked: Sequence[Cell]) -> Mapping[Cell, int]:
         """Cells beyond those that are walked for all questions, and how many texts of each are to
@@ -128,14 +129,14 @@ class Question:
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         """A `Problem` for settings that this data, or its readers, cannot meet; `uri` of the
         registry. Nothing has been written yet."""
-        for reader in self.readers(config):
+        for reader in self.readers(config).values():
             reader.check(uri)
             reader.check_data(held_out)
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
         """Write the parts that need the training split, as far as they are not there. They follow
         from the configuration and the data alone."""
-        if any(reader.reads_training for reader in self.readers(workspace.config)):
+        if any(reader.reads_training for reader in self.readers(workspace.config).values()):
             workspace.keep_training(held_out.training_RL)
 
     # --- the work, in three stages: a stage may read the parts of those before it ---
@@ -298,6 +299,14 @@ def require_distinct(name: str, values: Iterable[float]) -> None:
     said = [f"{value:g}" for value in values]
     if twice := [value for value in said if said.count(value) > 1]:
         raise ValueError(f"{name} holds {twice[0]} twice")
+
+
+def require_paths(key: str, asked: Iterable[str], config: Questions) -> None:
+    """ConfigError where the setting under a dotted key names a path that there is not."""
+    if unknown := [path for path in asked if path not in config.paths]:
+        near = nearest(unknown[0], config.paths)
+        fix = f"Did you mean {near}?" if near else f"Name some of: {', '.join(config.paths)}"
+        raise ConfigError(key, f"no path is named {unknown[0]}", fix)
 
 
 def require_names(names: Iterable[str]) -> None:

@@ -82,9 +82,10 @@ class Questions(Sections):
         return (UNIGRAM, REAL, *others)
 
     @property
-    def readers(self) -> tuple[Reader, ...]:
-        """What reads the texts of the models."""
-        return tuple(reader for question in self.questions for reader in question.readers(self))
+    def readers(self) -> dict[str, Reader]:
+        """What reads the texts of the models, by the dotted key that says so."""
+        found = (question.readers(self) for question in self.questions)
+        return {key: reader for readers in found for key, reader in readers.items()}
 
     @property
     def held_out_rows(self) -> dict[str, int]:

@@ -37,11 +37,12 @@ class Subject:
         return KINDS[self.kind]
 
 
-def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
+def origin(where: str, address: str, *, uri: str, root: str) -> Origin:
     """What an address means now: the `version` behind an alias, the run that made the model
     (`run_id`), that run's directory (`run`), as far as each is known; where there is no version,
     the `digest` of what lies at the address.
 
+    where: the dotted path of the setting that names it.
     Raises DataError, with the nearest name, where nothing is there.
     """
     if address.startswith("models:/"):
@@ -60,7 +61,7 @@ def origin(name: str, address: str, *, uri: str, root: str) -> Origin:
         parent, last = Folder.holding(address.rstrip("/"))
         near = nearest(last, parent.names())
         fix = f"Did you mean {parent.url_of(near)}?" if near else "Give a run, a model or models:/…"
-        raise DataError(f"models.{name}", f"{address}: no such model", fix)
+        raise DataError(where, f"{address}: no such model", fix)
     found = {"address": address, "run_id": _run_id(folder), "digest": models.digest(address)}
     return found | ({"run": folder.url} if folder.exists(journal.NAME) else {})
 
@@ -76,12 +77,14 @@ def freeze(
     held_out: HeldOut,
     into: Folder,
     *,
+    where: str,
     converter: ConverterConfig,
     uri: str,
     trust_remote_code: bool,
 ) -> Subject:
     """Copy the model of an origin below `into`, where every worker and every restart finds it.
 
+    where: the dotted path of the setting that names it.
     Raises DataError where it was trained on another vocabulary or length than the data has.
     """
     # The version that was found, should the alias move meanwhile.
@@ -91,11 +94,11 @@ def freeze(
     model = models.load(
         address, converter=converter, tracking_uri=uri, trust_remote_code=trust_remote_code
     )
-    models.require_same(model, held_out.vocabulary, f"models.{name}")
+    models.require_same(model, held_out.vocabulary, where)
     length = held_out.manifest.length
     if model.length not in (None, length):
         why = f"{address} was trained on rows of {model.length} tokens, the data has {length}"
-        raise DataError(f"models.{name}", why, f"Prepare the data with length={model.length}")
+        raise DataError(where, why, f"Prepare the data with length={model.length}")
     kind, denoiser = model.kind, model.denoiser
     models.save(into / name, denoiser, held_out.vocabulary, kind=kind, length=length)
     facts = {

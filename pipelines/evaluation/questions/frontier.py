@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from infra.errors import ConfigError, nearest
+from infra.errors import ConfigError
 from pipelines.evaluation.cells import REAL, UNIGRAM, Cell
 from pipelines.evaluation.diversity import DIVERSITIES, LEAST, Kind, telling
 from pipelines.evaluation.gate import OfTexts, Resamples, percentiles
@@ -32,7 +32,15 @@ from pipelines.evaluation.grid import (
 )
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.parts import matrix
-from pipelines.evaluation.question import CONFIDENCE, Drawn, Merit, Part, Question, Questions
+from pipelines.evaluation.question import (
+    CONFIDENCE,
+    Drawn,
+    Merit,
+    Part,
+    Question,
+    Questions,
+    require_paths,
+)
 from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
@@ -117,10 +125,7 @@ class Frontier(Question):
         if len(set(names)) < len(names):
             why = "a judge of judges has the name of the one in judge"
             raise ConfigError("judges", why, "Choose another name")
-        if unknown := [path for path in config.frontier.paths if path not in config.paths]:
-            near = nearest(unknown[0], config.paths)
-            fix = f"Did you mean {near}?" if near else f"Name some of: {', '.join(config.paths)}"
-            raise ConfigError("frontier.paths", f"no path is named {unknown[0]}", fix)
+        require_paths("frontier.paths", config.frontier.paths, config)
         texts, there = texts_of(config), config.samples.rows
         if not LEAST <= texts <= there:
             why = f"{texts} texts at each temperature, where samples.rows is {there}"

@@ -305,8 +305,8 @@ class Judge(Question):
     def judged(self, config: Questions) -> Mapping[str, str]:
         return {self.section: FOLDER}
 
-    def readers(self, config: Questions) -> Sequence[AnyJudge]:
-        return (config.judge,)
+    def readers(self, config: Questions) -> Mapping[str, AnyJudge]:
+        return {self.section: config.judge}
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
         measure = partial(judged, survey.config.judge)

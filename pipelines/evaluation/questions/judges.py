@@ -109,8 +109,8 @@ class Judges(Question):
     def judged(self, config: Questions) -> Mapping[str, str]:
         return {name: _folder(name) for name in config.judges}
 
-    def readers(self, config: Questions) -> Sequence[AnyJudge]:
-        return tuple(config.judges.values())
+    def readers(self, config: Questions) -> Mapping[str, AnyJudge]:
+        return {f"judges.{name}": judge for name, judge in config.judges.items()}
 
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         for name, judge in config.judges.items():

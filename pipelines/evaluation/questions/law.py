@@ -38,6 +38,7 @@ from pipelines.evaluation.question import (
     Questions,
     RowQuestion,
     entries,
+    require_paths,
 )
 from pipelines.evaluation.questions.divergence import CONFIDENCE, estimated, scores
 from pipelines.evaluation.questions.states import conditions
@@ -130,6 +131,7 @@ class Law(RowQuestion):
 
     def check(self, config: Questions) -> None:
         asked, there = config.law, config.samples.rows
+        require_paths("law.paths", asked.paths, config)
         if asked.paths and asked.rows > there:
             raise ValueError(f"law.rows is {asked.rows}, and samples.rows draws only {there} texts")
 

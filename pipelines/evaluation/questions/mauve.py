@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from infra.errors import ConfigError
 from pipelines.evaluation.cells import REAL, REFERENCES
 from pipelines.evaluation.features import AnyFeaturizer, Features, HubFeaturizer, same_length
 from pipelines.evaluation.gate import OfTexts, Resamples, require_resamples
@@ -196,9 +197,13 @@ class Mauve(Question):
                 f"MAUVE says nothing below {LEAST} texts, and samples.rows is "
                 f"{config.samples.rows}; raise it or leave mauve out"
             )
+        buckets, there = config.mauve.buckets or 0, config.samples.rows
+        if buckets > there:
+            why = f"{buckets} are too many for samples.rows={there} texts"
+            raise ConfigError("mauve.buckets", why, "Ask for fewer, or leave it out")
 
-    def readers(self, config: Questions) -> Sequence[AnyFeaturizer]:
-        return (config.mauve.featurizer,)
+    def readers(self, config: Questions) -> Mapping[str, AnyFeaturizer]:
+        return {"mauve.featurizer": config.mauve.featurizer}
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
         measure = partial(_features, survey.config.mauve.featurizer)

@@ -15,14 +15,15 @@ import pytest
 
 from dsl.vocabulary import END_OF_TEXT, Vocabulary
 from infra import config
+from infra.storage import Folder
 from infra.tracking import connect
-from pipelines import evaluate
+from pipelines import evaluate, models
 from pipelines.evaluation import engine, held_out, metrics, questions
 from pipelines.evaluation.ngram import NGram
 from pipelines.evaluation.question import Question
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Refused, Run
-from tests.pipelines.evaluation.small import LENGTH, rows_of
+from tests.pipelines.evaluation.small import LENGTH, network, rows_of
 
 HYBRID = """{
     hybrid: {path: {kind: hybrid, first: {kind: sentence_sde, gamma_max: 9}, second: masked,
@@ -336,14 +337,39 @@ def test_a_bad_model_is_one_message(
             "models={a: WORLD/dsl, a-b: WORLD/dsl} paths={b-c: {path: masked}, c: {path: masked}}",
             2, ["two walks would be named a-b-c"],
         ),
-        ("law={rows: 9, paths: [p]}", 2, ["law.rows is 9", "only 6 texts"]),
+        (
+            "law={rows: 9, paths: [p]} paths={p: {path: masked}}",
+            2, ["law.rows is 9", "only 6 texts"],
+        ),
+        (
+            "law={rows: 2, paths: [maskd]} paths={masked: {path: masked}}",
+            2, ["law.paths", "no path is named maskd", "Did you mean masked?"],
+        ),
+        (
+            "mauve={buckets: 600} samples.rows=512",
+            2, ["mauve.buckets", "600 are too many for samples.rows=512"],
+        ),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_one_message(
     refused: Refused, given: str, code: int, words: list[str]
 ) -> None:
-    argv = re.split(r" (?=paths[.=])", given)
+    argv = re.split(r" (?=paths[.=]|samples.)", given)
     refused(["models={a: WORLD/dsl}", *argv], code, words)
+
+
+@pytest.mark.parametrize("key", ["judge", "judges.other", "mauve.featurizer"])
+def test_a_reader_of_other_rows_is_told_by_its_own_key(
+    run: Run, world: Path, tmp_path: Path, key: str
+) -> None:
+    longer = Folder.at(str(tmp_path / "longer"))
+    ar = network(28, causal=True)
+    models.save(longer, ar, Vocabulary.char(), kind="ar", length=2 * LENGTH)
+    data = tiny.shards(tmp_path / "more", validation=0.5)
+    argv = [f"data={data}", "samples.rows=500", f"models={{a: {world / 'dsl'}}}"]
+    code, _, err = run(*argv, f"{key}={{kind: own, model: {longer.url}}}")
+    assert code == 3
+    assert f"{key}.model: {longer.url} was trained on rows of 64 tokens" in err
 
 
 def test_every_question_has_a_file_and_an_entry_in_the_list() -> None:
