@@ -45,7 +45,7 @@ class Crossing:
     def said(self) -> str:
         """Whether the texts as they are reach it, and where they lie if they do not."""
         if self.reached:
-            return "yes"
+            return "yes" if len(self.gap_T) > 1 else "cannot be told apart"
         return "no, less diverse" if self.gap_T[-1] < 0 else "no, more diverse"
 
     def of(self, values_TR: np.ndarray) -> np.ndarray:

@@ -46,10 +46,11 @@ class FrontierConfig:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        if not self.temperatures:
-            raise ValueError("temperatures must hold at least one")
         for temperature in self.temperatures:
             require_temperature(temperature)
+        if len(self.temperatures) < 2:
+            why = "the diversity of real text lies between two of them"
+            raise ValueError(f"temperatures must hold at least two, since {why}")
         sizes = tuple(nucleus.p for nucleus in self.nuclei)
         require_distinct("temperatures", self.temperatures)
         require_distinct("nuclei", sizes)

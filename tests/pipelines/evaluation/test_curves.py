@@ -106,6 +106,7 @@ def test_one_temperature_reaches_what_it_cannot_be_told_from() -> None:
     for gap, reached in ((0.5, True), (5.0, False)):
         found = crossing((gap + noise_R)[None], np.zeros(501), 0.95)
         assert found.reached is reached
+        assert found.said == ("cannot be told apart" if reached else "no, more diverse")
         assert found.lost == (0 if reached else 500)
 
 

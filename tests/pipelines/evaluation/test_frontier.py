@@ -74,7 +74,8 @@ def test_adversaries_that_differ_in_their_temperature_are_a_curve() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"temperatures": ()}, "at least one"),
+        ({"temperatures": ()}, "at least two"),
+        ({"temperatures": (1.0,)}, "at least two, since the diversity of real text lies between"),
         ({"temperatures": (0.5, 1.0, 0.5)}, "temperatures holds 0.5 twice"),
         ({"temperatures": (0.0,)}, "positive"),
         ({"nuclei": (Nucleus(p=0.5), Nucleus(p=0.5, convention="drop"))}, "nuclei holds 0.5 twice"),
@@ -98,7 +99,7 @@ JUDGED = ["judge={kind: ngram}", "paths={m: {path: masked, budgets: [2]}}", "sam
         ([*JUDGED, "frontier.budgets=[3]"], ["frontier.budgets", "3 calls", "2"]),
         ([*JUDGED, "frontier.rows=19"], ["frontier.rows", "at least 20"]),
         ([*JUDGED, "frontier.rows=21"], ["frontier.rows", "21", "samples.rows is 20"]),
-        ([*JUDGED, "frontier.temperatures=[]"], ["frontier", "at least one"]),
+        ([*JUDGED, "frontier.temperatures=[]"], ["frontier", "at least two"]),
         ([*JUDGED, "frontier={}", "judges.judge={kind: ngram}"], ["judges", "name"]),
     ],
 )
@@ -159,6 +160,7 @@ def test_from_the_command_line_to_the_page(run: Run, world: Path, tmp_path: Path
     assert head["headline_judge"] == pytest.approx(np.interp(real, diversity, bits))
     assert head["headline_judge_low"] <= head["headline_judge"] <= head["headline_judge_high"]
     assert 0.02 < head["at"] < 1
+    assert (head["reached"], heads["real"]["reached"]) == ("yes", "cannot be told apart")
     assert heads["real"]["headline_judge"] == pytest.approx(real_bits)
     assert "less" in heads["repeated"]["reached"]
     assert "more" in heads["shuffled"]["reached"]
