@@ -105,7 +105,8 @@ def _lead(first: Row, rival: Row, merit: Merit) -> str:
 
 def _paired(first: Row, rival: Row, merit: Merit) -> tuple[float, float] | None:
     """The ends of the interval of the lead that one of the rows states: how far its walk is ahead
-    of the best one that the model to beat has in as many calls. None where that is another pair."""
+    of the best one that the model to beat has in as many calls. None where that is another pair.
+    It does not cover that the walk is the best of several of its model."""
     low, high = f"{merit.ahead}_low", f"{merit.ahead}_high"
     ours, theirs = ([number(row.get(key)) for key in (low, high)] for row in (first, rival))
     stated = [all(map(math.isfinite, ends)) for ends in (ours, theirs)]

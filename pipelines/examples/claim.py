@@ -9,8 +9,9 @@ trained with. For each number of calls and each model,
 the walk with the fewest bits per byte at the diversity of real text, averaged over the seeds, is
 taken, by each judge. The interval of a single seed is the evaluation's own, from resampled texts;
 that of several seeds is Student's t over the seeds. It covers the choice of texts and of rows of
-real text only where each evaluation has made its own, by its `seed`. The table is printed as
-Markdown, the plot shows the same for the last judge.
+real text only where each evaluation has made its own, by its `seed`. That of `fewer` does not cover
+that the other model's walk is the best of several, see `pipelines.evaluation.questions.frontier`.
+The table is printed as Markdown, the plot shows the same for the last judge.
 """
 
 from __future__ import annotations
