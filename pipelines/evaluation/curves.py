@@ -2,7 +2,9 @@
 
 Texts get better and less diverse as the temperature falls, so a judge's figure compares models only
 where their texts are equally diverse: at the diversity of real text, interpolated linearly between
-the two temperatures that bracket it.
+the two temperatures that bracket it. The line lies above a curve that bends upwards: temperatures
+.15 to .2 apart add about .02 bits per byte in the middle, closer ones less, so no difference below
+.03 should lean on it.
 
 Shapes: T temperatures (ascending), R resamples.
 """

@@ -94,8 +94,8 @@ def report(
                 "digest": manifest.digest,
                 "split": config.split,
                 "blocks": manifest.blocks,
-                "references": f"the first {config.samples.rows} of the split in the order of seed "
-                f"{config.seed}, kept in samples/references",
+                "references": f"the first {max(config.held_out_rows.values())} rows of the split "
+                f"in the order of seed {config.seed}, kept in samples/references",
             },
             **facts,
             "models": {subject.name: _told(subject) for subject in survey.subjects},

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from infra import config
 from infra.storage import Folder
 from infra.tracking import connect
 from pipelines import evaluate, models
-from pipelines.evaluation import engine, held_out, metrics, questions
+from pipelines.evaluation import held_out, metrics, questions
 from pipelines.evaluation.ngram import NGram
 from pipelines.evaluation.question import Question
 from tests.pipelines import tiny
@@ -51,6 +50,11 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     assert tables["models"]["dsl"]["version"] == "models:/tiny/1"
     assert tables["models"]["dsl"]["run"] == str(world / "runs/made")
     assert [tables["models"][name]["kind"] for name in given] == ["mdlm", "ar", "dsl"]
+
+    # The folder of references holds what the report says: likelihood.rows, which are the more.
+    kept = pq.read_table(folder / "samples/references")["row"].to_pylist()
+    assert tables["data"]["references"].startswith(f"the first {len(kept)} rows of the split")
+    assert len(kept) == 8
 
     # A uniform posterior costs log V a token on every view, and the unigram less.
     views = {(row["model"], row["view"]): row for row in tables["likelihood"]}
@@ -173,19 +177,6 @@ def test_a_finished_evaluation_stands_for_its_weights_and_its_data_alone(
     assert code == 3
     assert "not the data that this run began with" in err
     assert "existing=restart" in err
-
-
-def test_weights_that_changed_are_not_mixed_with_those_of_before(
-    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(world / "dsl", tmp_path / "weights")
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", Mock(side_effect=KeyboardInterrupt))
-        assert run(f"models={{a: {tmp_path / 'weights'}}}")[0] > 3
-    shutil.copytree(world / "flat", tmp_path / "weights", dirs_exist_ok=True)
-    code, _, err = run(f"models={{a: {tmp_path / 'weights'}}}")
-    assert code == 2
-    assert "is an evaluation of other versions of these models" in err
 
 
 def test_what_others_say_of_the_texts(run: Run, world: Path, tmp_path: Path) -> None:

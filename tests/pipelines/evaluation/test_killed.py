@@ -81,6 +81,19 @@ def test_other_data_are_not_taken_for_those_of_before(tmp_path: Path) -> None:
         preparation.require_same_rows(survey)
 
 
+def test_weights_that_changed_are_not_mixed_with_those_of_before(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "dsl", tmp_path / "weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", Mock(side_effect=KeyboardInterrupt))
+        assert run(f"models={{a: {tmp_path / 'weights'}}}")[0] > 3
+    shutil.copytree(world / "flat", tmp_path / "weights", dirs_exist_ok=True)
+    code, _, err = run(f"models={{a: {tmp_path / 'weights'}}}")
+    assert code == 2
+    assert "is an evaluation of other versions of these models" in err
+
+
 def test_parts_of_a_cpu_and_of_a_gpu_are_not_mixed(
     run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
