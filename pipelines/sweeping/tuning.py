@@ -29,7 +29,7 @@ from infra import cluster, tracking
 from infra.cluster import DATA_CPUS
 from infra.command import explain
 from infra.console import line, progress, say
-from infra.errors import InfraError
+from infra.errors import InfraError, Problem
 from pipelines import finetune
 from pipelines.runs import DATA_ERRORS
 from pipelines.sweeping.settings import TRIALS, Asha, SweepConfig
@@ -207,8 +207,8 @@ class SweepCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
-        error = trial.get_error() or RuntimeError("its process died")
-        self.trials.end(name, "lost", explain(error, DATA_ERRORS)[0].splitlines()[0])
+        if self.trials.read(name).state == "running":
+            self.trials.end(name, "lost", "its process died")
         say(f"{name}  lost  {self.trials.read(name).why}")
 
     def _stopped(self, trial: Trial) -> None:
@@ -259,18 +259,23 @@ def _trial(chosen: Mapping[str, str], config: SweepConfig, parent: str | None) -
     """Fine-tune with the settings of a trial.
 
     An error that its settings are to blame for is recorded, and the trial is not tried again. An
-    error of the infrastructure is raised, and Tune starts the trial again.
+    error of the infrastructure is raised as well, and Tune starts the trial again. Tune does not
+    tell the driver in time which error it was.
     """
     name, trials = chosen["trial"], Trials(folder=config.folder / TRIALS)
+    trials.end(name, "running", "")
     recipe = config.trial(name, trials.read(name).settings)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the driver prints progress
             finetune.execute(recipe, parent=parent, start=_start(recipe.workers))
     except Exception as error:
         why, code = explain(error, DATA_ERRORS)
-        if code == InfraError.exit_code:
-            raise
-        trials.end(name, "failed", why)
+        if code != InfraError.exit_code:
+            trials.end(name, "failed", why)
+            return
+        with contextlib.suppress(Problem):  # it may be the store that is away
+            trials.end(name, "lost", why)
+        raise
 
 
 def _start(workers: WorkersConfig) -> Callable[[Assignment], None]:

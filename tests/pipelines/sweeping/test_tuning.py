@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,16 +124,16 @@ def test_a_trial_is_read_from_its_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "state"),
+    ("error", "state", "why"),
     [
-        (ConfigError("train.optimizer.lr", "the loss is nan"), "failed"),
-        (RuntimeError("a bug"), "failed"),
-        (InfraError("the store", "is away"), None),
-        (OSError(28, "No space left on device", "disk"), None),
+        (ConfigError("train.optimizer.lr", "the loss is nan"), "failed", "the loss is nan"),
+        (RuntimeError("a bug"), "failed", "a bug"),
+        (InfraError("the store", "is away"), "lost", "the store: is away"),
+        (OSError(28, "No space left on device", "disk"), "lost", "No space left on device"),
     ],
 )
 def test_what_settings_are_to_blame_for_is_not_tried_again(
-    error: Exception, state: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, state: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small.load(f"root={tmp_path}")
     trials = Trials(folder=config.folder / "trials")
@@ -142,13 +143,26 @@ def test_what_settings_are_to_blame_for_is_not_tried_again(
         raise error
 
     monkeypatch.setattr(finetune, "execute", fail)
-    if state:
+    raised = pytest.raises(type(error)) if state == "lost" else nullcontext()
+    with raised:
         tuning._trial({"trial": name}, config, None)
-        assert str(error) in trials.read(name).why
-    else:
-        with pytest.raises(type(error)):
-            tuning._trial({"trial": name}, config, None)
-    assert trials.read(name).state == (state or "running")
+    found = trials.read(name)
+    assert found.state == state
+    assert why in found.why
+    if state == "lost":  # Tune gives up, and starts it again in the next sweep
+        tuning.SweepCallback(config, trials).on_trial_error(1, [], of_tune(name))
+        assert trials.read(name) == found
+        monkeypatch.setattr(finetune, "execute", lambda *_, **__: None)
+        tuning._trial({"trial": name}, config, None)
+        assert trials.read(name).state == "running"
+
+
+def test_a_trial_whose_process_died_is_lost(tmp_path: Path) -> None:
+    config = small.load(f"root={tmp_path}")
+    trials = Trials(folder=config.folder / "trials")
+    name = trials.add(0, {"converter.beta": 0.3})
+    tuning.SweepCallback(config, trials).on_trial_error(1, [], of_tune(name))
+    assert (trials.read(name).state, trials.read(name).why) == ("lost", "its process died")
 
 
 ROOM = {
