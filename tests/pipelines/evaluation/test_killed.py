@@ -94,14 +94,19 @@ def test_weights_that_changed_are_not_mixed_with_those_of_before(
     assert "is an evaluation of other versions of these models" in err
 
 
+def prepare(run: Run, monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
+    """Begin an evaluation that ends before anything is measured."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
+        assert run(*argv)[0] == 4
+
+
 def test_parts_of_a_cpu_and_of_a_gpu_are_not_mixed(
     run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their noise and, by precision=auto, their dtype are others."""
     argv = [f"models={{a: {world / 'dsl'}}}"]
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
-        assert run(*argv)[0] == 4
+    prepare(run, monkeypatch, *argv)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         code, _, err = run(*argv, "workers.gpu=true")
@@ -114,9 +119,7 @@ def test_parts_that_follow_from_the_data_are_written_again_where_they_are_missin
     run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [f"models={{a: {world / 'dsl'}}}", "adversaries=true", "judge={kind: ngram}"]
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
-        assert run(*argv)[0] == 4
+    prepare(run, monkeypatch, *argv)
     before = {path: pq.read_table(path) for path in tmp_path.glob("judged/*/**/*.parquet")}
     assert len(before) > 20
     folder = tmp_path / "judged"
@@ -135,9 +138,7 @@ def test_without_any_reference_the_rows_are_those_of_the_data(
     run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [f"models={{a: {world / 'dsl'}}}"]
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", Mock(side_effect=InfraError("pool", "is gone")))
-        assert run(*argv)[0] == 4
+    prepare(run, monkeypatch, *argv)
     shutil.rmtree(tmp_path / "judged/samples/references")
     code, _, err = run(*argv)
     assert code == 0, err
