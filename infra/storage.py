@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -64,6 +65,13 @@ class Folder:
         if isinstance(url, Folder):
             return url
         refuse_credentials(url, scrub(url))
+        try:
+            if "://" in url:
+                urlsplit(url)
+        except ValueError as error:
+            raise ConfigError(
+                scrub(url), f"not a URL ({error})", "Write scheme://host/path"
+            ) from None
         try:
             folder = cls(*url_to_fs(url))
         except ValueError:  # fsspec's answer to a protocol it does not know

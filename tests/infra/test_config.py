@@ -186,6 +186,7 @@ def test_text_stays_as_typed(text: str) -> None:
          "path.rule (command line): expected 'cap' | 'rescale', got 'capp'. Did you mean `cap`?"),
         (["steps=many"], "steps (command line): expected int, got 'many'"),
         (["steps=yes"], "steps (command line): expected int, got True"),
+        (["path=remask", "path.eta=yes"], "path.eta (command line): expected float, got True"),
         (["steps={a: 1}"], "steps (command line): expected int, got {'a': 1}"),
         (["source=12"], "source (command line): expected str, got 12. Quote it"),
         (["optimizer=3"], "optimizer (command line): expected a mapping, got 3"),

@@ -113,6 +113,7 @@ def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
         ("s4://bucket", "unknown protocol s4://"),
         ("memori://x", "Did you mean memory://"),
         ("s3://name:secret@bucket/x", "holds a credential"),
+        ("http://[x", "not a URL"),
     ],
 )
 def test_a_wrong_url_is_a_config_error(url: str, message: str) -> None:
