@@ -21,9 +21,10 @@ from torch.autograd import DeviceType
 
 from dsl import dit
 from infra.checkpoints import Checkpoints
+from infra.parallel import ParallelConfig
 from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check import __main__ as command
-from pipelines.gpu_check import parity, profiles, resume, train
+from pipelines.gpu_check import bf16, parity, profiles, resume, train
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import SMALL, Check
 from tests.gpu import GPU, standing_in
@@ -184,6 +185,23 @@ def test_only_what_was_measured_is_judged(value: Any, bar: Bar | None, verdict: 
     row = Finding("what", value, "s", bar).row()
     assert row["verdict"] == verdict
     assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_a_loss_that_is_no_number_misses_the_bar_at_whatever_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where steps with a small gap come before it."""
+
+    def learner(objective: Any, config: Any, mesh: Any, sharding: ParallelConfig) -> Any:
+        lost = sharding.compute_dtype == "bfloat16"
+        losses = {step: math.nan if lost and step > 2 else 1.0 for step in range(1, 21)}
+        return SimpleNamespace(step=lambda step, _: {"loss": losses[step]})
+
+    monkeypatch.setattr(bf16, "Learner", learner)
+    monkeypatch.setattr(bf16, "_gradients", lambda *_: {})
+    check = Check(out=tmp_path, device=torch.device("cpu"), sizes=SMALL)
+    (found,) = [found for found in bf16.run(check) if "gap" in found.what]
+    assert found.verdict == "FAIL"
 
 
 def test_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
