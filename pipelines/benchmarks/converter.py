@@ -40,12 +40,14 @@ def run(config: BenchmarkConfig) -> Table:
 def procedures(config: BenchmarkConfig, device: torch.device) -> dict[str, Procedure]:
     """What is timed, by name."""
     denoiser = build(config.model.dsl(), device)
-    table_VD, values_UW = denoiser.table_VD.detach(), denoiser.backbone.values_UW
+    # Training asks for the gradients of evidence, table and values.
+    table_VD = denoiser.table_VD.detach().clone().requires_grad_()
+    values_UW = denoiser.backbone.values_UW
     draws = torch.Generator().manual_seed(0)
     tokens_1N = torch.randint(len(table_VD), (1, config.converter.positions), generator=draws)
     nothing_1N = torch.zeros_like(tokens_1N, dtype=torch.bool)
     gamma_1N = torch.full(tokens_1N.shape, SNR)
-    evidence = State.from_tokens(table_VD, tokens_1N, nothing_1N, gamma_1N)
+    evidence = State.from_tokens(table_VD.detach(), tokens_1N, nothing_1N, gamma_1N)
     z_ND = evidence.z_BLD[0].clone().requires_grad_()
 
     def converter() -> Tensor:
@@ -61,6 +63,7 @@ def procedures(config: BenchmarkConfig, device: torch.device) -> dict[str, Proce
         def both(number: int) -> None:
             of().sum().backward()
             denoiser.zero_grad(set_to_none=True)
+            table_VD.grad = z_ND.grad = None
 
         return both
 

@@ -15,7 +15,7 @@ import torch
 
 from dsl.denoiser import Denoiser
 from infra.errors import ConfigError, InfraError
-from pipelines.benchmarks import ingest, measure, sampler, train
+from pipelines.benchmarks import converter, ingest, measure, sampler, train
 from pipelines.benchmarks.results import Bar, ratio
 from pipelines.benchmarks.settings import build
 from tests.pipelines.benchmarks import small
@@ -95,6 +95,21 @@ def test_flops_are_those_of_the_positions_that_are_predicted() -> None:
     head = 6 * config.model.tokens * config.model.backbone.width
     work = {name: train.flops(config, name, CPU) / tokens for name in ("mdlm", "dsl")}
     assert whole - head < work["mdlm"] < whole < work["dsl"]
+
+
+def test_the_bare_products_of_the_converter_have_the_gradients_of_both_factors() -> None:
+    """As the converter has; backward is twice the forward then."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = small.benchmark()
+    timed, counted = converter.procedures(config, CPU), {}
+    for name in ("products", "products_backward"):
+        with FlopCounterMode(display=False) as counter:
+            timed[name](0)
+        counted[name] = counter.get_total_flops()
+    model, positions = config.model, config.converter.positions
+    forward = 2 * positions * model.tokens * (model.embed_dim + model.backbone.width)
+    assert counted == {"products": forward, "products_backward": 3 * forward}
 
 
 def test_flops_agree_with_what_runs() -> None:
