@@ -79,4 +79,7 @@ function play(film) {
   if (moves) start();
 }
 const film = document.getElementById("film");
-if (film) play(JSON.parse(film.textContent));
+if (film) {
+  play(JSON.parse(film.textContent));
+  film.parentElement.hidden = false;
+}

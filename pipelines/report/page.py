@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from pipelines.report.tables import Table, markdown
 
-# A hint that the page shows only while what follows is wider than the page.
-HINT = '<p class="hint faint">Wider than the page: scroll it sideways →</p>'
+# A hint that the page's script shows only while what follows is wider than the page.
+HINT = '<p class="hint faint" hidden>Wider than the page: scroll it sideways →</p>'
 LEAST_SCALE = 0.6  # of a plot on a narrow page; smaller letters cannot be read
 
 

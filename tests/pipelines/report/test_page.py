@@ -98,7 +98,7 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_and_runs_its_own_script_alone(report: Report) -> None:
     page = Page(report.html())
     allowed = "html head meta title style body main h1 h2 h3 p section div table thead tbody tr th"
-    more = "td figure img figcaption pre details summary dl button input output script"
+    more = "td figure img figcaption pre details summary dl button input output script noscript"
     assert set(page.tags) <= {*allowed.split(), *more.split()}
     assert all(value.startswith("data:image/png;base64,") for value in page.loaded)
     assert len(page.loaded) == 2
@@ -182,6 +182,13 @@ def test_the_slider_shows_the_film(report: Report, tmp_path: Path) -> None:
         ["call 4 of 9", "b" + ATTACK, "SNR 9.5, confidence 60 %"],
         ["call 9 of 9", "b" + ATTACK, "SNR ∞, confidence 100 %"],
     ]
+
+
+def test_without_its_script_the_page_shows_nothing_that_needs_it(report: Report) -> None:
+    """No hint beside what fits, and no button that does nothing."""
+    page = report.html()
+    assert page.count('<p class="hint faint" hidden>') == page.count('class="wide') > 0
+    assert re.search("<noscript><p>The film.+</noscript>\n<section class=.film.+ hidden>", page)
 
 
 def test_what_there_is_nothing_of_has_no_part_in_the_page(report: Report) -> None:
