@@ -95,6 +95,8 @@ def _lead(first: Row, rival: Row, merit: Merit) -> str:
     size = f"by {lead:{merit.show}}"
     if math.isnan(low):
         return f"better {size}, without an interval, since there is no standard error"
+    if math.isinf(low) or math.isinf(high):
+        return f"ahead {size}, with an unbounded interval, so chance may explain it"
     interval = f"{size} [{low:{merit.show}}, {high:{merit.show}}] at 95 %"
     if low > 0:
         return f"better {interval}"
@@ -105,11 +107,12 @@ def _lead(first: Row, rival: Row, merit: Merit) -> str:
 
 def _paired(first: Row, rival: Row, merit: Merit) -> tuple[float, float] | None:
     """The ends of the interval of the lead that one of the rows states: how far its walk is ahead
-    of the best one that the model to beat has in as many calls. None where that is another pair.
-    It does not cover that the walk is the best of several of its model."""
+    of the best one that the model to beat has in as many calls, infinite where too many resamples
+    have no headline of both. None where that is another pair. It does not cover that the walk is
+    the best of several of its model."""
     low, high = f"{merit.ahead}_low", f"{merit.ahead}_high"
     ours, theirs = ([number(row.get(key)) for key in (low, high)] for row in (first, rival))
-    stated = [all(map(math.isfinite, ends)) for ends in (ours, theirs)]
+    stated = [not any(map(math.isnan, ends)) for ends in (ours, theirs)]
     if first.get("budget") != rival.get("budget") or sum(stated) != 1:
         return None
     return (ours[0], ours[1]) if stated[0] else (-theirs[1], -theirs[0])

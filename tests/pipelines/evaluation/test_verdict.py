@@ -87,7 +87,11 @@ def bits(
         ((bits("more", 3.0), bits("dsl", 3.1, ahead=(-0.3, -0.1))), "better by 0.10 [0.10, 0.30]"),
         # What is not of this pair: as of independent texts, 1.96 times the square root of .5.
         ((bits("more", 3.0, 16), bits("dsl", 2.9, ahead=(0.05, 0.2))), "0.10 [-1.29, 1.49]"),
-        ((bits("more", 3.0), bits("dsl", 2.9, ahead=(0.05, math.inf))), "0.10 [-1.29, 1.49]"),
+        # Of this pair, and unbounded, however small both standard errors are.
+        (
+            (bits("more", 3.0), bits("dsl", 2.0, ahead=(-math.inf, math.inf))),
+            "ahead by 1.00, with an unbounded interval",
+        ),
         (
             (bits("b", 3.0, ahead=(0.5, 0.9)), bits("dsl", 2.9, ahead=(0.05, 0.2))),
             "0.10 [-1.29, 1.49]",
