@@ -151,8 +151,9 @@ def draw(texts: Mapping[str, Sequence[Rows]]) -> bytes:
             if not points:
                 continue
             calls, figures = zip(*points, strict=True)
-            below = [figure.value - figure.low for figure in figures]
-            above = [figure.high - figure.value for figure in figures]
+            # The ends are quantiles of resamples, which need not lie around the value itself.
+            below = [max(figure.value - figure.low, 0.0) for figure in figures]
+            above = [max(figure.high - figure.value, 0.0) for figure in figures]
             middle = [figure.value for figure in figures]
             axes.errorbar(calls, middle, (below, above), label=model, **style(place))
         axes.axhline(_real(headlines, key), color=GREY, ls=":", label="real text")

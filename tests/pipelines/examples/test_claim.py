@@ -14,7 +14,7 @@ from pipelines.examples import claim
 
 def head(model: str, path: str, calls: int, bits: float, **more: Any) -> dict[str, Any]:
     ends = {"headline_ar_low": bits - 0.1, "headline_ar_high": bits + 0.1}
-    row = {"model": model, "path": path, "budget": calls, "headline_ar": bits, **ends, **more}
+    row = {"model": model, "path": path, "budget": calls, "headline_ar": bits} | ends | more
     return row | {"headline_ar_interval": "whatever"}
 
 
@@ -87,6 +87,14 @@ def test_over_several_seeds_it_is_the_best_on_average_with_an_interval_over_seed
 @pytest.mark.parametrize("seeds", [[ROWS], [ROWS, ROWS]])
 def test_a_walk_without_an_interval_is_not_taken(seeds: list[list[dict[str, Any]]]) -> None:
     assert ("dsl", 32) not in claim.best(seeds, "headline_ar")
+
+
+@pytest.mark.parametrize("shift", [-0.2, 0.2])
+def test_an_interval_beside_its_value_is_drawn(shift: float) -> None:
+    """Quantiles of resamples may both lie on one side of the texts as they are."""
+    ends = {"headline_ar_low": 2.9 + shift, "headline_ar_high": 3.1 + shift}
+    rows = [REAL, head("more", "masked", 16, 3.0, **ends)]
+    assert claim.draw({"small": [rows]}).startswith(b"\x89PNG")
 
 
 def test_a_walk_that_one_seed_lacks_is_not_taken() -> None:
