@@ -22,7 +22,10 @@ def number(value: Any) -> float:
 
 
 class Column(NamedTuple):
-    """The values under `key` in the format `show`, with their standard errors."""
+    """The values under `key` in the format `show`, with their standard errors.
+
+    Significant digits (`.4g`) are for what was measured: whole numbers keep all of theirs.
+    """
 
     key: str
     title: str
@@ -32,7 +35,8 @@ class Column(NamedTuple):
         value, error = row.get(self.key), number(row.get(self.key + STDERR))
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return NOTHING
-        shown = f"{value:{self.show}}" if isinstance(value, int | float) else str(value)
+        show = "" if isinstance(value, int) and self.show.endswith("g") else self.show
+        shown = f"{value:{show}}" if isinstance(value, int | float) else str(value)
         sign = "≤ " if row.get(self.key + BOUND) else ""
         return sign + shown + ("" if math.isnan(error) else f" ± {error:{self.show}}")
 

@@ -42,6 +42,13 @@ def test_a_cell_shows_its_error_where_it_has_one(report: Report) -> None:
     assert cells[4] == ["skipped", ROWS[3]["skipped"]]
 
 
+def test_a_whole_number_is_not_rounded_to_significant_digits() -> None:
+    """A seed of eight digits is another one if it loses four."""
+    assert Column("seed", "Seed", ".4g").cell({"seed": 20260217}) == "20260217"
+    assert Column("lr", "Rate", ".4g").cell({"lr": 0.000123456}) == "0.0001235"
+    assert Column("nats", "Nats", ".3f").cell({"nats": 2}) == "2.000"
+
+
 def test_a_bound_says_so_and_only_where_there_is_a_value() -> None:
     column = Column("bits", "Bits", ".2f")
     assert column.cell({"bits": 1.4, "bits_stderr": 0.01, "bits_bound": True}) == "≤ 1.40 ± 0.01"
