@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -26,6 +27,7 @@ DASHES = ("-", "--", ":")
 GREY = "0.45"
 CURVES = 8  # the most in one panel
 COLUMNS = 4  # the most panels side by side
+LETTERS = 11  # of a title, in an inch
 SPAN = 8  # an axis is logarithmic if its values span a larger ratio
 
 
@@ -80,7 +82,8 @@ def panels(
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=share, sharey=share).ravel()
     for axes, title in zip(grid, titles, strict=False):
-        axes.set_title(title, fontsize="medium")
+        # Wrapped, so that the titles of neighbours do not run into each other.
+        axes.set_title(textwrap.fill(title, int(LETTERS * width)), fontsize="medium")
         axes.tick_params(labelsize="small", labelbottom=True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(titles) :]:

@@ -47,9 +47,11 @@ def schedule(rows: Rows) -> bytes | None:
     made = panels(titles, width=2.5, height=2.2, beside=1.0, share=False)
     for axes, row in zip(made.axes, rows, strict=True):
         shares = [numbers(row[key]) for key in SHARES]
+        if len(shares[0]) == 1:  # a point has no area
+            shares = [2 * share for share in shares]
         steps = range(1, len(shares[0]) + 1)
         axes.stackplot(steps, shares, labels=list(SHARES), colors=list(SHARES.values()))
-        axes.set(xlabel="step", ylim=(0, 1), xlim=(1, max(2, len(steps))))
+        axes.set(xlabel="step", ylim=(0, 1), xlim=(1, len(steps)))
     made.figure.supylabel("share of tokens", fontsize="medium")
     made.legend()
     return made.png()

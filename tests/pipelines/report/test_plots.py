@@ -281,6 +281,14 @@ def test_a_schedule_stacks_to_one(drawn: list[Figure]) -> None:
     assert axes.get_xlim() == (1, 8)
 
 
+def test_a_schedule_of_one_step_has_an_area(drawn: list[Figure]) -> None:
+    traces.schedule(rows.traces(models=1, budgets=(1,)))
+    (axes,) = panels(drawn[0])
+    (_, _, revealed) = axes.collections
+    corners = revealed.get_paths()[0].vertices
+    assert (corners.max(0) - corners.min(0)).tolist() == [1.0, 1.0]
+
+
 def test_rewrites_add_up_and_paths_that_take_nothing_back_are_left_out(
     drawn: list[Figure],
 ) -> None:
@@ -330,6 +338,13 @@ def test_losses_of_many_runs_wrap(drawn: list[Figure]) -> None:
     assert [axes.get_title() for axes in panels(drawn[0])] == [f"run {n}" for n in range(5)]
     heights = {round(axes.get_position().y0, 2) for axes in panels(drawn[0])}
     assert len(heights) == 2
+
+
+def test_long_titles_do_not_run_into_each_other(drawn: list[Figure]) -> None:
+    traces.schedule([{**row, "path": "hybrid of two long names"} for row in rows.traces(models=3)])
+    boxes = [axes.title.get_window_extent() for axes in panels(drawn[0])]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_panels_do_not_overlap(drawn: list[Figure]) -> None:
