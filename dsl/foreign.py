@@ -126,12 +126,18 @@ class ForeignBackbone(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one token's forward and backward pass, head included.
 
-        Counts matrix products, as `dsl.dit.DiT.flops_per_token` does.
+        Counts matrix products, as `dsl.dit.DiT.flops_per_token` does: a vector is no factor of one,
+        and the embeddings of positions are looked up.
         """
         width: int = self.head[0].shape[1]
-        weights: int = (
-            sum(p.numel() for p in self.network.parameters()) + self.config.tokens * width
+        factors = (
+            parameter.numel()
+            for module in self.network.modules()
+            if not isinstance(module, nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() > 1
         )
+        weights: int = sum(factors) + self.config.tokens * width
         return 3 * (2 * weights + 4 * self.config.blocks * length * width)
 
 

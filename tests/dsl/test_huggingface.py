@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dsl
 from dsl import huggingface, objective
@@ -26,6 +28,16 @@ def tokens(rows: int = 3) -> torch.Tensor:
 
 def seen(denoiser: dsl.Denoiser, tokens_BL: torch.Tensor, known_BL: torch.Tensor) -> dsl.State:
     return dsl.State.from_tokens(denoiser.table_VD, tokens_BL, known_BL)
+
+
+def flops(backbone: ForeignBackbone) -> int:
+    """Of the matrix products of three rows, forward and backward, with the head."""
+    inputs_BLW = torch.randn(3, LENGTH, backbone.values_UW.shape[1], requires_grad=True)
+    weight_VH, _ = backbone.head
+    # The counter knows matrix products, and no fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        (backbone(inputs_BLW) @ weight_VH.T).sum().backward()
+    return counter.get_total_flops()
 
 
 @torch.no_grad()
@@ -151,7 +163,11 @@ def test_it_trains_and_is_kept(tmp_path: Path, family: str) -> None:
     backbone = denoiser.backbone
     assert isinstance(backbone, ForeignBackbone)
     assert len(backbone.blocks) == denoiser.config.backbone.blocks == 2
-    assert backbone.flops_per_token(LENGTH) > 6 * sum(p.numel() for p in backbone.parameters()) // 2
+    least, most = (3 * n * backbone.flops_per_token(n) for n in (LENGTH, LENGTH + 1))
+    if backbone.config.start is None:
+        assert flops(backbone) == least
+    else:  # the mark of the start is read before each row
+        assert least < flops(backbone) < most
     dsl.save(denoiser, tmp_path / "kept")
     again = dsl.load(tmp_path / "kept")
     assert again.config == denoiser.config
