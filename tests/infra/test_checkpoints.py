@@ -271,6 +271,17 @@ def fail_on_rank_one(folder: str) -> tuple[list[int], str]:
         return store.steps(), str(caught.value)
 
 
+def test_a_process_that_lost_its_run_commits_nothing(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise InfraError("run", "was taken over by another")
+
+    store = Checkpoints(str(tmp_path), keep=1, max_failures=1, permit=refuse)
+    store.save(1, {"a": torch.ones(2)}, {})
+    with pytest.raises(InfraError, match="taken over by another"):
+        store.wait()
+    assert committed(str(tmp_path)) == []
+
+
 def test_a_failure_on_one_rank_is_the_verdict_of_all(tmp_path: Path) -> None:
     for steps, message in in_workers(2, fail_on_rank_one, str(tmp_path)):
         assert steps == [1]

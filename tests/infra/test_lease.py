@@ -20,6 +20,7 @@ from infra import lease
 from infra.errors import InfraError
 from infra.lease import held
 from infra.storage import Folder
+from tests.infra.common import until
 from tests.infra.faulty import BUCKET, FaultyStore
 
 HOLD = """
@@ -147,6 +148,15 @@ def test_a_holder_that_was_passed_over_writes_no_more(run: Folder) -> None:
         for known in (mine.lease, pickle.loads(pickle.dumps(mine.lease))):
             with pytest.raises(InfraError, match="taken over by process 7 on elsewhere"):
                 known.confirm()
+    assert lease._folder(run).names() == ["000004.json"]
+
+
+def test_a_holder_that_was_passed_over_beats_no_more(run: Folder) -> None:
+    """Or its lease, which the other one has removed, would stand in the way of the next."""
+    with held(run) as mine:
+        other(run)
+        until(lambda: not mine._thread.is_alive())
+        lease._folder(run).remove(mine.lease.name)
     assert lease._folder(run).names() == ["000004.json"]
 
 
