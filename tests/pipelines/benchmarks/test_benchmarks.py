@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,12 +131,20 @@ def test_flops_agree_with_what_runs() -> None:
 # --- timing and verdicts ---------------------------------------------------------------------
 
 
-def test_procedures_take_turns_and_the_first_round_does_not_count() -> None:
+def test_procedures_take_turns_and_the_first_round_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that each turn moves on, by one second more than the last."""
     turns: list[tuple[str, int]] = []
+    clock = SimpleNamespace(perf_counter=lambda: sum(range(len(turns) + 1)))
+    monkeypatch.setattr(measure, "time", clock)
     procedures = {name: lambda number, name=name: turns.append((name, number)) for name in "ab"}
     seconds = measure.interleaved(procedures, 2, CPU)
     assert turns == [(name, number) for number in (0, 0, 1) for name in "ab"]
-    assert {len(seconds_R) for seconds_R in seconds.values()} == {2}
+    assert {name: seconds_R.tolist() for name, seconds_R in seconds.items()} == {
+        "a": [3, 5],
+        "b": [4, 6],
+    }
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
@@ -203,6 +212,8 @@ def test_settings_that_cannot_be(argument: str, message: str) -> None:
 def test_one_call_reveals_and_masks_again() -> None:
     config = small.benchmark("sampler.budget=4", "sampler.length=64")
     after = sampler.procedures(config, CPU)["masked"](0)
-    before, _ = sampler.states(build(config.model.dsl(), CPU), config.sampler)
+    before, evidence = sampler.states(build(config.model.dsl(), CPU), config.sampler)
+    assert before.revealed_BL.float().mean() == pytest.approx(0.5, abs=0.2)
+    assert (evidence.gamma_BL == sampler.SDE.gamma(0.5)).all()
     assert (after.revealed_BL & ~before.revealed_BL).any()
     assert (after.revealed_BL | ~before.revealed_BL).all()

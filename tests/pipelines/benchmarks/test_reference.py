@@ -66,6 +66,16 @@ def test_draws_have_their_probabilities() -> None:
     assert chi_square_p(outcome_BL.flatten().bincount(minlength=4), probs_U) > 1e-4
 
 
+def test_draws_have_float64_noise() -> None:
+    """As public code has, whose time it is compared by."""
+    probs_BLU = torch.full((2, 3, 5), 0.2)
+    noise_BLU = torch.rand(
+        probs_BLU.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    outcome_BL = reference.draw(probs_BLU, torch.Generator().manual_seed(0))
+    assert torch.equal(outcome_BL, (1 / -noise_BLU.log()).argmax(-1))
+
+
 def ours(law: dsl.ExactDenoiser, rows: int) -> Tensor:
     path = dsl.paths.Remask(rule="cap", eta=0.1)
     return dsl.sample(law, path, State.masked(rows, 2, 2), budget=24, seed=0).tokens_BL
