@@ -225,6 +225,11 @@ def test_splits_have_continuous_calls_down_and_endpoint_calls_across(drawn: list
     assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32"]
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     assert shown == {(0, 0): "0.0480", (1, 0): "0.0800", (1, 1): "0.0960"}
+    # Low values are dark, high ones light.
+    inks = {text.get_text(): text.get_color() for text in axes.texts}
+    assert inks == {"0.0480": "white", "0.0800": "black", "0.0960": "black"}
+    dark, light = (axes.images[0].to_rgba(value)[:3] for value in (0.048, 0.096))
+    assert sum(dark) < 1 < sum(light)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("endpoint calls", "continuous calls")
 
 
@@ -254,6 +259,9 @@ def test_reliability_has_a_panel_for_each_snr_and_models_side_by_side(
     curve = points(low, "model 0: ECE 0.125")
     assert len(curve) == 9  # the empty bin is left out
     assert curve[0] == (0.15000000000000002, pytest.approx(0.15**2))
+    # The area of a dot is 8, and 80 more for all of the predictions.
+    areas = low.collections[0].get_sizes()
+    assert areas.tolist() == pytest.approx([8 + 80 * count / 45 for count in range(1, 10)])
 
 
 def test_an_empty_bin_is_no_dot_whatever_stands_in_it() -> None:

@@ -1,0 +1,33 @@
+"""What an evaluation's report says in MLflow."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipelines.evaluation import pages
+from pipelines.report import Column, Table
+
+WALK = {"model": "a", "view": "v", "state": "s", "path": "hybrid", "split": [2, 6], "budget": 8}
+WALK |= {"p": 0.9, "temperature": 0.8}
+
+
+def figures(*rows: dict[str, object]) -> dict[str, float]:
+    columns = tuple(Column(key, key) for key in (*WALK, "bits", "said"))
+    return pages.figures({"any": Table(title="", note="", columns=columns, rows=rows)})
+
+
+def test_a_figure_is_named_by_all_that_tells_rows_apart() -> None:
+    assert figures(WALK | {"bits": 2}) == {"a/v/s/hybrid/2-6/8/0.9/0.8/bits": 2.0}
+
+
+@pytest.mark.parametrize("label", WALK)
+def test_rows_that_differ_in_one_label_are_two_figures(label: str) -> None:
+    other = {**WALK, label: [4, 4] if label == "split" else "other"}
+    assert sorted(figures(WALK | {"bits": 1.0}, other | {"bits": 2.0}).values()) == [1.0, 2.0]
+
+
+def test_what_is_no_finite_number_is_no_figure() -> None:
+    nothing = ({"bits": value} for value in (None, math.nan, math.inf))
+    assert figures(*nothing, {"said": "a word"}, {"model": "a"}) == {}
