@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from dsl.denoiser import Denoiser
+from dsl.posterior import Denoises
+from dsl.truncation import Truncated
 from infra.errors import ConfigError, InfraError
 from pipelines.benchmarks import converter, ingest, measure, sampler, train
 from pipelines.benchmarks.results import Bar, ratio
@@ -151,6 +154,52 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     """A machine that slows down threefold leaves every ratio where it was."""
     row = ratio("k", "what", "against", np.array([2.0, 6.0, 4.0]), np.array([1.0, 3.0, 2.0]))
     assert row["ratio"] == row["low"] == row["high"] == 2.0
+
+
+def test_each_ratio_is_ours_over_theirs() -> None:
+    """Of times for a step, of what is done in a second, and of memory."""
+    config, second = small.benchmark(), np.ones(1)
+    steps = {"mdlm": 2 * second, "dsl": 6 * second, "reference": 8 * second}
+    looped = {"mdlm": 2 * second, "sharded": 4 * second}
+    peaks = {"mdlm": 2.0, "dsl": 3.0, "reference": 8.0}
+    rows = [
+        *train._steps(config, {**steps, "matmul": second}, {"mdlm": 1e12, "dsl": 1.5e12}),
+        *train._memory(config, peaks),
+        *train._worker(config, looped),
+    ]
+    found = {row["key"]: row["ratio"] for row in rows}
+    assert found == {
+        "dsl": 3.0,
+        "mdlm": 0.25,
+        "matmul": pytest.approx(0.5e12 / (2 * 2048**3)),
+        "dsl_memory": 1.5,
+        "mdlm_memory": 0.25,
+        "sharded": 0.5,
+    }
+    assert rows[0]["bar"] == "≤ 1.65"  # a tenth more than its FLOPs
+    names = ("backbone", "masked", "remask", "head", "sde", "sde_nucleus", "reference")
+    calls = {name: (number + 1) * second for number, name in enumerate(names)}
+    assert {row["key"]: row["ratio"] for row in sampler._calls(config, calls)} == {
+        "masked": 2.0,
+        "remask": 3.0,
+        "reference": 7.0,
+        "sde": pytest.approx(5 / 4),
+        "sde_nucleus": pytest.approx(6 / 4),
+        "remask_public": pytest.approx(3 / 7),
+    }
+
+
+@pytest.mark.parametrize("name", ["masked", "remask", "sde", "sde_nucleus"])
+def test_what_is_timed_with_a_nucleus_has_one(name: str) -> None:
+    """The path sees the sharpened posterior, but for the SDE, whose bar is without one."""
+    seen: list[bool] = []
+
+    def one_call(denoises: Denoises, *_: object) -> None:
+        seen.append(isinstance(denoises, Truncated))
+
+    with mock.patch.object(sampler, "one_call", one_call):
+        sampler.procedures(small.benchmark(), CPU)[name](0)
+    assert seen == [name != "sde"]
 
 
 @pytest.mark.parametrize(
