@@ -23,7 +23,7 @@ from infra import parallel
 from infra.mixture import ALONE
 from infra.parallel import ParallelConfig
 from pipelines.training.learner import Learner
-from pipelines.training.settings import TrainConfig
+from pipelines.training.settings import OptimizerConfig, TrainConfig
 from tests.gpu import GPU, standing_in
 
 R, L, TOKENS = 4, 12, 17
@@ -81,6 +81,37 @@ def test_training_and_validation_are_one_graph_each(
             made.append(len(graphs))
     assert made == [1, 2, 2, 2]
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_rows_of_a_validation_have_noise_of_their_own() -> None:
+    """A bound is told how many rows came before those of the numbered microbatch."""
+    told: list[tuple[int, int]] = []
+
+    def bound(denoiser: Denoiser, tokens_RL: Tensor, samples: int, first_row: int) -> float:
+        told.append((samples, first_row))
+        return 2.0 * first_row
+
+    with parallel.join(ParallelConfig()) as mesh:
+        learner = Learner(objective(), TrainConfig(bound_samples=3), mesh, ParallelConfig())
+        rows = [(0, rows_RL), (5, rows_RL)]
+        found = learner.validate({ALONE: rows}, {ALONE: 1.0}, {"any": bound})
+    assert told == [(3, 0), (3, 5 * R)]
+    assert found["validation/bound"] == found["validation/any"] == 5 * R
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", {1: 0.25, 4: 1.0, 5: 1.0, 54: 1.0, 104: 1.0}),
+        ("cosine", {1: 0.25, 4: 1.0, 54: 0.55, 104: 0.1}),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_to_a_tenth(
+    schedule: Any, rates: dict[int, float]
+) -> None:
+    config = OptimizerConfig(lr=2.0, warmup=4, schedule=schedule)
+    found = {step: config.lr_at(step, 104) / 2 for step in rates}
+    assert found == pytest.approx(rates)
 
 
 def test_mixed_precision_leaves_the_angles_of_positions_alone(
