@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +409,14 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_runs_nothing(saved: Path) ->
     (saved / "commit.json").write_bytes(pickled)
     assert "not a commit of this format" in refused(saved)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize(("second", "said"), [(2, None), (1, "overlap"), (3, "make up the whole")])
+def test_chunks_make_up_a_tensor_once(second: int, said: str | None) -> None:
+    """Of four rows: two that were covered twice would leave another one as memory had it."""
+    chunks = tuple(dcp.Chunk(file="a", offset=(at, 0), shape=(2, 3)) for at in (0, second))
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        dcp.Entry(dtype="F32", shape=(4, 3), chunks=chunks)
 
 
 def test_damage_is_one_error_that_names_the_file(saved: Path) -> None:

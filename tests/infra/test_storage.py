@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +73,38 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         _ = 1 / 0
     assert folder.read_bytes("a") == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves the old file or the new one, and what was said to be written stays."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    Folder.at(str(tmp_path)).write_bytes("a", b"new")
+    assert done == ["file", "name", "folder"]
+
+
+def test_what_another_process_has_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filesystems of stores keep lists of what they have seen: each question forgets them first."""
+    folder, done = Folder.at("memory://cached"), []
+    kind = type(folder.filesystem)
+    monkeypatch.setattr(kind, "invalidate_cache", lambda *_: done.append("forgotten"))
+    for name, ask in (("ls", folder.names), ("exists", lambda: folder.exists("a"))):
+        monkeypatch.setattr(kind, name, lambda *_, name=name, **__: done.append(name) or [])
+        ask()
+    assert done == ["forgotten", "ls", "forgotten", "exists"]
 
 
 def test_names_hide_what_a_killed_writer_left(tmp_path: Path) -> None:
