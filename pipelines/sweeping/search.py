@@ -38,8 +38,9 @@ class Planned(ABC):
 
     def propose(self, space: Space, seed: int, trials: Sequence[Trial]) -> Settings | None:
         """The settings of the next trial; None where there is none."""
-        planned = self.planned(space, seed)
-        return planned[len(trials)] if len(trials) < len(planned) else None
+        had = {label(trial.settings) for trial in trials}
+        left = (settings for settings in self.planned(space, seed) if label(settings) not in had)
+        return next(left, None)
 
 
 @dataclass(frozen=True, kw_only=True)

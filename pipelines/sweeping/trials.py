@@ -6,8 +6,10 @@ A sweep is continued from these files alone: the state of Ray Tune does not outl
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 from infra import documents, journal
@@ -68,15 +70,18 @@ class _Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """The trials in a folder. Names are numbered, and none is given twice."""
+    """The trials in a folder. Names are numbered."""
 
     folder: Folder
 
     def all(self) -> list[Trial]:
         """In order of their numbers."""
-        files = [name for name in self.folder.names() if name.endswith(".json")]
-        names = (file.removesuffix(".json") for file in files)
-        return [self.read(name) for name in sorted(names, key=lambda name: (len(name), name))]
+        return [self.read(f"trial-{number:03d}") for number in sorted(self._numbers())]
+
+    def free(self) -> int:
+        """The least number that no trial has: that of one which somebody removed, or the next."""
+        taken = self._numbers()
+        return next(number for number in count() if number not in taken)
 
     def read(self, name: str) -> Trial:
         fix = "Remove the file and the folder beside it; the search proposes another trial"
@@ -104,6 +109,10 @@ class Trials:
     def end(self, name: str, state: State, why: str) -> None:
         """Record the state of a trial and the reason for it."""
         self._write(name, self.read(name).settings, state, why)
+
+    def _numbers(self) -> set[int]:
+        found = (re.fullmatch(r"trial-([0-9]{3,})\.json", name) for name in self.folder.names())
+        return {int(match[1]) for match in found if match}
 
     def _write(self, name: str, settings: Mapping[str, Any], state: State, why: str) -> None:
         record = {"settings": dict(settings), "state": state, "why": why}

@@ -140,11 +140,11 @@ class Proposals(Searcher):
             name = self.left.pop(0)
             self.trials.end(name, "running", "")
             return {"trial": name}
-        config, known = self.config, self.trials.all()
-        settings = config.search.propose(config.space, config.seed, known)
+        config = self.config
+        settings = config.search.propose(config.space, config.seed, self.trials.all())
         if settings is None:
             return Searcher.FINISHED
-        return {"trial": self.trials.add(len(known), settings)}
+        return {"trial": self.trials.add(self.trials.free(), settings)}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

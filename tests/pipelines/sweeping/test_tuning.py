@@ -107,6 +107,28 @@ def test_interrupted_trials_come_first_and_ended_ones_never(tmp_path: Path) -> N
     assert proposals.suggest("z") == Searcher.FINISHED
 
 
+@pytest.mark.parametrize("kind", ["grid", "random", "optuna"])
+def test_a_trial_that_was_removed_is_proposed_again_and_no_other_one(
+    kind: str, tmp_path: Path
+) -> None:
+    """As the messages about a damaged trial have it."""
+    config = small.load(f"root={tmp_path}", f"search.kind={kind}")
+    trials = Trials(folder=config.folder / "trials")
+
+    def rest() -> list[str]:
+        proposals, names = tuning.Proposals(config, trials), list[str]()
+        while isinstance(chosen := proposals.suggest("x"), dict) and len(names) < 9:
+            names.append(chosen["trial"])
+            trials.end(names[-1], "failed", "because")
+        return names
+
+    assert rest() == ["trial-000", "trial-001", "trial-002"]
+    before = trials.all()
+    trials.folder.remove("trial-001.json")
+    assert rest() == ["trial-001"]
+    assert trials.all() == before
+
+
 def test_a_trial_is_read_from_its_directory(tmp_path: Path) -> None:
     trials = Trials(folder=Folder.at(str(tmp_path)))
     for number in (0, 2, 10, 1000):
