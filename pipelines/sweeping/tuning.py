@@ -264,8 +264,8 @@ def _trial(chosen: Mapping[str, str], config: SweepConfig, parent: str | None) -
     """
     name, trials = chosen["trial"], Trials(folder=config.folder / TRIALS)
     trials.end(name, "running", "")
-    recipe = config.trial(name, trials.read(name).settings)
     try:
+        recipe = config.trial(name, trials.read(name).settings)
         with contextlib.redirect_stderr(io.StringIO()):  # the driver prints progress
             finetune.execute(recipe, parent=parent, start=_start(recipe.workers))
     except Exception as error:

@@ -179,6 +179,20 @@ def test_what_settings_are_to_blame_for_is_not_tried_again(
         assert trials.read(name).state == "running"
 
 
+def test_values_that_do_not_go_together_are_a_trial_that_failed(tmp_path: Path) -> None:
+    """A search that learns may propose them: they are not known before it begins."""
+    space = (
+        "{support.roar.gamma_min: {kind: choice, values: [0, 20]}, "
+        "support.roar.gamma_max: {kind: choice, values: [10, 30]}}"
+    )
+    config = small.load(f"root={tmp_path}", "search.kind=optuna", space=space)
+    trials = Trials(folder=config.folder / "trials")
+    name = trials.add(0, {"support.roar.gamma_min": 20, "support.roar.gamma_max": 10})
+    tuning._trial({"trial": name}, config, None)
+    assert trials.read(name).state == "failed"
+    assert "gamma_max must be above gamma_min" in trials.read(name).why
+
+
 def test_a_trial_whose_process_died_is_lost(tmp_path: Path) -> None:
     config = small.load(f"root={tmp_path}")
     trials = Trials(folder=config.folder / "trials")
