@@ -23,7 +23,10 @@ from pipelines.verb import RunSettings, TrackingConfig, require_model_name
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
 Bounds = Sequence[tuple[int, float]]  # (step, bound) of the validations of a trial, in order
 # What decides how trials are measured, how long and where they run is the same for all of them.
-COMMON = ("train.stream.", "train.steps", "train.validat", "train.bound_samples", "workers.")
+COMMON = (
+    "train.stream", "train.steps", "train.validate_every", "train.validation_microbatches",
+    "train.bound_samples", "workers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +133,10 @@ class SweepConfig(RunSettings):
         if self.asha and self.asha.grace > self.finetune.train.steps:
             raise ValueError(f"asha.grace is beyond the {self.finetune.train.steps} steps")
         for key in self.space:
-            if key.startswith(COMMON):
-                why = "trials that differ in it could not be compared"
-                raise ConfigError(f"space.{key}", why, f"Set finetune.{key} for all of them")
+            for common in COMMON:
+                if f"{key}.".startswith(f"{common}.") or common.startswith(f"{key}."):
+                    why = f"trials that differ in {common} could not be compared"
+                    raise ConfigError(f"space.{key}", why, f"Set finetune.{common} for all of them")
             if inner := [other for other in self.space if other.startswith(f"{key}.")]:
                 raise ConfigError(f"space.{inner[0]}", f"a knob inside of {key}", "Keep one")
         for key, knob in self.space.items():

@@ -146,6 +146,10 @@ def test_optuna_hears_how_trials_ended() -> None:
         ),
         # Trials of different lengths cannot be compared.
         ("train.steps: {kind: choice, values: [5, 6]}", r"space\.train\.steps"),
+        ("train.validate_every: {kind: choice, values: [5, 6]}", r"space\.train\.validate_every"),
+        ("train: {kind: choice, values: [{steps: 5}, {steps: 6}]}", "differ in train.stream"),
+        ("train.stream: {kind: choice, values: [{seed: 5}, {seed: 6}]}", "differ in train.stream"),
+        ("workers: {kind: choice, values: [{gpu: true}, {gpu: false}]}", "differ in workers"),
         # A grid has no ranges.
         ("converter.beta: {kind: uniform, low: 1, high: 2}", r"space\.converter\.beta"),
         ("converter.beta: {kind: uniform, low: 2, high: 1}", "below high"),
