@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
-from operator import getitem
 from typing import Any, Literal
 
 import numpy as np
@@ -158,8 +157,9 @@ class SweepConfig(RunSettings):
         return overridden(self.finetune, settings, "space")
 
     def own(self, key: str) -> Any:
-        """The value of a knob in `finetune` as it stands."""
-        return reduce(getitem, key.split("."), to_tree(self.finetune))
+        """The value of a knob in `finetune` as it stands; None inside of a section that is None."""
+        whole = to_tree(self.finetune)
+        return reduce(lambda tree, name: tree and tree[name], key.split("."), whole)
 
     def _require_different(self, trials: Sequence[Settings]) -> None:
         """ConfigError for impossible settings, and for two that make the same recipe."""

@@ -175,6 +175,14 @@ def test_each_knob_is_confirmed_or_not(told: tuple[SweepConfig, list[Trial]]) ->
     assert (skip["recommended"], skip["says"]) == ("true", knobs.OPEN)
 
 
+def test_a_knob_of_a_section_that_the_base_leaves_out() -> None:
+    space = "{lora.rank: {kind: choice, values: [2, 4]}}"
+    made = small.load("search.kind=one_at_a_time", "finetune.init=runs/base", space=space)
+    trials = swept(made, {"lora.rank=4": -0.2})
+    (rank,) = knobs.recommend(made, compared(made, trials))
+    assert (rank["base"], rank["recommended"]) == ("null", 4)
+
+
 def test_a_sure_gain_is_recommended_before_a_larger_one_that_may_be_chance() -> None:
     made = config()
     known = {"knob": "converter.beta", "value": 0.3, "verdict": NONE_SEEN, "difference": -0.9}
