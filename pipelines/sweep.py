@@ -66,7 +66,8 @@ class Sweep(runs.Task):
         best, walk = second.chosen(config.second, arms, self.second.walks)
         self.best = best.trial
         folder.write_bytes(PRESET, recommendation.preset(config, best, walk).encode())
-        made = pages.report(config, self.trials, arms, best, self.second.rows)
+        by = second.by(config.second, walk)
+        made = pages.report(config, self.trials, arms, best, by, self.second.rows)
         for table in made.tables.values():
             say(f"\n{table.title}. {table.note}\n{markdown(table)}")
         states = [trial.state for trial in self.trials]
@@ -80,7 +81,8 @@ class Sweep(runs.Task):
             "failed": {t.name: t.why for t in self.trials if t.state in ("failed", "lost")},
             "metrics": {"trials": len(states), **counts, "best/bound": best.bound},
         }
-        say(f"\nreport: {result['report']}\npreset: {result['preset']}")
+        say(f"\nrecommended: {best.trial.name}, by {by}")
+        say(f"report: {result['report']}\npreset: {result['preset']}")
         return Made(result, made.files())
 
     def register(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any] | None:

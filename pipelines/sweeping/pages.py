@@ -40,12 +40,17 @@ MEANING = (
 
 
 def report(
-    config: SweepConfig, trials: Sequence[Trial], arms: Sequence[Arm], best: Arm, walks: Rows
+    config: SweepConfig,
+    trials: Sequence[Trial],
+    arms: Sequence[Arm],
+    best: Arm,
+    by: str,
+    walks: Rows,
 ) -> Report:
     """The report of a sweep.
 
-    arms: in the order of their bounds. best: the one that is recommended. walks: the rows of the
-    second level's table of samples.
+    arms: in the order of their bounds. best: the one that is recommended, for what `by` says.
+    walks: the rows of the second level's table of samples.
     """
     tables, drawn = _of_knobs(config, trials, arms)
     tables |= {"trials": _trials(config, trials), "walks": _walks(walks)}
@@ -55,7 +60,7 @@ def report(
         title=f"Sweep {config.name}",
         subtitle=f"{len(trials)} trials of {config.finetune.train.steps:,} steps at most from "
         f"{config.finetune.init}; best: {arms[0].trial.name} at {arms[0].bound:.4f} nats per "
-        f"token{_next(arms)}; recommended: {best.trial.name}",
+        f"token{_next(arms)}; recommended: {best.trial.name}, by {by}",
         facts={
             "best": {"trial": best.trial.name, "bound": best.bound, "settings": best.settings},
             "ranking": [

@@ -82,6 +82,17 @@ def chosen(
     return ranked[0], next(filter(None, best), None)
 
 
+def by(config: SecondConfig | None, walk: Walk | None) -> str:
+    """By what `chosen` has chosen."""
+    select = config.select if config else None
+    if select is None:
+        return "the lowest bound"
+    if walk is None:
+        most = f" of at most {select.calls} calls" if select.calls else ""
+        return f"the lowest bound, as no walk{most} has {select.merit}"
+    return f"{select.merit} {float(walk.row[select.merit]):.4g} along {walk.cell.name}"
+
+
 def _best(walks: Sequence[Walk], merit: Merit, calls: int | None = None) -> Walk | None:
     """Of those that have the merit, and take no more calls."""
     fitting = (

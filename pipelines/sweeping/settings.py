@@ -13,6 +13,7 @@ from infra import tracking
 from infra.config import overridden, to_tree
 from infra.errors import ConfigError
 from pipelines.evaluation.cells import PathConfig
+from pipelines.evaluation.questions.frontier import Frontier
 from pipelines.evaluation.settings import EvaluateConfig, Questions
 from pipelines.finetune import FinetuneConfig, Recipe
 from pipelines.sweeping.search import OneAtATime, Random, Search
@@ -74,10 +75,14 @@ class Asha:
 class Select:
     """What chooses among the trials of the second level instead of their bounds: the key of a
     `merit` in the tables of its report, such as `headline_judge`, at its best on any walk of at
-    most `calls` denoiser calls, or of any number of them."""
+    most `calls` denoiser calls, or of any number of them. Where no walk has it, bounds choose."""
 
     merit: str
     calls: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.calls is not None and self.calls < 1:
+            raise ValueError(f"calls must be at least 1, got {self.calls}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +102,25 @@ class SecondConfig(Questions):
         super().__post_init__()
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
-        known = [merit.key for merit in self.merits if merit.better]
-        if self.select and self.select.merit not in known:
-            raise ValueError(f"select.merit is one of {', '.join(known)}, got {self.select.merit}")
+        if self.select:
+            self._require_measured(self.select)
+
+    def _require_measured(self, select: Select) -> None:
+        """ValueError for a merit that no walk can have."""
+        of = {m.key: q for q in self.questions for m in q.merits_in(self) if m.better}
+        if select.merit not in of:
+            raise ValueError(f"select.merit is one of {', '.join(of)}, got {select.merit}")
+        names, calls = tuple(self.paths), ()
+        if isinstance(of[select.merit], Frontier):
+            if self.frontier.nuclei:
+                why = "with them a walk has several headlines, of which none can be selected"
+                raise ValueError(f"frontier.nuclei: {why}; give the paths a nucleus instead")
+            names, calls = self.frontier.paths or names, self.frontier.budgets
+        # A path without budgets takes a call for each token, of which there may be one.
+        walks = (walk for name in names for walk in self.paths[name].walks(1))
+        least = min(calls or (budget for _, budget in walks), default=0)
+        if select.calls and select.calls < least:
+            raise ValueError(f"select.calls is {select.calls}, and walks that have it take {least}")
 
 
 @dataclass(frozen=True, kw_only=True)

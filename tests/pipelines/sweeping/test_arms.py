@@ -208,12 +208,13 @@ def test_what_did_not_finish_is_said_and_not_compared(
 def test_the_report_and_the_preset(told: tuple[SweepConfig, list[Trial]]) -> None:
     made, trials = told
     arms = ranked(trials)
-    report = pages.report(made, trials, arms, arms[0], [])
+    report = pages.report(made, trials, arms, arms[0], "the lowest bound", [])
     assert list(report.tables) == ["against", "recommendation", "trials"]
     assert [plot.name for plot in report.plots] == ["against", "bounds"]
     assert arms[0].trial.name == "trial-002"
     assert "best: trial-002" in report.subtitle
     assert "next: trial-004, +0." in report.subtitle
+    assert report.subtitle.endswith("recommended: trial-002, by the lowest bound")
     assert report.tables["trials"].cells()[0][1:4] == ["beta", "skip", "seed"]
     text = recommendation.preset(made, arms[0], None)
     assert "mean of 4 repeats" in text

@@ -105,8 +105,40 @@ def test_texts_choose_among_trials_where_they_are_to() -> None:
     few = second_level(", select: {merit: headline_judge, calls: 4}")
     assert second.chosen(few, ARMS, walks) == (ARMS[1], walks[1])
     assert second.chosen(few, ARMS, walks[2:]) == (ARMS[0], None)
-    with pytest.raises(ConfigError, match=r"select\.merit is one of .*headline_judge"):
-        second_level(", select: {merit: headline_other}")
+    assert second.by(asked, walks[2]) == f"headline_judge 2 along {FIRST}-masked-8"
+    why = "the lowest bound, as no walk of at most 4 calls has headline_judge"
+    assert second.by(few, None) == why
+    assert second.by(second_level(), walks[0]) == second.by(None, None) == "the lowest bound"
+
+
+@pytest.mark.parametrize(
+    ("asked", "where"),
+    [
+        ("select: {merit: headline_other}", r"select\.merit is one of .*headline_judge"),
+        # There is no section `mauve`, so nothing would have it.
+        ("select: {merit: mauve}", r"select\.merit is one of"),
+        ("select: {merit: words, calls: 0}", "calls must be at least 1"),
+        (
+            "paths: {masked: {path: masked, budgets: [8]}}, select: {merit: words, calls: 4}",
+            "take 8",
+        ),
+        (
+            "paths: {few: {path: masked, budgets: [4]}, many: {path: masked, budgets: [8]}}, "
+            "frontier: {paths: [many]}, select: {merit: headline_judge, calls: 4}",
+            "take 8",
+        ),
+        (
+            "paths: {masked: {path: masked, budgets: [4, 8]}}, "
+            "frontier: {budgets: [8]}, select: {merit: headline_judge, calls: 4}",
+            "take 8",
+        ),
+        ("frontier: {nuclei: [{p: 0.9}]}, select: {merit: headline_judge}", r"frontier\.nuclei"),
+    ],
+)
+def test_what_no_walk_could_have_is_refused_before_any_trial(asked: str, where: str) -> None:
+    base = "second={paths: {masked: {path: masked}}, judge: {kind: ngram}, frontier: {}}"
+    with pytest.raises(ConfigError, match=where):
+        small.load(base, f"second={{{asked}}}")
 
 
 def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() -> None:
@@ -136,7 +168,7 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     row = {"model": "trial-000", "path": "hybrid", "budget": 5, "split": [2, 3], "calls": 5.0}
     cell = Cell(model="trial-000", path="hybrid", walk=WALK, budget=5)
     rows = [{"model": "real", "words": 1.0}, row | {"words": 0.5, "entropy": 2.0}]
-    made = pages.report(config, known, ranked(known), ranked(known)[0], rows)
+    made = pages.report(config, known, ranked(known), ranked(known)[0], "the lowest bound", rows)
     table = made.tables["trials"]
     assert [line["trial"] for line in table.rows] == ["trial-000", "trial-001", "trial-002"]
     assert [line["state"] for line in table.rows] == ["finished", "stopped", "failed"]
