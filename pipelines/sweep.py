@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra import journal
+from infra.config import flatten
 from infra.console import say
 from infra.shards import read_manifest
 from infra.storage import Folder
@@ -44,8 +45,10 @@ class Sweep(runs.Task):
     free = ("existing", "register", "concurrent", "tracking.", "finetune.workers.cluster.")
 
     def stands(self, result: Mapping[str, Any]) -> bool:
+        """Not where a trial was lost, which is tried again."""
         name = self.config.register
-        return name is None or f"models:/{name}/" in str(result.get("model_uri"))
+        registered = name is None or f"models:/{name}/" in str(result.get("model_uri"))
+        return registered and not flatten(dict(result)).get("metrics.trials/lost")
 
     def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
         data = self.config.data

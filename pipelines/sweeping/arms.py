@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InfraError
 from pipelines.sweeping.space import label
 from pipelines.sweeping.trials import SEED, Trial
 
@@ -63,7 +63,8 @@ def ranked(trials: Sequence[Trial]) -> list[Arm]:
     """The arms with finished trials, best mean first.
 
     Arms with fewer finished trials come after all that have more, as their failed trials are
-    missing from the mean. Raises ConfigError if no trial finished.
+    missing from the mean. Where no trial finished, raises InfraError if the same command tries one
+    of them again, else ConfigError.
     """
     by_settings: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -71,6 +72,9 @@ def ranked(trials: Sequence[Trial]) -> list[Arm]:
             by_settings.setdefault(label(trial.arm), []).append(trial)
     if not by_settings:
         why = "; ".join(f"{trial.name} {trial.state}: {trial.why}" for trial in trials)
+        if any(trial.state == "lost" for trial in trials):
+            fix = "The same command tries those again that were lost"
+            raise InfraError("trials", f"none finished ({why})", fix)
         raise ConfigError("space", f"no trial finished ({why})", "Mend the settings they share")
     found = [Arm(tuple(repeats)) for repeats in by_settings.values()]
     return sorted(found, key=lambda arm: (-len(arm.trials), arm.bound))

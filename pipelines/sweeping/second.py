@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from infra import tracking
-from infra.config import to_tree, to_yaml
+from infra.config import flatten, parse, to_tree, to_yaml
 from infra.shards import read_manifest
+from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines import evaluate
 from pipelines.evaluation.cells import Cell, cells
@@ -44,9 +46,10 @@ def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
         return Second((), ())
     kept = [arm.trial for arm in ranked[: config.second.keep]]
     models = {trial.name: (config.folder / TRIALS / trial.name).url for trial in kept}
-    settings = config.evaluation(models)
+    settings, folder = config.evaluation(models), config.folder / SECOND
+    if _is_of_others(folder, models):
+        settings = replace(settings, existing="restart")
     made = evaluate.execute(settings)
-    folder = config.folder / SECOND
     handle = tracking.opened(folder.url)
     if handle and sweep.run_id:
         tracking.finish(handle, tags={PARENT: sweep.run_id})
@@ -60,6 +63,15 @@ def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
     for walk in walks:
         _show(config, walk, made["report"])
     return Second(rows, walks)
+
+
+def _is_of_others(folder: Folder, models: Mapping[str, str]) -> bool:
+    """Whether an earlier attempt evaluated other trials: one that was lost may have ended since."""
+    if not folder.exists(tracking.CONFIG):
+        return False
+    before = flatten(parse(folder.read_bytes(tracking.CONFIG), folder.url_of(tracking.CONFIG)))
+    of = "evaluate.models."
+    return models != {k.removeprefix(of): v for k, v in before.items() if k.startswith(of)}
 
 
 def chosen(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from infra import config
+from infra.errors import InfraError
 from pipelines import sweep
 from pipelines.sweeping.settings import TRIALS, SweepConfig
 from pipelines.sweeping.trials import BOUND, PARTS, State, Trial, Trials, Validation
@@ -70,7 +72,8 @@ def one_by_one(config: SweepConfig, parent: str | None, most: float = math.inf) 
     while isinstance(chosen := proposals.suggest(""), dict):
         if most < 1:
             raise KeyboardInterrupt
-        tuning._trial(chosen, config, parent)
+        with suppress(InfraError):  # it is lost
+            tuning._trial(chosen, config, parent)
         most -= 1
 
 

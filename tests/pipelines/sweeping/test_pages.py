@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dsl.paths import Hybrid, Masked, SentenceSDE
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InfraError
 from pipelines.evaluation.cells import Cell
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
@@ -150,6 +150,9 @@ def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() ->
     assert [arm.trial.name for arm in ranked(known)] == ["trial-002", "trial-000"]
     with pytest.raises(ConfigError, match=r"trial-000 failed: because; trial-001 stopped: because"):
         ranked([small.trial(0, {}, "failed"), small.trial(1, {}, "stopped", 1.0)])
+    # Not the fault of any setting, and mended by the same command.
+    with pytest.raises(InfraError, match=r"trial-000 failed: because; trial-001 lost: because"):
+        ranked([small.trial(0, {}, "failed"), small.trial(1, {}, "lost")])
 
 
 def test_the_report_and_the_preset_of_what_was_found() -> None:

@@ -1,4 +1,5 @@
-"""The winner of a sweep is registered, if not by the first attempt then by a later one."""
+"""What an outage keeps from the first attempt at a sweep comes with a later one: the winner's place
+in the registry, and trials that were lost."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from infra import tracking
+from infra.errors import InfraError
 from infra.tracking import connect
-from pipelines import sweep
+from pipelines import finetune, sweep
 from pipelines.sweeping import tuning
 from pipelines.training import worker
 from tests.pipelines.sweeping import small
@@ -48,3 +50,39 @@ def test_a_server_that_was_away_gets_the_winner_from_the_same_command(
     (version,) = client.search_model_versions("name = 'tried'")
     assert version.tags["sweep_run"] == second["run_id"]
     assert client.get_run(version.run_id).info.run_name == "trial-000"
+
+
+SECOND = """second={batch: 6, workers: {count: 0}, paths: {masked: {path: masked, budgets: [4]}},
+    likelihood: {rows: 4, samples: 2, steps: 2, gamma_max: 9, gamma_star: [9]},
+    states: {revealed: [0], gammas: [1]}, samples: {rows: 6, traced: 0}}"""
+
+
+@pytest.mark.long
+def test_a_trial_that_was_lost_is_tried_again_and_its_texts_stand_beside_the_others(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, away = finetune.execute, ["trial-001"]
+
+    def execute(recipe: finetune.FinetuneConfig, **kwargs: Any) -> dict[str, Any]:
+        if recipe.name in away:
+            raise InfraError("the store", "is away")
+        return train(recipe, **kwargs)
+
+    monkeypatch.setattr(finetune, "execute", execute)
+    monkeypatch.setattr(tuning, "run", small.one_by_one)
+    monkeypatch.setattr(tuning, "_start", lambda workers: worker.train)
+    space = "{converter.beta: {kind: choice, values: [0.3, 3.0]}}"
+    config = small.load(f"data={data}", f"root={tmp_path}", SECOND, space=space)
+
+    def walked() -> set[str]:
+        told = json.loads((tmp_path / "tried/report/sweep.json").read_text())
+        return {row["model"] for row in told["walks"]}
+
+    first = sweep.execute(config)
+    assert first["failed"] == {"trial-001": "the store: is away"}
+    assert walked() == {"trial-000"}
+    away.clear()
+    second = sweep.execute(config)
+    assert (second["failed"], second["metrics"]["trials/finished"]) == ({}, 2)
+    assert walked() == {"trial-000", "trial-001"}
+    assert sweep.execute(config) == second
