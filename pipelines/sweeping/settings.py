@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
@@ -58,17 +59,19 @@ class Asha:
         """Whether a trial of `steps` steps is stopped after the last of its `own` validations.
 
         It is judged once at each rung, by the first validation there, against the first of each
-        other trial that has reached the rung. No trial is stopped when it has trained to the end.
+        other trial that has reached the rung. One without a finite bound there is stopped. No trial
+        is stopped when it has trained to the end.
         """
         *before, (step, bound) = own
         rung = max((rung for rung in self.rungs(steps) if rung <= step), default=None)
         if rung is None or step >= steps or any(earlier >= rung for earlier, _ in before):
             return False
         first = (next((bound for step, bound in other if step >= rung), None) for other in others)
-        there = [bound for bound in first if bound is not None]
-        # In the form of Ray's own rule, so that equal bounds are judged alike, to the last bit.
+        there = [bound for bound in first if bound is not None and math.isfinite(bound)]
+        # In the form of Ray's own rule, so that equal bounds are judged alike, to the last bit; and
+        # so that a NaN, which is not >= anything, stops.
         share = (1 - 1 / self.reduction) * 100
-        return bool(there) and -bound < np.nanpercentile(np.negative(there), share)
+        return bool(there) and not -bound >= np.percentile(np.negative(there), share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ A sweep is continued from these files alone: the state of Ray Tune does not outl
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Validation(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """What is known of a trial. `why` says why it ended, and is empty while it runs and where it
-    finished."""
+    finished. `validations` are those with a finite bound."""
 
     name: str
     settings: Mapping[str, Any]
@@ -87,16 +88,21 @@ class Trials:
         fix = "Remove the file and the folder beside it; the search proposes another trial"
         record: _Record = documents.load(self.folder, f"{name}.json", _Record, fix)
         run = self.folder / name
-        state = "finished" if run.exists(RESULT) else record.state
+        told = [row for row in journal.read(run) if {BOUND, *PARTS} <= row.keys()]
+        finite = [row for row in told if math.isfinite(row[BOUND])]
+        state, why = record.state, record.why
+        if run.exists(RESULT):
+            state, why = "finished", ""
+            if not finite or finite[-1] is not told[-1]:
+                state, why = "failed", "it has no finite bound at its end"
         return Trial(
             name=name,
             settings=record.settings,
             state=state,
-            why=record.why,
+            why=why,
             validations=tuple(
                 Validation(int(row["step"]), row[BOUND], *(row[part] for part in PARTS))
-                for row in journal.read(run)
-                if {BOUND, *PARTS} <= row.keys()
+                for row in finite
             ),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,28 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
     assert judge(halving, "trial-002", 30, 9.0) == CONTINUE
     # It has trained to the end: stopping would save nothing.
     assert judge(halving, "trial-004", 40, 9.0) == CONTINUE
+
+
+def test_a_bound_that_is_no_number_is_worse_than_any() -> None:
+    halving = tuning.Halving(Asha(grace=10, reduction=2), 40, [])
+    assert judge(halving, "trial-000", 10, math.nan) == CONTINUE  # nothing to compare with
+    assert judge(halving, "trial-001", 10, 3.0) == CONTINUE
+    assert judge(halving, "trial-002", 10, math.nan) == STOP
+    assert judge(halving, "trial-003", 10, math.inf) == STOP
+    assert judge(halving, "trial-004", 10, 3.5) == STOP
+
+
+def test_a_trial_that_ends_without_a_finite_bound_has_failed(tmp_path: Path) -> None:
+    """Its weights have grown beyond all numbers since the loss was last looked at."""
+    trials = Trials(folder=Folder.at(str(tmp_path)))
+    for number, bounds in enumerate([(3.0, math.nan), (3.0, math.inf), (math.nan, 3.0), ()]):
+        name = trials.add(number, {})
+        small.write(tmp_path / name, *bounds)
+        (tmp_path / name / "result.json").write_text("{}")
+    found = trials.all()
+    assert [trial.state for trial in found] == ["failed", "failed", "finished", "failed"]
+    assert found[0].why == found[3].why == "it has no finite bound at its end"
+    assert [[v.step for v in trial.validations] for trial in found] == [[10], [10], [20], []]
 
 
 def test_without_others_at_the_rung_a_trial_goes_on() -> None:
@@ -134,7 +157,7 @@ def test_a_trial_is_read_from_its_directory(tmp_path: Path) -> None:
     for number in (0, 2, 10, 1000):
         trials.add(number, {"a": {"kind": "roar"}})
     small.write(tmp_path / "trial-002", 3.0, 2.0)
-    (tmp_path / "trial-010").mkdir()
+    small.write(tmp_path / "trial-010", 3.0)
     (tmp_path / "trial-010" / "result.json").write_text("{}")
     found = {trial.name: trial for trial in trials.all()}
     assert list(found) == ["trial-000", "trial-002", "trial-010", "trial-1000"]
