@@ -106,11 +106,12 @@ def by(config: SecondConfig | None, walk: Walk | None) -> str:
 
 
 def _best(walks: Sequence[Walk], merit: Merit, calls: int | None = None) -> Walk | None:
-    """Of those that have the merit, and take no more calls."""
+    """Of those that have the merit, which a report says as null where it is no finite number, and
+    take no more calls."""
     fitting = (
         walk
         for walk in walks
-        if merit.key in walk.row and (calls is None or walk.cell.budget <= calls)
+        if walk.row.get(merit.key) is not None and (calls is None or walk.cell.budget <= calls)
     )
     return max(fitting, key=lambda walk: merit.better * float(walk.row[merit.key]), default=None)
 

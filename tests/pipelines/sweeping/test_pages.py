@@ -91,6 +91,9 @@ def test_the_best_walk_is_by_what_does_not_fall_with_entropy() -> None:
     assert second.chosen(second_level(), ARMS, walks) == (ARMS[0], walks[1])
     assert second.chosen(second_level(), ARMS, walks[2:]) == (ARMS[0], None)
     assert second.chosen(None, ARMS, []) == (ARMS[0], None)
+    wordless = walks[0]._replace(row=walks[0].row | {"words": None})
+    assert second.chosen(second_level(), ARMS, [wordless, walks[1]]) == (ARMS[0], walks[1])
+    assert second.chosen(second_level(), ARMS, [wordless]) == (ARMS[0], None)
 
 
 def test_texts_choose_among_trials_where_they_are_to() -> None:
