@@ -34,11 +34,13 @@ def preset(config: SweepConfig, best: Arm, walk: Walk | None) -> str:
     if walk and config.second:
         samples = config.second.samples
         sections["generate"] = {
-            "model": f"{config.root}/{name}",
+            "model": f"{config.root.rstrip('/')}/{name}",
             "path": to_tree(walk.cell.walk),
             "budget": walk.cell.budget,
             "temperature": walk.row.get("at", samples.temperature),
             "nucleus": to_tree(walk.cell.nucleus or samples.nucleus),
+            "precision": config.second.precision,
+            "trust_remote_code": config.finetune.trust_remote_code,
             "root": config.root,
             "tracking": to_tree(config.tracking),
         }

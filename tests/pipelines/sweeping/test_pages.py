@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dsl.paths import Hybrid, Masked, SentenceSDE
+from infra.config import load
 from infra.errors import ConfigError, InfraError
+from infra.storage import Folder
 from pipelines.evaluation.cells import Cell
+from pipelines.finetune import FinetuneConfig
+from pipelines.generate import GenerateConfig
 from pipelines.sweeping import pages, recommendation, second
 from pipelines.sweeping.arms import ranked
 from pipelines.sweeping.knobs import at, importance
@@ -17,6 +23,7 @@ from pipelines.sweeping.second import Walk
 from pipelines.sweeping.settings import SecondConfig
 from pipelines.sweeping.space import Choice, Knob, LogUniform
 from pipelines.sweeping.trials import Trial
+from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
 SPACE: dict[str, Knob] = {
@@ -196,3 +203,24 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     cold = Walk(cell, rows[1] | {"at": 0.7})
     preset = yaml.safe_load(recommendation.preset(config, ranked(known)[0], cold))
     assert preset["generate"]["temperature"] == 0.7
+
+
+def test_the_preset_draws_from_the_run_that_it_makes_as_the_second_level_did(
+    tmp_path: Path,
+) -> None:
+    config = small.load(
+        "root=memory://bucket/runs/",
+        "tracking.uri=http://mlflow:5000",
+        "finetune.init=org/model",
+        "finetune.trust_remote_code=true",
+        "second={paths: {masked: {path: masked}}, precision: float32, samples: {temperature: 0.9}}",
+    )
+    arm = ranked([small.trial(0, {"converter.beta": 3.0}, "finished", 2.0)])[0]
+    file = tmp_path / "best.yaml"
+    file.write_text(recommendation.preset(config, arm, walk("trial-000", 4, words=0.5)))
+    argv: dict[str, Any] = {"argv": [str(file)], "presets": tiny.PRESETS}
+    made = load(FinetuneConfig, verb="finetune", **argv)
+    drawn = load(GenerateConfig, verb="generate", **argv)
+    assert Folder.at(drawn.model).url == made.folder.url
+    assert (drawn.path, drawn.budget, drawn.temperature) == (Masked(), 4, 0.9)
+    assert (drawn.precision, drawn.trust_remote_code) == ("float32", True)
