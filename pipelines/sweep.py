@@ -51,8 +51,10 @@ class Sweep(runs.Task):
         return registered and not flatten(dict(result)).get("metrics.trials/lost")
 
     def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
-        data = self.config.data
-        tags = {"parent_model": self.config.finetune.init}
+        config, data = self.config, self.config.data
+        if not folder.exists(TRIALS):
+            second.require(config)
+        tags = {"parent_model": config.finetune.init}
         return runs.dataset({data: read_manifest(data)}), tags
 
     def work(self, run: Run) -> None:

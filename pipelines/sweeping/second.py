@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from infra import tracking
 from infra.config import flatten, parse, to_tree, to_yaml
+from infra.errors import ConfigError
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines import evaluate
+from pipelines.evaluation import preparation
 from pipelines.evaluation.cells import Cell, cells
 from pipelines.evaluation.question import Merit
 from pipelines.evaluation.settings import QUALITY
@@ -35,6 +37,19 @@ class Second(NamedTuple):
 
     rows: Sequence[Row]
     walks: Sequence[Walk]
+
+
+def require(config: SweepConfig) -> None:
+    """A `Problem` for a second level that this data, or its readers, cannot meet."""
+    if config.second is None:
+        return
+    settings = config.evaluation({"any": config.finetune.init})
+    try:
+        rows, uri = preparation.rows(settings), tracking.locate(config.tracking, config.root)
+        for question in settings.questions:
+            question.require(settings, rows, uri)
+    except ConfigError as error:
+        raise ConfigError(f"{SECOND}.{error.where}", error.why, error.fix) from None
 
 
 def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray.tune.search import Searcher
 
 from infra.errors import ConfigError, InfraError
 from infra.storage import Folder
-from pipelines import finetune
+from pipelines import finetune, sweep
 from pipelines.sweep import expected_steps
 from pipelines.sweeping import tuning
 from pipelines.sweeping.settings import Asha
@@ -214,6 +215,21 @@ def test_values_that_do_not_go_together_are_a_trial_that_failed(tmp_path: Path) 
     tuning._trial({"trial": name}, config, None)
     assert trials.read(name).state == "failed"
     assert "gamma_max must be above gamma_min" in trials.read(name).why
+
+
+def test_a_second_level_that_the_data_cannot_meet_is_told_before_any_trial(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "run", lambda *_: pytest.fail("a trial was trained"))
+    walks = "paths: {masked: {path: masked, budgets: [4]}}, likelihood: {rows: 4}"
+    for asked, where in (
+        ("samples: {rows: 9999}", "second.samples.rows: 9999 of the"),
+        ("samples: {rows: 6}, judge: {kind: ngram, order: 99}", "second.judge.order: order 99"),
+    ):
+        config = small.load(f"data={data}", f"root={tmp_path}", f"second={{{walks}, {asked}}}")
+        with pytest.raises(ConfigError, match=re.escape(where)):
+            sweep.execute(config)
+        assert not config.folder.exists()
 
 
 def test_a_trial_whose_process_died_is_lost(tmp_path: Path) -> None:
