@@ -130,10 +130,9 @@ def _repeats(config: SweepConfig) -> dict[str, int]:
 
 
 def expected_steps(config: SweepConfig) -> float:
-    """The mean steps of a trial, if each rung lets 1 / `reduction` of the trials go on."""
-    steps, asha = config.finetune.train.steps, config.asha
-    ends = [*(asha.rungs(steps) if asha else ()), steps]
-    reduction = asha.reduction if asha else 1
+    """The mean steps of a trial, if 1 / `reduction` of them go on wherever they are judged."""
+    ends = [*config.judged_at, config.finetune.train.steps]
+    reduction = config.asha.reduction if config.asha else 1
     stretches = zip([0, *ends], ends, strict=False)
     return sum((end - begin) / reduction**nth for nth, (begin, end) in enumerate(stretches))
 

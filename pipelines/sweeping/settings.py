@@ -153,8 +153,11 @@ class SweepConfig(RunSettings):
             raise ValueError("space must hold at least one knob")
         if self.concurrent is not None and self.concurrent < 1:
             raise ValueError(f"concurrent must be at least 1, got {self.concurrent}")
-        if self.asha and self.asha.grace > self.finetune.train.steps:
-            raise ValueError(f"asha.grace is beyond the {self.finetune.train.steps} steps")
+        if self.asha and not self.judged_at:
+            train = self.finetune.train
+            why = f"no validation from there on is before the last of the {train.steps} steps"
+            fix = f"Lower it, or finetune.train.validate_every ({train.validate_every})"
+            raise ConfigError("asha.grace", f"{self.asha.grace}, and {why}", fix)
         for key in self.space:
             for common in COMMON:
                 if f"{key}.".startswith(f"{common}.") or common.startswith(f"{key}."):
@@ -175,6 +178,15 @@ class SweepConfig(RunSettings):
         """The MLflow server of all runs of the sweep, whatever folder they are in."""
         uri = tracking.locate(self.tracking, self.root)
         return TrackingConfig(uri=uri, experiment=self.tracking.experiment)
+
+    @property
+    def judged_at(self) -> list[int]:
+        """The steps at which trials may be stopped: the first validation from each rung on."""
+        train = self.finetune.train
+        steps, every = train.steps, train.validate_every
+        rungs = self.asha.rungs(steps) if self.asha else ()
+        found = dict.fromkeys(math.ceil(rung / every) * every for rung in rungs)
+        return [step for step in found if step < steps]
 
     def recipe(self, settings: Settings) -> Recipe:
         """The recipe of a trial; ConfigError for an unknown key or an impossible value."""

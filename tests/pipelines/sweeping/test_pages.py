@@ -167,6 +167,7 @@ def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() ->
 
 def test_the_report_and_the_preset_of_what_was_found() -> None:
     config = small.load(
+        "finetune.train.steps=20",
         "asha={grace: 10}",
         "second={paths: {hybrid: {splits: [[2, 3]], path: "
         "{kind: hybrid, split: [2, 3], first: {kind: sentence_sde, gamma_max: 9}, "

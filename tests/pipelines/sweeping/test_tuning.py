@@ -21,7 +21,7 @@ from infra.storage import Folder
 from pipelines import finetune, sweep
 from pipelines.sweep import expected_steps
 from pipelines.sweeping import tuning
-from pipelines.sweeping.settings import Asha
+from pipelines.sweeping.settings import Asha, SweepConfig
 from pipelines.sweeping.trials import BOUND, Trials
 from pipelines.training.settings import WorkersConfig
 from tests.pipelines.sweeping import small
@@ -110,11 +110,26 @@ def test_the_rule_is_that_of_rays_asha(
 
 
 def test_rungs_and_what_they_save() -> None:
-    config = small.load("finetune.train.steps=90", "asha={grace: 10, reduction: 3}")
+    def load(every: int, grace: int) -> SweepConfig:
+        given = f"asha={{grace: {grace}}}", f"finetune.train.validate_every={every}"
+        return small.load("finetune.train.steps=90", *given)
+
+    config = load(every=10, grace=10)
     assert config.asha is not None
-    assert config.asha.rungs(90) == [10, 30]
+    assert config.asha.rungs(90) == config.judged_at == [10, 30]
     assert expected_steps(config) == pytest.approx(10 + 20 / 3 + 60 / 9)
     assert expected_steps(replace(config, asha=None)) == 90
+    # Bounds are there at validations only, and one of them may stand for two rungs.
+    assert load(every=20, grace=10).judged_at == [20, 40]
+    assert load(every=40, grace=10).judged_at == [40]
+    assert expected_steps(load(every=40, grace=10)) == pytest.approx(40 + 50 / 3)
+
+
+@pytest.mark.parametrize(("every", "grace"), [(10, 81), (90, 10), (50, 60), (500, 10), (10, 90)])
+def test_a_rule_that_could_stop_no_trial_is_refused(every: int, grace: int) -> None:
+    given = f"asha={{grace: {grace}}}", f"finetune.train.validate_every={every}"
+    with pytest.raises(ConfigError, match=r"^asha\.grace: "):
+        small.load("finetune.train.steps=90", *given)
 
 
 def test_interrupted_trials_come_first_and_ended_ones_never(tmp_path: Path) -> None:
