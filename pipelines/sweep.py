@@ -64,15 +64,16 @@ class Sweep(runs.Task):
         tuning.run(self.config, run.handle.run_id)
         self.trials = Trials(folder=run.folder / TRIALS).all()
         self.arms = ranked(self.trials)
-        self.second = second.run(self.config, self.arms, run.handle)
+        self.walks = second.run(self.config, self.arms, run.handle)
 
     def conclude(self, run: Run) -> Made:
         config, folder, arms = self.config, run.folder, self.arms
-        best, walk = second.chosen(config.second, arms, self.second.walks)
+        best, walk = second.chosen(config.second, arms, self.walks)
         self.best = best.trial
         folder.write_bytes(PRESET, recommendation.preset(config, best, walk).encode())
         by = second.by(config.second, walk)
-        made = pages.report(config, self.trials, arms, best, by, self.second.rows)
+        rows = [walk.row for walk in self.walks]
+        made = pages.report(config, self.trials, arms, best, by, rows)
         for table in made.tables.values():
             say(f"\n{table.title}. {table.note}\n{markdown(table)}")
         states = [trial.state for trial in self.trials]

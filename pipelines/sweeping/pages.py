@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipelines.evaluation.settings import QUALITY
-from pipelines.report import SKIPPED, Column, Plot, Report, Row, Rows, Table, plots
+from pipelines.evaluation.question import Merit
+from pipelines.report import Column, Plot, Report, Rows, Table, plots
 from pipelines.report.drawing import curve, panels, styles
 from pipelines.sweeping import knobs
 from pipelines.sweeping.arms import LEVEL, Arm, difference
@@ -32,6 +32,7 @@ WALKS = (
     Column("budget", "Budget"),
     Column("calls", "Calls", ".4g"),
 )
+AT = Column("at", "of the headline: temperature", ".2f")
 ENTROPY = Column("entropy", "Entropy of a text, nats", ".3f")
 MEANING = (
     "Nats per token of validation rows: the mean of two upper bounds on -log P, one at masked and "
@@ -50,11 +51,12 @@ def report(
     """The report of a sweep.
 
     arms: in the order of their bounds. best: the one that is recommended, for what `by` says.
-    walks: the rows of the second level's table of samples.
+    walks: the rows of the second level.
     """
     tables, drawn = _of_knobs(config, trials, arms)
-    tables |= {"trials": _trials(config, trials), "walks": _walks(walks)}
-    drawn += [("bounds", "Bound by step of every trial", _bounds(trials)), *_quality(walks)]
+    merits = [merit for merit in config.second.merits if merit.better] if config.second else []
+    tables |= {"trials": _trials(config, trials), "walks": _walks(merits, walks)}
+    drawn += [("bounds", "Bound by step of every trial", _bounds(trials)), *_quality(merits, walks)]
     return Report(
         name="sweep",
         title=f"Sweep {config.name}",
@@ -113,15 +115,14 @@ def _trials(config: SweepConfig, trials: Sequence[Trial]) -> Table:
     )
 
 
-def _walks(rows: Rows) -> Table:
-    measured = [m for m in QUALITY if any(m.key in row for row in rows)]
-    columns = tuple(Column(m.key, m.title, m.show) for m in measured)
+def _walks(merits: Sequence[Merit], rows: Rows) -> Table:
+    found = (*(Column(m.key, m.title, m.show) for m in merits), AT, ENTROPY)
     return Table(
         title="The second level: paths of the trials that were kept",
         note="No training: splits, SNR at the hand-over, eta and nucleus. The folder `second` has "
         "the whole evaluation.",
-        columns=(*WALKS, *columns, ENTROPY),
-        rows=[row for row in rows if "path" in row],
+        columns=(*WALKS, *(column for column in found if any(column.key in row for row in rows))),
+        rows=rows,
     )
 
 
@@ -141,11 +142,10 @@ def _bounds(trials: Sequence[Trial]) -> bytes | None:
     return made.png()
 
 
-def _quality(walks: Rows) -> Iterator[Drawn]:
+def _quality(merits: Sequence[Merit], rows: Rows) -> Iterator[Drawn]:
     """Plots of each figure of merit against calls, and of hybrid paths by split."""
-    rows: list[Row] = [row for row in walks if "path" in row and SKIPPED not in row]
-    for metric in QUALITY:
-        png = plots.quality(rows, metric.key, label=metric.title, bounds=metric.bounds)
-        yield f"{metric.key}_by_calls", f"{metric.title} against calls", png
-        png = plots.splits(rows, metric.key, label=metric.title)
-        yield f"{metric.key}_by_split", f"{metric.title} of hybrid paths by split", png
+    for merit in merits:
+        png = plots.quality(rows, merit.key, label=merit.title, bounds=merit.bounds)
+        yield f"{merit.key}_by_calls", f"{merit.title} against calls", png
+        png = plots.splits(rows, merit.key, label=merit.title)
+        yield f"{merit.key}_by_split", f"{merit.title} of hybrid paths by split", png

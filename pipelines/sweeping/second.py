@@ -26,17 +26,11 @@ PARENT = "mlflow.parentRunId"
 
 
 class Walk(NamedTuple):
-    """A path along which a trial's model was sampled, and its row of figures."""
+    """A path along which a trial's model was sampled, and its row of figures: of its texts, and
+    where there is one of its headline."""
 
     cell: Cell
     row: Row
-
-
-class Second(NamedTuple):
-    """`rows` are all rows of the evaluation's samples, with those of real text and unigrams."""
-
-    rows: Sequence[Row]
-    walks: Sequence[Walk]
 
 
 def require(config: SweepConfig) -> None:
@@ -52,13 +46,13 @@ def require(config: SweepConfig) -> None:
         raise ConfigError(f"{SECOND}.{error.where}", error.why, error.fix) from None
 
 
-def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
-    """Evaluate the best arms on every path; empty if the configuration has no second level.
+def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> list[Walk]:
+    """Evaluate the best arms on every path; none if the configuration has no second level.
 
     In MLflow, the evaluation is a child of the sweep, and each walk a child of its trial.
     """
     if config.second is None:
-        return Second((), ())
+        return []
     kept = [arm.trial for arm in ranked[: config.second.keep]]
     models = {trial.name: (config.folder / TRIALS / trial.name).url for trial in kept}
     settings, folder = config.evaluation(models), config.folder / SECOND
@@ -77,7 +71,7 @@ def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> Second:
         walks += [Walk(cell, {key: row[key] for row in own for key in row})] if own else []
     for walk in walks:
         _show(config, walk, made["report"])
-    return Second(rows, walks)
+    return walks
 
 
 def _is_of_others(folder: Folder, models: Mapping[str, str]) -> bool:

@@ -171,7 +171,7 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
         "asha={grace: 10}",
         "second={paths: {hybrid: {splits: [[2, 3]], path: "
         "{kind: hybrid, split: [2, 3], first: {kind: sentence_sde, gamma_max: 9}, "
-        "second: masked}}}}",
+        "second: masked}}}, judge: {kind: ngram}, frontier: {}}",
     )
     settings = [{"converter.beta": beta} for beta in (0.3, 1.0, 3.0)]
     known = [
@@ -181,7 +181,8 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
     ]
     row = {"model": "trial-000", "path": "hybrid", "budget": 5, "split": [2, 3], "calls": 5.0}
     cell = Cell(model="trial-000", path="hybrid", walk=WALK, budget=5)
-    rows = [{"model": "real", "words": 1.0}, row | {"words": 0.5, "entropy": 2.0}]
+    figures = {"words": 0.5, "entropy": 2.0, "headline_judge": 2.5, "at": 0.7}
+    rows = [row | figures]
     made = pages.report(config, known, ranked(known), ranked(known)[0], "the lowest bound", rows)
     table = made.tables["trials"]
     assert [line["trial"] for line in table.rows] == ["trial-000", "trial-001", "trial-002"]
@@ -191,17 +192,23 @@ def test_the_report_and_the_preset_of_what_was_found() -> None:
         "knobs",
         "words_by_calls",
         "words_by_split",
+        "headline_judge_by_calls",
+        "headline_judge_by_split",
     }
     assert "importance" not in made.tables
-    assert made.tables["walks"].rows == [rows[1]]
+    heads, cells = made.tables["walks"].cells()
+    assert heads[5].startswith("Bits per byte by judge")
+    assert cells == ["trial-000", "hybrid", "[2, 3]", "5", "5", "2.500", "0.500", "0.70", "2.000"]
     assert "because" in made.html()
 
-    preset = yaml.safe_load(recommendation.preset(config, ranked(known)[0], Walk(cell, rows[1])))
+    preset = yaml.safe_load(
+        recommendation.preset(config, ranked(known)[0], Walk(cell, row | {"words": 0.5}))
+    )
     assert preset["finetune"]["converter"]["beta"] == 0.3
     assert preset["finetune"]["name"] == "tried-best"
     assert preset["generate"]["path"]["split"] == [2, 3]
     assert preset["generate"]["temperature"] == 1
-    cold = Walk(cell, rows[1] | {"at": 0.7})
+    cold = Walk(cell, rows[0])
     preset = yaml.safe_load(recommendation.preset(config, ranked(known)[0], cold))
     assert preset["generate"]["temperature"] == 0.7
 
