@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from dsl.paths import Hybrid, Masked, SentenceSDE
 from infra.config import load
 from infra.errors import ConfigError, InfraError
 from infra.storage import Folder
+from infra.tracking import RunHandle
+from pipelines import evaluate
 from pipelines.evaluation.cells import Cell
+from pipelines.evaluation.settings import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.generate import GenerateConfig
 from pipelines.sweeping import pages, recommendation, second
@@ -151,6 +155,32 @@ def test_what_no_walk_could_have_is_refused_before_any_trial(asked: str, where: 
         small.load(base, f"second={{{asked}}}")
 
 
+def test_the_second_level_is_of_the_best_trials_and_takes_headlines_without_a_nucleus_of_their_own(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = "{masked: {path: masked, budgets: [4, 8]}}"
+    config = small.load(f"data={data}", f"root={tmp_path}", f"second={{keep: 1, paths: {paths}}}")
+
+    def execute(settings: EvaluateConfig) -> dict[str, str]:
+        assert list(settings.models) == [FIRST]
+        four, eight = ({"model": FIRST, "path": "masked", "budget": budget} for budget in (4, 8))
+        tables = {
+            "headline": [four | {"headline_judge": 9.0, "p": 0.9}, four | {"headline_judge": 2.0}],
+            "samples": [{"model": "real"}, four | {"words": 0.5}, eight | {"skipped": "because"}],
+        }
+        report = settings.folder / "report"
+        report.write_bytes("evaluation.json", json.dumps(tables).encode())
+        return {"report": report.url}
+
+    monkeypatch.setattr(evaluate, "execute", execute)
+    monkeypatch.setattr(second, "_show", lambda *_: None)
+    handle = RunHandle(folder=config.folder.url, uri="", run_id=None)
+    (walked,) = second.run(config, ARMS, handle)
+    assert walked.cell.budget == 4
+    assert (walked.row["headline_judge"], walked.row["words"]) == (2.0, 0.5)
+    assert "p" not in walked.row
+
+
 def test_only_what_finished_is_ranked_and_nothing_is_an_error_that_says_why() -> None:
     known = [
         small.trial(0, {"a": 0}, "finished", 2.0),
@@ -221,7 +251,9 @@ def test_the_preset_draws_from_the_run_that_it_makes_as_the_second_level_did(
         "tracking.uri=http://mlflow:5000",
         "finetune.init=org/model",
         "finetune.trust_remote_code=true",
-        "second={paths: {masked: {path: masked}}, precision: float32, samples: {temperature: 0.9}}",
+        "register=tried",
+        "second={paths: {masked: {path: masked}}, precision: float32, "
+        "samples: {temperature: 0.9, nucleus: {p: 0.8}}}",
     )
     arm = ranked([small.trial(0, {"converter.beta": 3.0}, "finished", 2.0)])[0]
     file = tmp_path / "best.yaml"
@@ -231,4 +263,5 @@ def test_the_preset_draws_from_the_run_that_it_makes_as_the_second_level_did(
     drawn = load(GenerateConfig, verb="generate", **argv)
     assert Folder.at(drawn.model).url == made.folder.url
     assert (drawn.path, drawn.budget, drawn.temperature) == (Masked(), 4, 0.9)
+    assert (made.register, drawn.nucleus.p) == ("tried", 0.8)
     assert (drawn.precision, drawn.trust_remote_code) == ("float32", True)

@@ -17,6 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from infra.errors import ConfigError, InfraError
+from infra.parallel import ParallelConfig
 from infra.storage import Folder
 from pipelines import finetune, sweep
 from pipelines.sweep import expected_steps
@@ -247,6 +248,20 @@ def test_a_second_level_that_the_data_cannot_meet_is_told_before_any_trial(
         assert not config.folder.exists()
 
 
+def test_a_trial_that_was_stopped_says_at_which_rung(tmp_path: Path) -> None:
+    """The last one that its last validation reached."""
+    config = small.load(f"root={tmp_path}", "finetune.train.steps=60", "asha={grace: 10}")
+    trials = Trials(folder=config.folder / "trials")
+    callback = tuning.SweepCallback(config, trials)
+    for number, bounds in enumerate([(3.0,), (3.0, 3.0), (3.0, 3.0, 3.0)]):
+        name = trials.add(number, {"converter.beta": 0.3})
+        small.write(Path(config.folder.path) / "trials" / name, *bounds)
+        callback.on_trial_complete(1, [], of_tune(name))
+    assert [(trial.state, trial.why) for trial in trials.all()] == [
+        ("stopped", f"not among the best 1/3 at step {rung}") for rung in (10, 10, 30)
+    ]
+
+
 def test_a_trial_whose_process_died_is_lost(tmp_path: Path) -> None:
     config = small.load(f"root={tmp_path}")
     trials = Trials(folder=config.folder / "trials")
@@ -259,7 +274,9 @@ ROOM = {
     "one CPU each": (WorkersConfig(), {"CPU": 4}, 4),
     "a quarter of a GPU": (WorkersConfig(gpu=True, gpu_share=0.25), {"CPU": 16, "GPU": 2}, 8),
     "fewer CPUs than GPUs": (WorkersConfig(gpu=True), {"CPU": 3, "GPU": 8}, 3),
+    "two threads each": (WorkersConfig(parallel=ParallelConfig(threads=2)), {"CPU": 5}, 2),
     "four workers and their data": (WorkersConfig(count=4, gpu=True), {"CPU": 32, "GPU": 8}, 2),
+    "no more data": (WorkersConfig(count=4, gpu=True), {"CPU": 13, "GPU": 8}, 1),
 }
 
 
