@@ -15,7 +15,7 @@ from pipelines.sweeping.space import label
 from pipelines.sweeping.trials import SEED, Trial
 
 LEVEL = 0.95  # of all intervals
-NONE_SEEN = "no difference seen"
+NONE_SEEN, TOO_FEW = "no difference seen", "too few repeats"
 
 
 class Arm(NamedTuple):
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
     def verdict(self) -> str:
         """What the difference says about a bound, which should be small."""
         if math.isnan(self.low):
-            return "too few repeats"
+            return TOO_FEW
         if self.low <= 0 <= self.high:
             return NONE_SEEN
         return "worse" if self.mean > 0 else "better"

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.report import SKIPPED, STDERR, Column, Row, Rows, Table
 from pipelines.report.drawing import COLOURS, GREY, measured, panels, widen
-from pipelines.sweeping.arms import LEVEL, NONE_SEEN, Arm, difference
+from pipelines.sweeping.arms import LEVEL, NONE_SEEN, TOO_FEW, Arm, difference
 from pipelines.sweeping.search import BASE, OneAtATime, study
 from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.space import Choice, Space, label
@@ -45,7 +45,7 @@ RECOMMENDED = (
 )
 SEVERAL = "several at once"
 CONFIRMS, DIFFERS = "confirms the base", "differs from the base"
-OPEN = "keeps the base: no difference seen"
+OPEN, UNKNOWN = f"keeps the base: {NONE_SEEN}", f"keeps the base: {TOO_FEW}"
 WORDS, NAME = 60, 30  # characters of a value in a table, in a plot
 
 
@@ -141,21 +141,22 @@ def compare(config: SweepConfig, search: OneAtATime, arms: Sequence[Arm]) -> lis
 
 def recommend(config: SweepConfig, compared: Rows) -> list[Row]:
     """The recommended value of each knob: the best of those that are better than the base's, or
-    else the base's, which is confirmed if every other value is worse."""
+    else the base's, which is confirmed if every other value is known to be worse."""
     rows = []
     for key in config.space:
         own = [row for row in compared if row["knob"] == key and SKIPPED not in row]
         if not own:
             continue
         better = [row for row in own if row["verdict"] == "better"]
-        worse = all(row["verdict"] == "worse" for row in own)
+        verdicts = {row["verdict"] for row in own}
+        kept = CONFIRMS if verdicts == {"worse"} else OPEN if NONE_SEEN in verdicts else UNKNOWN
         nearest, base = (better or own)[0], short(config.own(key))
         rows.append(
             {
                 **nearest,
                 "base": base,
                 "recommended": nearest["value"] if better else base,
-                "says": DIFFERS if better else CONFIRMS if worse else OPEN,
+                "says": DIFFERS if better else kept,
             }
         )
     return rows

@@ -123,9 +123,11 @@ class OneAtATime(Planned):
             why = "differences need a spread, which takes two"
             raise ValueError(f"search.repeats must be at least 2, got {self.repeats}: {why}")
         _require_choices(self.kind, space)
-        if BASE in self.arms:
-            raise ValueError(f"search.arms.{BASE}: this is the name of finetune as it stands")
         for name, settings in self.arms.items():
+            if name == BASE:
+                raise ValueError(f"search.arms.{BASE}: this is the name of finetune as it stands")
+            if name.partition("=")[0] in space:
+                raise ValueError(f"search.arms.{name}: the reports would take it for the knob")
             for key in settings:
                 if key not in space:
                     raise ValueError(f"search.arms.{name}.{key} is no knob of the space")

@@ -92,6 +92,12 @@ def test_the_base_and_one_change_at_a_time_with_the_same_seeds() -> None:
         ([], "{converter.beta: {kind: uniform, low: 1, high: 2}}", r"space\.converter\.beta"),
         (["search.arms={odd: {support.c: 1}}"], SPACE, r"search\.arms\.odd\.support\.c"),
         (["search.arms={base: {converter.beta: 9}}"], SPACE, r"search\.arms\.base"),
+        (["search.arms={converter.beta: {converter.beta: 9}}"], SPACE, r"arms\.converter\.beta: "),
+        (
+            ["search.arms={converter.beta=3.0: {converter.beta: 9}}"],
+            SPACE,
+            r"arms\.converter\.beta=",
+        ),
     ],
 )
 def test_what_could_not_be_compared_is_refused(argv: list[str], space: str, where: str) -> None:
@@ -181,6 +187,12 @@ def test_a_knob_of_a_section_that_the_base_leaves_out() -> None:
     trials = swept(made, {"lora.rank=4": -0.2})
     (rank,) = knobs.recommend(made, compared(made, trials))
     assert (rank["base"], rank["recommended"]) == ("null", 4)
+
+
+def test_a_knob_with_one_repeat_is_not_known_to_make_no_difference() -> None:
+    made = config()
+    once = [t for t in swept(made, {}) if not t.arm or t.settings[SEED] == 0]
+    assert {row["says"] for row in knobs.recommend(made, compared(made, once))} == {knobs.UNKNOWN}
 
 
 def test_a_sure_gain_is_recommended_before_a_larger_one_that_may_be_chance() -> None:
