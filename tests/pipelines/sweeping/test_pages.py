@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from dsl.paths import Hybrid, Masked, SentenceSDE
+from dsl.truncation import Nucleus
 from infra.config import load
 from infra.errors import ConfigError, InfraError
 from infra.storage import Folder
@@ -257,7 +259,12 @@ def test_the_preset_draws_from_the_run_that_it_makes_as_the_second_level_did(
     )
     arm = ranked([small.trial(0, {"converter.beta": 3.0}, "finished", 2.0)])[0]
     file = tmp_path / "best.yaml"
-    file.write_text(recommendation.preset(config, arm, walk("trial-000", 4, words=0.5)))
+    best = walk("trial-000", 4, words=0.5)
+    sharp = best._replace(cell=replace(best.cell, nucleus=Nucleus(p=0.7)))
+    assert (
+        yaml.safe_load(recommendation.preset(config, arm, sharp))["generate"]["nucleus"]["p"] == 0.7
+    )
+    file.write_text(recommendation.preset(config, arm, best))
     argv: dict[str, Any] = {"argv": [str(file)], "presets": tiny.PRESETS}
     made = load(FinetuneConfig, verb="finetune", **argv)
     drawn = load(GenerateConfig, verb="generate", **argv)
