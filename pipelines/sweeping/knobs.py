@@ -18,7 +18,7 @@ from pipelines.report.drawing import COLOURS, GREY, measured, panels, widen
 from pipelines.sweeping.arms import LEVEL, NONE_SEEN, TOO_FEW, Arm, difference
 from pipelines.sweeping.search import BASE, OneAtATime, study
 from pipelines.sweeping.settings import SweepConfig
-from pipelines.sweeping.space import Choice, Space, label
+from pipelines.sweeping.space import Choice, Space, label, titles
 from pipelines.sweeping.trials import Trial
 
 LEAST = 4  # trials for an analysis of variance
@@ -196,7 +196,8 @@ def plot_arms(compared: Rows) -> bytes | None:
         color = GREY if row["verdict"] == NONE_SEEN else COLOURS[0]
         axes.errorbar(middle, place, xerr=reach, fmt="o", ms=4, capsize=3, color=color)
     axes.axvline(0, color=GREY, ls=":")
-    names = [f"{row['knob'].rpartition('.')[2]}: {str(row['value'])[:NAME]}" for row in shown]
+    short_of = titles({row["knob"] for row in shown})
+    names = [f"{short_of[row['knob']]}: {str(row['value'])[:NAME]}" for row in shown]
     axes.set_yticks(range(len(shown)), names)
     axes.invert_yaxis()
     axes.set(xlabel=f"bound minus that of the base, nats per token, {LEVEL:.0%} intervals")

@@ -14,6 +14,7 @@ from pipelines.sweeping.arms import LEVEL, Arm, difference
 from pipelines.sweeping.knobs import short
 from pipelines.sweeping.search import OneAtATime
 from pipelines.sweeping.settings import SweepConfig
+from pipelines.sweeping.space import titles
 from pipelines.sweeping.trials import SEED, Trial
 
 Drawn = tuple[str, str, bytes | None]  # name, caption, PNG
@@ -105,7 +106,7 @@ def _trials(config: SweepConfig, trials: Sequence[Trial]) -> Table:
         return {"trial": trial.name, **settings, **measured, "state": trial.state, "why": trial.why}
 
     keys = [*config.space, *([SEED] if any(SEED in trial.settings for trial in trials) else [])]
-    columns = tuple(Column(key, key.rpartition(".")[2], ".4g") for key in keys)
+    columns = tuple(Column(key, title, ".4g") for key, title in titles(keys).items())
     return Table(
         title="Trials",
         note=f"{MEANING} Stopped trials show their last validation. What a trial does not "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -116,6 +117,17 @@ class LogUniform(Range):
 
 Knob = Choice | Uniform | LogUniform
 Space = Mapping[str, Knob]
+
+
+def titles(keys: Collection[str]) -> dict[str, str]:
+    """The shortest end of each dotted key that is the end of no other."""
+
+    def ends(key: str) -> Iterator[str]:
+        parts = key.split(".")
+        return (".".join(parts[first:]) for first in reversed(range(len(parts))))
+
+    counts = Counter(end for key in keys for end in ends(key))
+    return {key: next((end for end in ends(key) if counts[end] == 1), key) for key in keys}
 
 
 def label(value: Any) -> str:

@@ -15,7 +15,7 @@ from infra.config import load
 from infra.errors import ConfigError
 from pipelines.sweeping.search import Grid, Optuna, Random, study
 from pipelines.sweeping.settings import SweepConfig
-from pipelines.sweeping.space import Choice, Knob, LogUniform, Uniform, label
+from pipelines.sweeping.space import Choice, Knob, LogUniform, Uniform, label, titles
 from pipelines.sweeping.trials import Trial
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
@@ -60,6 +60,12 @@ def test_a_grid_is_every_combination_once() -> None:
     planned = Grid().planned(space, 0)
     assert len({label(settings) for settings in planned}) == Grid().count(space) == 6
     assert planned[0] == {"a": 1, "b": None}
+
+
+def test_titles_of_knobs_are_short_and_never_the_same() -> None:
+    keys = ["support.roar.gamma_max", "support.continuous.gamma_max", "init", "support.roar.c"]
+    assert list(titles(keys).values()) == ["roar.gamma_max", "continuous.gamma_max", "init", "c"]
+    assert titles(["support", "a.support"]) == {"support": "support", "a.support": "a.support"}
 
 
 def test_random_draws_differ_and_more_of_them_begin_alike() -> None:
