@@ -19,6 +19,7 @@ from pipelines.evaluation.settings import EvaluateConfig, Questions
 from pipelines.finetune import FinetuneConfig, Recipe
 from pipelines.sweeping.search import OneAtATime, Random, Search
 from pipelines.sweeping.space import Knob, Settings, label
+from pipelines.sweeping.trials import SEED
 from pipelines.verb import RunSettings, TrackingConfig, require_model_name
 
 TRIALS, SECOND, CELLS = "trials", "second", "cells"
@@ -133,7 +134,8 @@ class SweepConfig(RunSettings):
 
     `concurrent` is the number of trials at a time, by default as many as the cluster has room for
     when the sweep begins. A cluster that grows only on demand needs it.
-    `register` is the name of the best model in the registry.
+    `register` is the name of the best model in the registry. `seed` is that of the search; one knob
+    at a time, it is also the seed of the first repeat.
     """
 
     data: str
@@ -168,9 +170,13 @@ class SweepConfig(RunSettings):
         for key, knob in self.space.items():
             self._require_different([{key: value} for value in knob.probes])
         self.search.require(self.space)
-        if self.asha and isinstance(self.search, OneAtATime):
-            why = "arms that are stopped early cannot be set against the base"
-            raise ConfigError("asha", why, "Leave it out, or set it to null")
+        if isinstance(self.search, OneAtATime):
+            if self.asha:
+                why = "arms that are stopped early cannot be set against the base"
+                raise ConfigError("asha", why, "Leave it out, or set it to null")
+            if self.finetune.train.stream.seed not in (0, self.seed):
+                why = "the repeats have seeds of their own: `seed` of the sweep, and those after it"
+                raise ConfigError(f"finetune.{SEED}", why, "Set `seed` instead")
         self._require_different(self.search.planned(self.space, self.seed))
 
     @property

@@ -88,6 +88,8 @@ def test_the_base_and_one_change_at_a_time_with_the_same_seeds() -> None:
             "makes the same recipe",
         ),
         (["asha={grace: 4}"], SPACE, "^asha: "),
+        # It would have no effect.
+        (["finetune.train.stream.seed=7"], SPACE, r"^finetune\.train\.stream\.seed: "),
         (["search.repeats=1"], SPACE, r"search\.repeats"),
         ([], "{converter.beta: {kind: uniform, low: 1, high: 2}}", r"space\.converter\.beta"),
         (["search.arms={odd: {support.c: 1}}"], SPACE, r"search\.arms\.odd\.support\.c"),
