@@ -186,6 +186,12 @@ class Vocabulary:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def decode_behind(self, ids: Sequence[int]) -> str:
+        """Text of ids that stand behind others. Some tokenizers write the space before a word only
+        there: `decode` drops it, as at the beginning of a text."""
+        text, before = self.decode([self.eos, *ids]), self.decode([self.eos])
+        return text.removeprefix(before) if text.startswith(before) else self.decode(ids)
+
     def bytes_of(self, ids: Sequence[int]) -> bytes:
         """The UTF-8 bytes that ids stand for: the unit of bits per byte.
 

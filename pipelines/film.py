@@ -72,10 +72,11 @@ class Film:
         shown = self._spread(len(frames))
         frames = [frames[call] for call in shown]
         used = {token for frame in frames for row in frame["tokens"] for token in row}
+        spelled = self.vocabulary.decode_behind
         given_BL = [] if self.given_BL is None else self.given_BL[: self.rows].int().tolist()
         return {
             "title": dict(self.title),
-            "texts": {str(token): self.vocabulary.decode([token]) for token in sorted(used)},
+            "texts": {str(token): spelled([token]) for token in sorted(used)},
             "given": given_BL,
             "calls": shown,
             "frames": frames,

@@ -58,7 +58,8 @@ class TerminalRecorder:
         text = ""
         for revealed, stretch in groupby(tokens, key=itemgetter(1)):
             ids = [token for token, _ in stretch]
-            text += printable(self.vocabulary.decode(ids)) if revealed else UNKNOWN * len(ids)
+            spelled = self.vocabulary.decode_behind if text else self.vocabulary.decode
+            text += printable(spelled(ids)) if revealed else UNKNOWN * len(ids)
         return text.replace("\n", "⏎").replace("\t", " ")
 
 

@@ -7,7 +7,7 @@ import pydoc_data.topics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from dsl.errors import VocabularyError
 from dsl.vocabulary import CHARACTERS, Vocabulary
@@ -114,6 +114,37 @@ def test_any_tokenizer_file_with_an_end_will_do(tmp_path):
     # Neither padded nor cut: lengths are the caller's business.
     assert vocabulary.encode(["cats"]) == [[4, 5]]
     assert vocabulary.bytes_of([4, 2]) == b"cat"
+
+
+PIECES = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+
+
+@pytest.mark.parametrize(
+    ("decoder", "begins", "goes_on"),
+    [(decoders.WordPiece(), "cat", "##s"), (PIECES, "▁cat", "s"), (None, "cat", "▁")],
+)
+def test_words_behind_others_keep_their_space(decoder, begins, goes_on):
+    """As BERT spells words, as Llama does, and where nobody says how."""
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, begins: 1, goes_on: 2}))
+    tokenizer.add_special_tokens(["</s>"])
+    if decoder:
+        tokenizer.decoder = decoder
+    vocabulary = Vocabulary.from_json(tokenizer.to_str())
+    assert vocabulary.decode([1]) == begins.removeprefix("▁")
+    assert vocabulary.decode_behind([1]) == " cat"
+    ids = [1, 2, 1]
+    joined = "".join(vocabulary.decode_behind([id]) for id in ids)
+    assert joined.removeprefix(" ") == vocabulary.decode(ids)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_bytes_and_characters_read_alike_everywhere(text):
+    ids = BPE.encode([text])[0]
+    assert BPE.decode_behind(ids) == BPE.decode(ids)
+    assert [CHAR.decode_behind([id]) for id in range(CHAR.size)] == [
+        CHAR.decode([id]) for id in range(CHAR.size)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
+from tokenizers import Tokenizer, decoders, models
 
 import dsl
 from dsl import conditioning
-from dsl.paths import AnyPath, Masked
+from dsl.paths import AnyPath, Masked, Order
 from dsl.recorders import Rewrites, Schedule, Sharpening, Trajectory
 from dsl.state import State
 from pipelines.film import Film
+from pipelines.watch import TerminalRecorder
 from tests.dsl.walks import LAW, PATHS, states, walks
 from tests.pipelines import browser
 
@@ -51,6 +54,24 @@ def test_nothing_to_do_costs_nothing(path: AnyPath) -> None:
     made = dsl.sample(LAW.denoiser(), path, kept, budget=3, seed=0, recorders=recorders())
     assert made.calls == 0
     assert made.tokens_BL.tolist() == [[0, 1, 2, 0]]
+
+
+def test_words_of_any_tokenizer_stand_apart() -> None:
+    """A film spells its tokens one by one, where BERT's would run together."""
+    named = {"[SEP]": 0, "the": 1, "cat": 2, "##s": 3}
+    tokenizer = Tokenizer(models.WordPiece(named, unk_token="[SEP]"))
+    tokenizer.decoder = decoders.WordPiece()
+    vocabulary, ids = dsl.Vocabulary.from_json(tokenizer.to_str()), [1, 2, 3, 1]
+    table_VD = torch.nn.functional.normalize(torch.randn(4, 4), dim=-1)
+    film, terminal = Film(vocabulary, {}), io.StringIO()
+    law, state = dsl.ExactDenoiser(table_VD, torch.tensor([ids])), State.masked(1, 4, 4)
+    watching = [film, TerminalRecorder(vocabulary, terminal)]
+    dsl.sample(law, Order((0, 3, 2, 1)), state, budget=4, seed=0, recorders=watching)
+    made = film.result()
+    last = made["frames"][-1]["tokens"][0]
+    assert "".join(made["texts"][str(token)] for token in last) == " the cats the"
+    assert "the__ the\n" in terminal.getvalue()
+    assert terminal.getvalue().endswith("the cats the\n")
 
 
 def test_a_budget_that_outlasts_the_work() -> None:
