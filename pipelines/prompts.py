@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -18,21 +19,24 @@ from pipelines.models import Model
 def read(address: str) -> list[tuple[str, str]]:
     """(place, text) of each line of a file at any fsspec URL.
 
-    address: each line of a `….jsonl` file is an object with a `text`; of another file, a text.
+    address: each line of a `….jsonl` file is an object with a `text`, or blank; of another file, a
+        text.
 
     Raises DataError, which names the line.
     """
     folder, name = Folder.holding(address)
     try:
-        lines = folder.read_bytes(name).decode().splitlines()
+        content = folder.read_bytes(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(address, f"not UTF-8 text ({error})", "Convert it") from None
-    if not lines:
-        raise DataError(address, "the file is empty", "Write one text a line")
+    # Not `splitlines`: form feeds and U+2028, for example, are characters of a text.
+    lines = [line.removesuffix("\n") for line in io.StringIO(content, newline=None)]
     places = [(f"{address}, line {number}", line) for number, line in enumerate(lines, 1)]
-    if not name.endswith(".jsonl"):
-        return places
-    return [(place, _text(line, place)) for place, line in places]
+    if name.endswith(".jsonl"):
+        places = [(place, _text(line, place)) for place, line in places if line.strip()]
+    if not places:
+        raise DataError(address, "the file is empty", "Write one text a line")
+    return places
 
 
 def given(

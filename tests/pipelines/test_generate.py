@@ -142,6 +142,21 @@ def test_an_input_file_of_texts_of_many_lengths(run: Run, tmp_path: Path) -> Non
     assert [row["text"] for row in plain] == [row["text"] for row in objects]
 
 
+def test_an_input_file_has_the_lines_that_its_writer_saw(tmp_path: Path) -> None:
+    """Not those of `splitlines`, which takes half a dozen other characters for line ends."""
+    texts = ["a\u2028b\x85c", "d\x0ce\x1cf", "", " g "]
+    plain, objects = tmp_path / "in.txt", tmp_path / "in.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    for mark in ("", "\ufeff"):  # which editors of Windows put in front
+        for end in ("\n", "\r\n"):
+            plain.write_bytes((mark + "".join(text + end for text in texts)).encode())
+            objects.write_bytes((mark + f"{end}  {end}".join(lines)).encode())
+            assert [text for _, text in prompts.read(str(plain))] == texts
+            found = prompts.read(str(objects))
+            assert [text for _, text in found] == texts
+            assert [place.rpartition(" ")[2] for place, _ in found] == ["1", "3", "5", "7"]
+
+
 def test_options_reach_the_sampler(run: Run) -> None:
     sharp = rows_of(run("rows=4", "temperature=1e-5", f"path={IN_ORDER}")[1])
     nucleus = rows_of(run("rows=4", "nucleus.p=1e-6", f"path={IN_ORDER}")[1])
@@ -224,6 +239,7 @@ def test_bad_input_is_one_message(
         ("a.jsonl", b"a\n", "line 1"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.txt", b"", "empty"),
+        ("a.jsonl", b"\n", "empty"),
         ("a.txt", b"fine\nFine\n", "a.txt, line 2"),
     ],
 )
