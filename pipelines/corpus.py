@@ -34,6 +34,7 @@ LONGEST = 1 << 26  # characters of a document that is one line
 # The largest ratio of a text to its compressed size, for texts above FLOOR. Prose has about 5;
 # archives that are made to fill memory or disk have thousands.
 EXPANSION, FLOOR = 250, 1 << 26
+UTF_8 = "utf-8-sig"  # with or without the mark that editors of Windows put in front
 COMPRESSED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 # A single space between two words: a cut in front of it does not change the tokens of the words.
 SEAM = re.compile(r"(?<=\S)(?= \S)")
@@ -130,14 +131,14 @@ def _require_text(characters: int, most: float, url: str) -> None:
 def _open(url: str) -> Iterator[TextIO]:
     compression = next((name for end, name in COMPRESSED.items() if url.endswith(end)), None)
     if compression != "zstd":
-        with fsspec.open(url, "rt", encoding="utf-8", newline="", compression=compression) as file:
+        with fsspec.open(url, "rt", encoding=UTF_8, newline="", compression=compression) as file:
             yield file
         return
     import pyarrow as pa
 
     with fsspec.open(url, "rb") as file:  # fsspec's own decompressor does not notice a torn file
         whole = pa.CompressedInputStream(file, "zstd")
-        yield io.TextIOWrapper(whole, encoding="utf-8", newline="")
+        yield io.TextIOWrapper(whole, encoding=UTF_8, newline="")
 
 
 def _read_text(url: str, field: str) -> Iterator[Piece]:
@@ -172,10 +173,12 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
 
     with fsspec.open(url, "rb") as file:
         try:
-            there = pq.ParquetFile(file).schema_arrow.names
-            if field not in there:
-                columns = ", ".join(there)
-                raise DataError(url, f"no column {field!r}; it has {columns}", "Set text_field=…")
+            schema = pq.ParquetFile(file).schema_arrow
+            if field not in schema.names:
+                why = f"no column {field!r}; it has {', '.join(schema.names)}"
+                raise DataError(url, why, "Set text_field=…")
+            if pa.types.is_nested(held := schema.field(field).type):
+                raise DataError(url, f"column {field!r} holds {held}, not text", "Set text_field=…")
             # As a dictionary, repetitions of a text take no memory.
             table = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=[field])
             _require_text(_claimed(table.metadata, field), _most(url), url)

@@ -206,6 +206,22 @@ def test_a_source_that_is_not_there_is_named(
         list(pieces(source, "text"))
 
 
+@pytest.mark.parametrize("value", [["a", "b"], {"a": "b"}])
+def test_a_column_of_more_than_texts_is_named(tmp_path: Path, value: object) -> None:
+    pq.write_table(pa.table({"id": [1], "text": [value]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: column 'text' holds \w+<.*>, not text"):
+        list(pieces(str(tmp_path / "a.parquet"), "text"))
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_the_mark_of_windows_is_no_text(tmp_path: Path, suffix: str, compression: str) -> None:
+    content = jsonl(["text"]) if suffix == ".jsonl" else b"text"
+    file = tmp_path / f"corpus{suffix}{compression}"
+    file.write_bytes(COMPRESS[compression](b"\xef\xbb\xbf" + content))
+    assert joined(list(pieces(str(file), "text"))) == ["text"]
+
+
 def test_a_column_of_another_name_is_offered(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet(["text"]))
     with pytest.raises(DataError, match=r"no column 'body'; it has id, text. Set text_field=…"):
