@@ -108,6 +108,11 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
             meter = Meter(f"prepare {split}", sizes[split], "pieces")
             shown = meter.over(islice(stream, sizes[split]))
             text = _encode(shown, vocabulary, config, split, writer)
+            if not text["rows"]:
+                why = f"its {split} split has {text['tokens']:,} tokens, too few for a row"
+                fix = "Give more text or a smaller length"
+                fix += "" if split == "train" else f", or {split}=0"
+                raise DataError(config.source, why, fix)
             writer.extra["text"][split] = text
     assert writer.manifest is not None
     return _summary(out, writer.manifest)

@@ -181,6 +181,17 @@ def test_an_interrupted_preparation_starts_afresh(
     assert made(f"source={source}", f"out={out}")["digest"] == whole["digest"]
 
 
+def test_a_split_that_gives_no_row_is_told(tmp_path: Path) -> None:
+    """Not by the training or the evaluation that would want its rows."""
+    source, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "out"
+    with pytest.raises(DataError, match=r"a\.jsonl: its test split has \d+ tokens, .*test=0"):
+        made(f"source={source}", f"out={out}", "length=2000", "validation=0.2", "test=0.02")
+    assert not (out / MANIFEST).exists()
+    made(f"source={source}", f"out={out}", "length=2000", "validation=0.2", "test=0")
+    with pytest.raises(DataError, match=r"its train split has .* too few for a row"):
+        made(f"source={source}", f"out={tmp_path / 'long'}", "length=100000")
+
+
 def test_a_bad_restart_does_not_cost_the_old_shards(tmp_path: Path) -> None:
     """What can be known before the first row is written is checked before anything is wiped."""
     source, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "out"
