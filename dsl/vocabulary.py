@@ -162,6 +162,11 @@ class Vocabulary:
         """The digest of `to_json`: what a manifest remembers of a vocabulary."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as its file spells it; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json``, whole or not at all."""
         partial = Path(folder) / f"{TOKENIZER}.partial"

@@ -27,9 +27,7 @@ def mask_of(model: Model) -> tuple[str, int]:
     assert vocabulary is not None
     if isinstance(backbone, ForeignConfig) and backbone.mask is not None:
         return vocabulary.decode([backbone.mask]), backbone.mask
-    named = json.loads(vocabulary.to_json())
-    known = {*named["model"]["vocab"], *(token["content"] for token in named["added_tokens"])}
-    return next(mask for mask in MASKS if mask not in known), vocabulary.size
+    return next(mask for mask in MASKS if vocabulary.id_of(mask) is None), vocabulary.size
 
 
 def write(model: Model, folder: Path, *, generation: Mapping[str, Any], card: str) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 import dsl
 from dsl import conditioning
@@ -185,6 +188,15 @@ def test_what_transformers_saves_again_is_a_model_of_this_code_too(place: Path) 
     again, made = dsl.load(place / "again"), dsl.load(place / "made" / "dsl")
     assert torch.equal(again.backbone.head[1], made.backbone.head[1] + 1)
     assert torch.equal(again.table_VD, made.table_VD)
+
+
+def test_a_unigram_vocabulary_is_exported(tmp_path: Path) -> None:
+    """As T5 and XLM-R have one: a list of pairs, where others are mappings."""
+    spelled = Tokenizer(Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0), ("b", -3.0)], 0))
+    saved(tmp_path / "made", vocabulary=dsl.Vocabulary.from_json(spelled.to_str()))
+    exported(tmp_path, "made", "out")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab[MASK]a", add_special_tokens=False).input_ids == [2, 3, 4, 2]
 
 
 def test_path_and_budget_are_named(tmp_path: Path) -> None:
