@@ -69,9 +69,14 @@ def copy(staging: Path, out: Folder) -> None:
 
 
 def _tokenizer(model: Model, vocabulary: Vocabulary, mask: str, mask_id: int) -> dict[str, Any]:
-    """What turns `tokenizer.json`, which stays as it was, into a tokenizer with a mask token."""
-    as_mask = {"content": mask, "special": True, "normalized": False}
-    as_mask |= {"lstrip": False, "rstrip": False, "single_word": False}
+    """What turns `tokenizer.json`, which stays as it was, into a tokenizer with a mask token. One
+    that it has keeps its ways: RoBERTa's, for example, takes in the space before it."""
+    ways = ("normalized", "lstrip", "rstrip", "single_word")
+    as_mask: dict[str, Any] = dict.fromkeys(ways, False)
+    for token in json.loads(vocabulary.to_json())["added_tokens"]:
+        if token["id"] == mask_id:
+            as_mask |= {way: token[way] for way in ways}
+    as_mask |= {"content": mask, "special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {str(mask_id): as_mask},

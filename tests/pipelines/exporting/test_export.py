@@ -23,6 +23,7 @@ from pipelines.export import ExportConfig
 from pipelines.exporting import card
 from pipelines.models import ConverterConfig
 from pipelines.verb import TrackingConfig
+from tests.dsl import hubs
 from tests.pipelines.exporting.made import LENGTH, saved, stranger
 
 SDE = {"kind": "sentence_sde", "gamma_max": 9.0}
@@ -197,6 +198,26 @@ def test_a_unigram_vocabulary_is_exported(tmp_path: Path) -> None:
     exported(tmp_path, "made", "out")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     assert tokenizer("ab[MASK]a", add_special_tokens=False).input_ids == [2, 3, 4, 2]
+
+
+def test_a_mask_token_of_the_vocabulary_keeps_its_ways(tmp_path: Path) -> None:
+    """RoBERTa's takes in the space before it, and so does the exported tokenizer's."""
+    base, made = tmp_path / "base", tmp_path / "made"
+    hubs.saved(base, "roberta")
+    spelled = json.loads((base / "tokenizer.json").read_text())
+    (mask,) = (token for token in spelled["added_tokens"] if token["content"] == "[MASK]")
+    mask["lstrip"] = True
+    (base / "tokenizer.json").write_text(json.dumps(spelled))
+    denoiser = dsl.from_transformers(base, embed_dim=4)
+    metadata = {"objective": "dsl", "length": LENGTH}
+    dsl.save(denoiser, made, dsl.Vocabulary.load(base), metadata=metadata)
+    exported(tmp_path, "made", "out")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert tokenizer.mask_token_id == mask["id"] == denoiser.config.backbone.mask
+    assert (
+        json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
+        == (spelled["added_tokens"])
+    )
 
 
 def test_path_and_budget_are_named(tmp_path: Path) -> None:
