@@ -162,6 +162,12 @@ class Vocabulary:
         """The digest of `to_json`: what a manifest remembers of a vocabulary."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def first(self, size: int) -> "Vocabulary":
+        """The vocabulary without tokens that were added behind its first ``size``."""
+        content = json.loads(self.to_json())
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < size]
+        return Vocabulary.from_json(json.dumps(content))
+
     def id_of(self, token: str) -> int | None:
         """The id of a token as its file spells it; None where there is none."""
         found: int | None = self._tokenizer.token_to_id(token)

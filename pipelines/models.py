@@ -162,7 +162,8 @@ def load_folder(folder: Folder, address: str = "", *, trust_remote_code: bool = 
     """The model in a folder that `save` wrote, or `dsl.save`, which says less about it."""
     address = address or folder.url
     with folder.local() as local:
-        metadata = weights.read_config(local)["metadata"]
+        config = weights.read_config(local)
+        metadata = config["metadata"]
         kind, length = metadata.get("objective", DSL.name), metadata.get("length")
         if kind not in KINDS or (length is not None and (type(length) is not int or length < 1)):
             why = f"objective {kind!r} and length {length!r} are none of a model"
@@ -173,6 +174,9 @@ def load_folder(folder: Folder, address: str = "", *, trust_remote_code: bool = 
             raise ConfigError(address, str(error).removeprefix(f"{local}: ")) from error
         vocabulary = Vocabulary.load(local) if (local / TOKENIZER).exists() else None
         tokens = denoiser.config.backbone.tokens
+        if vocabulary and config.get("mask_token_id") == tokens:
+            # An exported model's mask, which transformers writes into the tokenizer's file.
+            vocabulary = vocabulary.first(tokens)
         if vocabulary and vocabulary.size != tokens:
             why = f"has {vocabulary.size} tokens, the weights beside it have {tokens}"
             raise DataError(folder.url_of(TOKENIZER), why, "Copy the model again")

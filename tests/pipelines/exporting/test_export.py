@@ -183,12 +183,17 @@ def test_what_transformers_saves_again_is_a_model_of_this_code_too(place: Path) 
     model = opened(given)
     model.denoiser.backbone.head[1].data.add_(1)
     model.save_pretrained("again")
+    AutoTokenizer.from_pretrained(given, trust_remote_code=True).save_pretrained("again")
     print((opened("again").generate(rows=2) == model.generate(rows=2)).all().int().item())
     """
     assert stranger(textwrap.dedent(code), str(place / "dsl"), place, HF_HUB_OFFLINE="1")
     again, made = dsl.load(place / "again"), dsl.load(place / "made" / "dsl")
     assert torch.equal(again.backbone.head[1], made.backbone.head[1] + 1)
     assert torch.equal(again.table_VD, made.table_VD)
+    opened = models.load(str(place / "again"), converter=ConverterConfig(), tracking_uri="")
+    assert opened.vocabulary  # without the mask token, which is now in the tokenizer's file
+    assert opened.vocabulary.size == dsl.Vocabulary.char().size
+    assert opened.vocabulary.encode(["the cat"]) == dsl.Vocabulary.char().encode(["the cat"])
 
 
 def test_a_unigram_vocabulary_is_exported(tmp_path: Path) -> None:
