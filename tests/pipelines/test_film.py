@@ -145,7 +145,8 @@ def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
     data = json.loads(parsed.scripts[0])
     assert data["autoplay"] is True
     assert len(data["frames"]) == sampled.calls + 1
-    last = data["frames"][-1]
+    first, last = data["frames"][0], data["frames"][-1]
+    assert first["tokens"] == [ids, ids], "what is likeliest, where nothing is known yet"
     assert last["tokens"] == sampled.tokens_BL.tolist() == [ids, ids]
     assert "".join(data["texts"][str(i)] for i in ids) == "b" + 2 * hostile
     assert {g for row in last["gamma"] for g in row} == {None}

@@ -86,10 +86,11 @@ def test_draws_freely(run: Run) -> None:
 
 
 def test_neither_batch_nor_neighbours_change_a_text(run: Run) -> None:
-    whole = [row["text"] for row in rows_of(run("rows=5", "batch=5")[1])]
-    parts = [row["text"] for row in rows_of(run("rows=5", "batch=2")[1])]
-    later = [row["text"] for row in rows_of(run("rows=2", "first_row=3")[1])]
-    other = [row["text"] for row in rows_of(run("rows=5", "seed=1")[1])]
+    def drawn(*settings: str) -> list[tuple[Any, ...]]:
+        return [(row["row"], row["text"], row["calls"]) for row in rows_of(run(*settings)[1])]
+
+    whole, parts = drawn("rows=5", "batch=5"), drawn("rows=5", "batch=2")
+    later, other = drawn("rows=2", "first_row=3"), drawn("rows=5", "seed=1")
     assert whole == parts
     assert whole[3:] == later
     assert whole != other

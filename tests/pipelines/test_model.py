@@ -19,6 +19,7 @@ from packaging.version import Version
 
 import dsl
 from dsl.dit import DiTConfig
+from dsl.truncation import Nucleus
 from infra import registry, tracking
 from infra.registry import ModelVersion
 from infra.storage import Folder
@@ -93,6 +94,19 @@ def test_predicts_what_generate_draws(folder: Path) -> None:
     (text,) = drawn(folder, text="a__d", path=path, **settings)
     for spec in (HYBRID, json.dumps(HYBRID)):
         assert model.predict(None, ["a__d"], {"path": spec, **settings}) == [text]
+    texts = [f"{letter}______" for letter in "abcd"]
+    cut = {
+        convention: model.predict(None, texts, {"nucleus": 0.4, "convention": convention})
+        for convention in ("keep", "drop")
+    }
+    assert cut["keep"] != cut["drop"]
+    for convention, predicted in cut.items():
+        nucleus = Nucleus(p=0.4, convention=convention)
+        found = [
+            drawn(folder, text=text, nucleus=nucleus, first_row=row)
+            for row, text in enumerate(texts)
+        ]
+        assert [text for (text,) in found] == predicted
     for snr in (0.1, 300.0):
         correct = {"mode": "correct", "snr": snr}
         assert model.predict(None, ["teh cat"], correct) == drawn(folder, text="teh cat", **correct)

@@ -155,10 +155,14 @@ def test_finished_shards_stay_unless_settings_differ_and_a_restart_is_asked_for(
     assert made(f"source={source}", f"out={out}", "length=32") == first
     with pytest.raises(ConfigError, match=r"^out: "):
         made(f"source={source}", f"out={out}", "length=16")
+    other = jsonl(tmp_path / "b.jsonl")
+    with pytest.raises(ConfigError, match=r"^out: "):
+        made(f"source={other}", f"out={out}", "length=32")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     second = made(f"source={source}", f"out={out}", "length=16", "existing=restart")
     assert second["digest"] != first["digest"]
     assert second["rows"]["train"] == read_manifest(str(out)).rows("train")
+    assert made(f"source={source}", f"out={out}", "length=16") == second
 
 
 def test_an_interrupted_preparation_starts_afresh(
