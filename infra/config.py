@@ -319,7 +319,7 @@ def _dataclass(config_type: type[T], layers: list[Layer], path: str) -> T:
 def _leaf(annotation: Any, layer: Layer, path: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
-    if isinstance(layer.value, bool) and bool not in _options(annotation):
+    if isinstance(layer.value, bool) and {bool, Any}.isdisjoint(_options(annotation)):
         raise _wrong(annotation, layer, path)  # pydantic would take `yes` for 1
     try:
         value = TypeAdapter(annotation).validate_python(layer.value)
