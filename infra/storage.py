@@ -354,7 +354,9 @@ def explained(where: str) -> Iterator[None]:
     except Problem:
         raise
     except Exception as error:
-        cause = next((cause for cause in _CAUSES if _fits(error, cause)), None)
+        # The original error first: fsspec says "not found" where an HTTP server does not answer.
+        told = [known for known in (error.__cause__, error) if known]
+        cause = next((cause for known in told for cause in _CAUSES if _fits(known, cause)), None)
         if cause:
             raise cause.problem(where, cause.why, cause.fix) from None
         if not isinstance(error, OSError):

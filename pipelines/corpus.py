@@ -248,7 +248,9 @@ def _explained(url: str) -> Iterator[None]:
         except UnicodeDecodeError as error:
             why = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
             raise DataError(where, why, "Give text, .jsonl or .parquet") from None
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if error.__cause__:  # e.g. a server that does not answer: `explained` knows
+                raise
             raise DataError(where, "no such file", "Check the URL") from None
         except (OSError, *DAMAGED) as error:
             # Decoders raise OSError itself without a number; disks and networks do not.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import socket
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsl.vocabulary import Vocabulary
-from infra.errors import DataError
+from infra.errors import DataError, InfraError
 from pipelines import corpus
 from pipelines.corpus import PIECE, Piece, embedded, pieces
 
@@ -204,6 +205,14 @@ def test_a_source_that_is_not_there_is_named(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no such file"):
         list(pieces(source, "text"))
+
+
+def test_a_server_that_does_not_answer_is_not_a_missing_file() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # a port on which nothing listens
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.txt"
+        with pytest.raises(InfraError, match=r"/a\.txt: the store does not answer"):
+            list(pieces(url, "text"))
 
 
 @pytest.mark.parametrize("value", [["a", "b"], {"a": "b"}])
