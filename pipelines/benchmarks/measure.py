@@ -20,7 +20,7 @@ from infra.errors import InfraError
 from pipelines.training.progress import peak_memory
 
 GIB = 2**30
-MATMUL = 2048  # rows and columns
+MATMUL = {"cpu": 2048, "cuda": 8192}  # rows and columns that keep all of a device busy
 
 Procedure = Callable[[int], object]  # takes the number of the round, counted from 0
 
@@ -52,11 +52,10 @@ def _synchronize(device: torch.device) -> None:
 class Matmul:
     """A square matrix product in the dtype of training: the fastest arithmetic of this device."""
 
-    flops = 2 * MATMUL**3
-
     def __init__(self, device: torch.device) -> None:
-        dtype = parallel.ParallelConfig().dtype(device)
-        self.factor = torch.randn(MATMUL, MATMUL, device=device).to(dtype)
+        width, dtype = MATMUL[device.type], parallel.ParallelConfig().dtype(device)
+        self.flops = 2 * width**3
+        self.factor = torch.randn(width, width, device=device).to(dtype)
 
     def __call__(self, number: int) -> torch.Tensor:
         return self.factor @ self.factor

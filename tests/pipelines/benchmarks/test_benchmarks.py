@@ -162,8 +162,9 @@ def test_each_ratio_is_ours_over_theirs() -> None:
     steps = {"mdlm": 2 * second, "dsl": 6 * second, "reference": 8 * second}
     looped = {"mdlm": 2 * second, "sharded": 4 * second}
     peaks = {"mdlm": 2.0, "dsl": 3.0, "reference": 8.0}
+    work = {"mdlm": 1e12, "dsl": 1.5e12, "matmul": measure.Matmul(torch.device("cpu")).flops}
     rows = [
-        *train._steps(config, {**steps, "matmul": second}, {"mdlm": 1e12, "dsl": 1.5e12}),
+        *train._steps(config, {**steps, "matmul": second}, work),
         *train._memory(config, peaks),
         *train._worker(config, looped),
     ]
