@@ -174,8 +174,12 @@ class TruncatedPosterior(Posterior):
         if not self.state.host.evidence_BL.any():
             return self.options.cut(log_probs_NV)
         z_ND = self.state.z_BLD.flatten(0, 1)[at_N].to(log_probs_NV)
-        own_NV = z_ND @ self.table_VD.to(log_probs_NV).T  # 0 for a masked token
-        return self.options.cut((log_probs_NV - own_NV).log_softmax(-1)) + own_NV
+        own_NV = z_ND @ self.table_VD.to(log_probs_NV).T
+        context_NV = (log_probs_NV - own_NV).log_softmax(-1)
+        # Without evidence an answer is all context. To normalise it again could change its last
+        # bit, and so its nucleus, with the evidence of other rows.
+        heard_N1 = self.state.evidence_BL.flatten()[at_N, None]
+        return self.options.cut(torch.where(heard_N1, context_NV, log_probs_NV)) + own_NV
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
         assert isinstance(fresh, TruncatedPosterior)

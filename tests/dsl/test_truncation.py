@@ -19,7 +19,7 @@ from dsl.paths import Masked, SecondOrder, SentenceSDE
 from dsl.posterior import Posterior
 from dsl.sampling import sample
 from dsl.state import State
-from dsl.truncation import Truncated
+from dsl.truncation import Convention, Truncated
 from tests.dsl.laws import (
     Law,
     Written,
@@ -145,6 +145,21 @@ def test_extreme_temperatures_are_a_law_in_float32(temperature: float) -> None:
     for log_probs_V in (zipf(), torch.full((GPT2,), 1 / GPT2).log()):
         cut_NV = Truncated(Fixed(log_probs_V), temperature=temperature).cut(log_probs_V[None])
         assert cut_NV.exp().sum().item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("convention", ["keep", "drop"])
+@pytest.mark.parametrize("gamma", [0.0, torch.inf])
+def test_a_row_is_cut_alike_beside_evidence(gamma: float, convention: Convention) -> None:
+    """Ten tokens, equally likely: where a sum of tenths passes p, its last bit decides."""
+    fixed = Fixed(torch.full((10,), 0.1, dtype=torch.float64).log())
+    zero_BL, gamma_BL = torch.zeros(2, 1).long(), torch.tensor([[gamma], [3.0]])
+    both = State.from_tokens(fixed.table_VD, zero_BL, zero_BL, gamma_BL)
+    alone = both.rows(torch.tensor([0]))
+    first_N, every_N = torch.zeros(10).long(), torch.arange(10)
+    for tenths in range(1, 10):
+        sharp = Truncated(fixed, nucleus=tenths / 10, convention=convention)
+        whole, part = (sharp(state).confidence_at(first_N, every_N) for state in (both, alone))
+        assert torch.equal(whole, part)
 
 
 def test_a_nucleus_of_a_long_tail_is_cut_in_float64() -> None:
