@@ -122,7 +122,16 @@ class State(Knowledge):
         )
 
     def like(self, table_VD: Tensor) -> "State":
-        """The same state with ``z`` and ``gamma`` in the dtype and on the device of a table."""
+        """The same state with ``z`` and ``gamma`` in the dtype and on the device of a table.
+
+        Raises:
+            ValueError: ``z`` has another number of dimensions than the table.
+        """
+        if self.z_BLD.shape[2] != table_VD.shape[1]:
+            raise ValueError(
+                f"the state has z of {self.z_BLD.shape[2]} dimensions, the table of "
+                f"{table_VD.shape[1]}: make the state with the table's"
+            )
         moved = State(
             tokens_BL=self.tokens_BL.to(table_VD.device),
             z_BLD=self.z_BLD.to(table_VD),

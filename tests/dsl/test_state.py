@@ -86,6 +86,13 @@ def test_like_takes_the_dtype_of_a_table() -> None:
     assert state.tokens_BL.dtype == torch.int64
 
 
+def test_a_state_of_other_dimensions_is_refused() -> None:
+    """One dimension would be spread over all those of the table."""
+    for dim in (1, 3):
+        with pytest.raises(ValueError, match=f"z of {dim} dimensions, the table of 2"):
+            State.masked(2, 4, dim).like(TABLE)
+
+
 def test_rows_by_index_and_by_mask() -> None:
     state = State.from_tokens(TABLE, TOKENS, NONE, torch.rand(2, 4))
     by_index = state.rows(torch.tensor([1, 0, 1]))
