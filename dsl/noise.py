@@ -50,6 +50,8 @@ class Draws:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
+        if self.first_row < 0:
+            raise ValueError(f"first_row must be at least 0, got {self.first_row}")
 
     def uniform(self, rows: int, length: int, stream: Stream) -> Tensor:
         """``[B, L]`` float64 in [0, 1)."""

@@ -66,7 +66,8 @@ def sample(
         seed: a non-negative 64-bit integer.
 
     Raises:
-        ValueError: the budget is below 1, or the seed is out of range.
+        ValueError: the budget is below 1, the seed or the first row is out of range, or the state
+            is of another number of dimensions than the denoiser's table.
         PathError: the path does not fit the budget or the length of the text.
     """
     if budget < 1:

@@ -213,6 +213,8 @@ def test_wrong_budgets_are_refused() -> None:
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match="seed must lie in"):
             sample(LAW.denoiser(), Masked(), blank(LAW, 2), budget=2, seed=seed)
+    with pytest.raises(ValueError, match="first_row must be at least 0"):
+        sample(LAW.denoiser(), Masked(), blank(LAW, 2), budget=2, seed=0, first_row=-1)
     with pytest.raises(ValueError, match=r"5 \+ 7 calls but the budget is 11"):
         draw(PATHS[4], budget=11)
     for split in ((0, 0), (-1, 2)):
