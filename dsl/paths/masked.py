@@ -25,6 +25,12 @@ ALPHA: Mapping[str, Callable[[float], float]] = MappingProxyType(
 )
 
 
+def require_alpha(alpha: str) -> None:
+    """ValueError unless there is such a schedule."""
+    if alpha not in ALPHA:
+        raise ValueError(f"alpha must be one of {', '.join(ALPHA)}, got {alpha!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Masked:
     """Reveal each unrevealed token with probability ``(alpha' - alpha) / (1 - alpha)``.
@@ -37,6 +43,9 @@ class Masked:
     kind: Literal["masked"] = "masked"
 
     finite_snr: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_alpha(self.alpha)
 
     def init(self, state: State) -> None:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsl.paths.clock import Clock
-from dsl.paths.masked import ALPHA
+from dsl.paths.masked import ALPHA, require_alpha
 from dsl.posterior import Posterior
 from dsl.state import State, flat, send
 
@@ -150,6 +150,7 @@ class Remask:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        require_alpha(self.alpha)
         rule = RULES[self.rule]
         if self.eta is not None and rule.eta is None:
             raise ValueError(f"rule {self.rule!r} has no eta; leave it out")

@@ -145,11 +145,17 @@ def test_the_default_eta_is_the_published_one(rule: Any) -> None:
         {"rule": "cap", "eta": -0.1},
         {"rule": "cap", "eta": 1.5},
         {"rule": "loop", "alpha": "cosine"},
+        {"rule": "cap", "alpha": "cosin"},
     ],
 )
 def test_bad_options_are_told(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"got|schedule"):
         Remask(**options)
+
+
+def test_masked_refuses_an_unknown_schedule() -> None:
+    with pytest.raises(ValueError, match="alpha must be one of linear, cosine, got 'cosin'"):
+        Masked(alpha="cosin")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", RULES)
