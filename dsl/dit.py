@@ -49,6 +49,8 @@ class DiTShape:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
+        if self.start not in ("zero", "open"):
+            raise ValueError(f"start {self.start!r} must be 'zero' or 'open'")
 
     def config(self, tokens: int, *, causal: bool) -> "DiTConfig":
         """With what data (V tokens) and objective add to it."""

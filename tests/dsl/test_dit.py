@@ -124,7 +124,15 @@ def test_flops_count_the_matrix_products(length):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"width": 18}, {"heads": 3}, {"blocks": 0}, {"tokens": 0}, {"dropout": 1.0}]
+    "wrong",
+    [
+        {"width": 18},
+        {"heads": 3},
+        {"blocks": 0},
+        {"tokens": 0},
+        {"dropout": 1.0},
+        {"start": "opened"},
+    ],
 )
 def test_impossible_sizes_are_refused(wrong):
     sizes = {"tokens": 11, "width": 16, "blocks": 2, "heads": 2, "cond_dim": 8}
