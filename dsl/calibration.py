@@ -13,6 +13,7 @@ from torch import Tensor
 from dsl.channel import observe
 from dsl.noise import Draws
 from dsl.posterior import Denoises
+from dsl.state import texts
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def calibration(
     common SNR (teacher forcing).
 
     Raises:
-        ValueError: a gamma is negative, infinite or NaN: a revealed token is no prediction.
+        ValueError: a gamma is negative, infinite or NaN: a revealed token is no prediction; or
+            the texts are not `dsl.state.texts`.
     """
     table_VD = denoiser.table_VD
-    tokens_BL = tokens_BL.to(table_VD.device)
+    tokens_BL = texts(tokens_BL, table_VD)
     at_N = torch.arange(tokens_BL.numel(), device=table_VD.device)
     by_snr = {}
     for step, gamma in enumerate(gammas):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, texts
 
 
 class ExactDenoiser:
@@ -36,11 +36,14 @@ class ExactDenoiser:
             raise ValueError("the weights must be finite and not all zero")
         weights_S = weights_N.to(table_VD)
         self.table_VD = table_VD
-        self.sequences_SL = sequences_NL.to(table_VD.device, torch.int64)
+        self.sequences_SL = texts(sequences_NL, table_VD)
         self.log_weights_S = (weights_S / weights_S.sum()).log()
 
     def __call__(self, state: State) -> Posterior:
         state = state.like(self.table_VD)
+        length, asked = self.sequences_SL.shape[1], state.gamma_BL.shape[1]
+        if asked != length:
+            raise ValueError(f"the law is of texts of {length} tokens, the state of {asked}")
         score_BS = self.log_weights_S + self._evidence(state) + self._agreement(state)
         return ExactPosterior(state, self.table_VD, self.sequences_SL, score_BS.softmax(-1))
 

@@ -162,6 +162,22 @@ class State(Knowledge):
         return self
 
 
+def texts(tokens_BL: Tensor, table_VD: Tensor) -> Tensor:
+    """Whole texts ``[B, L]`` as int64 ids on the device of a table ``[V, D]``.
+
+    Raises:
+        ValueError: they are no integers ``[B, L]``, or one lies outside [0, V).
+    """
+    if tokens_BL.ndim != 2 or tokens_BL.is_floating_point():
+        raise ValueError(
+            f"texts must be ids [B, L], got {tokens_BL.dtype} of shape {tuple(tokens_BL.shape)}"
+        )
+    tokens_BL = tokens_BL.long()
+    if not ((tokens_BL >= 0) & (tokens_BL < len(table_VD))).all():
+        raise ValueError(f"a token id lies outside [0, {len(table_VD)})")
+    return tokens_BL.to(table_VD.device)
+
+
 def flat(where_BL: Tensor) -> Tensor:
     """Flat positions ``[N]`` in [0, B·L) at which a ``[B, L]`` mask is true."""
     return where_BL.flatten().nonzero().squeeze(1)

@@ -152,6 +152,15 @@ def test_bad_weights_are_refused(weights: list[float]) -> None:
         ExactDenoiser(law.table_VD, law.sequences_SL, torch.tensor(weights))
 
 
+def test_texts_that_do_not_fit_are_refused() -> None:
+    law = two_bits()
+    for outside in (-1, 2):
+        with pytest.raises(ValueError, match=r"outside \[0, 2\)"):
+            ExactDenoiser(law.table_VD, torch.tensor([[0, outside]]))
+    with pytest.raises(ValueError, match="texts of 2 tokens, the state of 3"):
+        law.denoiser()(State.masked(1, 3, 1))
+
+
 def test_keeps_the_precision_of_its_table() -> None:
     state = observed(LAW, LAW.draw(3, seed=4), torch.full((3, 3), 1.5).double(), seed=5)
     double = LAW.denoiser()(state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import get_args
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsl import chunks
+from dsl import chunks, unmasking
+from dsl.calibration import calibration
 from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTConfig
@@ -31,6 +33,7 @@ from dsl.likelihood import (
     roar,
 )
 from dsl.noise import Draws
+from dsl.paths import Masked
 from dsl.paths.grids import Grid, Information, Linear, Log, Quantile
 from dsl.posterior import Posterior
 from dsl.state import State
@@ -350,3 +353,27 @@ def test_what_cannot_be_estimated_is_refused() -> None:
             path_integral(denoiser, tokens_BL, gamma_max=1.0, steps=4, seed=0, grid=grid)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="staggered"):
         path_integral(denoiser, tokens_BL, gamma_max=1.0, steps=4, seed=0, path="sideways")
+
+
+WHOLE = torch.tensor([[0, 1, 2]])
+MEASURES: dict[str, Callable[[Tensor], object]] = {
+    "path_integral": lambda x: path_integral(LAW.denoiser(), x, gamma_max=1.0, steps=2, seed=0),
+    "hybrid_bound": lambda x: hybrid_bound(LAW.denoiser(), x, gamma_star=1.0, steps=2, seed=0),
+    "roar": lambda x: roar(LAW.denoiser(), x, samples=2, seed=0),
+    "profile": lambda x: profile(LAW.denoiser(), x, [0.0, 1.0], seed=0),
+    "ar": lambda x: ar(network(causal=True), x),
+    "unmasking": lambda x: unmasking.estimate(LAW.denoiser(), x, Masked(), budget=3, seed=0),
+    "calibration": lambda x: calibration(LAW.denoiser(), x, gammas=[1.0], seed=0),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_texts_that_are_no_ids_are_refused(measure: str) -> None:
+    """An id of -1 would be measured as the last token."""
+    for outside in (WHOLE - 1, WHOLE + 3):
+        with pytest.raises(ValueError, match=r"a token id lies outside \[0, [35]\)"):
+            MEASURES[measure](outside)
+    for strange in (WHOLE[0], WHOLE.double()):
+        with pytest.raises(ValueError, match=r"texts must be ids \[B, L\]"):
+            MEASURES[measure](strange)
+    MEASURES[measure](WHOLE.to(torch.uint16))  # as shards hold them
