@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dsl.state import send
+
 # What the network was trained for, and the library's class for it.
 Trained = Literal["masked", "causal"]
 OPENED_BY: Mapping[Trained, str] = {
@@ -109,7 +111,7 @@ class ForeignBackbone(nn.Module):
     def head(self) -> tuple[Tensor, Tensor]:
         """``weight_VH, bias_V``; the bias of tokens that are never predicted is minus infinity."""
         weight_VH = self.values_UW[:-1] if self.weight_VH is None else self.weight_VH
-        never_N = torch.tensor(self.config.never, dtype=torch.int64, device=self.bias_V.device)
+        never_N = send(torch.tensor(self.config.never, dtype=torch.int64), self.bias_V.device)
         return weight_VH, self.bias_V.index_fill(0, never_N, -torch.inf)
 
     def forward(self, inputs_BLW: Tensor) -> Tensor:

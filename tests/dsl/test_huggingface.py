@@ -17,6 +17,7 @@ from dsl.errors import AdaptationError, WeightsError
 from dsl.foreign import ForeignBackbone
 from dsl.support import Mixed
 from tests.dsl import hubs
+from tests.gpu import GPU, standing_in
 
 LENGTH = 9
 
@@ -188,6 +189,18 @@ def test_special_tokens_are_never_drawn(tmp_path: Path) -> None:
     for path in (dsl.paths.Masked(), dsl.paths.SentenceSDE(gamma_max=9.0)):
         drawn = dsl.sample(denoiser, path, state, budget=5, seed=0).tokens_BL
         assert not torch.isin(drawn, torch.tensor([0, 4])).any()
+
+
+def test_its_head_waits_for_nothing(tmp_path: Path) -> None:
+    """It is asked for in every call of a sampler and in every step of training."""
+    hubs.saved(tmp_path, "bert")
+    backbone = dsl.from_transformers(tmp_path, embed_dim=4).backbone
+    assert isinstance(backbone, ForeignBackbone)
+    with standing_in() as waits:
+        backbone.to(GPU)
+        waits.found.clear()
+        assert backbone.head[1].device == GPU
+        assert waits.found == []
 
 
 def test_its_tokenizer_is_a_vocabulary(tmp_path: Path) -> None:
