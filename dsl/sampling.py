@@ -66,12 +66,12 @@ def sample(
         seed: a non-negative 64-bit integer.
 
     Raises:
-        ValueError: the budget is below 1, the seed or the first row is out of range, or the state
-            is of another number of dimensions than the denoiser's table.
+        ValueError: the budget is no whole number from 1 on, the seed or the first row is out of
+            range, or the state is of another number of dimensions than the denoiser's table.
         PathError: the path does not fit the budget or the length of the text.
     """
-    if budget < 1:
-        raise ValueError(f"budget must be at least one call, got {budget}")
+    if budget < 1 or budget % 1:
+        raise ValueError(f"budget must be at least one call, and a whole number, got {budget}")
     state = state.like(denoiser.table_VD)
     carry = path.init(state)
     evaluator = _Evaluator(denoiser, state)

@@ -210,6 +210,8 @@ def test_soft_evidence_waits_for_the_grid() -> None:
 def test_wrong_budgets_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one call"):
         draw(Masked(), budget=0)
+    with pytest.raises(ValueError, match="a whole number"):  # the last reveal would never come
+        draw(Masked(), budget=2.5)  # type: ignore[arg-type]
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match="seed must lie in"):
             sample(LAW.denoiser(), Masked(), blank(LAW, 2), budget=2, seed=seed)
