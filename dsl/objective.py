@@ -85,10 +85,15 @@ class MDLMObjective(nn.Module):
     ``weighting="flat"`` leaves the bound's weights 1/t out. The best prediction is the same for
     every mask, and without the few rows that weigh hundreds a small batch learns it in fewer
     steps; the loss is then the cross-entropy at masked tokens and bounds nothing.
+
+    Raises:
+        ValueError: another weighting.
     """
 
     def __init__(self, denoiser: Denoiser, weighting: Literal["bound", "flat"] = "bound") -> None:
         super().__init__()
+        if weighting not in ("bound", "flat"):
+            raise ValueError(f"weighting must be 'bound' or 'flat', got {weighting!r}")
         self.denoiser = _freeze_evidence(denoiser)
         self.weighting = weighting
 

@@ -256,6 +256,8 @@ def test_flat_weights_leave_the_plain_cross_entropy_of_the_same_masks(tokens_BL)
     torch.testing.assert_close(flat.value.detach(), flat.metrics["masked_nats"])
     assert torch.equal(flat.metrics["masked_nats"], bound.metrics["masked_nats"])
     assert bound.value > flat.value
+    with pytest.raises(ValueError, match="weighting must be 'bound' or 'flat'"):
+        MDLMObjective(make(), weighting="none")
 
 
 @pytest.mark.parametrize(
