@@ -93,11 +93,12 @@ class State(Knowledge):
         SNR as noise-free soft evidence ``z = gamma x_token``, inf as revealed but editable.
 
         Raises:
-            ValueError: shapes differ, an id lies outside [0, V), or a gamma is negative or NaN.
+            ValueError: shapes are not one ``[B, L]``, an id lies outside [0, V), or a gamma is
+                negative or NaN.
         """
         if gamma_BL is None:
             gamma_BL = torch.zeros(tokens_BL.shape)
-        if not tokens_BL.shape == known_BL.shape == gamma_BL.shape:
+        if tokens_BL.ndim != 2 or not tokens_BL.shape == known_BL.shape == gamma_BL.shape:
             raise ValueError(
                 f"tokens {tuple(tokens_BL.shape)}, known {tuple(known_BL.shape)} and gamma "
                 f"{tuple(gamma_BL.shape)} must share one shape [B, L]"

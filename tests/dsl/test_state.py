@@ -72,6 +72,8 @@ def test_shapes_must_agree() -> None:
         State.from_tokens(TABLE, TOKENS, NONE[:, :3])
     with pytest.raises(ValueError, match="share one shape"):
         State.from_tokens(TABLE, TOKENS, NONE, torch.ones(4))
+    with pytest.raises(ValueError, match=r"share one shape \[B, L\]"):
+        State.from_tokens(TABLE, TOKENS[0], NONE[0])
 
 
 def test_trainable_table_leaves_no_graph() -> None:
