@@ -13,7 +13,7 @@ from torch import Tensor
 from dsl.channel import observe
 from dsl.noise import Draws
 from dsl.posterior import Denoises
-from dsl.state import texts
+from dsl.state import token_ids
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def calibration(
 
     Raises:
         ValueError: a gamma is negative, infinite or NaN: a revealed token is no prediction; or
-            the texts are not `dsl.state.texts`.
+            the texts are not `dsl.state.token_ids`.
     """
     table_VD = denoiser.table_VD
-    tokens_BL = texts(tokens_BL, table_VD)
+    tokens_BL = token_ids(tokens_BL, table_VD)
     at_N = torch.arange(tokens_BL.numel(), device=table_VD.device)
     by_snr = {}
     for step, gamma in enumerate(gammas):

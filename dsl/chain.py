@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsl.posterior import Posterior
-from dsl.state import State, texts
+from dsl.state import State, token_ids
 
 # Stands for log 0. Finite, so that no sum and no derivative of a sum is ever NaN.
 NEVER = -1e30
@@ -136,7 +136,7 @@ class ChainDenoiser(MarkovDenoiser):
         return cls(table_VD, seen.squeeze(-1) / seen.sum(), transition)
 
     def log_prob(self, tokens_BL: Tensor) -> Tensor:
-        tokens_BL = texts(tokens_BL, self.table_VD)
+        tokens_BL = token_ids(tokens_BL, self.table_VD)
         first = self._first(tokens_BL.shape[1])
         total_B = first[tuple(tokens_BL[:, : first.ndim].T)]
         if tokens_BL.shape[1] > self.order:

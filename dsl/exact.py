@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsl.posterior import Posterior
-from dsl.state import State, texts
+from dsl.state import State, token_ids
 
 
 class ExactDenoiser:
@@ -36,7 +36,7 @@ class ExactDenoiser:
             raise ValueError("the weights must be finite and not all zero")
         weights_S = weights_N.to(table_VD)
         self.table_VD = table_VD
-        self.sequences_SL = texts(sequences_NL, table_VD)
+        self.sequences_SL = token_ids(sequences_NL, table_VD)
         self.log_weights_S = (weights_S / weights_S.sum()).log()
 
     def __call__(self, state: State) -> Posterior:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsl.chain import ChainDenoiser, MarkovDenoiser, log, require_probabilities
-from dsl.state import texts
+from dsl.state import token_ids
 
 
 class HiddenChainDenoiser(MarkovDenoiser):
@@ -43,7 +43,7 @@ class HiddenChainDenoiser(MarkovDenoiser):
         self.emission_SV = log(emission_SV.to(self.table_VD))
 
     def log_prob(self, tokens_BL: Tensor) -> Tensor:
-        return self.chain.marginals(self.emission_SV.T[texts(tokens_BL, self.table_VD)])[1]
+        return self.chain.marginals(self.emission_SV.T[token_ids(tokens_BL, self.table_VD)])[1]
 
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
         states_N = self.chain.draw(rows, length, seed).flatten()

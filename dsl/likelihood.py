@@ -23,7 +23,7 @@ from dsl.noise import Draws, Stream
 from dsl.objective import cross_entropy
 from dsl.paths.grids import Grid, Information, named
 from dsl.posterior import Denoises, Posterior
-from dsl.state import flat, send, texts
+from dsl.state import flat, send, token_ids
 
 PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 
@@ -82,12 +82,12 @@ def path_integral(
 
     Raises:
         ValueError: ``gamma_max`` is not positive and finite, ``steps`` is below 2, ``path`` or
-            ``grid`` has no such name, or the texts are not `dsl.state.texts`.
+            ``grid`` has no such name, or the texts are not `dsl.state.token_ids`.
     """
     _require_finite_snr("gamma_max", gamma_max)
     _require_two("steps", steps)
     table_VD = denoiser.table_VD
-    tokens_BL = texts(tokens_BL, table_VD)
+    tokens_BL = token_ids(tokens_BL, table_VD)
     rows, length = tokens_BL.shape
     contour = _Contour(tokens_BL, path, grid, gamma_max, steps, Draws(seed, first_row, steps))
     terms = []
@@ -133,7 +133,7 @@ def hybrid_bound(
         first_row=first_row,
     )
     table_VD = denoiser.table_VD
-    tokens_BL = texts(tokens_BL, table_VD)
+    tokens_BL = token_ids(tokens_BL, table_VD)
     gamma_BL = torch.full(tokens_BL.shape, gamma_star, dtype=torch.float64)
     everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
     terms = []
@@ -156,11 +156,11 @@ def roar(
     samples are spread evenly over their range.
 
     Raises:
-        ValueError: ``samples`` is below 2, or the texts are not `dsl.state.texts`.
+        ValueError: ``samples`` is below 2, or the texts are not `dsl.state.token_ids`.
     """
     _require_two("samples", samples)
     table_VD = denoiser.table_VD
-    tokens_BL = texts(tokens_BL, table_VD)
+    tokens_BL = token_ids(tokens_BL, table_VD)
     rows, length = tokens_BL.shape
     terms = []
     for step in range(samples):
@@ -181,7 +181,7 @@ def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
     """``-log P(text)`` of a causal denoiser, exact, in one call.
 
     Raises:
-        ValueError: the backbone is not causal, or the texts are not `dsl.state.texts`.
+        ValueError: the backbone is not causal, or the texts are not `dsl.state.token_ids`.
     """
     if not denoiser.config.backbone.causal:
         raise ValueError(
@@ -189,7 +189,7 @@ def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
             "path_integral or hybrid_bound"
         )
     table_VD = denoiser.table_VD
-    tokens_BL = texts(tokens_BL, table_VD)
+    tokens_BL = token_ids(tokens_BL, table_VD)
     revealed_BL = torch.full(tokens_BL.shape, torch.inf)
     state = observe(table_VD, tokens_BL, revealed_BL, Draws(0, 0, 0))
     at_N = torch.arange(tokens_BL.numel())
@@ -231,7 +231,7 @@ def profile(
 
     Raises:
         ValueError: ``gammas`` do not increase from 0, are not finite, or are fewer than two; or
-            the texts are not `dsl.state.texts`.
+            the texts are not `dsl.state.token_ids`.
     """
     rises = all(low < high for low, high in pairwise(gammas))  # not so beside a NaN
     if len(gammas) < 2 or gammas[0] != 0 or not rises or math.isinf(gammas[-1]):
@@ -239,7 +239,7 @@ def profile(
             f"gammas must be at least two, finite and increase from 0, got {list(gammas)}"
         )
     table_VD = denoiser.table_VD
-    tokens_BL = texts(tokens_BL, table_VD)
+    tokens_BL = token_ids(tokens_BL, table_VD)
     everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
     errors = []
     for step, gamma in enumerate(gammas):

@@ -163,7 +163,7 @@ class State(Knowledge):
         return self
 
 
-def texts(tokens_BL: Tensor, table_VD: Tensor) -> Tensor:
+def token_ids(tokens_BL: Tensor, table_VD: Tensor) -> Tensor:
     """Whole texts ``[B, L]`` as int64 ids on the device of a table ``[V, D]``.
 
     Raises:

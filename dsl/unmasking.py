@@ -14,7 +14,7 @@ from dsl.likelihood import Estimate, log_prob_of
 from dsl.paths import Hybrid, Path, Remask
 from dsl.posterior import Denoises, Posterior
 from dsl.sampling import sample
-from dsl.state import State, send, texts
+from dsl.state import State, send, token_ids
 
 
 def estimate(
@@ -33,7 +33,7 @@ def estimate(
 
     Raises:
         ValueError: the path passes through finite SNR, or may hide a token that it has revealed,
-            or the texts are not `dsl.state.texts`.
+            or the texts are not `dsl.state.token_ids`.
     """
     stages = path.stages if isinstance(path, Hybrid) else [path]
     if path.finite_snr:
@@ -53,7 +53,7 @@ class _Told:
 
     def __init__(self, denoiser: Denoises, tokens_BL: Tensor) -> None:
         self.denoiser = denoiser
-        self.tokens_BL = texts(tokens_BL, denoiser.table_VD)
+        self.tokens_BL = token_ids(tokens_BL, denoiser.table_VD)
         # Not zeros_like, which keeps the strides of transposed tokens: it would have no flat view.
         self.nats_BL = torch.zeros(
             tokens_BL.shape, dtype=torch.float64, device=denoiser.table_VD.device
