@@ -149,7 +149,9 @@ def figures(tables: Mapping[str, Table]) -> dict[str, float]:
 
 
 def _label(value: Any) -> str:
-    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    """Without the sign in numbers such as 1e+06, which no metric may bear."""
+    said = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    return said.replace("+", "")
 
 
 def _training(subjects: Sequence[Subject]) -> Iterator[Drawn]:

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from infra.journal import METRIC
 from pipelines.evaluation import pages
+from pipelines.evaluation.conditions import AtSNR
 from pipelines.report import Column, Table
 
 WALK = {"model": "a", "view": "v", "state": "s", "path": "hybrid", "split": [2, 6], "budget": 8}
@@ -20,6 +22,12 @@ def figures(*rows: dict[str, object]) -> dict[str, float]:
 
 def test_a_figure_is_named_by_all_that_tells_rows_apart() -> None:
     assert figures(WALK | {"bits": 2}) == {"a/v/s/hybrid/2-6/8/0.9/0.8/bits": 2.0}
+
+
+def test_a_figure_of_a_great_snr_has_a_name_that_mlflow_takes() -> None:
+    view, state = "hybrid_bound_1e+06", AtSNR(snr=1e6).name
+    (name,) = figures({"model": "a", "view": view, "state": state, "bits": 2})
+    assert METRIC.fullmatch(name)
 
 
 @pytest.mark.parametrize("label", WALK)
