@@ -3,6 +3,7 @@ tokenizers compare."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ def named(name: str) -> Iterator[None]:
     try:
         yield
     except Problem as problem:
-        where = problem.where.replace("judge", f"judges.{name}", 1)
-        raise type(problem)(where, problem.why, problem.fix) from problem
+        # Not the address of a model, which may hold that word, too.
+        where = re.sub(r"^judge\.", f"judges.{name}.", problem.where)
+        fix = problem.fix.replace("judge.kind", f"judges.{name}.kind")
+        raise type(problem)(where, problem.why, fix) from problem
 
 
 def _judged(

@@ -322,7 +322,11 @@ def test_a_bad_model_is_one_message(
         ("judge={kind: ngram, order: 33}", 2, ["judge.order", "At most 13"]),
         ("judges={a/b: {kind: ngram}}", 2, ["a/b"]),
         ("judges={a: {kind: ngram, order: 33}}", 2, ["judges.a.order", "At most 13"]),
-        ("judges={a: {kind: own, model: WORLD/dsl}}", 3, ["judges.a.model", "only an ar model"]),
+        (
+            "judges={a: {kind: own, model: WORLD/dsl}}",
+            3, ["judges.a.model", "only an ar model", "judges.a.kind=hub"],
+        ),
+        ("judges={a: {kind: own, model: WORLD/judge}}", 3, ["/judge: no such model"]),
         ("published=[owt]", 2, ["published", "owt_mauve"]),
         (
             "models={a: WORLD/dsl, a-b: WORLD/dsl} paths={b-c: {path: masked}, c: {path: masked}}",
