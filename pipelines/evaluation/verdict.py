@@ -38,8 +38,12 @@ def _unranked(merits: Iterable[Merit]) -> str:
 
 def ranked(texts: Rows, merit: Merit) -> list[Row]:
     """The walks that have the merit, the best first."""
-    walks = [row for row in texts if "path" in row and math.isfinite(number(row.get(merit.key)))]
+    walks = [row for row in texts if "path" in row and _has(row, merit)]
     return sorted(walks, key=lambda row: -merit.better * number(row[merit.key]))
+
+
+def _has(row: Row, merit: Merit) -> bool:
+    return math.isfinite(number(row.get(merit.key)))
 
 
 def fooled(texts: Rows, merits: Iterable[Merit], names: Iterable[str]) -> list[Row]:
@@ -80,7 +84,7 @@ def _rival(first: Row, others: Sequence[Row], texts: Rows, merit: Merit) -> Row 
     """The best walk of another model; else of another path; else what a model must beat."""
     models = (row for row in others if row["model"] != first["model"])
     paths = (row for row in others if row["path"] != first["path"])
-    floors = (row for row in texts if "path" not in row and merit.key in row)
+    floors = (row for row in texts if "path" not in row and _has(row, merit))
     return next(models, None) or next(paths, None) or next(floors, None)
 
 
@@ -94,7 +98,8 @@ def _lead(first: Row, rival: Row, merit: Merit) -> str:
     low, high = _paired(first, rival, merit) or (lead - reach, lead + reach)
     size = f"by {lead:{merit.show}}"
     if math.isnan(low):
-        return f"better {size}, without an interval, since there is no standard error"
+        side = "better" if lead >= 0 else "worse"
+        return f"{side} {size}, without an interval, since there is no standard error"
     if math.isinf(low) or math.isinf(high):
         return f"ahead {size}, with an unbounded interval, so chance may explain it"
     interval = f"{size} [{low:{merit.show}}, {high:{merit.show}}] at 95 %"

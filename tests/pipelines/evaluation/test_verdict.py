@@ -69,6 +69,17 @@ def test_without_errors_there_is_no_interval() -> None:
     assert "[" not in found
 
 
+def test_a_walk_below_the_floor_is_called_worse_also_without_an_interval() -> None:
+    found = first_sentence(UNIGRAM, row("a", 0.1, stderr=math.nan))
+    assert "against 0.200 ± 0.000 of unigram: worse by -0.100, without an interval" in found
+
+
+def test_what_has_no_figure_is_no_floor() -> None:
+    mute, real = UNIGRAM | {"words": math.nan}, UNIGRAM | {"model": "real", "words": 0.4}
+    assert "of real: better by 0.100" in first_sentence(mute, real, row("a", 0.5))
+    assert "nothing to compare" in first_sentence(mute, row("a", 0.5))
+
+
 PAIRED = Merit("bits", "Bits ↓", ".2f", better=-1, ahead="ahead")
 
 
