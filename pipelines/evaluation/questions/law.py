@@ -40,7 +40,7 @@ from pipelines.evaluation.question import (
     entries,
     require_paths,
 )
-from pipelines.evaluation.questions.divergence import CONFIDENCE, estimated, scores
+from pipelines.evaluation.questions.divergence import CONFIDENCE, LEAST, estimated, scores
 from pipelines.evaluation.questions.states import conditions
 from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.subjects import Subject
@@ -134,6 +134,9 @@ class Law(RowQuestion):
         require_paths("law.paths", asked.paths, config)
         if asked.paths and asked.rows > there:
             raise ValueError(f"law.rows is {asked.rows}, and samples.rows draws only {there} texts")
+        if asked.paths and asked.rows < LEAST:
+            why = f"the divergence along paths needs at least {LEAST} texts"
+            raise ValueError(f"law.rows is {asked.rows}, and {why}; raise it or name no paths")
 
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         law.read(Folder.at(config.data))

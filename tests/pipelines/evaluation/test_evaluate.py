@@ -337,6 +337,10 @@ def test_a_bad_model_is_one_message(
             2, ["law.rows is 9", "only 6 texts"],
         ),
         (
+            "law={rows: 19, paths: [p]} paths={p: {path: masked}} samples.rows=20",
+            2, ["law.rows is 19", "at least 20 texts"],
+        ),
+        (
             "law={rows: 2, paths: [maskd]} paths={masked: {path: masked}}",
             2, ["law.paths", "no path is named maskd", "Did you mean masked?"],
         ),

@@ -102,7 +102,7 @@ def test_the_evaluation_tells_the_network_from_the_path(
         f"models={{mdlm: {world / 'mdlm'}, dsl: {world / 'dsl'}}}", f"data={drawn}",
         "samples.rows=20", "paths={masked: {path: masked, budgets: [4]}, "
         "sde: {path: {kind: sentence_sde, gamma_max: 9}, budgets: [4]}}",
-        "law={rows: 8, paths: [masked, sde]}",
+        "law={rows: 20, paths: [masked, sde]}",
     )  # fmt: skip
     assert code == 0, err
     tables = json.loads((tmp_path / "judged/report/evaluation.json").read_text())
