@@ -34,6 +34,9 @@ class PathConfig:
             raise ValueError(f"splits are for hybrid paths, and this is {self.path.kind}")
         if self.splits and self.budgets:
             raise ValueError("a split is a budget already: give budgets or splits, not both")
+        for name, values in (("budgets", self.budgets), ("splits", self.splits)):
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{name} holds {twice[0]} twice")
         for budget in self.budgets:
             if budget < 1:
                 raise ValueError(f"budgets must be at least one call, got {budget}")

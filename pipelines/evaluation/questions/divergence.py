@@ -30,7 +30,14 @@ from infra.errors import ConfigError
 from pipelines.evaluation.cells import REAL, REFERENCES
 from pipelines.evaluation.gate import OfTexts, Resamples, means
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.question import Drawn, Part, Question, Questions, tokens_of
+from pipelines.evaluation.question import (
+    Drawn,
+    Part,
+    Question,
+    Questions,
+    require_distinct,
+    tokens_of,
+)
 from pipelines.evaluation.questions.texts import LABELS, labels
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
@@ -53,6 +60,7 @@ class DivergenceConfig:
     def __post_init__(self) -> None:
         if not self.orders or min(self.orders) < 1:
             raise ValueError(f"orders holds lengths of at least 1, got {list(self.orders)}")
+        require_distinct("orders", self.orders)
 
 
 def scores(p_NL: np.ndarray, q_ML: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,8 @@ class LikelihoodConfig:
             if not 0 < gamma < math.inf:
                 raise ValueError(f"gamma_max and gamma_star must be positive, got {gamma}")
         require_distinct("gamma_star", self.gamma_star)
+        if twice := [name for name in self.contours if self.contours.count(name) > 1]:
+            raise ValueError(f"contours holds {twice[0]} twice")
 
 
 # --- the views ---------------------------------------------------------------------------------

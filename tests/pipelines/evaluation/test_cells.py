@@ -83,6 +83,8 @@ def test_the_longest_walk_of_each_path_is_watched() -> None:
         (HYBRID, {"splits": ((1, 2),), "budgets": (3,)}, "not both"),
         (HYBRID, {"budgets": (4,)}, "2 \\+ 3"),
         (MASKED, {"budgets": (0,)}, "at least one call"),
+        (MASKED, {"budgets": (4, 8, 4)}, "budgets holds 4 twice"),
+        (HYBRID, {"splits": ((1, 4), (2, 3), (1, 4))}, r"splits holds \(1, 4\) twice"),
     ],
 )
 def test_what_does_not_fit_is_refused(path: object, given: dict, words: str) -> None:

@@ -155,6 +155,7 @@ def test_every_source_has_a_row_and_real_text_is_the_floor(
         (["divergence={}"], ["needs at least 20 texts", "samples.rows is 6"]),
         (["samples.rows=40", "divergence.orders=[33]"], ["divergence.orders", "hold 32 tokens"]),
         (["samples.rows=40", "divergence.orders=[]"], ["divergence", "orders"]),
+        (["samples.rows=40", "divergence.orders=[2,1,2]"], ["divergence", "orders holds 2 twice"]),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(

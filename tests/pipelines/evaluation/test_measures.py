@@ -184,3 +184,8 @@ def test_the_first_rows_are_unmasked(run: Run, world: Path, tmp_path: Path) -> N
 def test_no_more_rows_are_unmasked_than_there_are() -> None:
     with pytest.raises(ValueError, match="unmasking_rows is 9, and rows 8"):
         LikelihoodConfig(rows=8, unmasking_rows=9)
+
+
+def test_no_contour_is_integrated_twice() -> None:
+    with pytest.raises(ValueError, match="contours holds staggered twice"):
+        LikelihoodConfig(contours=("staggered", "diffusion", "staggered"))
