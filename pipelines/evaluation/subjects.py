@@ -54,7 +54,8 @@ def origin(where: str, address: str, *, uri: str, root: str) -> Origin:
             "run_id": version.run_id,
         }
         runs = Folder.at(root)
-        made = [run for run in runs.names() if _run_id(runs / run) == version.run_id]
+        names = runs.names() if version.run_id else ()
+        made = [run for run in names if _run_id(runs / run) == version.run_id]
         return found | ({"run": (runs / made[0]).url} if made else {})
     folder = Folder.at(address)
     if not folder.exists():
