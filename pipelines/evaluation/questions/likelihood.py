@@ -38,7 +38,7 @@ from pipelines.evaluation.question import (
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
-from pipelines.kinds import AR, ModelKind
+from pipelines.kinds import AR, KINDS, ModelKind
 from pipelines.report import BOUND, Column, Row, Rows, Table
 from pipelines.report.plots import nll
 
@@ -174,10 +174,13 @@ class Nats:
         return means(nats_N, draws.rows(len(nats_N)))
 
     def require(self, survey: Survey, candidate: str) -> None:
-        """ConfigError where the candidate's likelihood has no such view."""
+        """ConfigError where the candidate's likelihood has no such view, or, if it is exact, where
+        none has."""
         config, kind = survey.config, survey.kinds[candidate]
-        known = [view.name for view in views(kind, config.likelihood, config.seed)]
-        if self.view not in known and EXACT not in known:
+        kinds = KINDS.values() if EXACT in kind.views else [kind]
+        every = (view for kind in kinds for view in views(kind, config.likelihood, config.seed))
+        known = list(dict.fromkeys(view.name for view in every))
+        if self.view not in known:
             why = f"{self.view} is no view of the likelihood of {candidate}"
             raise ConfigError("gate", why, f"Name one of: {', '.join(known)}")
 

@@ -16,14 +16,21 @@ from torch import Tensor
 from dsl.likelihood import path_integral
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
+from infra.errors import ConfigError
 from infra.shards import read_manifest
 from pipelines.evaluation import held_out
 from pipelines.evaluation.conditions import AtSNR, Revealed
 from pipelines.evaluation.metrics import text_bytes
 from pipelines.evaluation.questions.converter import reading
-from pipelines.evaluation.questions.likelihood import Likelihood, LikelihoodConfig, View, views
+from pipelines.evaluation.questions.likelihood import (
+    Likelihood,
+    LikelihoodConfig,
+    Nats,
+    View,
+    views,
+)
 from pipelines.evaluation.questions.states import errors
-from pipelines.kinds import DSL, MDLM
+from pipelines.kinds import AR, DSL, MDLM
 from tests.dsl.laws import random_law
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import Run
@@ -189,3 +196,14 @@ def test_no_more_rows_are_unmasked_than_there_are() -> None:
 def test_no_contour_is_integrated_twice() -> None:
     with pytest.raises(ValueError, match="contours holds staggered twice"):
         LikelihoodConfig(contours=("staggered", "diffusion", "staggered"))
+
+
+@pytest.mark.parametrize("view", ["endpont_bound", "hybrid_bound_7", "unmasking"])
+def test_a_view_that_no_model_has_is_refused_of_an_exact_model_too(view: str) -> None:
+    survey: Any = SimpleNamespace(
+        kinds={"ar": AR}, config=SimpleNamespace(likelihood=ASKED, seed=0)
+    )
+    for known in ("endpoint_bound", "hybrid_bound_4", "exact"):
+        Nats(view=known).require(survey, "ar")
+    with pytest.raises(ConfigError, match=f"{view} is no view .* Name one of: .*hybrid_bound_9"):
+        Nats(view=view).require(survey, "ar")
