@@ -40,7 +40,8 @@ def ngram_entropies(tokens_NL: np.ndarray, vocabulary: int) -> np.ndarray:
 
     No text is read by a model that has seen it, so in expectation the mean is an upper bound of
     the entropy per token of the law that the texts come from. The bound falls as texts are added,
-    so only equally many texts compare.
+    so only equally many texts compare. Resamples of these figures leave out how the models vary,
+    which counts where there are few texts (`pipelines/evaluation/README.md`).
     """
     fold_N, order = np.arange(len(tokens_NL)) % FOLDS, default_order(vocabulary)
     nats_N = np.empty(len(tokens_NL))

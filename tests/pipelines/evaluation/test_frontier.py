@@ -252,7 +252,7 @@ def test_the_best_of_many_walks_is_ahead_by_chance_only_where_it_has_few_to_beat
 
 
 class Made:
-    """What a gate reads of an evaluation: ten texts at each of two temperatures along one path, of
+    """What a gate reads of an evaluation: 40 texts at each of two temperatures along one path, of
     models "new" and "old", and of "real" and "unigram"."""
 
     def __init__(self, better_by: float) -> None:
