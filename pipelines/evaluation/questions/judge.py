@@ -67,8 +67,12 @@ Reads = Callable[[Sequence[str], np.ndarray], Read]
 def judged(
     judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
 ) -> Columns:
-    """The columns of `Judged`, of texts and their ids in the data's vocabulary."""
+    """The columns of `Judged`, of texts and their ids in the data's vocabulary. DataError where the
+    judge gives no numbers."""
     read: Read = workspace.reader(judge)(texts, tokens_NL)
+    if not np.isfinite(read.nats_N).all():
+        why = f"what {judge.label} finds of a text is infinite or NaN"
+        raise DataError(WHERE, why, "Name another model, or take precision=float32")
     bytes_N = metrics.text_bytes(tokens_NL, workspace.vocabulary)
     return Judged(*read, bytes_N)._asdict()
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from pipelines.evaluation.cells import REAL, REFERENCES
 from pipelines.evaluation.features import AnyFeaturizer, Features, HubFeaturizer, same_length
 from pipelines.evaluation.gate import OfTexts, Resamples, require_resamples
@@ -123,6 +123,11 @@ def _features(
     featurizer: AnyFeaturizer, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
 ) -> Columns:
     found: Features = workspace.reader(featurizer)(texts, tokens_NL)
+    if not np.isfinite(found.features_NF).all():
+        why = f"features of {featurizer.label} are infinite or NaN"
+        raise DataError(
+            "mauve.featurizer.model", why, "Name another model, or take precision=float32"
+        )
     return {"features": lists(found.features_NF), "tokens": found.tokens_N}
 
 

@@ -276,6 +276,17 @@ def test_bytes_are_those_of_the_ids_even_where_a_text_tears_a_character() -> Non
     assert (found["nats_N"].tolist(), found["tokens_N"].tolist()) == ([1.0, 2.0], [3, 3])
 
 
+@pytest.mark.parametrize("nats", [math.nan, math.inf])
+def test_a_judge_that_gives_no_numbers_is_said(nats: float) -> None:
+    """Instead of texts that were found to be diverse like none of the frontier."""
+    read = Read(np.array([1.0, nats]), np.array([8, 8]))
+    workspace: Any = SimpleNamespace(
+        reader=lambda _: lambda texts, tokens_NL: read, vocabulary=Vocabulary.char()
+    )
+    with pytest.raises(DataError, match=r"judge.model: .*runs/broken.* infinite or NaN"):
+        judge.judged(OwnJudge(model="runs/broken"), workspace, ["", ""], np.zeros((2, 8), int))
+
+
 # --- figures -------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from infra import config
-from pipelines.evaluation.features import HubFeaturizer, OwnFeaturizer
+from infra.errors import DataError
+from pipelines.evaluation.features import Features, HubFeaturizer, OwnFeaturizer
 from pipelines.evaluation.parts import lists
 from pipelines.evaluation.questions import mauve
 from pipelines.evaluation.questions.mauve import LEAST, MauveConfig
@@ -125,6 +126,14 @@ def test_what_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=why):
         mauve.per_seed(p_NF, q_MF, MauveConfig(**settings))
+
+
+def test_a_featurizer_that_overflows_is_said_before_anything_is_scored() -> None:
+    found = Features(np.array([[1.0, math.inf]]), np.array([8]))
+    workspace: Any = SimpleNamespace(reader=lambda _: lambda texts, tokens_NL: found)
+    given = OwnFeaturizer(model="runs/broken"), workspace, [""], np.zeros((1, 8), int)
+    with pytest.raises(DataError, match=r"mauve.featurizer.model: .*runs/broken.* infinite or NaN"):
+        mauve._features(*given)
 
 
 def test_only_texts_of_equal_length_are_scored() -> None:
