@@ -10,6 +10,7 @@ so a server that is slow or away never slows training.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -88,8 +89,10 @@ class Journal:
             if name in CLOCK or not METRIC.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a metric; use letters, digits and _ . / -")
         values = {name: float(value) for name, value in metrics.items()}
+        line = _encode({"step": step, "time": round(time.time(), 3), **values})
         with explained(str(self.local)):
-            self._file.write(_encode({"step": step, "time": round(time.time(), 3), **values}))
+            if self._file.write(line) < len(line):  # a disk that fills up takes a part of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._last = step
 
     def sync(self, every: float = 0.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -125,6 +126,21 @@ def test_what_would_break_the_journal_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"step|metric"):
             book.append(step, {name: 1.0})
     assert [row["step"] for row in journal.read(str(tmp_path))] == [4]
+
+
+def test_a_line_that_a_full_disk_cuts_is_not_taken_for_written(tmp_path: Path) -> None:
+    """A disk may take the first half of a line without an error."""
+    book = Journal(str(tmp_path))
+    book.append(1, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (tmp_path / "metrics.jsonl").stat().st_size + 9
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(InfraError, match="the disk is full"):
+            book.append(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["step"] for row in journal.read(str(tmp_path))] == [1]
 
 
 def test_journal_in_an_object_store() -> None:
