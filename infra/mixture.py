@@ -13,6 +13,7 @@ Shapes: S sources, N steps.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +28,7 @@ from infra.storage import Folder
 from infra.stream import MIXING, Plan, StreamConfig, philox
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+NAME = re.compile(r"\w[\w. -]{,99}")  # of a source
 AT_ONCE = 1 << 20  # steps of a lane that are counted together
 
 Weights = dict[str, float]
@@ -47,9 +49,9 @@ ALONE = ""  # the name of a source that is not one of several
 class MixtureConfig:
     """Several sources of one vocabulary and length.
 
-    sources: addresses of shards, by names of your choice. weights: the share of the microbatches
-    that each source has, up to a common factor; a source that is not named has none. changes: other
-    weights from given steps on, in ascending order.
+    sources: addresses of shards, by names of your choice, which become parts of metrics' names.
+    weights: the share of the microbatches that each source has, up to a common factor; a source
+    that is not named has none. changes: other weights from given steps on, in ascending order.
     """
 
     sources: dict[str, str]
@@ -69,12 +71,17 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources must name at least one")
+        refused = [name for name in self.sources if not NAME.fullmatch(name)]
+        if refused and list(self.sources) != [ALONE]:
+            why = "is letters, digits, _ . - and spaces"
+            raise ValueError(f"the name of a source {why}, got {refused[0]!r}")
         for weights in (self.weights, *(change.weights for change in self.changes)):
             if unknown := sorted(set(weights) - set(self.sources)):
                 raise ValueError(f"weights name {unknown[0]}, which is none of the sources")
             shares = list(weights.values())
-            if not all(math.isfinite(w) and w >= 0 for w in shares) or not sum(shares) > 0:
-                raise ValueError(f"weights are at least 0 and one of them is more, got {weights}")
+            if not 0 < sum(shares) < math.inf or min(shares) < 0:
+                why = "weights are at least 0, and their sum is positive and finite"
+                raise ValueError(f"{why}, got {weights}")
         steps = [1, *(change.step for change in self.changes)]
         if any(later <= earlier for earlier, later in pairwise(steps)):
             raise ValueError(f"changes come at ascending steps from 2 on, got {steps[1:]}")

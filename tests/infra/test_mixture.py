@@ -155,10 +155,12 @@ def test_shares_are_those_of_the_step(config: MixtureConfig) -> None:
     ("given", "words"),
     [
         ({"sources": {}}, "at least one"),
+        *(({"sources": {name: "x", "b": "y"}}, "letters, digits") for name in ("", "a:b", "c++")),
         ({"weights": {"d": 1.0}}, "weights name d"),
         ({"weights": {"a": -1.0}}, "at least 0"),
         ({"weights": {"a": 0.0}}, "at least 0"),
         ({"weights": {"a": float("inf")}}, "at least 0"),
+        ({"weights": {"a": 1e308, "b": 1e308}}, "at least 0"),
         ({"changes": (Change(step=1, weights=WEIGHTS),)}, "ascending"),
         ({"changes": CHANGES[::-1]}, "ascending"),
         ({"changes": (Change(step=9, weights={"x": 1.0}),)}, "weights name x"),
