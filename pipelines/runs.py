@@ -73,7 +73,7 @@ class Task(ABC):
     @abstractmethod
     def prepare(self, folder: Folder) -> tuple[Dataset | None, Mapping[str, str]]:
         """Check all that is given, and write what `work` starts from; (the data, if there is any;
-        tags), for MLflow. An error here leaves no run directory behind."""
+        tags), for MLflow. An error here leaves no new run directory behind."""
 
     @abstractmethod
     def work(self, run: Run) -> None:
@@ -175,10 +175,10 @@ def result(folder: Folder, *keys: str) -> dict[str, Any]:
 
 @contextmanager
 def _beginning(lease: Lease, config: RunSettings, verb: str) -> Iterator[None]:
-    """Around all that comes before the MLflow run: a kill leaves a run to resume, an error
-    nothing, or what the process that took the run over has there."""
+    """Around all that comes before the MLflow run: a kill leaves a run to resume, an error what
+    was there before, or what the process that took the run over has there."""
     folder = lease.run
-    if folder.exists(tracking.RECORD):
+    if folder.exists(tracking.CONFIG):
         yield
         return
     folder.write_bytes(tracking.CONFIG, to_yaml(config, verb).encode())

@@ -26,6 +26,14 @@ from pipelines.training.launch import TrainingTask
 from tests.pipelines import tiny
 
 
+def moved(run: Path, root: Path) -> Path:
+    """A copy of a run in another folder, which it takes for its own."""
+    copy = Path(shutil.copytree(run, root / run.name))
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace(str(run.parent), str(root)))
+    return copy
+
+
 def test_a_second_submission_is_refused(
     main: Callable[..., tiny.Outcome], tmp_path: Path, data: Path
 ) -> None:
@@ -114,6 +122,24 @@ def test_what_fails_to_begin_removes_its_own_run_alone(
     assert sorted(os.listdir(run) if run.exists() else []) == ["config.yaml", "run.json"] * taken
 
 
+def test_what_fails_to_begin_again_removes_nothing(
+    tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where the record of the run is gone, as the message about a damaged one suggests."""
+    run = moved(finished, tmp_path)
+    (run / "result.json").unlink()
+    (run / "run.json").unlink()
+
+    def fail(task: TrainingTask, folder: Folder) -> None:
+        raise InfraError("memory://data", "the store does not answer")
+
+    monkeypatch.setattr(TrainingTask, "prepare", fail)
+    with pytest.raises(InfraError, match="the store does not answer"):
+        tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
+    assert run.exists()
+    tiny.assert_same(run, finished)
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("a bug"), Terminated(), KeyboardInterrupt()], ids=repr
 )
@@ -169,9 +195,7 @@ def test_the_metrics_of_a_result_are_those_of_the_last_step(
     tmp_path: Path, data: Path, finished: Path, left: int
 ) -> None:
     """They are lost where a bucket took the last checkpoint, but not the journal."""
-    run = Path(shutil.copytree(finished, tmp_path / "mdlm"))
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace(str(finished.parent), str(tmp_path)))
+    run = moved(finished, tmp_path)
     (run / "result.json").unlink()
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:left]))
