@@ -143,7 +143,9 @@ def _open(folder: Folder, config: RunSettings, verb: str, free: tuple[str, ...])
             raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
         return
     if config.existing == "restart":
-        for name in folder.names():
+        # Where this is cut off, what is left must not be taken for finished, nor a model for that
+        # of other checkpoints.
+        for name in (RESULT, *reversed(folder.names())):
             if name != tracking.CONFIG:  # which goes last: without it, this would be no run
                 folder.remove(name)
         folder.remove()

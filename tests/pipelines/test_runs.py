@@ -190,6 +190,27 @@ def test_a_restart_that_was_cut_off_can_be_repeated(
     tiny.assert_same(run, finished)
 
 
+def test_what_a_restart_leaves_when_it_is_cut_off_is_not_taken_for_finished(
+    tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor would a run that resumes from there keep the model of other checkpoints."""
+    run, remove, left = moved(finished, tmp_path), Folder.remove, [set(os.listdir(finished))]
+
+    def noted(folder: Folder, name: str = "") -> None:
+        remove(folder, name)
+        if folder.path == str(run) and run.exists() and "config.yaml" in os.listdir(run):
+            left.append(set(os.listdir(run)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "remove", noted)
+        argv = [f"data={data}", f"root={tmp_path}", "name=mdlm", "existing=restart"]
+        tiny.execute("pretrain", *argv)
+    whole, wiped = left[0], left[1 : left.index({"config.yaml"}) + 1]
+    assert len(wiped) >= len(whole) - 1 > 5
+    assert all("result.json" not in names for names in wiped)
+    assert all("checkpoints" in names for names in wiped if "model" in names)
+
+
 @pytest.mark.parametrize("left", [0, 5])
 def test_the_metrics_of_a_result_are_those_of_the_last_step(
     tmp_path: Path, data: Path, finished: Path, left: int
