@@ -170,12 +170,12 @@ def opened(folder: str) -> RunHandle | None:
     return _Record.load(place).handle(place) if place.exists(RECORD) else None
 
 
-def log_artifacts(handle: RunHandle, local: str | Path) -> None:
-    """Show a local folder among the run's artifacts, under its own name. If the server is away,
-    `finish` or `replay` sends it."""
+def log_artifacts(handle: RunHandle, place: str | Path) -> None:
+    """Show the files of a folder among the run's artifacts, under its own name. If the server is
+    away, `finish` or `replay` sends them."""
     folder = Folder.at(handle.folder)
     record = _Record.load(folder)
-    record.artifacts.append(str(Path(local).resolve()))
+    record.artifacts.append(Folder.at(str(place)).url)
     record.save(folder)
     if record.run_id:
         with _failures_logged(folder, record.uri):
@@ -279,7 +279,7 @@ class _Record:
     experiment_id: str | None = None
     status: str = "RUNNING"
     ended: int | None = None
-    artifacts: list[str] = field(default_factory=list)  # local folders that are not sent yet
+    artifacts: list[str] = field(default_factory=list)  # folders that are not sent yet
 
     @classmethod
     def load(cls, folder: Folder) -> _Record:
@@ -366,9 +366,10 @@ def _experiment(client: MlflowClient, record: _Record) -> str:
 
 def _send_artifacts(client: MlflowClient, record: _Record, folder: Folder) -> None:
     while record.artifacts:
-        local = Path(record.artifacts[0])
-        if local.is_dir():
-            client.log_artifacts(record.run_id, str(local), local.name)
+        place = Folder.at(record.artifacts[0])
+        if place.exists():
+            with place.local() as local:
+                client.log_artifacts(record.run_id, str(local), local.name)
         del record.artifacts[0]
         record.save(folder)
 

@@ -251,8 +251,7 @@ def _publish(run: Run, made: Made) -> None:
     logger = tracking.Logger(journal, run.handle)
     logger.log(0, made.result["metrics"])
     logger.close()
-    with place.local() as local:
-        tracking.log_artifacts(run.handle, local)
+    tracking.log_artifacts(run.handle, place.url)
 
 
 def register(

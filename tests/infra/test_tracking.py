@@ -238,6 +238,19 @@ def test_a_run_shows_all_it_was_given(root: Path, tmp_path: Path) -> None:
     assert run_of(handle).info.status == "FAILED"
 
 
+def test_a_report_in_a_bucket_reaches_a_server_that_was_away(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Folder.at("memory://bucket/runs/reported/report")
+    report.write_bytes("table.md", b"| bpb |")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "_open", lambda *given: 1 / 0)
+        handle = start("memory://bucket/runs", "reported", f"sqlite:///{root}/mlflow.db")
+        tracking.log_artifacts(handle, report.url)
+    run = run_of(tracking.replay(handle.folder))
+    assert Path(run.info.artifact_uri, "report/table.md").read_text() == "| bpb |"
+
+
 def test_many_parameters(root: Path) -> None:
     handle = start(root, "many", params={f"p{i}": i for i in range(250)})
     assert len(run_of(handle).data.params) == 250
