@@ -52,6 +52,10 @@ class ClusterConfig:
     address: str | None = None
     num_cpus: int | None = None  # of a local cluster; default: the machine's, or more if needed
 
+    def __post_init__(self) -> None:
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ValueError(f"num_cpus must be at least 1, got {self.num_cpus}")
+
 
 class Revision(NamedTuple):
     """The commit of the code that runs, and whether files differ from it."""

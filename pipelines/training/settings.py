@@ -68,7 +68,7 @@ class CheckpointConfig:
     corrupt: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep", "milestone_every"):
+        for name in ("every", "keep", "milestone_every", "max_failures"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -119,6 +119,9 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         if not self.counts or self.counts[0] < 1:
             raise ValueError(f"count must be at least 1, or [least, most], got {self.count}")
+        if self.max_failures < -1:
+            why = "must be at least 0, or -1 for no limit"
+            raise ValueError(f"max_failures {why}, got {self.max_failures}")
         if not self.resize_s > 0:
             raise ValueError(f"resize_s must be positive, got {self.resize_s}")
         if not 0 < self.gpu_share <= 1:
