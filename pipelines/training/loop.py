@@ -104,7 +104,7 @@ def train(
                 monitor.finished(step)
                 notice = monitor.notice()
                 last = step == config.steps
-                saving = last or step % config.checkpoint.every == 0 or notice > heeded
+                saving = last or config.checkpoint.due(step) or notice > heeded
                 validated = last or step % config.validate_every == 0
                 logging = validated or step % config.log_every == 0
                 if saving or logging:

@@ -56,7 +56,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """A checkpoint every so many steps; the last `keep` stay, and every milestone.
+    """A checkpoint every so many steps, and at every milestone; the last `keep` stay, and all
+    milestones.
 
     A `corrupt` one stops a run that resumes; "skip" has it resume from the one before.
     """
@@ -72,6 +73,10 @@ class CheckpointConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def due(self, step: int) -> bool:
+        """Whether there is to be a checkpoint after a step."""
+        return any(step % every == 0 for every in (self.every, self.milestone_every) if every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,3 +222,10 @@ def test_the_metrics_of_a_result_are_those_of_the_last_step(
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:left]))
     made = tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
     assert made["metrics"] == {}
+
+
+def test_every_milestone_is_a_checkpoint_that_stays(tmp_path: Path, data: Path) -> None:
+    """Also where it is no multiple of the steps between two checkpoints, here 3."""
+    kept = ["train.checkpoint.milestone_every=5", "train.checkpoint.keep=1"]
+    tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run", *kept)
+    assert committed(str(tmp_path / "run" / "checkpoints")) == [5, 10, 12]
