@@ -207,9 +207,11 @@ def test_a_half_written_folder_of_the_past_is_removed(tmp_path: Path) -> None:
     (tmp_path / "step_000001" / "stale.safetensors").write_bytes(b"half")
     (tmp_path / "step_000002").mkdir()
     (tmp_path / "step_000002" / "stale.safetensors").write_bytes(b"half")
+    (tmp_path / "step_000002" / ".x.safetensors.0a1b2c3d.partial").write_bytes(b"half")
     Patient(str(tmp_path), keep=2).save(2, numbers(2), {})
     assert not (tmp_path / "step_000001").exists()
     assert not (tmp_path / "step_000002" / "stale.safetensors").exists()
+    assert len(list((tmp_path / "step_000002").iterdir())) == 2  # the commit and its file
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
