@@ -204,6 +204,7 @@ class TrainingTask(runs.Task):
         return self.config.train.steps in committed(folder / "checkpoints")
 
     def _save(self, folder: Folder, denoiser: Denoiser) -> None:
+        folder.remove()  # what an attempt has left that was killed while it wrote
         length = next(iter(self.manifests.values())).length
         models.save(folder, denoiser, self.vocabulary, kind=self.kind, length=length)
 

@@ -211,6 +211,18 @@ def test_what_a_restart_leaves_when_it_is_cut_off_is_not_taken_for_finished(
     assert all("checkpoints" in names for names in wiped if "model" in names)
 
 
+def test_a_model_that_a_killed_attempt_began_is_written_anew(
+    tmp_path: Path, data: Path, finished: Path
+) -> None:
+    """A kill leaves a file under another name, with which the registry would not take the model."""
+    run = moved(finished, tmp_path)
+    for name in ("result.json", "model/config.json", "model/model.safetensors"):
+        (run / name).unlink()
+    (run / "model" / ".model.safetensors.0a1b2c3d.partial").write_bytes(b"half")
+    tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
+    assert sorted(os.listdir(run / "model")) == sorted(os.listdir(finished / "model"))
+
+
 @pytest.mark.parametrize("left", [0, 5])
 def test_the_metrics_of_a_result_are_those_of_the_last_step(
     tmp_path: Path, data: Path, finished: Path, left: int
