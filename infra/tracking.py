@@ -33,6 +33,7 @@ from infra.storage import Folder, scrub
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 
@@ -311,10 +312,10 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     record.experiment_id = _experiment(client, record)
-    record.run_id = record.run_id or _find_or_create(client, record)
+    run = _known(client, record.run_id) or _find_or_create(client, record)
+    record.run_id = run_id = run.info.run_id
     record.save(folder)
-    run_id = record.run_id
-    known = client.get_run(run_id).data.params
+    known = run.data.params
     params = [Param(k, v[:PARAM_LENGTH]) for k, v in record.params.items() if k not in known]
     for batch in batches(params, PARAMS_A_BATCH):
         client.log_batch(run_id, params=batch)
@@ -336,15 +337,26 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
     return run_id
 
 
-def _find_or_create(client: MlflowClient, record: _Record) -> str:
-    """The id of the run; an earlier process may have died before it wrote the id down."""
+def _known(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The run of an id; None where the server has none, as its database may have been removed."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _find_or_create(client: MlflowClient, record: _Record) -> Run:
+    """The run; an earlier process may have died before it wrote its id down."""
     found = client.search_runs([record.experiment_id], f"tags.{KEY} = '{record.key}'")
     if found:
-        return found[0].info.run_id
-    run = client.create_run(
+        return found[0]
+    return client.create_run(
         record.experiment_id, record.created, tags={KEY: record.key}, run_name=record.name
     )
-    return run.info.run_id
 
 
 def _experiment(client: MlflowClient, record: _Record) -> str:

@@ -274,6 +274,17 @@ def test_a_run_whose_id_was_never_written_down_is_found_again(root: Path) -> Non
     assert start(root, "forgotten") == first
 
 
+def test_a_run_that_its_database_has_lost_is_made_anew(root: Path) -> None:
+    """As where the database was removed: the record is all that a run needs."""
+    handle = start(root, "lost")
+    file = Path(handle.folder, "run.json")
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"key": "another", "run_id": "0" * 32}))
+    again = start(root, "lost")
+    assert again.run_id not in (None, handle.run_id, "0" * 32)
+    assert run_of(again).data.params["optim.lr"] == "0.0003"
+
+
 def test_metrics_reach_the_run_once_through_kill_and_resume(root: Path) -> None:
     handle = start(root, "killed")
     logger = Logger(Journal(handle.folder), handle, interval=0.05)
