@@ -100,10 +100,14 @@ class Rank:
 
     def _run(self) -> None:
         while not self._closed.wait(BEAT_S):
-            late_s = time.monotonic() - self._since - self._timeout_s
+            since = self._since
+            late_s = time.monotonic() - since - self._timeout_s
             if late_s > 0 and self.report is None:
-                self.report = self._ask()
-                log.critical("%s", self.report)
+                report = self._ask()
+                if self._since != since:  # it went on while all were asked
+                    continue
+                self.report = report
+                log.critical("%s", report)
             if late_s > 4 * MARGIN_S:
                 for handler in logging.getLogger().handlers:
                     handler.flush()

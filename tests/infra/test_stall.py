@@ -7,9 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
+
+from infra import stall
+from infra.errors import DataError
 
 TIMEOUT_S = 8  # long for a step of these, even where the machine is busy
 
@@ -113,3 +118,29 @@ def test_what_a_rank_does_has_the_whole_time_each() -> None:
 def test_a_loop_that_ends_is_not_disturbed() -> None:
     script = RANK.format(timeout=1000).replace("range(39, 10_000)", "range(50, 60)")
     assert [rank.wait(300) for rank in ranks(script, "not", 1)] == [0, 0]
+
+
+def test_a_rank_that_went_on_while_all_were_asked_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it raises later is another error, told as what it is."""
+    asked, went_on = threading.Event(), threading.Event()
+
+    def ask(rank: stall.Rank) -> str:
+        asked.set()
+        went_on.wait(300)
+        return "nothing was finished"
+
+    def go_on(rank: stall.Rank) -> None:
+        assert asked.wait(300)
+        rank.finished(1)
+        went_on.set()
+        raise DataError("part-00000.parquet", "damaged")
+
+    monkeypatch.setattr(stall.Rank, "_ask", ask)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(DataError), stall.detected(0.1, 0) as rank:
+            go_on(rank)
+    finally:
+        dist.destroy_process_group()
