@@ -178,16 +178,19 @@ def _section(preset: str, verb: str, verbs: Sequence[str] | None, presets: Path)
 def _read(preset: str, presets: Path) -> str:
     import fsspec
 
+    from infra.storage import explained
+
     if not preset.endswith((".yaml", ".yml")) and "://" not in preset:
         names = sorted(path.stem for path in presets.glob("*.yaml"))
         if preset not in names:
             raise ConfigError(preset, "no such preset", _hint(preset, names))
         preset = str(presets / f"{preset}.yaml")
-    try:
-        with fsspec.open(preset, "rt", encoding="utf-8") as file:
-            text = file.read(MOST_BYTES)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(preset, f"cannot be read: {error}") from error
+    with explained(preset):  # what a store raises need not be an OSError
+        try:
+            with fsspec.open(preset, "rt", encoding="utf-8") as file:
+                text = file.read(MOST_BYTES)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(preset, f"cannot be read: {error}") from error
     if len(text) == MOST_BYTES:
         raise ConfigError(preset, "far longer than any preset", "Give a file of settings")
     return text

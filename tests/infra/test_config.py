@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import pytest
 import yaml
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import config
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InfraError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,26 @@ def test_a_mistyped_preset_is_offered_the_nearest(tmp_path: Path) -> None:
         load(str(tmp_path / "absent.yaml"))
     with pytest.raises(ConfigError, match="cannot be read"):
         load("nosuchscheme://x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (NoCredentialsError(), "no usable credentials"),
+        (EndpointConnectionError(endpoint_url="x"), "the store does not answer"),
+    ],
+)
+def test_a_preset_in_a_store_that_refuses(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, why: str
+) -> None:
+    """Neither is an OSError."""
+
+    def refuse(*given: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fsspec, "open", refuse)
+    with pytest.raises(InfraError, match=f"^s3://bucket/x.yaml: {why}"):
+        load("s3://bucket/x.yaml")
 
 
 def test_all_defaults_need_no_section(tmp_path: Path) -> None:
