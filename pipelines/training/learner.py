@@ -144,13 +144,16 @@ class Learner:
         return parallel.gathered(module, values)
 
     def _of_table(self) -> dict[str, float]:
-        """The converter's scale and the spread of the table, which long training can collapse."""
-        denoiser = self.average.module.denoiser
-        if not self.objective.denoiser.table.direction_VD.requires_grad:
-            return {}
-        table_VD = torch.nn.functional.normalize(parallel.full(denoiser.table.direction_VD), dim=-1)
-        found = {f"table/{name}": value for name, value in geometry_report(table_VD).items()}
-        return found | {"converter/beta": parallel.full(denoiser.converter.beta).item()}
+        """The converter's scale and the spread of the table, which long training can collapse; of
+        each, where it is trained."""
+        denoiser, trained, found = self.average.module.denoiser, self.objective.denoiser, {}
+        if trained.converter.beta.requires_grad:
+            found["converter/beta"] = parallel.full(denoiser.converter.beta).item()
+        if trained.table.direction_VD.requires_grad:
+            direction_VD = parallel.full(denoiser.table.direction_VD)
+            spread = geometry_report(torch.nn.functional.normalize(direction_VD, dim=-1))
+            found |= {f"table/{name}": value for name, value in spread.items()}
+        return found
 
     def _loss(self, module: Objective, step: int, lane: int, rows_RL: np.ndarray) -> Loss:
         draws = generator(self.config.stream.seed, step, lane)

@@ -318,6 +318,8 @@ def test_a_frozen_table_stays_and_the_rest_is_trained(
     same = {name for name in trained if torch.equal(trained[name], began[name])}
     assert "table.direction_VD" in same
     assert not {name for name in same if name.startswith(("converter", "backbone.blocks"))}
+    last = journal.read(str(tmp_path / "frozen"))[-1]
+    assert ("converter/beta" in last, "table/mean_cosine" in last) == (True, False)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path, data: str, whole: dict[str, Path]) -> None:
