@@ -107,7 +107,7 @@ def _lead(first: Row, rival: Row, merit: Merit) -> str:
         return f"better {interval}"
     if high < 0:
         return f"worse {interval}"
-    return f"ahead {interval}, which chance may explain"
+    return f"{'ahead' if lead >= 0 else 'behind'} {interval}, which chance may explain"
 
 
 def _paired(first: Row, rival: Row, merit: Merit) -> tuple[float, float] | None:

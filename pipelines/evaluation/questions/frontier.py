@@ -250,14 +250,10 @@ def _head(found: Measured, confidence: float) -> Row:
     for name, bits_R in found.bits_R.items():
         if math.isfinite(bits_R[0]):
             key, (low, high) = _headline(name), percentiles(bits_R[1:], confidence)
-            row |= {f"{key}_low": low, f"{key}_high": high}
-            if math.isfinite(low) and math.isfinite(high):
+            row |= {key: float(bits_R[0]), **_ends(key, low, high)}
+            if math.isfinite(high - low):
                 found_R = bits_R[1:][np.isfinite(bits_R[1:])]
-                row |= {key + STDERR: float(found_R.std())}
-                row[f"{key}_interval"] = f"{low:.3f} to {high:.3f}"
-            else:
-                row[f"{key}_interval"] = "unbounded"
-            row[key] = float(bits_R[0])
+                row[key + STDERR] = float(found_R.std())
     return row
 
 
@@ -299,9 +295,14 @@ def _ahead(found: Measured, measured: Sequence[Measured], confidence: float) -> 
                 ahead_R = np.where(np.isfinite(best_R), best_R, np.nan) - bits_R
             if math.isfinite(ahead_R[0]):
                 key, (low, high) = f"ahead_{name}", percentiles(ahead_R[1:], confidence)
-                row |= {key: float(ahead_R[0]), f"{key}_low": low, f"{key}_high": high}
-                row[f"{key}_interval"] = f"{low:.3f} to {high:.3f}"
+                row |= {key: float(ahead_R[0]), **_ends(key, low, high)}
     return row
+
+
+def _ends(key: str, low: float, high: float) -> Row:
+    """The ends of a figure's interval, and what the tables show of them."""
+    shown = f"{low:.3f} to {high:.3f}" if math.isfinite(high - low) else "unbounded"
+    return {f"{key}_low": low, f"{key}_high": high, f"{key}_interval": shown}
 
 
 def _best(walks: Iterable[Measured], judge: str) -> dict[str, np.ndarray]:

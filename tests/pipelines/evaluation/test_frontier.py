@@ -227,6 +227,13 @@ def test_a_walk_is_compared_with_the_best_of_the_first_model_in_as_many_calls() 
     assert _ahead(nowhere, [*walks, nowhere], confidence=0.2) == {}
 
 
+def test_an_interval_that_has_no_ends_is_called_unbounded() -> None:
+    rival = measured([3, math.nan, math.nan, 3], model="a", path="m", budget=8)
+    ours = measured([2, 1, 1, 2], model="b", path="m", budget=8)
+    row = _ahead(ours, [rival, ours], confidence=0.95)
+    assert (row["ahead_judge_low"], row["ahead_judge_interval"]) == (-math.inf, "unbounded")
+
+
 def found_ahead(first: int, others: int, runs: int) -> int:
     """In how many simulated cases the best of some walks is ahead of so many walks of the first
     model, where all walks are of one law."""

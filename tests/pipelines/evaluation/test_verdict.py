@@ -63,6 +63,11 @@ def test_a_difference_within_its_error_is_no_victory() -> None:
     assert "ahead by 0.020 [-0.257, 0.297] at 95 %, which chance may explain" in found
 
 
+def test_a_walk_below_the_floor_is_not_called_ahead_where_chance_may_explain_it() -> None:
+    found = first_sentence(UNIGRAM, row("a", 0.19, stderr=0.1))
+    assert "behind by -0.010 [-0.206, 0.186] at 95 %, which chance may explain" in found
+
+
 def test_without_errors_there_is_no_interval() -> None:
     found = first_sentence(row("a", 0.5), row("b", 0.52, stderr=math.nan))
     assert "better by 0.020, without an interval" in found
