@@ -107,6 +107,8 @@ class OwnFeaturizer(OwnReader):
 
     pooling: Pooling = "last"
 
+    where: ClassVar[str] = "mauve.featurizer.model"
+
     def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
         denoiser = self.open(device, open_model)
 

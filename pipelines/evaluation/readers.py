@@ -13,6 +13,7 @@ import torch
 
 from dsl.denoiser import Denoiser
 from dsl.precision import Precision
+from infra.errors import Problem
 from pipelines import models
 from pipelines.evaluation import hub
 from pipelines.models import ConverterConfig, Model
@@ -39,8 +40,11 @@ class Reader(ABC):
         """The models of our own that it opens."""
         return ()
 
-    def check(self, uri: str) -> None:  # noqa: B027 - nothing to check is a fine answer
-        """A `Problem` where its model cannot be used; `uri` of the registry."""
+    def check(self, uri: str, **how: Any) -> None:  # noqa: B027 - nothing to check is a fine answer
+        """A `Problem` where its model cannot be used; `uri` of the registry.
+
+        how: the `converter` and `trust_remote_code` with which models of our own are opened.
+        """
 
     def check_data(self, held_out: HeldOut) -> None:  # noqa: B027
         """A `Problem` where it cannot read texts of this data."""
@@ -92,7 +96,7 @@ class PretrainedReader(NetworkReader):
     def label(self) -> str:
         return f"{self.name}, {self.max_tokens} tokens"
 
-    def check(self, uri: str) -> None:
+    def check(self, uri: str, **how: Any) -> None:
         """Have the model on this machine, or say what to do; see `hub.check`."""
         hub.check(self.place(), self.head, max_tokens=self.max_tokens, where=self.where)
 
@@ -125,6 +129,8 @@ class OwnReader(NetworkReader):
     batch: int = 64
     kind: Literal["own"] = "own"
 
+    where: ClassVar[str]  # the dotted path of what names it in the configuration
+
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
@@ -136,10 +142,17 @@ class OwnReader(NetworkReader):
     def addresses(self) -> tuple[str, ...]:
         return (self.model,)
 
-    def check(self, uri: str) -> None:
-        """DataError or dsl.WeightsError where there is no such model, or one that cannot be used;
-        `uri` of the registry."""
-        self.require(models.load(self.model, converter=ConverterConfig(), tracking_uri=uri))
+    def check(self, uri: str, **how: Any) -> None:
+        """A `Problem` or dsl.WeightsError where there is no such model, or one that cannot be used;
+        `uri` of the registry. how: see `Reader.check`."""
+        try:
+            model = models.load(
+                self.model, **{"converter": ConverterConfig(), "tracking_uri": uri, **how}
+            )
+        except Problem as problem:
+            why = f"{problem.where}: {problem.why}"
+            raise type(problem)(self.where, why, problem.fix) from problem
+        self.require(model)
 
     def require(self, model: Model) -> None:
         """DataError for a model that cannot be used."""

@@ -165,6 +165,8 @@ class OwnJudge(OwnReader):
     It reads the very ids that were drawn, and every one of them counts, ends of documents too.
     """
 
+    where: ClassVar[str] = WHERE
+
     def require(self, model: Model) -> None:
         """DataError where the model is not autoregressive."""
         if not KINDS[model.kind].causal:

@@ -118,8 +118,7 @@ class Judges(Question):
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         for name, judge in config.judges.items():
             with named(name):
-                judge.check(uri)
-                judge.check_data(held_out)
+                self.require_reader(judge, config, held_out, uri)
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterator[Part]:
         for name, judge in survey.config.judges.items():
