@@ -90,7 +90,7 @@ class Survey:
 
     def texts(self, source: str, rows: int) -> list[str]:
         """The first texts of a source."""
-        return self.parts.one(f"samples/{source}", 0, ["text"])["text"][:rows].to_pylist()
+        return self.parts.read(f"samples/{source}", ["text"])["text"][:rows].to_pylist()
 
     def count(self, source: str) -> int:
         """How many texts of a source there are."""

@@ -1,14 +1,21 @@
-"""What an evaluation's report says in MLflow."""
+"""What an evaluation's report shows, and what it says in MLflow."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from dsl.vocabulary import Vocabulary
 from infra.journal import METRIC
+from infra.storage import Folder
 from pipelines.evaluation import pages
 from pipelines.evaluation.conditions import AtSNR
+from pipelines.evaluation.parts import Parts, texts
+from pipelines.evaluation.survey import Survey
 from pipelines.report import Column, Table
 
 WALK = {"model": "a", "view": "v", "state": "s", "path": "hybrid", "split": [2, 6], "budget": 8}
@@ -39,3 +46,12 @@ def test_rows_that_differ_in_one_label_are_two_figures(label: str) -> None:
 def test_what_is_no_finite_number_is_no_figure() -> None:
     nothing = ({"bits": value} for value in (None, math.nan, math.inf))
     assert figures(*nothing, {"said": "a word"}, {"model": "a"}) == {}
+
+
+def test_as_many_texts_are_shown_however_few_are_in_a_part(tmp_path: Path) -> None:
+    parts, vocabulary, none = Parts(Folder.at(str(tmp_path))), Vocabulary.char(), Any
+    rows = vocabulary.encode(["one", "two", "six"])
+    for first, row in enumerate(rows):
+        parts.write("samples/real", first, texts(np.array([row]), first, vocabulary), {})
+    survey = Survey(config=none, parts=parts, held_out=none, subjects=(), readers=())
+    assert survey.texts("real", 2) == ["one", "two"]
