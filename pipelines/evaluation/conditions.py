@@ -36,7 +36,8 @@ class Revealed:
     def gamma(self, rows: int, length: int, draws: Draws) -> Tensor:
         """``[B, L]``: inf where a token is revealed, 0 elsewhere."""
         rank_BL = draws.uniform(rows, length, Stream.PATH).argsort(1).argsort(1)
-        return torch.where(rank_BL < int(self.share * length), torch.inf, 0.0)
+        shown = int(round(self.share * length, 6))  # .29 of 100 are 28.999999999999996 in floats
+        return torch.where(rank_BL < shown, torch.inf, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsl.likelihood import path_integral
+from dsl.noise import Draws
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
 from infra.errors import ConfigError
@@ -105,6 +106,14 @@ def test_a_share_of_the_tokens_is_revealed(tokens_NL: Tensor) -> None:
     assert denoiser.state.masked_BL.sum(1).eq(LENGTH * 3 // 4).all()
     part = errors(denoiser, tokens_NL[2:], condition=quarter, seed=0, first_row=2)
     assert part["nats"] == pytest.approx(whole["nats"][2:], rel=1e-5)
+
+
+def test_a_share_is_not_a_token_less_for_being_a_float() -> None:
+    for percent in range(100):
+        gamma_BL = Revealed(share=percent / 100).gamma(1, 100, Draws(0, 0, 0))
+        assert gamma_BL.isinf().sum() == percent
+    # And some token stays masked, or there would be nothing to measure.
+    assert Revealed(share=0.99).gamma(1, 32, Draws(0, 0, 0)).isinf().sum() == 31
 
 
 def test_the_converter_is_read_where_the_error_is_measured(tokens_NL: Tensor) -> None:
