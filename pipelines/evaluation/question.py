@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 # A `pipelines.evaluation.settings.Questions`, which is made of the questions and imports them.
 Questions = Any
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# Several together name a figure, of which MLflow takes 250 characters.
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 TEXTS = 1024  # of one part: reading is quick, and every part has a fixed cost
 Drawn = tuple[str, str, bytes | None]  # a plot's name, caption and PNG; None where nothing is shown
 Columns = Mapping[str, Any]  # of a part: values by name, one for each row
@@ -320,4 +321,4 @@ def require_names(names: Iterable[str]) -> None:
     """ValueError for a name that folders and figures cannot bear."""
     for name in names:
         if not NAME.fullmatch(name):
-            raise ValueError(f"names must be letters, digits, _ . - only, got {name!r}")
+            raise ValueError(f"names must be at most 64 letters, digits, _ . -, got {name!r}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Literal, Union
 
 from dsl.precision import Precision
+from dsl.vocabulary import TOKENIZER
 from infra.pool import PoolConfig
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM, PathConfig
 from pipelines.evaluation.gate import require_resamples
@@ -129,11 +130,14 @@ class EvaluateConfig(Questions, RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_names([self.name, *self.models])
+        RunSettings.__post_init__(self)
+        require_names(self.models)
         if not self.models:
             raise ValueError("models must name at least one model")
         if taken := self.models.keys() & {*self.beside, REFERENCES, CHAMPION}:
             raise ValueError(f"no model may be named {min(taken)}: that is a row of its own")
+        if TOKENIZER in self.models:
+            raise ValueError(f"no model may be named {TOKENIZER}: that file lies beside the models")
         if self.gate and self.gate.model not in self.models:
             raise ValueError(f"gate.model is {self.gate.model}, which is none of the models")
         walks = Counter(f"{m}-{p}" for m in (*self.models, CHAMPION) for p in self.paths)
