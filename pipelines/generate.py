@@ -20,7 +20,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -108,6 +110,10 @@ def execute(
         return toys.TOYS[config.toy](out, config.seed)
     model, given = prepare(config)
     film = Film(model.vocabulary, title(config, model, given)) if config.film else None
+    places = [(out, "samples.txt"), (out, "samples.jsonl")]
+    places += [Folder.holding(config.film)] if config.film else []
+    for place in places:
+        _require_writable(*place)
     drawn, meter = [], Meter(f"generate {config.model}", len(given), "rows")
     for row in draw(config, model, given, film):
         drawn.append(row)
@@ -125,6 +131,21 @@ def execute(
         made["film"] = folder.url_of(name)
     calls = sum(row["calls"] for row in drawn) / len(drawn)
     return made | {"model": config.model, "rows": len(drawn), "calls_per_row": calls}
+
+
+class _Enough(Exception):
+    """Leaves a file as it was."""
+
+
+def _require_writable(folder: Folder, name: str) -> None:
+    """A `Problem` where a file on a disk could not be written. It is not: whatever is there stays.
+    A store takes no question of this kind."""
+    if not folder.is_local:
+        return
+    with suppress(_Enough), folder.open(name, "wb"):
+        if Path(folder.url_of(name)).is_dir():
+            raise IsADirectoryError("a folder has this name")
+        raise _Enough
 
 
 def _print(row: dict[str, Any]) -> None:

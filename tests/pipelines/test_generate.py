@@ -18,7 +18,7 @@ import torch
 import dsl
 from dsl.dit import DiTConfig
 from dsl.paths import from_dict
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, InfraError
 from infra.storage import Folder
 from pipelines import generate, models, prompts
 from pipelines.examples import toys
@@ -297,6 +297,47 @@ def test_the_film_of_a_run_is_written_where_asked(run: Run, tmp_path: Path) -> N
     assert "masked" in film["title"]["path"]
     texts = ["".join(film["texts"][str(i)] for i in row) for row in film["frames"][-1]["tokens"]]
     assert texts == [row["text"] for row in rows_of(made)[:2]]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ({"film": "file/film.html"}, "a file is where a folder should be"),
+        ({"film": "folder"}, "a folder has this name"),
+        ({"out": "file/out"}, "a file is where a folder should be"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_first_row(
+    model: Path, tmp_path: Path, place: dict[str, str], said: str
+) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "folder").mkdir()
+    places = {"out": "out"} | place
+    given = {key: str(tmp_path / name) for key, name in places.items()}
+    config = generate.GenerateConfig(model=str(model), root=str(tmp_path), **given)
+    drawn: list[Any] = []
+    with pytest.raises(InfraError, match=said):
+        generate.execute(config, show=drawn.append)
+    assert drawn == []
+
+
+def test_texts_and_film_go_to_a_store_as_well(model: Path, tmp_path: Path) -> None:
+    places = {"out": "memory://drawn/out", "film": "memory://drawn/film.html"}
+    config = generate.GenerateConfig(model=str(model), root=str(tmp_path), rows=1, **places)
+    generate.execute(config, show=lambda row: None)
+    assert Folder.at("memory://drawn").exists("film.html")
+    assert Folder.at(places["out"]).names() == ["samples.jsonl", "samples.txt"]
+
+
+def test_until_all_is_drawn_earlier_texts_stay(run: Run, tmp_path: Path) -> None:
+    kept = [(tmp_path / name) for name in ("out/samples.txt", "out/samples.jsonl", "film.html")]
+    (tmp_path / "out").mkdir()
+    for path in kept:
+        path.write_text("earlier")
+    given = ("path={kind: order, order: [1, 2]}", f"film={tmp_path}/film.html")
+    assert run(*given)[0] == 2
+    assert [path.read_text() for path in kept] == ["earlier"] * 3
+    assert len(list(tmp_path.rglob("*"))) == 4
 
 
 @pytest.fixture
