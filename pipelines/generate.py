@@ -171,6 +171,7 @@ def prepare(config: GenerateConfig) -> tuple[Model, list[Given]]:
     given = [row for row in given for _ in range(config.rows)]
     for length in {len(row) for row in given}:
         resolve(config, model, length)
+    models.require_room(model.denoiser, max(map(len, given)), "length")
     return model, given
 
 

@@ -257,7 +257,7 @@ def require_room(denoiser: Denoiser, length: int, where: str) -> None:
             denoiser(State.masked(1, length, denoiser.config.embed_dim))
     except (IndexError, RuntimeError) as error:
         why = f"the model does not take rows of {length} tokens ({str(error)[:160]})"
-        raise DataError(where, why, "Prepare the data with a smaller length") from error
+        raise DataError(where, why, "Take rows of a smaller length") from error
 
 
 def require_maps(denoiser: Denoiser, lora: Lora | None) -> None:

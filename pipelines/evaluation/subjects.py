@@ -86,7 +86,8 @@ def freeze(
     """Copy the model of an origin below `into`, where every worker and every restart finds it.
 
     where: the dotted path of the setting that names it.
-    Raises DataError where it was trained on another vocabulary or length than the data has.
+    Raises DataError where it was trained on another vocabulary or length than the data has, or
+    does not take rows of that length.
     """
     # The version that was found, should the alias move meanwhile.
     address = origin.get("version", origin["address"])
@@ -100,6 +101,7 @@ def freeze(
     if model.length not in (None, length):
         why = f"{address} was trained on rows of {model.length} tokens, the data has {length}"
         raise DataError(where, why, f"Prepare the data with length={model.length}")
+    models.require_room(model.denoiser, length, where)
     kind, denoiser = model.kind, model.denoiser
     models.save(into / name, denoiser, held_out.vocabulary, kind=kind, length=length)
     facts = {

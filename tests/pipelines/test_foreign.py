@@ -13,9 +13,10 @@ import pytest
 import dsl
 from dsl.errors import AdaptationError
 from dsl.foreign import ForeignConfig
-from infra.errors import ConfigError
-from pipelines import export, models
+from infra.errors import ConfigError, DataError
+from pipelines import export, generate, models
 from pipelines.export import ExportConfig
+from pipelines.generate import GenerateConfig
 from pipelines.models import ConverterConfig
 from tests.dsl import hubs
 from tests.pipelines import tiny
@@ -91,6 +92,13 @@ def test_code_beside_the_weights_is_run_only_if_it_is_trusted(
     with pytest.raises(ConfigError, match="trust_remote_code"):
         export.execute(ExportConfig(model=str(made), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_a_network_does_not_take_are_refused_before_the_first(tmp_path: Path) -> None:
+    hubs.saved(tmp_path, "bert", special=hubs.SPECIAL)
+    config = GenerateConfig(model=str(tmp_path), text="the cat", length=2000)
+    with pytest.raises(DataError, match="length: the model does not take rows of 2000 tokens"):
+        generate.prepare(config)
 
 
 def unmask(folder: Path) -> None:
