@@ -227,7 +227,8 @@ def compare(
     accepted = metric.verdict == "better" and not against
     reason = next(iter(against), metric) if metric.verdict == "better" else metric
     verb = "becomes champion over" if accepted else "does not replace"
-    why = f"{candidate} {verb} {other}: {reason.verdict} in {reason} at {config.confidence:.0%}"
+    level = f"{100 * config.confidence:g}%"
+    why = f"{candidate} {verb} {other}: {reason.verdict} in {reason} at {level}"
     return Decision(
         accepted=accepted,
         why=why,

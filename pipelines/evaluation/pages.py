@@ -187,7 +187,7 @@ def _fooled(rows: Rows) -> Table:
 def _gate(decision: Decision) -> Table:
     note = (
         f"A difference above 0 says that {decision.candidate}, the candidate, is better than "
-        f"{decision.other}; intervals at {decision.confidence:.0%}."
+        f"{decision.other}; intervals at {100 * decision.confidence:g}%."
     )
     return Table(title="Gate to champion", note=note, columns=GATE, rows=decision.rows())
 

@@ -188,7 +188,7 @@ class Frontier(Question):
                 "better. Where several neighbouring pairs bracket it, the hottest pair counts "
                 "whose hotter member has the more diverse texts. What has a single temperature "
                 "counts where its diversity cannot be told apart from that of real text. "
-                f"Intervals at {asked.confidence:.0%} from "
+                f"Intervals at {100 * asked.confidence:g}% from "
                 f"{asked.resamples:,} resamples of the same rows of all texts. In a resample that "
                 "is lost the diversity is not reached: its value counts as the least at the lower "
                 "end of the interval and as the greatest at the upper one. Below every model: the "

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.evaluation import gate, promotion
+from pipelines.evaluation import gate, pages, promotion
 from pipelines.evaluation.gate import Decision, Metric, Resamples
 from pipelines.evaluation.parts import lists
 from pipelines.evaluation.questions import mauve
@@ -410,6 +410,13 @@ def test_a_decision_as_rows() -> None:
         "verdict": "better",
     }
     assert (second["role"], second["metric"]) == ("guard", "words of masked 8")
+
+
+def test_a_confidence_of_less_than_all_is_not_called_100_percent() -> None:
+    config = GateConfig(model="new", metric=NATS, confidence=0.995)
+    decision = gate.compare(nats(0.1), config, candidate="new", other="old", seed=0)
+    assert decision.why.endswith(" at 99.5%")
+    assert pages._gate(decision).note.endswith("intervals at 99.5%.")
 
 
 def test_the_same_seed_decides_the_same() -> None:
