@@ -106,7 +106,7 @@ def texts(model_input: pd.DataFrame | Sequence[str] | Sequence[Mapping[str, str]
     if isinstance(model_input, pd.DataFrame):
         found = model_input.iloc[:, 0].tolist()
     else:
-        found = [row["text"] if isinstance(row, Mapping) else row for row in model_input]
+        found = [row.get("text") if isinstance(row, Mapping) else row for row in model_input]
     for row, text in enumerate(found):
         if not isinstance(text, str):
             raise ValueError(f"row {row}: {text!r} is not a text")

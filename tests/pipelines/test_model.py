@@ -168,6 +168,7 @@ def test_bad_parameters_are_told(folder: Path, params: dict[str, Any], said: str
         (["the ", None], "row 1: None is not a text"),
         (pd.DataFrame({"text": ["the ", float("nan")]}), "row 1: nan is not a text"),
         ([{"text": ["the "]}], "row 0: .* is not a text"),
+        ([{"text": "the "}, {"txt": "the "}], "row 1: None is not a text"),
     ],
 )
 def test_a_bad_row_is_named(folder: Path, given: Any, said: str) -> None:
