@@ -124,9 +124,10 @@ def numbers(values: Iterable[Any]) -> list[float]:
     return [number(value) for value in values]
 
 
-def curve(axes: Axes, rows: Rows, x: str, y: str, **line: Any) -> None:
-    """``y`` against ``x``, in order of ``x``, with standard errors if there are any."""
-    rows = sorted(rows, key=lambda row: number(row[x]))
+def curve(axes: Axes, rows: Rows, x: str, y: str, *, order: str = "", **line: Any) -> None:
+    """``y`` against ``x``, in order of ``x`` or of ``order``, with standard errors if there are
+    any."""
+    rows = sorted(rows, key=lambda row: number(row.get(order or x)))
     errors = numbers(row.get(y + STDERR) for row in rows)
     if any(map(math.isfinite, errors)):  # else the legend would show an error bar
         line |= {"yerr": errors, "capsize": 2.5, "elinewidth": 1}

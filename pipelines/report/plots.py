@@ -191,12 +191,13 @@ def frontier(rows: Rows, key: str, *, across: str, label: str, goal: str) -> byt
     made = panels(list(parts), width=4.8, columns=1)
     around = {way: _around([*walks, *aims], way) for way in ("diversity", key)}
     near = [row for row in beside if all(a <= row[way] <= b for way, (a, b) in around.items())]
+    heated = partial(curve, x="diversity", y=key, order="temperature")
     for axes, part in zip(made.axes, parts.values(), strict=True):
         for name, of_curve in groups(part, _walk).items():
-            curve(axes, of_curve, "diversity", key, label=name, **lines[name])
+            heated(axes, of_curve, label=name, **lines[name])
         for place, (name, of_curve) in enumerate(groups(near, itemgetter("model")).items()):
             look = {"color": GREY, "marker": MARKERS[place % len(MARKERS)], "mfc": "none"}
-            curve(axes, of_curve, "diversity", key, label=name, ms=5, lw=0.8, ls=":", **look)
+            heated(axes, of_curve, label=name, ms=5, lw=0.8, ls=":", **look)
         for row in aims:
             star = {"color": "black", "marker": "*", "ms": 12, "ls": "none", "zorder": 3}
             axes.plot(row["diversity"], row[key], label=goal, **star)

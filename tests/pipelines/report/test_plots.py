@@ -249,6 +249,17 @@ def test_a_frontier_has_a_panel_for_each_budget_with_the_star_to_hit(drawn: list
     assert not any(box.overlaps(axes.get_window_extent()) for axes in panels(drawn[0]))
 
 
+def test_a_frontier_joins_neighbours_in_temperature_also_where_cooling_makes_texts_diverse(
+    drawn: list[Figure],
+) -> None:
+    walk = {"model": "a", "path": "p", "budget": 8}
+    heats = [(0.7, 3.0), (0.9, 4.0), (0.5, 3.5)]
+    found = [walk | {"temperature": t, "diversity": d, "bits": t} for t, d in heats]
+    plots.frontier(found, "bits", across="nats", label="bits", goal="real")
+    (axes,) = panels(drawn[0])
+    assert points(axes, "a p") == [(3.5, 0.5), (3.0, 0.7), (4.0, 0.9)]
+
+
 def test_reliability_has_a_panel_for_each_snr_and_models_side_by_side(
     drawn: list[Figure],
 ) -> None:
