@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,10 @@ def generation(config: ExportConfig, model: Model) -> dict[str, Any]:
 
 
 def execute(config: ExportConfig) -> dict[str, Any]:
-    model, out = load(config), Folder.at(config.out)
-    chosen = generation(config, model)
     source = card.provenance(config.model, tracking.locate(config.tracking, config.root))
+    # The version that was found, should the alias move meanwhile.
+    model = load(replace(config, model=source.version or config.model))
+    chosen, out = generation(config, model), Folder.at(config.out)
     name = config.push or Path(config.out).name
     text = card.card(
         model,

@@ -281,6 +281,34 @@ def test_the_card_says_where_a_model_comes_from(tmp_path: Path) -> None:
         assert ("a figure" in text) == (made["version"] == version.uri) == (out == "one")
 
 
+def test_the_card_is_of_the_weights_though_the_alias_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, load = tmp_path / "runs", models.load
+    handle = tracking.start(
+        TrackingConfig(), root=str(root), name="run", params={}, tags={}, config_yaml=""
+    )
+    versions = []
+    for objective in ("dsl", "mdlm"):
+        saved(tmp_path / objective, objective=objective)
+        made = Folder.at(str(tmp_path / objective))
+        versions.append(models.register(made, "moving", handle, tags={}))
+    one, two = (version.uri for version in versions)
+
+    def moved(*given: Any, **how: Any) -> models.Model:
+        model = load(*given, **how)
+        registry.set_alias(two, "champion", handle.uri)
+        return model
+
+    registry.set_alias(one, "champion", handle.uri)
+    monkeypatch.setattr(models, "load", moved)
+    config = ExportConfig(
+        model="models:/moving@champion", out=str(tmp_path / "out"), root=str(root)
+    )
+    assert export.execute(config)["version"] == one
+    assert "Discrete Stochastic Localization" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
