@@ -48,6 +48,8 @@ class LawConfig:
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+        if not 0 <= self.seed < 2**43:
+            raise ValueError(f"seed must lie in [0, 2^43), got {self.seed}")
 
 
 def read(data: Folder) -> Callable[[Tensor], ChainDenoiser]:

@@ -132,6 +132,13 @@ def test_an_unknown_law_is_said(run: Run, world: Path) -> None:
     assert LAW in err
 
 
+@pytest.mark.parametrize("seed", [-1, 2**43])
+def test_a_seed_that_has_no_draws_is_refused(seed: int) -> None:
+    LawConfig(data="data", out="out", seed=2**43 - 1)
+    with pytest.raises(ValueError, match="seed must lie in"):
+        LawConfig(data="data", out="out", seed=seed)
+
+
 def test_too_many_transitions_are_refused(world: Path, tmp_path: Path) -> None:
     config = LawConfig(data=str(world / "data/shards"), out=str(tmp_path / "out"), order=3)
     size = read_manifest(config.data).vocabulary.size
