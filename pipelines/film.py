@@ -46,8 +46,10 @@ class Film:
         self.rows = rows
         self.tokens = tokens
         self.frames: list[dict[str, Any]] = []
+        self.calls: list[int] = []  # made before each frame: a step of some paths makes several
         self.given_BL: Tensor | None = None
         self.last: State | None = None
+        self.budget = 0
 
     def observe(self, clock: Clock, before: State, posterior: Posterior, after: State) -> None:
         if self.given_BL is None:
@@ -61,7 +63,8 @@ class Film:
             sure_N = posterior.summarise(max_prob, at_N).to(sure_BL)
             sure_BL = sure_BL.masked_scatter(unrevealed_BL, sure_N)
         self.frames.append(self._frame(tokens_BL, before.gamma_BL, sure_BL))
-        self.last = after
+        self.calls.append(clock.call)
+        self.last, self.budget = after, clock.budget
 
     def result(self) -> dict[str, Any]:
         """The film as JSON holds it; without frames if no call was made.
@@ -70,7 +73,7 @@ class Film:
         """
         frames = [*self.frames, *self._end()]
         shown = self._spread(len(frames))
-        frames = [frames[call] for call in shown]
+        frames = [frames[frame] for frame in shown]
         used = {token for frame in frames for row in frame["tokens"] for token in row}
         spelled = self.vocabulary.decode_behind
         given_BL = [] if self.given_BL is None else self.given_BL[: self.rows].int().tolist()
@@ -78,7 +81,7 @@ class Film:
             "title": dict(self.title),
             "texts": {str(token): spelled([token]) for token in sorted(used)},
             "given": given_BL,
-            "calls": shown,
+            "calls": [[*self.calls, self.budget][frame] for frame in shown],
             "frames": frames,
         }
 

@@ -84,6 +84,15 @@ def test_a_budget_that_outlasts_the_work() -> None:
     assert film.frames[-1]["sure"] == [[100] * 4]
 
 
+def test_a_step_of_two_calls_counts_twice() -> None:
+    film = Film(VOCABULARY, {})
+    state = State.masked(1, 4, LAW.table_VD.shape[1])
+    path = dsl.paths.TokenSDE(gamma_max=9.0, delta=0.2, curvature="jvp")
+    made = dsl.sample(LAW.denoiser(), path, state, budget=7, seed=0, recorders=[film])
+    assert film.result()["calls"] == [0, 1, 3, 5, 6, 7]
+    assert made.calls == 7
+
+
 def test_a_film_is_bounded_and_keeps_its_ends() -> None:
     bounded = Film(VOCABULARY, {}, rows=1, tokens=13)  # three frames of a row of 4 tokens
     whole = Film(VOCABULARY, {})
