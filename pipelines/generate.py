@@ -88,6 +88,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.toy is None):
             raise ValueError("give either a model or a toy")
+        for name in ("text", "input", "path", "budget", "length", "film", "tokenizer"):
+            if self.toy and getattr(self, name):
+                raise ValueError(f"{name} is for a model, and a toy takes none")
         if self.input and self.text:
             raise ValueError("give either a text or an input file")
         if not 0 < self.snr < math.inf:

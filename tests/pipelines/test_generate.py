@@ -218,6 +218,8 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (["input=nowhere.txt"], 3, "nowhere.txt"),
         (["text=a", "input=b.txt"], 2, "either a text or an input"),
         (["toy=cyclic", "model=x"], 2, "either a model or a toy"),
+        (["toy=cyclic", "film=film.html"], 2, "film is for a model"),
+        (["toy=windows", "path=masked"], 2, "path is for a model"),
         (["temperature=0"], 2, "temperature must be positive"),
         (["mode=correct", "text=a", "snr=0"], 2, "snr must be positive"),
         (["rows=0"], 2, "rows"),
