@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -34,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from infra import dcp
 from infra.dcp import Damaged
 from infra.errors import DataError, InfraError, Problem
-from infra.storage import PARTIAL, Folder, scrub
+from infra.storage import Folder, scrub
 
 COMMIT = "commit.json"
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write
@@ -219,9 +218,7 @@ class Checkpoints:
         folder = _at(self.folder, step)
         for name in set(folder.names()) - set(commit.files) - {COMMIT}:
             folder.remove(name)
-        if folder.is_local:  # where a file that was cut off has another name
-            for left in Path(folder.path).glob(f"*{PARTIAL}"):
-                left.unlink()
+        folder.remove_partial()
         steps = self.steps()
         every = self.milestone_every
         kept = {s for s in steps if every and s % every == 0} | set(

@@ -210,7 +210,9 @@ class ShardWriter:
         files.append(Shard(name=name, rows=len(rows_NL), bytes=len(content), sha256=digest))
 
     def _remove_stale(self) -> None:
+        self.folder.remove_partial()
         for split, files in self._files.items():
+            (self.folder / split).remove_partial()
             kept = {file.name for file in files}
             for name in (self.folder / split).names():
                 if name.startswith("part-") and f"{split}/{name}" not in kept:

@@ -206,6 +206,14 @@ class Folder:
 
         self._ask(name, gone)
 
+    def remove_partial(self) -> None:
+        """Remove what killed writers have left directly in the folder, which `names` hides. Only
+        disks keep such files; a live writer's would go as well."""
+        if self.is_local:
+            with explained(self.url):
+                for left in Path(self.path).glob(f"*{PARTIAL}"):
+                    left.unlink(missing_ok=True)
+
     @contextmanager
     def local(self, *names: str) -> Iterator[Path]:
         """The folder on this machine's disk: itself, or a copy for the duration of the block.

@@ -116,6 +116,18 @@ def test_finished_shards_are_not_overwritten_unless_asked(
     assert (folder / "validation").names() == []
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Files under other names too, which no list shows."""
+    (tmp_path / "train").mkdir()
+    for name in ("train/part-00007.parquet", "train/.part-00000.parquet.0a1b2c3d.partial",
+                 ".manifest.json.0a1b2c3d.partial"):  # fmt: skip
+        (tmp_path / name).write_bytes(b"half")
+    with writer(str(tmp_path)) as out:
+        out.write("train", ids(4))
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"manifest.json", "train/part-00000.parquet"}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
