@@ -134,10 +134,10 @@ def run_group(
 ) -> Any:
     """Run `worker(payload)` in each process of one group under Ray Train; rank 0's result.
 
-    When a process dies or raises, the whole group starts again, up to `max_failures` times; the
-    worker resumes from checkpoints of its own. A ConfigError, a DataError or one of `fatal` ends
-    it at once, because a second attempt would fail in the same way. Ray keeps its own records in
-    a temporary folder, so it never resumes anything by itself.
+    When a process dies or raises, the whole group starts again, up to `max_failures` times
+    (-1: without limit); the worker resumes from checkpoints of its own. A ConfigError, a DataError
+    or one of `fatal` ends it at once, because a second attempt would fail in the same way. Ray
+    keeps its own records in a temporary folder, so it never resumes anything by itself.
 
     Args:
         num_workers: a number, or (least, most). With a range, the group goes on with as many
@@ -200,7 +200,8 @@ def problem_of(error: Exception, name: str, max_failures: int) -> Problem | None
     dead = [c for c in found if isinstance(c, RayActorError | OutOfMemoryError | NodeDiedError)]
     if dead:
         cause = str(dead[0]).partition("\n")[0].rstrip(".")
-        why = f"a worker died, {max_failures} restarts allowed: {cause}"
+        restarts = "any number of" if max_failures < 0 else max_failures
+        why = f"a worker died, {restarts} restarts allowed: {cause}"
         fix = "Out of memory, or did one stand still? See the lines above, and logs/ of the run"
         problems.append(InfraError(name, why, fix))
     return min(problems, key=lambda problem: isinstance(problem, PeerLost), default=None)

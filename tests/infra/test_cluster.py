@@ -85,10 +85,10 @@ def test_ray_that_does_not_start(
     assert expected is not InfraError or caught.value.where == "Ray on this machine"
 
 
-def failed(*errors: Exception) -> Problem | None:
+def failed(*errors: Exception, restarts: int = 3) -> Problem | None:
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    return cluster.problem_of(WorkerGroupError("…", dict(enumerate(errors))), "run", 3)
+    return cluster.problem_of(WorkerGroupError("…", dict(enumerate(errors))), "run", restarts)
 
 
 def test_what_ended_a_worker_is_told_rather_than_what_the_others_saw() -> None:
@@ -105,6 +105,7 @@ def test_what_ended_a_worker_is_told_rather_than_what_the_others_saw() -> None:
         "run: a worker died, 3 restarts allowed: Killed due to the node running low on memory. "
         "Out of memory, or did one stand still? See the lines above, and logs/ of the run"
     )
+    assert "a worker died, any number of restarts allowed: K" in str(failed(killed, restarts=-1))
 
 
 @pytest.mark.long
