@@ -133,6 +133,8 @@ class WorkersConfig:
             raise ValueError(f"gpu_share must be in (0, 1], got {self.gpu_share}")
         if self.gpu_share < 1 and self.most > 1:
             raise ValueError(f"gpu_share is for one process, and count is {self.count}")
+        if self.gpu_share < 1 and not self.gpu:
+            raise ValueError("gpu_share is of a GPU, and gpu is false")
 
     @property
     def counts(self) -> range:
@@ -204,6 +206,10 @@ class RunConfig(TrainingConfig, RunSettings):
         TrainingConfig.__post_init__(self)
         RunSettings.__post_init__(self)
         require_model_name(self.register)
+        changes, steps = self.mixture.changes, self.train.steps
+        if changes and changes[-1].step > steps:
+            why = f"comes after the last, {steps} (train.steps)"
+            raise ValueError(f"step {changes[-1].step} (data.changes) {why}")
 
     @property
     def mixture(self) -> MixtureConfig:

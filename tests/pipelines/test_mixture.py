@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra import journal
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from infra.mixture import Schedule, read_manifests
 from pipelines import pretrain
 from pipelines.training import launch
@@ -87,6 +87,15 @@ def test_the_plan_says_how_often_each_source_is_seen(data: Path, other: Path) ->
     assert 0 < epochs["a"] < epochs["b"]
     alone = tiny.load("pretrain", "name=x", f"data={data}")
     assert isinstance(launch._epochs(alone, read_manifests(alone.mixture)), float)
+
+
+def test_a_change_after_the_last_step_is_refused(data: Path, other: Path) -> None:
+    """It would have no effect."""
+    assert tiny.load("pretrain", "name=x", mixed(data, other), "train.steps=7")
+    with pytest.raises(
+        ConfigError, match=r"step 7 \(data\.changes\) comes after .* \(train\.steps\)"
+    ):
+        tiny.load("pretrain", "name=x", mixed(data, other), "train.steps=6")
 
 
 def test_sources_that_do_not_agree_leave_nothing(data: Path, tmp_path: Path) -> None:

@@ -38,3 +38,5 @@ def test_a_share_of_a_gpu_is_for_one() -> None:
     assert WorkersConfig(gpu=True, gpu_share=0.5).resources == {"CPU": 1.0, "GPU": 0.5}
     with pytest.raises(ValueError, match="gpu_share is for one process"):
         WorkersConfig(count=(1, 2), gpu_share=0.5)
+    with pytest.raises(ValueError, match="gpu_share is of a GPU, and gpu is false"):
+        WorkersConfig(gpu_share=0.5)
