@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 
 from dsl.objective import Objective
 from infra import parallel
-from infra.errors import ConfigError, InfraError
+from infra.errors import ConfigError, DataError, InfraError
 from infra.mixture import Schedule
 from infra.parallel import ParallelConfig
 from infra.preemption import Notice
@@ -170,9 +171,14 @@ def _progress(
 
 
 def _next(batches: Iterator[Microbatches], checkpoints: Checkpoints) -> Microbatches:
-    """The microbatches of the next step. An error of their store also names the last checkpoint."""
+    """The microbatches of the next step. An error of their store also names the last checkpoint;
+    one of the data itself is raised when the checkpoint in flight has ended."""
     try:
         return next(batches)
+    except DataError:
+        with suppress(InfraError):  # the first error is the one to tell
+            checkpoints.wait()
+        raise
     except InfraError as error:
         why = f"{error.why}; {_last_good(checkpoints)}"
         raise InfraError(error.where, why, error.fix) from None

@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import torch
 from torch import Tensor
 
 from dsl.objective import Loss, MDLMObjective
-from infra import checkpoints, storage
+from infra import checkpoints, storage, stream
 from infra.checkpoints import committed
+from infra.errors import DataError
 from infra.shards import MANIFEST
+from infra.stream import Order
+from pipelines import pretrain
 from pipelines.kinds import MDLM
 from tests.pipelines import tiny
 from tests.pipelines.tiny import curve
@@ -205,6 +210,28 @@ def test_a_disk_that_is_full_while_preparing(
     assert (code, "the disk is full. Free some space" in said) == (4, True), said
     assert not (tmp_path / MANIFEST).exists()
     assert main("prepare", *argv).code == 0
+
+
+@pytest.mark.parametrize("refused", [(), ("step_000003",)])
+def test_bad_data_waits_for_the_checkpoint_in_flight(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, refused: tuple[str, ...]
+) -> None:
+    """Where that fails, it is still the data that is told of."""
+    write = checkpoints.Checkpoints._write
+
+    def slowly(store: checkpoints.Checkpoints, *what: Any) -> None:
+        time.sleep(1)
+        write(store, *what)
+
+    def bad(order: Order, lanes: tuple[int, ...], done: int) -> Iterator[Any]:
+        yield from islice(stream.read(order, lanes, done), 4)
+        raise DataError("part-00000.parquet row group 0", "not readable as parquet")
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "_write", slowly)
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", "train.checkpoint.max_failures=1"]
+    with disk_full(monkeypatch, *refused), tiny.bare(bad), pytest.raises(DataError):
+        pretrain.execute(tiny.load("pretrain", *argv))
+    assert committed(str(tmp_path / "run" / "checkpoints")) == [3] * (not refused)
 
 
 @pytest.mark.long
