@@ -127,6 +127,18 @@ def register(
     return describe(f"models:/{name}/{made.version}", uri)
 
 
+def registered(name: str, run_id: str, tags: Mapping[str, str], uri: str) -> ModelVersion | None:
+    """The last version of `name` that a run has registered with these tags, None if there is none;
+    the alias `candidate` moves to it, as an attempt that was killed may not have moved it."""
+    with _registry(uri) as client:
+        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        versions = [int(made.version) for made in found if tags.items() <= made.tags.items()]
+        if not versions:
+            return None
+        client.set_registered_model_alias(name, CANDIDATE, str(max(versions)))
+    return describe(f"models:/{name}/{max(versions)}", uri)
+
+
 @contextmanager
 def downloaded(model_uri: str, uri: str) -> Iterator[Path]:
     """The folder of a model's weights, for `models:/name@alias` or `models:/name/3`, on this

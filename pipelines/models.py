@@ -272,12 +272,14 @@ def require_maps(denoiser: Denoiser, lora: Lora | None) -> None:
 def register(
     model: Folder, name: str, handle: RunHandle, *, tags: Mapping[str, str]
 ) -> ModelVersion:
-    """Register a model folder as a new version of `name`, alias `candidate`."""
+    """Register a model folder as a version of `name`, alias `candidate`: as a new one, unless the
+    run has registered the same files with the same tags already."""
     from pipelines.model import SIGNATURE  # MLflow takes seconds to import
 
     assert handle.run_id is not None
     with model.local() as local:
-        return registry.register(
+        tags = {**tags, "digest": digest(str(local))}
+        return registry.registered(name, handle.run_id, tags, handle.uri) or registry.register(
             code=PYFUNC,
             folder=local,
             name=name,

@@ -23,7 +23,7 @@ from dsl.truncation import Nucleus
 from infra import registry, tracking
 from infra.registry import ModelVersion
 from infra.storage import Folder
-from infra.tracking import RunHandle
+from infra.tracking import RunHandle, connect
 from pipelines import models
 from pipelines.generate import GenerateConfig, draw, prepare
 from pipelines.model import TextModel
@@ -76,6 +76,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunHandle:
 @pytest.fixture(scope="module")
 def made(run: RunHandle, folder: Path) -> ModelVersion:
     return models.register(Folder.at(str(folder)), "tiny", run, tags={"objective": "dsl"})
+
+
+def test_a_run_registers_the_same_files_once(run: RunHandle, folder: Path, tmp_path: Path) -> None:
+    """As an attempt does that follows one which was killed before it wrote the version down."""
+
+    def registered(folder: Path, **tags: str) -> ModelVersion:
+        return models.register(Folder.at(str(folder)), "twice", run, tags=tags)
+
+    first = registered(folder, objective="dsl")
+    connect(run.uri).delete_registered_model_alias("twice", "candidate")  # which was to be the last
+    assert registered(folder, objective="dsl") == first
+    assert first.aliases == ("candidate",)
+    assert registered(saved(tmp_path / "other", causal=True), objective="ar").version == 2
+    assert registered(folder, objective="dsl") == first
 
 
 def drawn(folder: Path, **settings: Any) -> list[str]:
