@@ -196,7 +196,7 @@ def _create(folder: Folder, name: str, content: bytes) -> bool:
             if not _is_taken(error):
                 raise
             # Perhaps by this very write, whose answer was lost.
-    return folder.read_bytes(name) == content
+    return _encode(_read(folder, name)) == content  # {} if the other process has ended by now
 
 
 def _is_taken(error: OSError) -> bool:

@@ -205,6 +205,23 @@ def test_a_store_whose_list_lags_behind(run: Folder, monkeypatch: pytest.MonkeyP
         assert len(asked) > 2
 
 
+def test_a_holder_that_is_gone_when_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the write that found its lease there and the look at whose that is."""
+    create, tried = lease._create_local, []
+
+    def taken(path: Path, content: bytes) -> None:
+        tried.append(path)
+        if len(tried) == 1:
+            raise FileExistsError(path)
+        create(path, content)
+
+    monkeypatch.setattr(lease, "_create_local", taken)
+    with held(Folder.at(str(tmp_path / "run"))):
+        assert len(tried) == 2
+
+
 def race(url: str, start: Any, won: Any, rounds: int) -> None:
     for number in range(rounds):
         start.wait()
