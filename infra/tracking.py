@@ -221,7 +221,12 @@ def locate(config: TrackingConfig, root: str) -> str:
             why = f"the runs are in {runs.url}, where no database can be kept"
             raise ConfigError("tracking.uri", why, f"Name a server, or {SQLITE}path/mlflow.db")
         uri = f"{SQLITE}{runs.path}/mlflow.db"
-    if urlsplit(uri).password:
+    try:
+        password = urlsplit(uri).password
+    except ValueError as error:
+        fix = "Write http(s)://host:port"
+        raise ConfigError("tracking.uri", f"not a URL ({error})", fix) from None
+    if password:
         fix = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         raise ConfigError("tracking.uri", "holds a password, which every run would show", fix)
     if uri.startswith(SQLITE):

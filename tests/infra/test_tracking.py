@@ -389,6 +389,7 @@ def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
     [
         ("htp://server:5000", "cannot open htp://server:5000"),
         ("https://me:secret@server", "password"),
+        ("http://[server", "not a URL"),
     ],
 )
 def test_an_impossible_uri(tmp_path: Path, uri: str, why: str) -> None:
