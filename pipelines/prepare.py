@@ -29,6 +29,7 @@ from infra.storage import Folder
 from pipelines import models, verb
 from pipelines.corpus import EMBEDDED, Piece, expand, pieces
 
+LARGEST_BPE = 1 << 20  # far beyond it, the tokenizers library ends the process for want of memory
 PIECES_AT_ONCE = 512  # some 2 MiB of text, which the tokenizer spreads over its threads
 
 
@@ -45,6 +46,10 @@ class BPE:
 
     kind: Literal["bpe"] = "bpe"
     size: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 257 <= self.size <= LARGEST_BPE:
+            raise ValueError(f"size must be 257 to {LARGEST_BPE:,}, got {self.size}")
 
 
 @dataclass(frozen=True, kw_only=True)

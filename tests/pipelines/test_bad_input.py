@@ -40,6 +40,8 @@ REPOSITORY = Path(pretrain.__file__).parents[1]
         ("pretrain", ["nowhere.yaml"], "nowhere.yaml"),
         ("prepare", ["length=2.5"], "length (command line)"),
         ("prepare", ["length=200000"], "and 131,072 at most, got 200000"),
+        ("prepare", ["vocabulary={kind: bpe, size: 9}"], "size must be 257 to 1,048,576"),
+        ("prepare", ["vocabulary={kind: bpe, size: 9999999}"], "1,048,576, got 9999999"),
         ("pretrain", ["objective=dsl"], "objective (command line)"),
         ("pretrain", ["train.steps=0"], "steps must be at least 1, got 0"),
         ("pretrain", ["register=team/dsl"], "register must be a name without / : @ '"),
