@@ -203,6 +203,9 @@ READERS: dict[str, Callable[[str, str], Iterator[Piece]]] = {
 def _field(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
+        if isinstance(row, dict) and field in row:
+            why = f"no text in field {field!r} (it holds {type(text).__name__})"
+            raise DataError(where, why, "Drop the document, or set text_field=…")
         held = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(where, f"no text in field {field!r} (it has: {held})", "Set text_field=…")
     try:
