@@ -42,6 +42,7 @@ __all__ = ["Journal", "Logger", "RunHandle", "TrackingConfig"]
 RECORD = "run.json"
 CONFIG = "config.yaml"
 SQLITE = "sqlite:///"
+ADDRESS = f"Use http(s)://host:port of an MLflow server, or {SQLITE}path/mlflow.db"
 KEY = "run_key"  # the tag that finds a run whose id was never written down
 # MLflow's limits. The server refuses what exceeds them.
 PARAMS_A_BATCH, TAGS_A_BATCH = 100, 100
@@ -133,8 +134,8 @@ def start(
     try:
         client = connect(uri)
     except Exception as error:
-        fix = f"Use http(s)://host:port of an MLflow server, or {SQLITE}path/mlflow.db"
-        raise ConfigError("tracking.uri", f"cannot open {uri} ({reason(error)})", fix) from None
+        why = f"cannot open {uri} ({reason(error)})"
+        raise ConfigError("tracking.uri", why, ADDRESS) from None
     with _failures_logged(folder, uri):
         _open(client, record, folder)
     return record.handle(folder)
@@ -222,11 +223,13 @@ def locate(config: TrackingConfig, root: str) -> str:
             raise ConfigError("tracking.uri", why, f"Name a server, or {SQLITE}path/mlflow.db")
         uri = f"{SQLITE}{runs.path}/mlflow.db"
     try:
-        password = urlsplit(uri).password
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port
     except ValueError as error:
-        fix = "Write http(s)://host:port"
-        raise ConfigError("tracking.uri", f"not a URL ({error})", fix) from None
-    if password:
+        raise ConfigError("tracking.uri", f"not a URL ({error})", ADDRESS) from None
+    if not uri.removeprefix(SQLITE) or (uri.startswith("http") and not host):
+        raise ConfigError("tracking.uri", f"{uri!r} names no server and no database", ADDRESS)
+    if parts.password:
         fix = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         raise ConfigError("tracking.uri", "holds a password, which every run would show", fix)
     if uri.startswith(SQLITE):

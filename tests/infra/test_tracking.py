@@ -390,6 +390,8 @@ def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
         ("htp://server:5000", "cannot open htp://server:5000"),
         ("https://me:secret@server", "password"),
         ("http://[server", "not a URL"),
+        ("http://server:99999", "not a URL"),
+        *((uri, "names no server and no database") for uri in ("", "sqlite:///", "https://")),
     ],
 )
 def test_an_impossible_uri(tmp_path: Path, uri: str, why: str) -> None:
