@@ -75,9 +75,11 @@ def run(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Iterator[R]:
     dies at every attempt, and for a cluster without room for the processes. The processes end with
     the iterator, also when it is closed early.
     """
+    if not jobs:
+        return
     if not config.count:
         yield from map(make(), jobs)
-    elif jobs:
+    else:
         with connected(config):
             yield from _through_ray(jobs, make, config)
 

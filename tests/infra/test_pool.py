@@ -66,6 +66,7 @@ def test_without_processes_ray_is_not_imported() -> None:
 
 def test_no_jobs_need_no_processes() -> None:
     assert list(pool.run([], lambda: str, TWO)) == []
+    assert list(pool.run([], lambda: 1 / 0, HERE)) == []  # nor a model
 
 
 @pytest.mark.parametrize("wrong", [{"count": -1}, {"threads": 0}])
