@@ -118,6 +118,7 @@ def carry_out(task: Task) -> dict[str, Any]:
         if registered is None:
             return found | {"model_uri": None}
         found |= registered
+        holder.lease.confirm()  # again: this may have taken minutes
         folder.write_bytes(RESULT, json.dumps(found).encode())
         return found
 

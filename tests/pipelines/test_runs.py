@@ -101,6 +101,23 @@ def test_a_run_that_was_taken_over_is_left_alone(
     assert not (run / "result.json").exists()
 
 
+def test_a_run_that_was_taken_over_while_it_registered_is_not_called_finished(
+    tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process may have begun it anew."""
+    run = moved(finished, tmp_path)
+    (run / "result.json").unlink()
+
+    def taken(task: TrainingTask, run: Run, result: object) -> dict[str, str]:
+        run.lease.folder.write_bytes("000009.json", b'{"holder": "another"}')
+        return {}
+
+    monkeypatch.setattr(TrainingTask, "register", taken)
+    with pytest.raises(InfraError, match="the run was taken over by"):
+        tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
+    assert not (run / "result.json").exists()
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_what_fails_to_begin_removes_its_own_run_alone(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
