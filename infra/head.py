@@ -42,6 +42,7 @@ START_SECONDS, STOP_SECONDS = 180, 20
 JOB_SECONDS = 90  # that a stopped job has for a last checkpoint; 3 by default
 # A job needs neither. Ray itself leaves out .git, .venv and what .gitignore names.
 EXCLUDES = ["/.cluster", "/tests"]
+LIVE = ("PENDING", "RUNNING")  # what Ray says of a job that has not ended
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -147,6 +148,9 @@ def submit(state: Path, entrypoint: Sequence[str], working_dir: Path) -> int:
     except OSError as error:
         raise InfraError(f"{head.address}, {job}", f"no word of the job: {error}") from error
     if info["driver_exit_code"] is None:
+        if info["status"] in LIVE:
+            fix = f"See it with `python -m infra.cluster logs {job}`"
+            raise InfraError(job, "its output broke off, and it goes on", fix)
         raise InfraError(job, f"ended without an exit code, {info['status']}: {info['message']}")
     return int(info["driver_exit_code"])
 
@@ -199,7 +203,7 @@ def _stop_jobs(address: str, token: Path) -> None:
 
     def running() -> list[str]:
         jobs = _ask(f"{address}/api/jobs/", token.read_text())
-        live = [job["submission_id"] for job in jobs if job["status"] in ("PENDING", "RUNNING")]
+        live = [job["submission_id"] for job in jobs if job["status"] in LIVE]
         return [job for job in live if job]  # a driver that was not submitted has no id
 
     # A head that does not answer, or whose token is gone, is ended all the same.

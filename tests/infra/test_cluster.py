@@ -282,6 +282,28 @@ def test_a_head_whose_token_is_gone_can_be_ended(tmp_path: Path) -> None:
     assert process.wait(60) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("RUNNING", "its output broke off, and it goes on. See it with .* logs job-"),
+        ("FAILED", "ended without an exit code, FAILED: as told"),
+    ],
+)
+def test_a_job_without_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, said: str
+) -> None:
+    """As where the connection breaks through which the job is followed."""
+    pid = os.getpid()
+    started = head.process.started(pid) or ""
+    head.Head(pid=pid, started=started, address="http://127.0.0.1:9", folder="none").save(tmp_path)
+    (tmp_path / "token").write_text("x")
+    answer = {"driver_exit_code": None, "status": status, "message": "as told"}
+    monkeypatch.setattr(head, "RAY", "true")
+    monkeypatch.setattr(head, "_ask", lambda *question: answer)
+    with pytest.raises(InfraError, match=said):
+        head.submit(tmp_path, ["python", "x.py"], ROOT)
+
+
 def test_a_start_is_known_without_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """And without `ps`, which goes by the clock and is not everywhere."""
     from_ps = head.process._shown(os.getpid())
