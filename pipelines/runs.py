@@ -165,6 +165,7 @@ def _open(folder: Folder, config: RunSettings, verb: str, free: tuple[str, ...])
             f"{folder.url} is a run with other settings ({shown})",
             "Choose another name, or existing=restart to wipe it",
         )
+    folder.remove_partial()
 
 
 def result(folder: Folder, *keys: str) -> dict[str, Any]:

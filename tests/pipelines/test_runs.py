@@ -236,8 +236,10 @@ def test_a_model_that_a_killed_attempt_began_is_written_anew(
     for name in ("result.json", "model/config.json", "model/model.safetensors"):
         (run / name).unlink()
     (run / "model" / ".model.safetensors.0a1b2c3d.partial").write_bytes(b"half")
+    (run / ".metrics.jsonl.0a1b2c3d.partial").write_bytes(b"half")
     tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
-    assert sorted(os.listdir(run / "model")) == sorted(os.listdir(finished / "model"))
+    for place in ("model", "."):
+        assert sorted(os.listdir(run / place)) == sorted(os.listdir(finished / place))
 
 
 @pytest.mark.parametrize("left", [0, 5])
