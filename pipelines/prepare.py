@@ -91,6 +91,7 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     out = Folder.at(config.out)
     if out.exists(MANIFEST) and config.existing == "resume":
         return _finished(config, read_manifest(out))
+    _require_apart(config, out)
     sizes = _measure(config)
     vocabulary = _vocabulary(config, sizes)
     with ShardWriter(
@@ -121,6 +122,15 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
             writer.extra["text"][split] = text
     assert writer.manifest is not None
     return _summary(out, writer.manifest)
+
+
+def _require_apart(config: PrepareConfig, out: Folder) -> None:
+    """ConfigError where a file of the corpus lies in a folder of shards, and would be removed."""
+    taken = [(out / split).url for split in shards.SPLITS]
+    for url in [] if config.source == EMBEDDED else expand(config.source):
+        if Folder.holding(url)[0].url in taken:
+            why = f"{url} of the corpus lies where shards go, and would be removed"
+            raise ConfigError("out", why, "Choose another folder")
 
 
 def _finished(config: PrepareConfig, manifest: Manifest) -> dict[str, Any]:

@@ -196,6 +196,16 @@ def test_a_split_that_gives_no_row_is_told(tmp_path: Path) -> None:
         made(f"source={source}", f"out={tmp_path / 'long'}", "length=100000")
 
 
+def test_a_corpus_that_shards_would_replace_is_refused(tmp_path: Path) -> None:
+    """By their names, or as a file that an earlier writer has left."""
+    (tmp_path / "train").mkdir()
+    source = jsonl(tmp_path / "train" / "part-00009.jsonl")
+    with pytest.raises(ConfigError, match=r"part-00009\.jsonl of the corpus lies where shards go"):
+        made(f"source={tmp_path}/tr*/*.jsonl", f"out={tmp_path}")
+    assert Path(source).read_bytes()
+    made(f"source={source}", f"out={tmp_path / 'out'}")
+
+
 def test_a_bad_restart_does_not_cost_the_old_shards(tmp_path: Path) -> None:
     """What can be known before the first row is written is checked before anything is wiped."""
     source, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "out"
