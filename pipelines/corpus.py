@@ -118,7 +118,10 @@ def _suffix(url: str) -> str:
 def _most(url: str) -> float:
     """The most characters that a file may hold."""
     folder, name = Folder.holding(url)
-    return max(EXPANSION * (folder.size(name) or math.inf), FLOOR)
+    size = folder.size(name)
+    if size == 0 and url.endswith(tuple(COMPRESSED)):  # which some decoders take for no text
+        raise DataError(url, "0 bytes are no compressed file", "Copy it again")
+    return max(EXPANSION * (size or math.inf), FLOOR)
 
 
 def _require_text(characters: int, most: float, url: str) -> None:

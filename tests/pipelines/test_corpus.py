@@ -166,6 +166,7 @@ def test_a_long_text_is_tokenized_as_a_whole(bpe: Vocabulary, tmp_path: Path) ->
         ("a.jsonl", b'{"text": null}\n', r"\(it holds NoneType\). Drop the document, or "),
         ("a.parquet", parquet([b"a"]), r"row 0: no text in field 'text' \(it holds bytes\)"),
         ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "a.jsonl line 1: holds half of a surrogate pair"),
+        *((f"a.txt{end}", b"", f"a.txt{end}: 0 bytes are no comp") for end in (".gz", ".zst")),
         ("a.parquet", parquet(["text"] * 9)[:-20], "a.parquet: not a whole Parquet file"),
         ("a.parquet", b"PAR1 and nothing else PAR1", "a.parquet: not a whole Parquet file"),
     ],
