@@ -177,8 +177,9 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
     with fsspec.open(url, "rb") as file:
         try:
             schema = pq.ParquetFile(file).schema_arrow
-            if field not in schema.names:
-                why = f"no column {field!r}; it has {', '.join(schema.names)}"
+            if schema.names.count(field) != 1:
+                which = "no one" if field in schema.names else "no"
+                why = f"{which} column {field!r}; it has {', '.join(schema.names)}"
                 raise DataError(url, why, "Set text_field=…")
             if pa.types.is_nested(held := schema.field(field).type):
                 raise DataError(url, f"column {field!r} holds {held}, not text", "Set text_field=…")

@@ -63,6 +63,13 @@ def parquet(texts: list[str]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def twice(name: str) -> bytes:
+    """Two columns of one name."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, [name] * 2), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("suffix", [".txt", "", ".jsonl", ".ndjson"])
 def test_every_container_and_compression(tmp_path: Path, suffix: str, compression: str) -> None:
@@ -159,6 +166,7 @@ def test_a_long_text_is_tokenized_as_a_whole(bpe: Vocabulary, tmp_path: Path) ->
         ("a.txt", b"text, then\0NUL", "holds NUL bytes: this is not text"),
         ("a.txt.gz", b"not compressed at all", "a.txt.gz: cannot be read"),
         ("a.txt.zst", b"not compressed at all", "a.txt.zst: cannot be read"),
+        *((f"a.txt{end}", b"", f"a.txt{end}: 0 bytes are no comp") for end in (".gz", ".zst")),
         ("a.jsonl", jsonl(["fine"]) + b'{"text": "torn', "a.jsonl line 2: not JSON"),
         ("a.jsonl", jsonl(["fine"], "body"), r"a.jsonl line 1: no text in field 'text' \(it has: "),
         ("a.jsonl", b'["text"]\n', "a.jsonl line 1: no text in field 'text'"),
@@ -166,8 +174,8 @@ def test_a_long_text_is_tokenized_as_a_whole(bpe: Vocabulary, tmp_path: Path) ->
         ("a.jsonl", b'{"text": null}\n', r"\(it holds NoneType\). Drop the document, or "),
         ("a.parquet", parquet([b"a"]), r"row 0: no text in field 'text' \(it holds bytes\)"),
         ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "a.jsonl line 1: holds half of a surrogate pair"),
-        *((f"a.txt{end}", b"", f"a.txt{end}: 0 bytes are no comp") for end in (".gz", ".zst")),
         ("a.parquet", parquet(["text"] * 9)[:-20], "a.parquet: not a whole Parquet file"),
+        ("a.parquet", twice("text"), r"no one column 'text'; it has text, text\. Set text_field"),
         ("a.parquet", b"PAR1 and nothing else PAR1", "a.parquet: not a whole Parquet file"),
     ],
 )
