@@ -105,7 +105,7 @@ def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) 
         "dashboard-agent-listen-port": 0, "temp-dir": folder,
         "object-store-memory": OBJECT_STORE_BYTES,
         "min-worker-port": 0, "max-worker-port": 0,  # any free one instead of a fixed range
-        "num-cpus": num_cpus or (os.cpu_count() or 1) + DATA_CPUS,
+        "num-cpus": (os.cpu_count() or 1) + DATA_CPUS if num_cpus is None else num_cpus,
     }  # fmt: skip
     # `down` stops the jobs first. Ray would then wait half a minute for actors of its own to end.
     patience = {

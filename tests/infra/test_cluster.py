@@ -262,6 +262,20 @@ def test_a_job_that_is_stopped_has_time_and_a_record_is_whole(
     assert os.listdir(tmp_path) == ["head.log"]
 
 
+def test_a_head_may_have_no_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one for drivers alone."""
+    given, start = [], subprocess.Popen
+
+    def ends_at_once(command: list[str], **more: Any) -> Any:
+        given.extend(command)
+        return start(["true"], **more)
+
+    monkeypatch.setattr(head.subprocess, "Popen", ends_at_once)
+    with pytest.raises(InfraError, match="the head did not start"):
+        head.up(tmp_path, dashboard_port=free_port(), num_cpus=0)
+    assert "--num-cpus=0" in given
+
+
 @pytest.mark.parametrize("record", ["", "[]", "{}", '{"pid": 1}'])
 def test_a_broken_record_of_a_head_is_named(tmp_path: Path, record: str) -> None:
     (tmp_path / "head.json").write_text(record)
