@@ -180,6 +180,18 @@ class Folder:
 
         self._ask(name, write)
 
+    def require_writable(self, name: str) -> None:
+        """InfraError where a file on a disk could not be written; a store is not asked. What is
+        there stays as it is."""
+        if not self.is_local:
+            return
+        path = Path(self._path(name))
+        with explained(self.url_of(name)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError("a folder has this name")
+            tempfile.TemporaryFile(dir=path.parent).close()
+
     @contextmanager
     def open(self, name: str, mode: str = "rb") -> Iterator[IO[bytes]]:
         """A file to stream. In mode "wb" it appears only when the block ends without error."""

@@ -178,7 +178,7 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
         try:
             schema = pq.ParquetFile(file).schema_arrow
             if schema.names.count(field) != 1:
-                which = "no one" if field in schema.names else "no"
+                which = "no single" if field in schema.names else "no"
                 why = f"{which} column {field!r}; it has {', '.join(schema.names)}"
                 raise DataError(url, why, "Set text_field=…")
             if pa.types.is_nested(held := schema.field(field).type):

@@ -20,9 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -115,8 +113,8 @@ def execute(
     film = Film(model.vocabulary, title(config, model, given)) if config.film else None
     places = [(out, "samples.txt"), (out, "samples.jsonl")]
     places += [Folder.holding(config.film)] if config.film else []
-    for place in places:
-        _require_writable(*place)
+    for folder, name in places:
+        folder.require_writable(name)
     drawn, meter = [], Meter(f"generate {config.model}", len(given), "rows")
     for row in draw(config, model, given, film):
         drawn.append(row)
@@ -128,27 +126,12 @@ def execute(
     out.write_bytes("samples.txt", texts.encode())
     out.write_bytes("samples.jsonl", lines.encode())
     made = {name: out.url_of(f"samples.{name}") for name in ("txt", "jsonl")}
-    if config.film and film:
-        folder, name = Folder.holding(config.film)
+    if film:
+        folder, name = places[-1]
         folder.write_bytes(name, film.page().encode())
         made["film"] = folder.url_of(name)
     calls = sum(row["calls"] for row in drawn) / len(drawn)
     return made | {"model": config.model, "rows": len(drawn), "calls_per_row": calls}
-
-
-class _Enough(Exception):
-    """Leaves a file as it was."""
-
-
-def _require_writable(folder: Folder, name: str) -> None:
-    """A `Problem` where a file on a disk could not be written. It is not: whatever is there stays.
-    A store takes no question of this kind."""
-    if not folder.is_local:
-        return
-    with suppress(_Enough), folder.open(name, "wb"):
-        if Path(folder.url_of(name)).is_dir():
-            raise IsADirectoryError("a folder has this name")
-        raise _Enough
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -175,7 +175,11 @@ def test_a_long_text_is_tokenized_as_a_whole(bpe: Vocabulary, tmp_path: Path) ->
         ("a.parquet", parquet([b"a"]), r"row 0: no text in field 'text' \(it holds bytes\)"),
         ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "a.jsonl line 1: holds half of a surrogate pair"),
         ("a.parquet", parquet(["text"] * 9)[:-20], "a.parquet: not a whole Parquet file"),
-        ("a.parquet", twice("text"), r"no one column 'text'; it has text, text\. Set text_field"),
+        (
+            "a.parquet",
+            twice("text"),
+            r"no single column 'text'; it has text, text\. Set text_field",
+        ),
         ("a.parquet", b"PAR1 and nothing else PAR1", "a.parquet: not a whole Parquet file"),
     ],
 )
