@@ -2,7 +2,7 @@
 
     python pipelines/export.py model=models:/dsl@champion out=exported
     python pipelines/export.py model=runs/owt-dsl out=exported push=user/name licence=apache-2.0 \\
-        path='{kind: hybrid, first: {kind: sentence_sde, gamma_max: 20}, second: masked, \\
+        path='{kind: hybrid, first: {kind: sentence_sde, gamma_max: 20}, second: masked,
         split: [16, 16]}'
 
     model = AutoModelForMaskedLM.from_pretrained("exported", trust_remote_code=True)

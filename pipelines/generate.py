@@ -3,7 +3,7 @@
     python pipelines/generate.py model=models:/dsl-quickstart@candidate text='The '
     python pipelines/generate.py model=runs/quickstart-dsl text='The ____ of a list' watch=true
     python pipelines/generate.py model=runs/quickstart-dsl mode=correct text='Teh list' snr=2 \\
-        path='{kind: hybrid, first: {kind: sentence_sde, gamma_max: 30}, second: masked, \\
+        path='{kind: hybrid, first: {kind: sentence_sde, gamma_max: 30}, second: masked,
         split: [16, 32]}' film=film.html
     python pipelines/generate.py toy=cyclic
 
