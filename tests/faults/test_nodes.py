@@ -34,7 +34,8 @@ def test_a_node_that_comes_back(
     """Two workers, one, two again: the same data and noise all along, so the same weights."""
     settings = [
         "workers.count=[1, 2]", "workers.resize_s=10", "train.checkpoint.every=5",
-        "train.validate_every=1",  # which takes its time, so that there is some for nodes to go
+        # Which take their time, so that the run is not over when the node is back.
+        "train.validate_every=1", "train.validation_microbatches=8",
     ]  # fmt: skip
     with finetune(tmp_path, *settings) as run:
         run.until(lambda: run.step >= EVERY and run.checkpoints)

@@ -172,7 +172,9 @@ def test_a_sweep_on_a_bucket(store: FaultyStore, tmp_path: Path) -> None:
     tracking = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     ended = subprocess.run(
         [sys.executable, "-m", "tests.pipelines.sweeping.small", f"root={RUNS}", tracking,
-         f"data=s3://{BUCKET}/data", "space={converter.beta: {kind: choice, values: [0.5, 2]}}"],
+         f"data=s3://{BUCKET}/data", "space={converter.beta: {kind: choice, values: [0.5, 2]}}",
+         # Not the cluster of other tests, whose nodes do not know this store.
+         "finetune.workers.cluster.address=local"],
         env=os.environ | {"PYTHONPATH": os.getcwd()}, text=True, capture_output=True,
         timeout=2 * PATIENCE_S,
     )  # fmt: skip
