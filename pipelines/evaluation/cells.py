@@ -34,9 +34,8 @@ class PathConfig:
             raise ValueError(f"splits are for hybrid paths, and this is {self.path.kind}")
         if self.splits and self.budgets:
             raise ValueError("a split is a budget already: give budgets or splits, not both")
-        for name, values in (("budgets", self.budgets), ("splits", self.splits)):
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"{name} holds {twice[0]} twice")
+        require_distinct("budgets", self.budgets)
+        require_distinct("splits", self.splits)
         for budget in self.budgets:
             if budget < 1:
                 raise ValueError(f"budgets must be at least one call, got {budget}")
@@ -105,3 +104,10 @@ def longest(walked: Iterable[Cell]) -> list[Cell]:
         if cell.budget > known.budget:
             by_path[cell.model, cell.path] = cell
     return list(by_path.values())
+
+
+def require_distinct(name: str, values: Iterable[Any]) -> None:
+    """ValueError for two values of a setting that names of parts do not tell apart."""
+    said = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    if twice := [value for value in said if said.count(value) > 1]:
+        raise ValueError(f"{name} holds {twice[0]} twice")

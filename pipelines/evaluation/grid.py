@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsl.truncation import Nucleus, require_temperature
-from pipelines.evaluation.cells import REAL, Cell, labels
+from pipelines.evaluation.cells import REAL, Cell, labels, require_distinct
 from pipelines.evaluation.curves import Crossing, crossing
 from pipelines.evaluation.diversity import Kind
 from pipelines.evaluation.gate import Resamples, ratios, require_resamples
-from pipelines.evaluation.question import Questions, require_distinct
+from pipelines.evaluation.question import Questions
 from pipelines.evaluation.survey import Survey
 
 # A source beside the models whose name ends so is its namesake at that temperature, which is itself

@@ -302,13 +302,6 @@ def entries(key: str, score: Score) -> dict[str, float]:
     return {key: score.value, key + STDERR: score.stderr}
 
 
-def require_distinct(name: str, values: Iterable[float]) -> None:
-    """ValueError for two values of a setting that names of parts do not tell apart."""
-    said = [f"{value:g}" for value in values]
-    if twice := [value for value in said if said.count(value) > 1]:
-        raise ValueError(f"{name} holds {twice[0]} twice")
-
-
 def require_paths(key: str, asked: Iterable[str], config: Questions) -> None:
     """ConfigError where the setting under a dotted key names a path that there is not."""
     if unknown := [path for path in asked if path not in config.paths]:

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import ConfigError
-from pipelines.evaluation.cells import REAL, REFERENCES
+from pipelines.evaluation.cells import REAL, REFERENCES, require_distinct
 from pipelines.evaluation.gate import OfTexts, Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.question import (
@@ -35,7 +35,6 @@ from pipelines.evaluation.question import (
     Part,
     Question,
     Questions,
-    require_distinct,
     tokens_of,
 )
 from pipelines.evaluation.questions.texts import LABELS, labels

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dsl.denoiser import Denoiser
 from dsl.likelihood import log_prob_of
-from pipelines.evaluation.cells import REAL, Cell, longest
+from pipelines.evaluation.cells import REAL, Cell, longest, require_distinct
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.metrics import Score, mean
 from pipelines.evaluation.parts import chunks
@@ -38,7 +38,6 @@ from pipelines.evaluation.question import (
     Part,
     Question,
     entries,
-    require_distinct,
     tokens_of,
 )
 from pipelines.evaluation.questions.states import mean_hidden

@@ -21,7 +21,7 @@ from dsl.likelihood import Estimate, PathName
 from dsl.paths import EntropyBounded
 from infra.errors import ConfigError
 from pipelines.evaluation import metrics
-from pipelines.evaluation.cells import UNIGRAM
+from pipelines.evaluation.cells import UNIGRAM, require_distinct
 from pipelines.evaluation.gate import Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.layouts import OURS, THEIRS, published_table, with_sources
@@ -33,7 +33,6 @@ from pipelines.evaluation.question import (
     Questions,
     RowQuestion,
     entries,
-    require_distinct,
 )
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
@@ -75,8 +74,7 @@ class LikelihoodConfig:
             if not 0 < gamma < math.inf:
                 raise ValueError(f"gamma_max and gamma_star must be positive, got {gamma}")
         require_distinct("gamma_star", self.gamma_star)
-        if twice := [name for name in self.contours if self.contours.count(name) > 1]:
-            raise ValueError(f"contours holds {twice[0]} twice")
+        require_distinct("contours", self.contours)
 
 
 # --- the views ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 from dsl.channel import observe
 from dsl.denoiser import Denoiser
 from dsl.noise import Draws, Stream
+from pipelines.evaluation.cells import require_distinct
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.question import (
@@ -28,7 +29,6 @@ from pipelines.evaluation.question import (
     Questions,
     RowQuestion,
     entries,
-    require_distinct,
 )
 from pipelines.evaluation.questions.states import mean_errors
 from pipelines.evaluation.subjects import Subject

@@ -21,6 +21,7 @@ from dsl.denoiser import Denoiser
 from dsl.likelihood import Profile, log_prob_of
 from dsl.posterior import Posterior
 from infra.config import to_tree
+from pipelines.evaluation.cells import require_distinct
 from pipelines.evaluation.conditions import AtSNR, Condition, Revealed, shown
 from pipelines.evaluation.metrics import mean
 from pipelines.evaluation.question import (
@@ -30,7 +31,6 @@ from pipelines.evaluation.question import (
     Questions,
     RowQuestion,
     entries,
-    require_distinct,
 )
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
