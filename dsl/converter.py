@@ -1,7 +1,8 @@
 """From a noisy token to what a transformer can read: a soft mixture of input embeddings.
 
 Shapes: B rows, L positions, D table dimension, V tokens, U = V + 1 slots (the last is [MASK]),
-W backbone width, N positions that need a softmax, K = D + 1.
+W backbone width, N positions that need a softmax, K = D + 1, P = U padded, A columns of joined
+factors.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dsl import narrow, passes
 from dsl.chunks import spans
 from dsl.state import State, send
 
@@ -95,9 +97,12 @@ class Converter(nn.Module):
         # A masked token is z = 0: its mixture is computed as the first row. As it is always there,
         # every parameter has a gradient in batches without evidence too.
         z_ND = torch.cat([evidence_ND.new_zeros(1, evidence_ND.shape[1]), evidence_ND])
+        values_UW = in_compute_dtype(values_UW)
         # Forward-mode derivatives, for which nothing is kept, go through the formula itself.
-        mix = Mixture.apply if torch.is_grad_enabled() else mixture
-        mixed_NW = mix(*self.asked(z_ND, table_VD), in_compute_dtype(values_UW))
+        mix = mixture
+        if torch.is_grad_enabled():
+            mix = NarrowMixture.apply if values_UW.dtype == torch.bfloat16 else Mixture.apply
+        mixed_NW = mix(*self.asked(z_ND, table_VD), values_UW)
         inputs_BLW = torch.where(
             state.revealed_BL[..., None], F.embedding(state.tokens_BL, values_UW), mixed_NW[0]
         )
@@ -136,24 +141,15 @@ def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Te
     )
 
 
-def add_product(sum_AB: Tensor, left_AN: Tensor, right_NB: Tensor) -> None:
-    """``sum += left @ right``, added in the dtype of the sum, which may be wider.
-
-    Over many chunks, a sum in bfloat16 would be rounded after each.
-    """
-    if left_AN.dtype == sum_AB.dtype:
-        sum_AB.addmm_(left_AN, right_NB)  # without a pass over the product
-    else:
-        sum_AB += left_AN @ right_NB
-
-
 def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
     """``softmax(query key^T) values``, ``[N, W]``: attention of N positions to U slots.
 
-    In chunks, of which only one has its weights at a time. Weights are of the queries' dtype,
-    products with the values of the values'.
+    In chunks, of which only one has its weights at a time. Scores are as exact as float32 queries
+    need them to be, products with the values are of the values' dtype.
     """
     with _without_autocast(query_NK):
+        if values_UW.dtype == torch.bfloat16:
+            return _narrow_mixture(query_NK, key_UK, values_UW)[0]
         chunks = [
             weights(query_NK[span], key_UK).to(values_UW.dtype) @ values_UW
             for span in _spans(query_NK, key_UK)
@@ -173,29 +169,74 @@ class Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         query_NK, key_UK, values_UW = ctx.saved_tensors
-        grad_NW = grad_NW.to(values_UW.dtype)
         query_grad_NK, key_grad_UK = torch.empty_like(query_NK), torch.zeros_like(key_UK)
-        values_grad_UW = None
-        if ctx.needs_input_grad[2]:
-            wide = torch.promote_types(values_UW.dtype, torch.float32)
-            values_grad_UW = torch.zeros_like(values_UW, dtype=wide)
+        values_grad_UW = torch.zeros_like(values_UW) if ctx.needs_input_grad[2] else None
         with _without_autocast(query_NK):
             for span in _spans(query_NK, key_UK):
                 weights_NU = weights(query_NK[span], key_UK)
                 if values_grad_UW is not None:
-                    add_product(values_grad_UW, weights_NU.to(values_UW.dtype).T, grad_NW[span])
-                # Of a softmax, weight (grad - mean). The mean, sum_u weight_u grad_u, is also
-                # <grad, mixed>, which bfloat16 rounds otherwise than the products it is taken off:
-                # where one slot has nearly all the weight, the two would not cancel.
+                    values_grad_UW.addmm_(weights_NU.to(values_UW.dtype).T, grad_NW[span])
+                # Of a softmax, weight (grad - mean), where the mean is sum_u weight_u grad_u.
                 scores_grad_NU = (grad_NW[span] @ values_UW.T).to(query_NK.dtype)
                 scores_grad_NU.mul_(weights_NU)
                 mean_N1 = scores_grad_NU.sum(1, keepdim=True)
                 scores_grad_NU.addcmul_(weights_NU, mean_N1, value=-1)
                 query_grad_NK[span] = scores_grad_NU @ key_UK
                 key_grad_UK.addmm_(scores_grad_NU.T, query_NK[span])
-        if values_grad_UW is not None:
-            values_grad_UW = values_grad_UW.to(values_UW.dtype)
         return query_grad_NK, key_grad_UK, values_grad_UW
+
+
+class NarrowMixture(torch.autograd.Function):
+    """`Mixture` of values in bfloat16, see `dsl.narrow`."""
+
+    @staticmethod
+    def forward(ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
+        with _without_autocast(query_NK):
+            mixed_NW, log_sum_N = _narrow_mixture(query_NK, key_UK, values_UW)
+        ctx.save_for_backward(query_NK, key_UK, values_UW, log_sum_N)
+        return mixed_NW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        query_NK, key_UK, values_UW, log_sum_N = ctx.saved_tensors
+        slots, columns = key_UK.shape
+        values_PW = narrow.padded(values_UW)
+        query_grad_NK = torch.empty_like(query_NK)
+        values_grad_PW = torch.zeros_like(values_PW, dtype=torch.float32)
+        with _without_autocast(query_NK):
+            query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
+            # Of the score's gradients, bfloat16 factors are as exact as those of the network.
+            left_NK, right_PK = (
+                narrow.beside(query_NK.bfloat16()),
+                narrow.beside(narrow.padded(key_UK).bfloat16()),
+            )
+            key_grad_PK = torch.zeros_like(right_PK, dtype=torch.float32)
+            for span in _spans(query_NK, key_UK):
+                scores_NP = narrow.product(query_NA[span], key_PA.T)
+                if ctx.needs_input_grad[2]:
+                    weights_NP = passes.weights(scores_NP, log_sum_N[span])
+                    values_grad_PW += narrow.product(weights_NP.T, grad_NW[span])
+                    del weights_NP
+                grad_NP = narrow.product(grad_NW[span], values_PW.T)
+                grad_NP = passes.softmax_gradients(scores_NP, log_sum_N[span], grad_NP)
+                query_grad_NK[span] = narrow.product(grad_NP, right_PK)[:, :columns]
+                key_grad_PK += narrow.product(grad_NP.T, left_NK[span])
+        values_grad_UW = values_grad_PW[:slots].to(values_UW) if ctx.needs_input_grad[2] else None
+        return query_grad_NK, key_grad_PK[:slots, :columns].to(key_UK), values_grad_UW
+
+
+def _narrow_mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> tuple[Tensor, Tensor]:
+    """The mixture, and ``[N]`` the log-sums of its scores."""
+    values_PW = narrow.padded(values_UW)
+    query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
+    mixed, sums = [], []
+    for span in _spans(query_NK, key_UK):
+        scores_NP = narrow.product(query_NA[span], key_PA.T)
+        sums.append(passes.log_sums(scores_NP))
+        mixed.append(passes.weights(scores_NP, sums[-1]) @ values_PW)
+        del scores_NP
+    return torch.cat(mixed), torch.cat(sums)
 
 
 def weights(query_NK: Tensor, key_UK: Tensor) -> Tensor:

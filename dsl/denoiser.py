@@ -6,11 +6,13 @@ N asked positions (flat), R rows.
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsl import narrow
 from dsl.backbone import Backbone, precise
 from dsl.converter import Converter, ConverterConfig, biased, in_compute_dtype
 from dsl.dit import DiTConfig, DiTShape
@@ -169,22 +171,40 @@ class NetworkPosterior(Posterior):
         self.evidence_BLD = evidence_BLD
 
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return self._logits(at_N).log_softmax(-1)
+        return self._logits(at_N).log_softmax(-1)[:, : len(self.table_VD)]
 
     def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        return self._logits(at_N).softmax(-1)
+        return self._logits(at_N).softmax(-1)[:, : len(self.table_VD)]
 
     def _logits(self, at_N: Tensor) -> Tensor:
+        """``[N, V]``, and in bfloat16 further columns, of tokens that do not exist."""
         hidden_NW, (weight_VW, bias_V) = self.hidden_BLW.flatten(0, 1)[at_N], self.head
-        logits_NV = precise(F.linear(hidden_NW, weight_VW))
-        # Log unigram probabilities reach -11, which bfloat16 would round by .03 nats.
-        if self.evidence_BLD is None:
-            return logits_NV.add_(bias_V)
-        z_ND = self.evidence_BLD.flatten(0, 1)[at_N].to(logits_NV)
-        # Evidence may add hundreds of nats, which bfloat16 would round by whole nats.
-        with torch.autocast(z_ND.device.type, enabled=False):
-            query_NK, key_VK = biased(z_ND, self.table_VD.to(logits_NV), bias_V)
+        with torch.autocast(hidden_NW.device.type, enabled=False):
+            if hidden_NW.dtype == torch.bfloat16:
+                query_NA = narrow.queries(self._evidence(at_N)[0], hidden_NW)
+                return narrow.product(query_NA, self._keys_PA.T)
+            logits_NV = precise(F.linear(hidden_NW, weight_VW))
+            if self.evidence_BLD is None:
+                return logits_NV.add_(bias_V)
+            query_NK, key_VK = self._evidence(at_N)
             return logits_NV.addmm_(query_NK, key_VK.T)
+
+    def _evidence(self, at_N: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, K]`` and ``[V, K]``, whose products are the bias and what evidence adds to it.
+
+        Evidence may add hundreds of nats, which bfloat16 would round by whole nats, and log unigram
+        probabilities reach -11: it would be wrong by .03 there.
+        """
+        table_VD = self.table_VD.to(precise(self.hidden_BLW[:0]))
+        if self.evidence_BLD is None:
+            table_VD = table_VD[:, :0]
+            return biased(table_VD.new_empty(len(at_N), 0), table_VD, self.head[1])
+        return biased(self.evidence_BLD.flatten(0, 1)[at_N].to(table_VD), table_VD, self.head[1])
+
+    @cached_property
+    def _keys_PA(self) -> Tensor:
+        nowhere_N = torch.empty(0, dtype=torch.int64, device=self.table_VD.device)
+        return narrow.keys(self._evidence(nowhere_N)[1], self.head[0])
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "NetworkPosterior":
         assert isinstance(fresh, NetworkPosterior)

@@ -55,7 +55,8 @@ class Nucleus:
 
     def size(self, sorted_NV: Tensor) -> Tensor:
         """How many tokens stay, ``[N, 1]`` in [1, V], of log-probabilities from large to small."""
-        tokens, most = sorted_NV.shape[1], FIRST
+        tokens = sorted_NV.shape[1]
+        most = tokens if sorted_NV.is_cuda else FIRST  # a GPU would be waited for
         while True:
             # Fifty thousand float32 terms would blur where the sum crosses p.
             total_NK = sorted_NV[:, :most].to(torch.float64, copy=True).exp_().cumsum_(-1)

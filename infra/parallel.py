@@ -192,21 +192,21 @@ def shard(
 ) -> None:
     """Shard `root` in place: per block activation checkpointing, compile, FSDP2; then the root.
 
-    With one worker in float32 there is nothing to shard, gather or cast, and FSDP2, which would
-    copy every weight and gradient, is not applied.
+    With one worker there is nothing to shard and gather, and FSDP2, which would copy every weight
+    and gradient and halve the rate of a GPU, is not applied. So nothing is cast either: such a root
+    has to compute in `config.dtype` by itself, see `shared`.
 
     root: float32, on the mesh's device type; parameters may be frozen. Parameter names stay.
     blocks: the repeated submodules, each gathered only while it computes.
     float32: small submodules, outside the blocks, that compute in float32 whatever the config says.
     """
-    dtype = config.dtype(torch.device(mesh.device_type))
     blocks = list(blocks)
     for block in blocks:
         if config.activation_checkpointing:
             _recompute_in_backward(block)
         if config.compile:
             block.compile()
-    if mesh.size() == 1 and dtype is torch.float32:
+    if not shared(mesh):
         return
     # Imported here because it takes half a second, which `--help` need not pay.
     from torch.distributed.fsdp import (
@@ -215,6 +215,7 @@ def shard(
         register_fsdp_forward_method,
     )
 
+    dtype = config.dtype(torch.device(mesh.device_type))
     precision = functools.partial(MixedPrecisionPolicy, dtype, torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision())
@@ -228,6 +229,11 @@ def shard(
     # another function. So the root gets a method that calls whatever function it is given.
     root.call = lambda function: function()
     register_fsdp_forward_method(root, "call")
+
+
+def shared(mesh: DeviceMesh) -> bool:
+    """Whether several workers train one model, which `shard` then casts as it gathers."""
+    return mesh.size() > 1
 
 
 def gathered(root: nn.Module, function: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dsl.noise import generator
 from dsl.objective import DSLObjective, MDLMObjective, Objective
@@ -107,7 +108,7 @@ def two_steps(config: BenchmarkConfig, name: str) -> None:
     step(1)
 
 
-def sharded(config: BenchmarkConfig, mesh: object, *, compile: bool = False) -> Procedure:
+def sharded(config: BenchmarkConfig, mesh: DeviceMesh, *, compile: bool = False) -> Procedure:
     """The step that runs under Ray Train, in this one process."""
     device, sharding = parallel.device(), ParallelConfig(compile=compile)
     learner = Learner(_objective(config, "mdlm", device), TrainConfig(), mesh, sharding)
@@ -179,7 +180,7 @@ def _worker(config: BenchmarkConfig, timed: Mapping[str, np.ndarray]) -> Iterato
     yield ratio("sharded", what, "bare loop", sharded_R, bare_R, unit="k tokens/s", bar=bar)
 
 
-def _utilisation(config: BenchmarkConfig, mesh: object) -> Iterator[Row]:
+def _utilisation(config: BenchmarkConfig, mesh: DeviceMesh) -> Iterator[Row]:
     """Of a GPU that is known: compiled, at a size that fills it."""
     if not (peak := parallel.peak_flops()):
         return

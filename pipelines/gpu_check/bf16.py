@@ -1,12 +1,15 @@
-"""Training in bfloat16 through FSDP2, over NCCL on a GPU, against training in float32.
+"""Training in bfloat16 against training in float32: as one worker computes, and as one of several,
+through FSDP2, over NCCL on a GPU.
 
-One worker: its world is of one, so that nothing but the precision differs.
+Here the world is of one either way, so that nothing but the precision differs.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from pipelines.gpu_check.settings import Check
 from pipelines.training.learner import Learner
 from pipelines.training.settings import OptimizerConfig, TrainConfig
 
+Dtype = Literal["float32", "bfloat16"]
 STEPS = 20
 CONFIG = TrainConfig(steps=STEPS, optimizer=OptimizerConfig(warmup=5))
 MOST_GAP, LEAST_COSINE = 0.02, 0.98
@@ -29,21 +33,36 @@ MOST_GAP, LEAST_COSINE = 0.02, 0.98
 
 def run(check: Check) -> Iterator[Finding]:
     rows_RL = train.microbatch(check.benchmark(rows=check.sizes.train_rows[0]))
-    losses, gradients = {}, {}
-    for dtype in ("float32", "bfloat16"):
-        sharding = ParallelConfig(compute_dtype=dtype)
-        with parallel.join(sharding) as mesh:
-            learner = Learner(check.objective("dsl"), CONFIG, mesh, sharding)
-            gradients[dtype] = _gradients(learner, torch.from_numpy(rows_RL).to(check.device))
-            steps = range(1, STEPS + 1)
-            losses[dtype] = [learner.step(step, {0: rows_RL})["loss"] for step in steps]
-    yield Finding(f"loss of step {STEPS}, float32", losses["float32"][-1], "nats")
-    what = f"loss in bf16: largest relative gap in {STEPS} steps"
-    gap = _gap(losses["float32"], losses["bfloat16"])
-    yield Finding(what, gap, "", check.at_most(MOST_GAP))
-    for group, cosine in _cosines(gradients["float32"], gradients["bfloat16"]).items():
-        what = f"gradient in bf16: cosine, {group}"
-        yield Finding(what, cosine, "", check.at_least(LEAST_COSINE))
+    full = _trained(check, "float32", rows_RL, shared=False)
+    yield Finding(f"loss of step {STEPS}, float32", full.losses[-1], "nats")
+    for how, shared in (("bf16", False), ("bf16 through FSDP2", True)):
+        half = _trained(check, "bfloat16", rows_RL, shared=shared)
+        what = f"loss in {how}: largest relative gap in {STEPS} steps"
+        yield Finding(what, _gap(full.losses, half.losses), "", check.at_most(MOST_GAP))
+        for group, cosine in _cosines(full.gradients, half.gradients).items():
+            what = f"gradient in {how}: cosine, {group}"
+            yield Finding(what, cosine, "", check.at_least(LEAST_COSINE))
+
+
+class _Trained(NamedTuple):
+    """The loss of each step, and the gradients of the first by parameter."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+
+
+def _trained(check: Check, dtype: Dtype, rows_RL: np.ndarray, *, shared: bool) -> _Trained:
+    """shared: as one of several workers."""
+    sharding = ParallelConfig(compute_dtype=dtype)
+    with (
+        mock.patch.object(parallel, "shared", return_value=shared),
+        parallel.join(sharding) as mesh,
+    ):
+        learner = Learner(check.objective("dsl"), CONFIG, mesh, sharding)
+        gradients = _gradients(learner, torch.from_numpy(rows_RL).to(check.device))
+        steps = range(1, STEPS + 1)
+        losses = [learner.step(step, {0: rows_RL})["loss"] for step in steps]
+    return _Trained(losses, gradients)
 
 
 def _gap(full: Sequence[float], half: Sequence[float]) -> float:

@@ -39,7 +39,9 @@ def kernels(procedure: Callable[[], object], device: torch.device) -> str:
 
 
 def synchronisations(procedure: Callable[[], object], device: torch.device) -> int | None:
-    """How often the CPU waits for the GPU in one call; None on a CPU."""
+    """How often the CPU waits for the GPU in one call; None on a CPU.
+
+    The lines of the program that wait are printed."""
     if device.type != "cuda":
         return None
     torch.cuda.set_sync_debug_mode("warn")
@@ -49,7 +51,10 @@ def synchronisations(procedure: Callable[[], object], device: torch.device) -> i
             procedure()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum(SYNCHRONISES in str(warning.message) for warning in told)
+    waits = [warning for warning in told if SYNCHRONISES in str(warning.message)]
+    for warning in waits:
+        print(f"waits for the GPU: {warning.filename}:{warning.lineno}")
+    return len(waits)
 
 
 def peak_gib(procedure: Callable[[], object], device: torch.device) -> float | None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dsl
+from dsl import narrow
 from dsl.denoiser import Denoiser
 from dsl.noise import Draws
 from dsl.paths.clock import Clock, Path
@@ -102,9 +103,12 @@ def procedures(denoiser: Denoiser, size: SamplerConfig) -> dict[str, Procedure]:
         with products_in(dtype_of("auto", device), device):
             return denoiser.backbone(inputs_BLW)
 
+    weight_VW, bias_V = denoiser.backbone.head
+    head = narrow.padded(weight_VW), narrow.padded(bias_V[:, None])[:, 0]
+
     def with_head(number: int) -> Tensor:
         with products_in(dtype_of("auto", device), device):
-            return F.linear(denoiser.backbone(inputs_BLW), *denoiser.backbone.head)
+            return F.linear(denoiser.backbone(inputs_BLW), *head)
 
     def hybrid(number: int) -> object:
         empty = State.masked(size.rows, size.length, denoiser.config.embed_dim)

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from dsl import passes
 from dsl.denoiser import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
@@ -38,11 +40,16 @@ class Learner:
     """An objective with its average and its optimizer, sharded over the workers."""
 
     def __init__(
-        self, objective: Objective, config: TrainConfig, mesh: object, sharding: ParallelConfig
+        self, objective: Objective, config: TrainConfig, mesh: DeviceMesh, sharding: ParallelConfig
     ) -> None:
         self.config = config
         self.device = parallel.device()
         self.objective = objective.to(self.device)
+        if not parallel.shared(mesh):  # else its weights are cast as they are gathered
+            dtype = sharding.dtype(self.device)
+            self.objective.denoiser = self.objective.denoiser.computing_in(dtype)
+        if sharding.compile:
+            passes.fuse()
         self.average = parallel.averaged(self.objective, config.optimizer.ema)
         for module in (self.objective, self.average.module):
             denoiser = module.denoiser

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsl.chunks
-from dsl.converter import Converter, Mixture, biased, mask_bias, weights
+from dsl.converter import Converter, Mixture, NarrowMixture, biased, mask_bias, weights
 from dsl.denoiser import TokenTable
 from dsl.exact import ExactDenoiser
 from dsl.state import State
@@ -179,7 +179,8 @@ def test_in_bfloat16_the_bias_keeps_its_gradient_where_one_slot_has_all_the_weig
     def bias_gradient(wide: torch.dtype, narrow: torch.dtype) -> Tensor:
         bias_U = prior_U.to(wide).requires_grad_()
         key_UD, values_UW = tables[0].to(wide), tables[1].to(narrow)
-        mixed_NW = Mixture.apply(*biased(query_ND.to(wide), key_UD, bias_U), values_UW)
+        mix = NarrowMixture.apply if narrow == torch.bfloat16 else Mixture.apply
+        mixed_NW = mix(*biased(query_ND.to(wide), key_UD, bias_U), values_UW)
         mixed_NW.backward(grad_NW.to(mixed_NW.dtype))
         return bias_U.grad.double()
 
@@ -194,11 +195,12 @@ def test_in_bfloat16_the_gradient_of_the_values_is_summed_in_float32(monkeypatch
     torch.manual_seed(0)
     positions, slots = 2048, 8
     monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", size)
-    query_ND, key_UD = torch.randn(positions, DIM), torch.randn(slots, DIM)
+    asked = torch.randn(positions, DIM), torch.randn(slots, DIM), torch.zeros(slots)
+    query_NK, key_UK = biased(*asked)
     values_UW = torch.randn(slots, 4).bfloat16().requires_grad_()
     grad_NW = torch.rand(positions, 4).bfloat16()
-    Mixture.apply(query_ND, key_UD, values_UW).backward(grad_NW)
-    weights_NU = weights(query_ND, key_UD).bfloat16().double()
+    NarrowMixture.apply(query_NK, key_UK, values_UW).backward(grad_NW)
+    weights_NU = weights(query_NK, key_UK).bfloat16().double()
     exact_UW = weights_NU.T @ grad_NW.double()
     assert (values_UW.grad.double() - exact_UW).norm() < 4e-3 * exact_UW.norm()
 

@@ -58,6 +58,12 @@ def plain(steps: int, decay: float = 0.9) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def like_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker shards, gathers and casts as one of several does."""
+    monkeypatch.setattr(parallel, "shared", lambda mesh: True)
+
+
 def close(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -84,6 +90,7 @@ def test_a_run_repeats_bit_for_bit() -> None:
     assert all((first["model"][k] == second["model"][k]).all() for k in first["model"])
 
 
+@pytest.mark.usefixtures("like_several")
 def test_bf16_computes_in_blocks_and_keeps_float32_masters() -> None:
     config = ParallelConfig(compute_dtype="bfloat16")
     with parallel.join(config) as mesh:
@@ -103,6 +110,7 @@ def test_bf16_computes_in_blocks_and_keeps_float32_masters() -> None:
             run.step(step)
 
 
+@pytest.mark.usefixtures("like_several")
 def test_lanes_are_summed_in_float32_and_reduced_once() -> None:
     config = ParallelConfig(compute_dtype="bfloat16")
     with parallel.join(config) as mesh:
@@ -180,6 +188,7 @@ def test_checkpointed_blocks_are_really_compiled(monkeypatch: pytest.MonkeyPatch
     assert len(graphs) == 1
 
 
+@pytest.mark.usefixtures("like_several")
 def test_validation_leaves_shards_behind() -> None:
     config = ParallelConfig(compute_dtype="bfloat16", threads=1)
     with parallel.join(config) as mesh:
@@ -242,6 +251,7 @@ def test_the_peak_is_that_of_the_card(
     assert parallel.peak_flops() == (tflops and tflops * 1e12)
 
 
+@pytest.mark.usefixtures("like_several")
 def test_weights_are_gathered_once_for_all_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -278,9 +288,11 @@ def test_numbers_below_the_smallest_are_zero_for_as_long_as_asked() -> None:
     assert (tiny * 0.5).all()
 
 
-def test_one_worker_in_float32_has_nothing_to_shard() -> None:
-    with parallel.join(FLOAT32) as mesh:
-        run = Trained(mesh, FLOAT32)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_worker_has_nothing_to_shard(dtype: Any) -> None:
+    config = ParallelConfig(compute_dtype=dtype)
+    with parallel.join(config) as mesh:
+        run = Trained(mesh, config)
         run.step(0)
         assert {type(p.data) for p in run.model.parameters()} == {torch.Tensor}
         assert parallel.gathered(run.model, lambda: 3) == 3

@@ -1,0 +1,54 @@
+"""Passes over ``[C, P]`` scores of all tokens, each of which reads or writes gigabytes on a GPU.
+
+As they are written here each operation is a pass of its own. `fuse` has torch compile each
+function, which then reads its arguments and writes its result once.
+
+Shapes: C positions of a chunk, P padded tokens, Q pieces of R tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from dsl.narrow import ROWS
+
+
+def log_sums(scores_CP: Tensor) -> Tensor:
+    """``log sum exp``, ``[C]``, from those of pieces that are read once: P is a multiple of 64."""
+    positions, tokens = scores_CP.shape
+    pieces_CQR = scores_CP.view(positions, tokens // ROWS, ROWS)
+    peak_CQ = pieces_CQR.amax(2)
+    sum_CQ = (pieces_CQR - peak_CQ[..., None]).exp().sum(2)
+    return (peak_CQ + sum_CQ.log()).logsumexp(1)
+
+
+def weights(scores_CP: Tensor, log_sum_C: Tensor) -> Tensor:
+    """The softmax, in bfloat16."""
+    return (scores_CP - log_sum_C[:, None]).exp().bfloat16()
+
+
+def errors(scores_CP: Tensor, log_sum_C: Tensor, tokens_C: Tensor, grad_C: Tensor) -> Tensor:
+    """The gradient of the scores, in bfloat16, given that of ``-log softmax`` at the tokens.
+
+    All is multiplied before it is rounded: a share such as 1/600, rounded by itself, would be off
+    alike for all positions.
+    """
+    own_CP = torch.arange(scores_CP.shape[1], device=scores_CP.device) == tokens_C[:, None]
+    error_CP = (scores_CP - log_sum_C[:, None]).exp() - own_CP.to(scores_CP.dtype)
+    return (error_CP * grad_C[:, None]).bfloat16()
+
+
+def softmax_gradients(scores_CP: Tensor, log_sum_C: Tensor, grad_CP: Tensor) -> Tensor:
+    """The gradient of the scores, in bfloat16, given that of their softmax.
+
+    It is weight (grad - mean). Where one token has nearly all the weight the two nearly cancel,
+    before anything is rounded.
+    """
+    weights_CP = (scores_CP - log_sum_C[:, None]).exp()
+    mean_C1 = (weights_CP * grad_CP).sum(1, keepdim=True)
+    return (weights_CP * (grad_CP - mean_C1)).bfloat16()
+
+
+def fuse() -> None:
+    """From now on, and for all of this process, each pass is one compiled kernel."""
+    for function in (log_sums, weights, errors, softmax_gradients):
+        globals()[function.__name__] = torch.compile(function)
