@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsl import narrow, passes
+from dsl import narrow
 from dsl.chunks import spans
+from dsl.passes import PLAIN, Passes
 from dsl.state import State, send
 
 # The largest float below one. Its logit, 36.7, gives the mask slot probability 1 exactly in
@@ -85,7 +86,9 @@ class Converter(nn.Module):
         with torch.no_grad():
             self.bias_U[-1] = mask_bias(tokens, mask_prior)
 
-    def forward(self, state: State, table_VD: Tensor, values_UW: Tensor) -> Tensor:
+    def forward(
+        self, state: State, table_VD: Tensor, values_UW: Tensor, passes: Passes = PLAIN
+    ) -> Tensor:
         """Backbone inputs ``[B, L, W]``.
 
         Masked positions share one vector and revealed ones read a row, so only evidence pays for
@@ -102,7 +105,7 @@ class Converter(nn.Module):
         mix = mixture
         if torch.is_grad_enabled():
             mix = NarrowMixture.apply if values_UW.dtype == torch.bfloat16 else Mixture.apply
-        mixed_NW = mix(*self.asked(z_ND, table_VD), values_UW)
+        mixed_NW = mix(*self.asked(z_ND, table_VD), values_UW, passes)
         inputs_BLW = torch.where(
             state.revealed_BL[..., None], F.embedding(state.tokens_BL, values_UW), mixed_NW[0]
         )
@@ -141,7 +144,7 @@ def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Te
     )
 
 
-def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
+def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes = PLAIN) -> Tensor:
     """``softmax(query key^T) values``, ``[N, W]``: attention of N positions to U slots.
 
     In chunks, of which only one has its weights at a time. Scores are as exact as float32 queries
@@ -149,7 +152,7 @@ def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
     """
     with _without_autocast(query_NK):
         if values_UW.dtype == torch.bfloat16:
-            return _narrow_mixture(query_NK, key_UK, values_UW)[0]
+            return _narrow_mixture(query_NK, key_UK, values_UW, passes)[0]
         chunks = [
             weights(query_NK[span], key_UK).to(values_UW.dtype) @ values_UW
             for span in _spans(query_NK, key_UK)
@@ -161,13 +164,15 @@ class Mixture(torch.autograd.Function):
     """`mixture`, whose backward pass computes the weights again, a chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, _: Passes = PLAIN
+    ) -> Tensor:
         ctx.save_for_backward(query_NK, key_UK, values_UW)
         return mixture(query_NK, key_UK, values_UW)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
         query_NK, key_UK, values_UW = ctx.saved_tensors
         query_grad_NK, key_grad_UK = torch.empty_like(query_NK), torch.zeros_like(key_UK)
         values_grad_UW = torch.zeros_like(values_UW) if ctx.needs_input_grad[2] else None
@@ -183,22 +188,25 @@ class Mixture(torch.autograd.Function):
                 scores_grad_NU.addcmul_(weights_NU, mean_N1, value=-1)
                 query_grad_NK[span] = scores_grad_NU @ key_UK
                 key_grad_UK.addmm_(scores_grad_NU.T, query_NK[span])
-        return query_grad_NK, key_grad_UK, values_grad_UW
+        return query_grad_NK, key_grad_UK, values_grad_UW, None
 
 
 class NarrowMixture(torch.autograd.Function):
     """`Mixture` of values in bfloat16, see `dsl.narrow`."""
 
     @staticmethod
-    def forward(ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes = PLAIN
+    ) -> Tensor:
+        ctx.passes = passes
         with _without_autocast(query_NK):
-            mixed_NW, log_sum_N = _narrow_mixture(query_NK, key_UK, values_UW)
+            mixed_NW, log_sum_N = _narrow_mixture(query_NK, key_UK, values_UW, passes)
         ctx.save_for_backward(query_NK, key_UK, values_UW, log_sum_N)
         return mixed_NW
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
         query_NK, key_UK, values_UW, log_sum_N = ctx.saved_tensors
         slots, columns = key_UK.shape
         values_PW = narrow.padded(values_UW)
@@ -215,18 +223,20 @@ class NarrowMixture(torch.autograd.Function):
             for span in _spans(query_NK, key_UK):
                 scores_NP = narrow.product(query_NA[span], key_PA.T)
                 if ctx.needs_input_grad[2]:
-                    weights_NP = passes.weights(scores_NP, log_sum_N[span])
+                    weights_NP = ctx.passes.softmax(scores_NP, log_sum_N[span])
                     values_grad_PW += narrow.product(weights_NP.T, grad_NW[span])
                     del weights_NP
                 grad_NP = narrow.product(grad_NW[span], values_PW.T)
-                grad_NP = passes.softmax_gradients(scores_NP, log_sum_N[span], grad_NP)
+                grad_NP = ctx.passes.softmax_gradients(scores_NP, log_sum_N[span], grad_NP)
                 query_grad_NK[span] = narrow.product(grad_NP, right_PK)[:, :columns]
                 key_grad_PK += narrow.product(grad_NP.T, left_NK[span])
         values_grad_UW = values_grad_PW[:slots].to(values_UW) if ctx.needs_input_grad[2] else None
-        return query_grad_NK, key_grad_PK[:slots, :columns].to(key_UK), values_grad_UW
+        return query_grad_NK, key_grad_PK[:slots, :columns].to(key_UK), values_grad_UW, None
 
 
-def _narrow_mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> tuple[Tensor, Tensor]:
+def _narrow_mixture(
+    query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes
+) -> tuple[Tensor, Tensor]:
     """The mixture, and ``[N]`` the log-sums of its scores."""
     values_PW = narrow.padded(values_UW)
     query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
@@ -234,7 +244,7 @@ def _narrow_mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor) -> tupl
     for span in _spans(query_NK, key_UK):
         scores_NP = narrow.product(query_NA[span], key_PA.T)
         sums.append(passes.log_sums(scores_NP))
-        mixed.append(passes.weights(scores_NP, sums[-1]) @ values_PW)
+        mixed.append(passes.softmax(scores_NP, sums[-1]) @ values_PW)
         del scores_NP
     return torch.cat(mixed), torch.cat(sums)
 

@@ -17,6 +17,7 @@ from dsl.backbone import Backbone, precise
 from dsl.converter import Converter, ConverterConfig, biased, in_compute_dtype
 from dsl.dit import DiTConfig, DiTShape
 from dsl.foreign import ForeignConfig
+from dsl.passes import PLAIN, Passes
 from dsl.posterior import Posterior
 from dsl.precision import products_in
 from dsl.state import State
@@ -78,16 +79,26 @@ class Denoiser(nn.Module):
         )
         self.backbone: Backbone = config.backbone.build() if backbone is None else backbone
         self._products = torch.float32
+        self.passes = PLAIN
 
-    def computing_in(self, dtype: torch.dtype) -> "Denoiser":
+    def computing_in(self, dtype: torch.dtype, passes: Passes = PLAIN) -> "Denoiser":
         """This denoiser, the matrix products of its network in ``dtype``: float32 or bfloat16.
 
         The weights are shared, not copied. The evidence, the softmax of the logits, and all that
-        is made of a posterior stay in float32.
+        is made of a posterior stay in float32. passes: how those over all tokens are made.
         """
         other = copy.copy(self)
-        other._products = dtype
+        other._products, other.passes = dtype, passes
         return other
+
+    def compiled(self) -> "Denoiser":
+        """This denoiser, compiled: the blocks of its backbone, in place, and its `passes`.
+
+        The first call of every shape takes seconds. On a GPU the others take half as long.
+        """
+        for block in self.backbone.blocks:
+            block.compile()
+        return self.computing_in(self._products, self.passes.compiled())
 
     @property
     def table_VD(self) -> Tensor:
@@ -143,7 +154,7 @@ class Denoiser(nn.Module):
 
     def _hidden(self, state: State, table_VD: Tensor) -> Tensor:
         values_UW = self.backbone.values_UW
-        inputs_BLW = self.converter(state, table_VD, values_UW)
+        inputs_BLW = self.converter(state, table_VD, values_UW, self.passes)
         if self.config.backbone.causal:
             start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
             inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)

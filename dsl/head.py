@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsl import narrow, passes
+from dsl import narrow
 from dsl.chunks import spans
 from dsl.converter import biased
+from dsl.passes import PLAIN, Passes
 
 
 def nats(
@@ -23,6 +24,7 @@ def nats(
     z_ND: Tensor,
     table_VD: Tensor,
     tokens_N: Tensor,
+    passes: Passes = PLAIN,
 ) -> Tensor:
     """``-log softmax(hidden @ weight.T + z @ table.T + bias)`` at the tokens, ``[N]``.
 
@@ -34,8 +36,8 @@ def nats(
     The logits are computed again in the backward pass, which can be taken once.
     """
     arguments = hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N
-    function = _NarrowNats if hidden_NW.dtype == torch.bfloat16 else _Nats
-    found: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    narrowed = hidden_NW.dtype == torch.bfloat16
+    found: Tensor = _NarrowNats.apply(passes, *arguments) if narrowed else _Nats.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -86,8 +88,8 @@ class _NarrowNats(torch.autograd.Function):
     """Hidden states in bfloat16: each product is one of joined factors."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
-        tokens_N = arguments[-1]
+    def forward(ctx: Any, passes: Passes, *arguments: Tensor) -> Tensor:
+        tokens_N, ctx.passes = arguments[-1], passes
         with torch.autocast(tokens_N.device.type, enabled=False):
             query_NA, key_PA = _joined(*arguments[:-1])
             own_N, log_sum_N = query_NA.new_empty(2, len(query_NA), dtype=torch.float32)
@@ -116,7 +118,7 @@ class _NarrowNats(torch.autograd.Function):
             for chunk in _chunks(query_NA, key_PA):
                 scores_CP = narrow.product(query_NA[chunk], key_PA.T)
                 where = tokens_N[chunk], grad_N[chunk]
-                error_CP = passes.errors(scores_CP, log_sum_N[chunk], *where)
+                error_CP = ctx.passes.errors(scores_CP, log_sum_N[chunk], *where)
                 del scores_CP
                 found_CG = narrow.product(error_CP, right_PG)
                 grad_left_NG[chunk] = found_CG[:, : width + dim]
@@ -124,6 +126,7 @@ class _NarrowNats(torch.autograd.Function):
                 del error_CP
         grad_left_NG, grad_right_VG = grad_left_NG.to(z_ND), grad_right_PG[:tokens]
         return (
+            None,
             grad_left_NG[:, :width].to(hidden_NW),
             grad_right_VG[:, :width].to(weight_VW),
             grad_right_VG[:, width + dim].to(bias_V),

@@ -45,8 +45,8 @@ def cross_entropy(denoiser: Denoiser, state: State, tokens_BL: Tensor, at_N: Ten
     """
     at_N = send(at_N, tokens_BL.device)
     hidden_NW = denoiser.hidden(state).flatten(0, 1)[at_N]
-    skip = denoiser.skip(state, at_N)
-    return nats(hidden_NW, *denoiser.backbone.head, *skip, tokens_BL.flatten()[at_N])
+    skip, tokens_N = denoiser.skip(state, at_N), tokens_BL.flatten()[at_N]
+    return nats(hidden_NW, *denoiser.backbone.head, *skip, tokens_N, denoiser.passes)
 
 
 class DSLObjective(nn.Module):

@@ -1,10 +1,13 @@
 """Passes over ``[C, P]`` scores of all tokens, each of which reads or writes gigabytes on a GPU.
 
-As they are written here each operation is a pass of its own. `fuse` has torch compile each
-function, which then reads its arguments and writes its result once.
+As they are written here each operation is a pass of its own. Compiled, a function reads its
+arguments and writes its result once.
 
 Shapes: C positions of a chunk, P padded tokens, Q pieces of R tokens.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ def log_sums(scores_CP: Tensor) -> Tensor:
     return (peak_CQ + sum_CQ.log()).logsumexp(1)
 
 
-def weights(scores_CP: Tensor, log_sum_C: Tensor) -> Tensor:
+def softmax(scores_CP: Tensor, log_sum_C: Tensor) -> Tensor:
     """The softmax, in bfloat16."""
     return (scores_CP - log_sum_C[:, None]).exp().bfloat16()
 
@@ -48,7 +51,17 @@ def softmax_gradients(scores_CP: Tensor, log_sum_C: Tensor, grad_CP: Tensor) -> 
     return (weights_CP * (grad_CP - mean_C1)).bfloat16()
 
 
-def fuse() -> None:
-    """From now on, and for all of this process, each pass is one compiled kernel."""
-    for function in (log_sums, weights, errors, softmax_gradients):
-        globals()[function.__name__] = torch.compile(function)
+@dataclass(frozen=True)
+class Passes:
+    """The functions of this module, as they are written or compiled."""
+
+    log_sums: Callable[[Tensor], Tensor] = log_sums
+    softmax: Callable[[Tensor, Tensor], Tensor] = softmax
+    errors: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = errors
+    softmax_gradients: Callable[[Tensor, Tensor, Tensor], Tensor] = softmax_gradients
+
+    def compiled(self) -> "Passes":
+        return Passes(**{name: torch.compile(function) for name, function in vars(self).items()})
+
+
+PLAIN = Passes()

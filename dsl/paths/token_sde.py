@@ -134,8 +134,9 @@ def jvp(state: State, x_hat_BLD: Tensor, clock: Clock) -> Tensor:
     faint = OnHost(torch.where(fixed_BL, host.gamma_BL, faint_BL), host.frozen_BL)
     gamma_BL, moves_BL = (send(each, state.z_BLD.device) for each in (faint.gamma_BL, ~fixed_BL))
     direction_BLD = x_hat_BLD * moves_BL[..., None]
-    # Forward mode has rules for the plain attention kernel only.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    # Forward mode has rules for the plain attention kernel only, and for no compiled function.
+    plain = sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), forward_ad.dual_level(), plain[0], plain[1]:
         z_BLD = forward_ad.make_dual(  # type: ignore[no-untyped-call]
             state.z_BLD, direction_BLD.to(state.z_BLD)
         )

@@ -44,7 +44,8 @@ class Questions(Sections):
     At most `corpus_rows` rows of the training split say which words there are and how frequent
     tokens are. `batch` rows at a time share a denoiser call, and are what a kill can lose.
     `precision` is that of our models' matrix products: `auto` takes bfloat16 on a GPU and float32
-    elsewhere; networks of others have a setting of their own. The sections of the questions stand
+    elsewhere; networks of others have a setting of their own. `compile` compiles our models, which
+    takes a minute and halves the time of a call on a GPU. The sections of the questions stand
     beside these; those that are None by default are left out where they are not given.
     """
 
@@ -54,6 +55,7 @@ class Questions(Sections):
     batch: int = 64
     corpus_rows: int = 20_000
     precision: Precision = "auto"
+    compile: bool = False
     workers: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:

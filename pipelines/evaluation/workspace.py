@@ -98,7 +98,8 @@ class Workspace:
         model = models.load_folder(self.folder / MODELS / name, trust_remote_code=trusted)
         denoiser = model.denoiser.to(self.device).eval()
         dtype = dtype_of(self.config.precision, self.device)
-        return replace(model, denoiser=denoiser.computing_in(dtype))
+        denoiser = denoiser.computing_in(dtype)
+        return replace(model, denoiser=denoiser.compiled() if self.config.compile else denoiser)
 
 
 def device_of(workers: PoolConfig) -> torch.device:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dsl import passes
 from dsl.denoiser import geometry_report
 from dsl.noise import generator
 from dsl.objective import Loss, Objective
+from dsl.passes import PLAIN
 from dsl.state import send
 from infra import parallel
 from infra.mixture import ALONE
@@ -45,11 +45,10 @@ class Learner:
         self.config = config
         self.device = parallel.device()
         self.objective = objective.to(self.device)
-        if not parallel.shared(mesh):  # else its weights are cast as they are gathered
-            dtype = sharding.dtype(self.device)
-            self.objective.denoiser = self.objective.denoiser.computing_in(dtype)
-        if sharding.compile:
-            passes.fuse()
+        # Several workers cast its weights as they gather them.
+        dtype = torch.float32 if parallel.shared(mesh) else sharding.dtype(self.device)
+        passes = PLAIN.compiled() if sharding.compile else PLAIN
+        self.objective.denoiser = self.objective.denoiser.computing_in(dtype, passes)
         self.average = parallel.averaged(self.objective, config.optimizer.ema)
         for module in (self.objective, self.average.module):
             denoiser = module.denoiser
