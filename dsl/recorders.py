@@ -16,7 +16,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
 from dsl.state import State, flat
-from dsl.truncation import Nucleus, descending
+from dsl.truncation import Nucleus
 
 
 def _lists(*names: str) -> dict[str, list[float]]:
@@ -143,4 +143,4 @@ def max_prob(log_probs_NV: Tensor) -> Tensor:
 
 def nucleus_size(log_probs_NV: Tensor, p: float) -> Tensor:
     """How many of the likeliest tokens together reach probability ``p``, in [1, V]."""
-    return Nucleus(p=p).size(descending(log_probs_NV)).squeeze(1)
+    return Nucleus(p=p).kept(log_probs_NV)[1].squeeze(1)

@@ -20,8 +20,9 @@ from dsl.state import State, flat
 
 Convention = Literal["keep", "drop"]
 
-# Tokens of a row that are summed up at first: most nuclei hold fewer.
-FIRST = 256
+# Tokens of a row that are summed up at first: most nuclei hold fewer. On a GPU, which the CPU has
+# to wait for to know whether they sufficed, they are more.
+FIRST, FIRST_ON_GPU = 256, 2048
 
 # Values for which another thread is worth its start.
 GRAIN = 2**18
@@ -53,18 +54,20 @@ class Nucleus:
             known = ", ".join(CONVENTIONS)
             raise ValueError(f"convention must be one of {known}, got {self.convention!r}")
 
-    def size(self, sorted_NV: Tensor) -> Tensor:
-        """How many tokens stay, ``[N, 1]`` in [1, V], of log-probabilities from large to small."""
-        tokens = sorted_NV.shape[1]
-        most = tokens if sorted_NV.is_cuda else FIRST  # a GPU would be waited for
+    def kept(self, log_probs_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the K likeliest tokens, ``[N, K]`` from large to small, and how many
+        of them stay, ``[N, 1]`` in [1, V]."""
+        likeliest, tokens = descending(log_probs_NV), log_probs_NV.shape[1]
+        most = FIRST_ON_GPU if log_probs_NV.is_cuda else FIRST
         while True:
+            sorted_NK = likeliest(min(most, tokens))
             # Fifty thousand float32 terms would blur where the sum crosses p.
-            total_NK = sorted_NV[:, :most].to(torch.float64, copy=True).exp_().cumsum_(-1)
+            total_NK = sorted_NK.to(torch.float64, copy=True).exp_().cumsum_(-1)
             if most >= tokens or bool((total_NK[:, -1] > self.p).all()):
                 break
             most *= 8
         p_N1 = total_NK.new_full((len(total_NK), 1), self.p)
-        return CONVENTIONS[self.convention](total_NK, p_N1).clamp_(1, tokens)
+        return sorted_NK, CONVENTIONS[self.convention](total_NK, p_N1).clamp_(1, tokens)
 
 
 class Truncated:
@@ -120,10 +123,9 @@ class Truncated:
             log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
         if self.nucleus.p == 1:
             return log_probs_NV
-        sorted_NV = descending(log_probs_NV)
-        size_N1 = self.nucleus.size(sorted_NV)
-        last_N1 = sorted_NV.gather(1, size_N1 - 1)
-        after_N1 = sorted_NV.gather(1, size_N1.clamp_max(sorted_NV.shape[1] - 1))
+        sorted_NK, size_N1 = self.nucleus.kept(log_probs_NV)
+        last_N1 = sorted_NK.gather(1, size_N1 - 1)
+        after_N1 = sorted_NK.gather(1, size_N1.clamp_max(sorted_NK.shape[1] - 1))
         stays_NV = log_probs_NV >= last_N1
         # Of equally likely tokens at the cut, those of lower ids stay, as in a stable sort.
         tied_R = flat((last_N1 == after_N1).squeeze(1))
@@ -135,16 +137,17 @@ class Truncated:
         return torch.where(stays_NV, log_probs_NV, -torch.inf)
 
 
-def descending(values_NV: Tensor) -> Tensor:
-    """The values of each row from the largest down."""
+def descending(values_NV: Tensor) -> Callable[[int], Tensor]:
+    """The K largest values of each row, ``[N, K]`` from the largest down, given K."""
     if values_NV.device.type == "cpu":
         # numpy's sort is vectorised and keeps no indices: torch's takes ten times as long.
         sorted_NV = values_NV.detach().numpy().copy()
         threads = min(torch.get_num_threads(), 1 + sorted_NV.size // GRAIN)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(partial(np.ndarray.sort, axis=1), np.array_split(sorted_NV, threads)))
-        return torch.from_numpy(sorted_NV).flip(1)
-    return values_NV.sort(1, descending=True).values
+        falling_NV = torch.from_numpy(sorted_NV).flip(1)
+        return lambda most: falling_NV[:, :most]
+    return lambda most: values_NV.topk(most, sorted=True).values
 
 
 def require_temperature(temperature: float) -> None:
