@@ -193,8 +193,8 @@ def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
     revealed_BL = torch.full(tokens_BL.shape, torch.inf)
     state = observe(table_VD, tokens_BL, revealed_BL, Draws(0, 0, 0))
     at_N = torch.arange(tokens_BL.numel())
-    nats_N = cross_entropy(denoiser, state, tokens_BL, at_N).double()
-    mean_B = nats_N.view(tokens_BL.shape).mean(1).cpu()
+    _, nats_N = cross_entropy(denoiser, state, tokens_BL, at_N)
+    mean_B = nats_N.double().view(tokens_BL.shape).mean(1).cpu()
     return Estimate(mean_B, torch.zeros_like(mean_B))
 
 

@@ -38,15 +38,26 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def cross_entropy(denoiser: Denoiser, state: State, tokens_BL: Tensor, at_N: Tensor) -> Tensor:
-    """Nats ``[N]``, float32 or better: ``-log p(tokens | state)`` at flat positions ``at_N``.
+def cross_entropy(
+    denoiser: Denoiser,
+    state: State,
+    tokens_BL: Tensor,
+    at_N: Tensor,
+    weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``-log p(tokens | state)`` at flat positions ``at_N``, in float32 or better.
 
-    The head runs at those positions only, see `dsl.head`: no ``[N, V]`` exists.
+    First their weighted sum per token of the batch, to differentiate, then the nats ``[N]``
+    themselves. The head runs at those positions only, see `dsl.head`: no ``[N, V]`` exists.
+
+    weight_N: on the CPU; 1 by default.
     """
+    weight_N = torch.ones(len(at_N)) if weight_N is None else weight_N
+    share_N = send(weight_N.to(denoiser.table_VD.dtype) / tokens_BL.numel(), tokens_BL.device)
     at_N = send(at_N, tokens_BL.device)
     hidden_NW = denoiser.hidden(state).flatten(0, 1)[at_N]
     skip, tokens_N = denoiser.skip(state, at_N), tokens_BL.flatten()[at_N]
-    return nats(hidden_NW, *denoiser.backbone.head, *skip, tokens_N, denoiser.passes)
+    return nats(hidden_NW, *denoiser.backbone.head, *skip, tokens_N, share_N, denoiser.passes)
 
 
 class DSLObjective(nn.Module):
@@ -63,10 +74,10 @@ class DSLObjective(nn.Module):
         gamma_BL = self.support.sample(rows, length, generator)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
         at_N = flat(~state.host.revealed_BL)
-        nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
+        value, nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
         masked_N = state.host.masked_BL.flatten()[at_N]
         return Loss(
-            value=nats_N.sum() / tokens_BL.numel(),
+            value=value,
             metrics=_part("masked", nats_N, masked_N, tokens_BL)
             | _part("evidence", nats_N, ~masked_N, tokens_BL),
         )
@@ -106,11 +117,11 @@ class MDLMObjective(nn.Module):
         gamma_BL = torch.where(uniform_BL < t_B1, 0.0, torch.inf)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
         at_N = flat(state.host.masked_BL)
-        nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N)
         weight_B1 = 1 / t_B1 if self.weighting == "bound" else torch.ones_like(t_B1)
-        weight_N = weight_B1.expand_as(tokens_BL).flatten().to(nats_N.dtype)[at_N]
+        weight_N = weight_B1.expand_as(tokens_BL).flatten()[at_N]
+        value, nats_N = cross_entropy(self.denoiser, state, tokens_BL, at_N, weight_N)
         return Loss(
-            value=(send(weight_N, nats_N.device) * nats_N).sum() / tokens_BL.numel(),
+            value=value,
             metrics=_part("masked", nats_N, torch.ones_like(at_N, dtype=torch.bool), tokens_BL),
         )
 
@@ -139,7 +150,8 @@ class ARObjective(nn.Module):
         gamma_BL = torch.full(tokens_BL.shape, torch.inf)
         state = observe(self.denoiser.table_VD, tokens_BL, gamma_BL, generator)
         at_N = torch.arange(tokens_BL.numel())
-        return Loss(cross_entropy(self.denoiser, state, tokens_BL, at_N).mean(), metrics={})
+        value, _ = cross_entropy(self.denoiser, state, tokens_BL, at_N)
+        return Loss(value, metrics={})
 
     def flops_per_token(self, length: int) -> float:
         """Of a step; see `Denoiser.flops_per_token`."""

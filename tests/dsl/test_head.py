@@ -27,8 +27,15 @@ def plain(hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N):
 
 
 def gradients(function, given, weight_N):
-    *leaves, tokens_N = given
-    return torch.autograd.grad((function(*leaves, tokens_N) * weight_N).sum(), leaves)
+    *leaves, _ = given
+    if function is nats:
+        return torch.autograd.grad(nats(*given, weight_N.to(leaves[3].dtype))[0], leaves)
+    return torch.autograd.grad((function(*given) * weight_N).sum(), leaves)
+
+
+def read(given):
+    """The nats alone."""
+    return nats(*given, torch.ones(len(given[0]), dtype=given[3].dtype))[1]
 
 
 @pytest.mark.parametrize("positions", [0, 1, 6, N])
@@ -38,13 +45,15 @@ def test_values_and_gradients_are_those_of_the_plain_formula(monkeypatch, positi
     monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", chunk * V / 2)
     case = given(positions=positions, dim=dim)
     weight_N = torch.arange(positions, dtype=torch.float64) - 1.5
-    torch.testing.assert_close(nats(*case), plain(*case))
+    torch.testing.assert_close(read(case), plain(*case))
+    torch.testing.assert_close(nats(*case, weight_N)[0], (weight_N * plain(*case)).sum())
     torch.testing.assert_close(gradients(nats, case, weight_N), gradients(plain, case, weight_N))
 
 
 def test_gradients_are_derivatives():
     *leaves, tokens_N = given()
-    assert torch.autograd.gradcheck(lambda *leaves: nats(*leaves, tokens_N), leaves)
+    share_N = torch.arange(N, dtype=torch.float64) - 1.5
+    assert torch.autograd.gradcheck(lambda *leaves: nats(*leaves, tokens_N, share_N)[0], leaves)
 
 
 def test_logits_of_any_size_give_finite_gradients():
@@ -57,7 +66,7 @@ def test_a_token_that_is_never_predicted_leaves_the_gradients_finite():
     hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N = given()
     bias_V = bias_V.detach().index_fill(0, torch.tensor([V - 1]), -torch.inf).requires_grad_()
     case = (hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N % (V - 1))
-    torch.testing.assert_close(nats(*case), plain(*case))
+    torch.testing.assert_close(read(case), plain(*case))
     found = gradients(nats, case, torch.ones(N))
     torch.testing.assert_close(found, gradients(plain, case, torch.ones(N)))
     assert all(grad.isfinite().all() for grad in found)
@@ -90,8 +99,8 @@ def test_autocast_may_bring_another_dtype_than_the_head():
     hidden_NW, weight_VW, *rest = (x.detach() for x in given(torch.float32))
     weight_VW.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        value_N = nats(hidden_NW.bfloat16(), weight_VW, *rest)
-    value_N.sum().backward()
+        value, value_N = nats(hidden_NW.bfloat16(), weight_VW, *rest, torch.ones(N))
+    value.backward()
     assert value_N.dtype == weight_VW.grad.dtype == torch.float32
     expected_N = plain(hidden_NW, weight_VW, *rest)
     torch.testing.assert_close(value_N, expected_N, rtol=0.05, atol=0.05)

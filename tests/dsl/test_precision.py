@@ -120,8 +120,8 @@ def test_the_loss_hears_evidence_in_float32(gamma: float) -> None:
     state = observe(made.table_VD.detach(), tokens_BL, gamma_BL, draws)
 
     def loss(denoiser: Denoiser) -> tuple[torch.Tensor, torch.Tensor]:
-        nats_N = cross_entropy(denoiser, state, tokens_BL, torch.arange(rows * length))
-        return nats_N.detach(), torch.autograd.grad(nats_N.mean(), direction_VD)[0]
+        value, nats_N = cross_entropy(denoiser, state, tokens_BL, torch.arange(rows * length))
+        return nats_N, torch.autograd.grad(value, direction_VD)[0]
 
     (full_N, full_VD), (half_N, half_VD) = loss(made), loss(made.computing_in(torch.bfloat16))
     assert half_N.dtype == half_VD.dtype == torch.float32
