@@ -22,7 +22,8 @@ Convention = Literal["keep", "drop"]
 
 # Tokens of a row that are summed up at first: most nuclei hold fewer. On a GPU, which the CPU has
 # to wait for to know whether they sufficed, they are more.
-FIRST, FIRST_ON_GPU = 256, 2048
+FIRST = 256
+FIRST_ON_GPU = 2048
 
 # Values for which another thread is worth its start.
 GRAIN = 2**18
