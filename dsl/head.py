@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsl import narrow
+from dsl.backbone import precise
 from dsl.chunks import spans
 from dsl.converter import biased
 from dsl.passes import PLAIN, Passes
@@ -36,9 +37,11 @@ def nats(
 
     Products are computed in the dtype of the hidden states, which need not be that of the head:
     under autocast it is not. Evidence may add hundreds of nats, which bfloat16 would round by whole
-    nats, see `dsl.narrow`. The softmax, sums over chunks and the results are of the dtype of the
-    table and of z, float32 or better. D may be 0.
+    nats, see `dsl.narrow`; hidden states in float16 are taken as float32. The softmax, sums over
+    chunks and the results are in float32, or in float64 where the hidden states are. D may be 0.
     """
+    if hidden_NW.dtype != torch.bfloat16:
+        hidden_NW = precise(hidden_NW)
     leaves = hidden_NW, weight_VW, bias_V, z_ND, table_VD
     learns = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     found: tuple[Tensor, Tensor] = _Nats.apply(passes, learns, *leaves, tokens_N, share_N)  # type: ignore[no-untyped-call]
@@ -129,7 +132,9 @@ def _narrow(
     for chunk in _chunks(query_NA, key_PA):
         scores_CP, at_C = narrow.product(query_NA[chunk], key_PA.T), tokens_N[chunk]
         log_sum_C = passes.log_sums(scores_CP)
-        nats_N[chunk] = log_sum_C - scores_CP.gather(1, at_C[:, None]).squeeze(1)
+        own_C = scores_CP.gather(1, at_C[:, None]).squeeze(1)
+        # As far below all others, a token cannot be: its bias was minus infinity.
+        nats_N[chunk] = (log_sum_C - own_C).masked_fill(own_C < narrow.NEVER / 2, torch.inf)
         if learns:
             error_CP = passes.errors(scores_CP, log_sum_C, at_C, share_N[chunk].float())
             grad_left_NG[chunk] = narrow.product(error_CP, right_PG)

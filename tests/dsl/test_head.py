@@ -72,6 +72,16 @@ def test_a_token_that_is_never_predicted_leaves_the_gradients_finite():
     assert all(grad.isfinite().all() for grad in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_that_cannot_be_has_infinite_nats(dtype):
+    """A run stops at a loss that is not finite, and would go on at any other."""
+    hidden_NW, weight_VW, bias_V, z_ND, table_VD, _ = given(dtype)
+    bias_V = bias_V.detach().index_fill(0, torch.tensor([V - 1]), -torch.inf)
+    tokens_N = torch.arange(N) % 2 + V - 2
+    nats_N = read((hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N))
+    assert nats_N.isinf().tolist() == (tokens_N == V - 1).tolist()
+
+
 def test_the_gradient_of_the_head_is_not_rounded_after_every_chunk(monkeypatch):
     """In bfloat16 it is as good as that of one chunk; summed in bfloat16 it would be worse."""
     exact = gradients(plain, given(positions=512, width=16), torch.ones(512))

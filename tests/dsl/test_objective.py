@@ -217,6 +217,21 @@ def test_bfloat16_stays_close_and_returns_float32(tokens_BL):
     torch.testing.assert_close(value, wide(tokens_BL, generator(0, 0, 0)).value, rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_float16_stays_close_and_returns_float32(how, tokens_BL):
+    exact = DSLObjective(make(dtype=torch.float32), Mixed())
+    objective = DSLObjective(make(dtype=torch.float32), Mixed())
+    if how == "weights":
+        objective.half()
+    with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        value = objective(tokens_BL, generator(0, 0, 0)).value
+    value.backward()
+    assert value.dtype == torch.float32
+    expected = exact(tokens_BL, generator(0, 0, 0)).value
+    torch.testing.assert_close(value, expected, rtol=0.01, atol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in objective.parameters())
+
+
 MEMORY = """
 import resource, torch
 from tests.dsl.test_objective import make, generator
