@@ -176,7 +176,7 @@ def _memory(config: BenchmarkConfig, peaks: Mapping[str, float]) -> Iterator[Row
 def _worker(config: BenchmarkConfig, timed: Mapping[str, np.ndarray]) -> Iterator[Row]:
     tokens = config.train.rows * config.train.length
     bare_R, sharded_R = (tokens / timed[name] / 1e3 for name in ("mdlm", "sharded"))
-    what, bar = "the worker's loop", Bar("≥", 0.98, _here(config))
+    what, bar = "the worker's loop, one worker", Bar("≥", 0.98, _here(config))
     yield ratio("sharded", what, "bare loop", sharded_R, bare_R, unit="k tokens/s", bar=bar)
 
 

@@ -88,8 +88,9 @@ def procedures(denoiser: Denoiser, size: SamplerConfig) -> dict[str, Procedure]:
     endpoints, evidence = (state.like(denoiser.table_VD) for state in (endpoints, evidence))
     sharp = Truncated(denoiser, 1.0, size.nucleus, "drop")
     clock = Clock(call=size.budget // 2, budget=size.budget, draws=Draws(0, 0, size.budget // 2))
-    inputs_BLW = denoiser.converter(endpoints, denoiser.table_VD, denoiser.backbone.values_UW)
-    device = inputs_BLW.device
+    device = denoiser.table_VD.device
+    with products_in(dtype_of("auto", device), device):  # of the dtype that calls give the network
+        inputs_BLW = denoiser.converter(endpoints, denoiser.table_VD, denoiser.backbone.values_UW)
     draws, chances = torch.Generator(device), sampler.REMASK.chances(clock)
     everywhere_N = torch.arange(endpoints.gamma_BL.numel())
 

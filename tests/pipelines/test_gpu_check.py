@@ -23,8 +23,9 @@ from dsl import dit
 from infra.checkpoints import Checkpoints
 from infra.parallel import ParallelConfig
 from pipelines.benchmarks.results import Bar
+from pipelines.benchmarks.settings import build
 from pipelines.gpu_check import __main__ as command
-from pipelines.gpu_check import bf16, parity, profiles, resume, train
+from pipelines.gpu_check import bf16, parity, profiles, resume, sampler, train
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import SMALL, Check
 from tests.gpu import GPU, standing_in
@@ -202,6 +203,27 @@ def test_a_loss_that_is_no_number_misses_the_bar_at_whatever_step(
     check = Check(out=tmp_path, device=torch.device("cpu"), sizes=SMALL)
     gaps = [found for found in bf16.run(check) if "gap" in found.what]
     assert [gap.verdict for gap in gaps] == ["FAIL", "FAIL"]
+
+
+@torch.no_grad()
+def test_the_bare_network_is_given_what_calls_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs in float32 would make it slower than the network of a call is."""
+    monkeypatch.setattr(sampler, "dtype_of", lambda *_: torch.bfloat16)  # as on a GPU
+    check = Check(out=tmp_path, device=torch.device("cpu"), sizes=SMALL)
+    denoiser = build(SMALL.model.dsl(), check.device).eval().computing_in(torch.bfloat16)
+    given: dict[str, set[torch.dtype]] = {}
+    procedures = sampler.procedures(denoiser, check.benchmark(rows=1).sampler)
+    for name in ("backbone", "head", "masked", "sde"):
+        seen: list[torch.dtype] = []
+        hook = denoiser.backbone.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].dtype)
+        )
+        procedures[name](0)
+        hook.remove()
+        given[name] = set(seen)
+    assert given == dict.fromkeys(given, {torch.bfloat16})
 
 
 def test_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
