@@ -211,7 +211,9 @@ class NarrowMixture(torch.autograd.Function):
         slots, columns = key_UK.shape
         values_PW = narrow.padded(values_UW)
         query_grad_NK = torch.empty_like(query_NK)
-        values_grad_PW = torch.zeros_like(values_PW, dtype=torch.float32)
+        values_grad_PW = None
+        if ctx.needs_input_grad[2]:
+            values_grad_PW = torch.zeros_like(values_PW, dtype=torch.float32)
         with _without_autocast(query_NK):
             query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
             # Of the score's gradients, bfloat16 factors are as exact as those of the network.
@@ -222,7 +224,7 @@ class NarrowMixture(torch.autograd.Function):
             key_grad_PK = torch.zeros_like(right_PK, dtype=torch.float32)
             for span in _spans(query_NK, key_UK):
                 scores_NP = narrow.product(query_NA[span], key_PA.T)
-                if ctx.needs_input_grad[2]:
+                if values_grad_PW is not None:
                     weights_NP = ctx.passes.softmax(scores_NP, log_sum_N[span])
                     values_grad_PW += narrow.product(weights_NP.T, grad_NW[span])
                     del weights_NP
@@ -230,7 +232,7 @@ class NarrowMixture(torch.autograd.Function):
                 grad_NP = ctx.passes.softmax_gradients(scores_NP, log_sum_N[span], grad_NP)
                 query_grad_NK[span] = narrow.product(grad_NP, right_PK)[:, :columns]
                 key_grad_PK += narrow.product(grad_NP.T, left_NK[span])
-        values_grad_UW = values_grad_PW[:slots].to(values_UW) if ctx.needs_input_grad[2] else None
+        values_grad_UW = None if values_grad_PW is None else values_grad_PW[:slots].to(values_UW)
         return query_grad_NK, key_grad_PK[:slots, :columns].to(key_UK), values_grad_UW, None
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dsl.chunks
 from dsl import narrow
-from dsl.converter import biased
+from dsl.converter import NarrowMixture, biased, weights
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTConfig
 from dsl.head import nats
@@ -79,6 +80,29 @@ def test_nats_and_gradients_are_those_of_the_same_factors_in_float64(strength: f
     true_value, exact_N = nats(*exact, tokens_N, weight_N.double())
     torch.testing.assert_close(nats_N.double(), exact_N, atol=1e-5 * (strength + 10), rtol=0)
     found, true = torch.autograd.grad(value, ours), torch.autograd.grad(true_value, exact)
+    for grad, of in zip(found, true, strict=True):
+        assert (grad.double() - of).norm() < 0.01 * of.norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("chunk", [7, 100], ids="chunks of {}".format)
+def test_a_mixture_and_its_gradients_are_those_of_the_same_factors_in_float64(
+    chunk: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", chunk * V)
+    draw = torch.Generator().manual_seed(3)
+    z_ND, table_VD, bias_V = asked(3.0)
+    values_VW, toward_NW = (torch.randn(n, W, generator=draw).bfloat16() for n in (V, N))
+    leaves = z_ND, table_VD, bias_V, values_VW
+    ours = [leaf.clone().requires_grad_() for leaf in leaves]
+    exact = [leaf.double().requires_grad_() for leaf in leaves]
+    ours[3].requires_grad_(not frozen)
+    mixed_NW = NarrowMixture.apply(*biased(*ours[:3]), ours[3])
+    exact_NW = weights(*biased(*exact[:3])) @ exact[3]
+    assert (mixed_NW.double() - exact_NW).norm() < 0.01 * exact_NW.norm()
+    wanted = 3 if frozen else 4
+    found = torch.autograd.grad(mixed_NW, ours[:wanted], toward_NW)
+    true = torch.autograd.grad(exact_NW, exact[:wanted], toward_NW.double())
     for grad, of in zip(found, true, strict=True):
         assert (grad.double() - of).norm() < 0.01 * of.norm()
 
