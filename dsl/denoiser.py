@@ -81,14 +81,15 @@ class Denoiser(nn.Module):
         self._products = torch.float32
         self.passes = PLAIN
 
-    def computing_in(self, dtype: torch.dtype, passes: Passes = PLAIN) -> "Denoiser":
+    def computing_in(self, dtype: torch.dtype, passes: Passes | None = None) -> "Denoiser":
         """This denoiser, the matrix products of its network in ``dtype``: float32 or bfloat16.
 
         The weights are shared, not copied. The evidence, the softmax of the logits, and all that
-        is made of a posterior stay in float32. passes: how those over all tokens are made.
+        is made of a posterior stay in float32. passes: how those over all tokens are made, None as
+        so far.
         """
         other = copy.copy(self)
-        other._products, other.passes = dtype, passes
+        other._products, other.passes = dtype, passes or self.passes
         return other
 
     def compiled(self) -> "Denoiser":

@@ -62,7 +62,13 @@ def padded(rows_VK: Tensor) -> Tensor:
 
 
 def _parts(wide: Tensor, count: int) -> list[Tensor]:
-    """In bfloat16, from high to low, whose sum is ``wide`` to 8 bits for each."""
+    """In bfloat16, from high to low, whose sum is ``wide`` to 8 bits for each.
+
+    A compiler would leave out that a part is rounded before it is taken off, and so make all parts
+    but the first zero.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("not to be compiled")  # upon which torch.compile runs it as it is
     parts = []
     for _ in range(count):
         parts.append(wide.bfloat16())

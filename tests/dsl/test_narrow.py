@@ -5,6 +5,8 @@ Shapes: N positions, V tokens, D dimensions of the table, W backbone width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,22 @@ def test_a_bias_is_as_exact_as_float32() -> None:
     query_NK, key_VK = biased(torch.zeros(N, D), table_VD, bias_V)
     scores_NV = narrow.product(narrow.queries(query_NK), narrow.keys(key_VK).T)[:, :V]
     torch.testing.assert_close(scores_NV, bias_V.expand(N, V), atol=1e-5, rtol=0)
+
+
+def test_a_compiler_leaves_parts_alone() -> None:
+    """It would take the low ones for zero: evidence in the hundreds was wrong by a nat."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    query_NK, key_VK = biased(*asked(100.0))
+    for function, wide in ((narrow.queries, query_NK), (narrow.keys, key_VK)):
+        made = torch.compile(function, backend=backend)(wide)
+        assert torch.equal(made, function(wide))
+    torch.compiler.reset()
+    assert not any("bfloat16" in graph.code for graph in graphs)
 
 
 def test_padded_tokens_and_those_that_cannot_be_have_no_probability() -> None:

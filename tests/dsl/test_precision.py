@@ -12,6 +12,7 @@ from dsl.channel import observe
 from dsl.denoiser import Denoiser, DenoiserConfig, NetworkPosterior
 from dsl.dit import DiTConfig
 from dsl.objective import cross_entropy
+from dsl.passes import PLAIN
 from dsl.paths import AnyPath, EntropyBounded, Hybrid
 from dsl.precision import dtype_of
 from dsl.state import State
@@ -137,6 +138,12 @@ def test_the_weights_are_shared_and_stay(denoiser: Denoiser, drafts: State) -> N
     assert torch.equal(denoiser(drafts).log_probs(), before)
     again = half.computing_in(torch.float32)
     assert torch.equal(again(drafts).log_probs(), before)
+
+
+def test_what_is_compiled_stays_so_in_another_precision(denoiser: Denoiser) -> None:
+    passes = PLAIN.compiled()
+    half = denoiser.computing_in(torch.float32, passes).computing_in(torch.bfloat16)
+    assert half.passes is passes
 
 
 def test_what_a_setting_means() -> None:
