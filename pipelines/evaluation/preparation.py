@@ -163,7 +163,7 @@ def require_same_device(config: EvaluateConfig) -> None:
     depend on `workers`, and parts of one evaluation compare. The first call writes them down."""
     folder, device = config.folder, device_of(config.workers)
     dtype = str(dtype_of(config.precision, device)).removeprefix("torch.")
-    now = f"{device.type}, {dtype}" + ", compiled" * config.compile
+    now = f"{device.type}, {dtype}"
     if not folder.exists(DEVICE):
         folder.write_bytes(DEVICE, json.dumps(now).encode())
     before: str = documents.load(
