@@ -114,9 +114,11 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth(
     assert found == pytest.approx(rates)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_mixed_precision_leaves_the_angles_of_positions_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As one worker computes, and as one of several does."""
     seen: list[tuple[torch.dtype, Tensor]] = []
     rotate = dsl.dit.rotate
 
@@ -125,6 +127,7 @@ def test_mixed_precision_leaves_the_angles_of_positions_alone(
         return rotate(heads_BHLK, turn_2LK)
 
     monkeypatch.setattr(dsl.dit, "rotate", watched)
+    monkeypatch.setattr(parallel, "shared", lambda mesh: shared)
     config = ParallelConfig(compute_dtype="bfloat16")
     with parallel.join(config) as mesh:
         Learner(objective(), TrainConfig(), mesh, config).step(1, {0: rows_RL})
