@@ -84,9 +84,9 @@ class Denoiser(nn.Module):
     def computing_in(self, dtype: torch.dtype, passes: Passes | None = None) -> "Denoiser":
         """This denoiser, the matrix products of its network in ``dtype``: float32 or bfloat16.
 
-        The weights are shared, not copied. The evidence, the softmax of the logits, and all that
-        is made of a posterior stay in float32. passes: how those over all tokens are made, None as
-        so far.
+        The weights are shared, not copied. The softmax of the logits and all that is made of a
+        posterior stay in float32; of evidence 16 bits are kept, see `dsl.narrow`. passes: how those
+        over all tokens are made, None as so far.
         """
         other = copy.copy(self)
         other._products, other.passes = dtype, passes or self.passes
