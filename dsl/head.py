@@ -1,7 +1,7 @@
 """The cross-entropy of the vocabulary projection, without the logits of all positions at once.
 
 Shapes: N positions, C positions of a chunk, W backbone width, V tokens, P = V padded, D dimensions
-of the table, K = D + 1, A and G columns of joined factors.
+of the table, K = D + 1, A, G and H columns of joined factors.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ class _Nats(torch.autograd.Function):
         hidden_NW, share_N = given[0], given[-1]
         made = _narrow if hidden_NW.dtype == torch.bfloat16 else _wide
         with torch.autocast(hidden_NW.device.type, enabled=False):
-            nats_N, gradients = made(passes, learns, *given)
+            nats_N, gradients = made(passes, learns, ctx.needs_input_grad[3], *given)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [leaf.dtype for leaf in given[: len(gradients)]]
         ctx.mark_non_differentiable(nats_N)
@@ -63,13 +63,15 @@ class _Nats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, None, *((grad * of).to(dtype) for of, dtype in made), None, None
+        made = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:7], strict=True)
+        asked = ((grad * of).to(dtype) if needed else None for of, dtype, needed in made)
+        return None, None, *asked, None, None
 
 
 def _wide(
     passes: Passes,
     learns: bool,
+    weight_learns: bool,
     hidden_NW: Tensor,
     weight_VW: Tensor,
     bias_V: Tensor,
@@ -84,7 +86,8 @@ def _wide(
     nats_N = z_ND.new_empty(len(hidden_NW))
     if learns:
         grad_hidden_NW, grad_z_ND = torch.empty_like(hidden_NW), torch.empty_like(z_ND)
-        grad_weight_VW, grad_key_VK = torch.zeros_like(weight_VW), torch.zeros_like(key_VK)
+        grad_weight_VW = torch.zeros_like(weight_VW) if weight_learns else weight_VW[:0]
+        grad_key_VK = torch.zeros_like(key_VK)
         # A position's share scales its row of each product, which is shorter than [V].
         share_N1 = share_N[:, None]
         scaled_NK, scaled_NW = share_N1 * query_NK, share_N1 * hidden_NW
@@ -98,7 +101,8 @@ def _wide(
             error_CV.scatter_add_(1, at_C1, error_CV.new_full(at_C1.shape, -1.0))
             grad_hidden_NW[chunk] = share_N1[chunk] * (error_CV @ weight_VW)
             grad_z_ND[chunk] = share_N1[chunk] * (error_CV @ table_VD)
-            grad_weight_VW.addmm_(error_CV.T, scaled_NW[chunk])
+            if weight_learns:
+                grad_weight_VW.addmm_(error_CV.T, scaled_NW[chunk])
             grad_key_VK.addmm_(error_CV.T, scaled_NK[chunk])
             del error_CV
         del log_probs_CV  # or the next chunk's would be made beside it
@@ -111,6 +115,7 @@ def _wide(
 def _narrow(
     passes: Passes,
     learns: bool,
+    weight_learns: bool,
     hidden_NW: Tensor,
     weight_VW: Tensor,
     bias_V: Tensor,
@@ -125,10 +130,11 @@ def _narrow(
     query_NA, key_PA = narrow.queries(query_NK, hidden_NW), narrow.keys(key_VK, weight_VW)
     nats_N = torch.empty_like(tokens_N, dtype=torch.float32)
     if learns:
-        left_NG = narrow.beside(hidden_NW, query_NK.bfloat16())
         right_PG = narrow.padded(narrow.beside(weight_VW, key_VK.bfloat16()))
-        grad_left_NG = torch.empty_like(left_NG, dtype=torch.float32)
-        grad_right_PG = torch.zeros_like(right_PG, dtype=torch.float32)
+        grad_left_NG = right_PG.new_empty(len(hidden_NW), right_PG.shape[1], dtype=torch.float32)
+        # What multiplies the weight comes last, because it is left out where the weight is frozen.
+        left_NH = narrow.beside(query_NK.bfloat16(), *([hidden_NW] if weight_learns else []))
+        grad_right_PH = left_NH.new_zeros(len(key_PA), left_NH.shape[1], dtype=torch.float32)
     for chunk in _chunks(query_NA, key_PA):
         scores_CP, at_C = narrow.product(query_NA[chunk], key_PA.T), tokens_N[chunk]
         log_sum_C = passes.log_sums(scores_CP)
@@ -138,18 +144,17 @@ def _narrow(
         if learns:
             error_CP = passes.errors(scores_CP, log_sum_C, at_C, share_N[chunk].float())
             grad_left_NG[chunk] = narrow.product(error_CP, right_PG)
-            grad_right_PG += narrow.product(error_CP.T, left_NG[chunk])
+            grad_right_PH += narrow.product(error_CP.T, left_NH[chunk])
             del error_CP
         del scores_CP  # or the next chunk's would be made beside it
     if not learns:
         return nats_N.to(z_ND), ()
     (tokens, width), dim = weight_VW.shape, z_ND.shape[1]
-    of_left, of_right = grad_left_NG, grad_right_PG[:tokens]
-    of_head = of_right[:, :width], of_right[:, width + dim]
-    evidence = slice(width, width + dim)
-    return nats_N.to(z_ND), (
-        of_left[:, :width], *of_head, of_left[:, evidence], of_right[:, evidence],
-    )  # fmt: skip
+    grad_hidden_NW, grad_z_ND = grad_left_NG[:, :width], grad_left_NG[:, width : width + dim]
+    of_right = grad_right_PH[:tokens]
+    grad_table_VD, grad_bias_V = of_right[:, :dim], of_right[:, dim]
+    grad_weight_VW = of_right[:, dim + 1 : dim + 1 + width]
+    return nats_N.to(z_ND), (grad_hidden_NW, grad_weight_VW, grad_bias_V, grad_z_ND, grad_table_VD)
 
 
 def _chunks(hidden_NW: Tensor, weight_VW: Tensor) -> list[slice]:

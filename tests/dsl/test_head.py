@@ -114,3 +114,15 @@ def test_autocast_may_bring_another_dtype_than_the_head():
     assert value_N.dtype == weight_VW.grad.dtype == torch.float32
     expected_N = plain(hidden_NW, weight_VW, *rest)
     torch.testing.assert_close(value_N, expected_N, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_frozen_weight_changes_no_other_gradient(dtype):
+    """Of a large frozen head no gradient is made, which would be as large."""
+    *leaves, tokens_N = given(dtype)
+    share_N = torch.arange(N, dtype=leaves[3].dtype)
+    asked = [leaf for i, leaf in enumerate(leaves) if i != 1]
+    expected = torch.autograd.grad(nats(*leaves, tokens_N, share_N)[0], asked)
+    leaves[1] = leaves[1].detach()
+    found = torch.autograd.grad(nats(*leaves, tokens_N, share_N)[0], asked)
+    torch.testing.assert_close(found, expected)
