@@ -118,7 +118,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "tokens_per_s": speed and round(speed),
         "tokens_per_s_of": source,
         "hours_expected": speed and round(trials * one["tokens"] / speed / 3600, 3),
-        "h100_hours_at_40_percent": round(trials * one["h100_hours_at_40_percent"], 4),
+        "h100_hours_at_30_percent": round(trials * one["h100_hours_at_30_percent"], 4),
         "checkpoint_bytes": one["checkpoint_bytes"],
         "second_level_walks_per_trial": sum(len(path.walks(length)) for path in paths),
     }

@@ -134,7 +134,7 @@ class BenchmarkConfig(RunSettings, Counts):
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     train: StepConfig = field(default_factory=StepConfig)
-    filled: StepConfig = field(default_factory=lambda: StepConfig(rows=16, length=1024))
+    filled: StepConfig = field(default_factory=lambda: StepConfig(rows=64, length=1024))
     converter: EvidenceConfig = field(default_factory=EvidenceConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
     evaluate: FeaturesConfig = field(default_factory=FeaturesConfig)
