@@ -69,18 +69,10 @@ class _Nats(torch.autograd.Function):
 
 
 def _wide(
-    passes: Passes,
-    learns: bool,
-    weight_learns: bool,
-    hidden_NW: Tensor,
-    weight_VW: Tensor,
-    bias_V: Tensor,
-    z_ND: Tensor,
-    table_VD: Tensor,
-    tokens_N: Tensor,
-    share_N: Tensor,
+    passes: Passes, learns: bool, weight_learns: bool, *given: Tensor
 ) -> tuple[Tensor, Gradients]:
     """In float32 or float64, where the passes are those of torch."""
+    hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N, share_N = given
     weight_VW = weight_VW.to(hidden_NW.dtype)
     query_NK, key_VK = biased(z_ND, table_VD, bias_V)
     nats_N = z_ND.new_empty(len(hidden_NW))
@@ -113,18 +105,10 @@ def _wide(
 
 
 def _narrow(
-    passes: Passes,
-    learns: bool,
-    weight_learns: bool,
-    hidden_NW: Tensor,
-    weight_VW: Tensor,
-    bias_V: Tensor,
-    z_ND: Tensor,
-    table_VD: Tensor,
-    tokens_N: Tensor,
-    share_N: Tensor,
+    passes: Passes, learns: bool, weight_learns: bool, *given: Tensor
 ) -> tuple[Tensor, Gradients]:
     """In bfloat16: each product is one of joined factors."""
+    hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N, share_N = given
     weight_VW = weight_VW.bfloat16()
     query_NK, key_VK = biased(z_ND, table_VD, bias_V)
     query_NA, key_PA = narrow.queries(query_NK, hidden_NW), narrow.keys(key_VK, weight_VW)
