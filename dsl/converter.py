@@ -175,12 +175,14 @@ class Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
         query_NK, key_UK, values_UW = ctx.saved_tensors
         query_grad_NK, key_grad_UK = torch.empty_like(query_NK), torch.zeros_like(key_UK)
-        values_grad_UW = torch.zeros_like(values_UW) if ctx.needs_input_grad[2] else None
+        values_grad_UW = None
+        if ctx.needs_input_grad[2]:  # of values in float16 too it is summed in float32
+            values_grad_UW = torch.zeros_like(values_UW, dtype=query_NK.dtype)
         with _without_autocast(query_NK):
             for span in _spans(query_NK, key_UK):
                 weights_NU = weights(query_NK[span], key_UK)
                 if values_grad_UW is not None:
-                    values_grad_UW.addmm_(weights_NU.to(values_UW.dtype).T, grad_NW[span])
+                    values_grad_UW.addmm_(weights_NU.T, grad_NW[span].to(query_NK.dtype))
                 # Of a softmax, weight (grad - mean), where the mean is sum_u weight_u grad_u.
                 scores_grad_NU = (grad_NW[span] @ values_UW.T).to(query_NK.dtype)
                 scores_grad_NU.mul_(weights_NU)
@@ -188,6 +190,8 @@ class Mixture(torch.autograd.Function):
                 scores_grad_NU.addcmul_(weights_NU, mean_N1, value=-1)
                 query_grad_NK[span] = scores_grad_NU @ key_UK
                 key_grad_UK.addmm_(scores_grad_NU.T, query_NK[span])
+        if values_grad_UW is not None:
+            values_grad_UW = values_grad_UW.to(values_UW.dtype)
         return query_grad_NK, key_grad_UK, values_grad_UW, None
 
 

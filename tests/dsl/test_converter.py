@@ -205,6 +205,17 @@ def test_in_bfloat16_the_gradient_of_the_values_is_summed_in_float32(monkeypatch
     assert (values_UW.grad.double() - exact_UW).norm() < 4e-3 * exact_UW.norm()
 
 
+def test_in_float16_the_gradient_of_the_values_is_summed_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", 8)  # one position at a time
+    asked = torch.randn(2048, DIM), torch.randn(8, DIM), torch.zeros(8)
+    query_NK, key_UK = biased(*asked)
+    values_UW, grad_NW = torch.randn(8, 4).half().requires_grad_(), torch.rand(2048, 4).half()
+    Mixture.apply(query_NK, key_UK, values_UW).backward(grad_NW)
+    exact_UW = weights(query_NK, key_UK).double().T @ grad_NW.double()
+    assert (values_UW.grad.double() - exact_UW).norm() < 5e-4 * exact_UW.norm()
+
+
 def test_frozen_values_get_no_gradient():
     query_NK, key_UK = torch.randn(2, DIM), torch.randn(TOKENS + 1, DIM)
     toward_NW, frozen_UW = torch.randn(2, TOKENS + 1), slots()
