@@ -70,8 +70,8 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
     ===================  ==================================================================
 
     A token whose gamma stays does not change, and a frozen one stays whatever is asked. The
-    posterior is read at tokens that move up and nowhere else. Where the next gamma lies on a GPU,
-    to copy it from there is the one thing that a move waits for.
+    posterior is read at tokens that move up and nowhere else. The next gamma is best on the CPU: to
+    copy it from a GPU is the one thing that a move would wait for.
 
     Raises:
         ValueError: a next gamma is negative or NaN.
@@ -95,7 +95,8 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
         z_MD.index_fill_(0, there_N, 0)
 
     finite_BL = moves_BL & next_BL.isfinite()
-    if finite_BL.any():
+    evidence_BL = finite_BL & (next_BL > 0)
+    if evidence_BL.any():
         noise_MD = draws.normal(state.z_BLD.shape, z_MD.dtype, device).flatten(0, 1)
         rises_BL, shown_BL = next_BL > now_BL, now_BL.isinf()
         for where_BL, law in (
@@ -103,14 +104,14 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
             (shown_BL, _hide),
             (~rises_BL & ~shown_BL, _bridge),
         ):
-            at_N = flat(finite_BL & where_BL)
+            at_N = flat(evidence_BL & where_BL)
             if len(at_N):
                 there_N = send(at_N, device)
                 later_N = gamma_BL.flatten()[there_N]
                 mean_ND, variance_N = law(state, posterior, at_N, there_N, later_N)
                 z_MD[there_N] = mean_ND + variance_N.sqrt()[:, None] * noise_MD[there_N]
-        # Nothing is known at gamma 0: exactly zero, not zero times a rounding error.
-        z_MD.index_fill_(0, send(flat(finite_BL & (next_BL == 0)), device), 0)
+    if finite_BL.any():
+        z_MD.index_fill_(0, send(flat(finite_BL & ~evidence_BL), device), 0)
         tokens_M.index_fill_(0, send(flat(finite_BL), device), 0)
 
     after = replace(

@@ -152,7 +152,7 @@ def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes 
     """
     with _without_autocast(query_NK):
         if values_UW.dtype == torch.bfloat16:
-            return _narrow_mixture(query_NK, key_UK, values_UW, passes)[0]
+            return _narrow_mixture(query_NK, key_UK, values_UW, passes)[0].to(values_UW)
         chunks = [
             weights(query_NK[span], key_UK).to(values_UW.dtype) @ values_UW
             for span in _spans(query_NK, key_UK)
@@ -205,13 +205,13 @@ class NarrowMixture(torch.autograd.Function):
         ctx.passes = passes
         with _without_autocast(query_NK):
             mixed_NW, log_sum_N = _narrow_mixture(query_NK, key_UK, values_UW, passes)
-        ctx.save_for_backward(query_NK, key_UK, values_UW, log_sum_N)
-        return mixed_NW
+        ctx.save_for_backward(query_NK, key_UK, values_UW, mixed_NW, log_sum_N)
+        return mixed_NW.to(values_UW)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
-        query_NK, key_UK, values_UW, log_sum_N = ctx.saved_tensors
+        query_NK, key_UK, values_UW, mixed_NW, log_sum_N = ctx.saved_tensors
         slots, columns = key_UK.shape
         values_PW = narrow.padded(values_UW)
         query_grad_NK = torch.empty_like(query_NK)
@@ -226,14 +226,19 @@ class NarrowMixture(torch.autograd.Function):
                 narrow.beside(narrow.padded(key_UK).bfloat16()),
             )
             key_grad_PK = torch.zeros_like(right_PK, dtype=torch.float32)
+            # The mean of the weights' gradients is that of the mixture times the mixture: one
+            # number of a position, for which no scores are read.
+            mean_N = (grad_NW * mixed_NW).sum(1)
             for span in _spans(query_NK, key_UK):
-                scores_NP = narrow.product(query_NA[span], key_PA.T)
+                weights_NP, grad_NP = ctx.passes.softmax_gradients(
+                    narrow.product(query_NA[span], key_PA.T),
+                    log_sum_N[span],
+                    narrow.product(grad_NW[span], values_PW.T),
+                    mean_N[span],
+                )
                 if values_grad_PW is not None:
-                    weights_NP = ctx.passes.softmax(scores_NP, log_sum_N[span])
                     values_grad_PW += narrow.product(weights_NP.T, grad_NW[span])
-                    del weights_NP
-                grad_NP = narrow.product(grad_NW[span], values_PW.T)
-                grad_NP = ctx.passes.softmax_gradients(scores_NP, log_sum_N[span], grad_NP)
+                del weights_NP
                 query_grad_NK[span] = narrow.product(grad_NP, right_PK)[:, :columns]
                 key_grad_PK += narrow.product(grad_NP.T, left_NK[span])
         values_grad_UW = None if values_grad_PW is None else values_grad_PW[:slots].to(values_UW)
@@ -243,15 +248,20 @@ class NarrowMixture(torch.autograd.Function):
 def _narrow_mixture(
     query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes
 ) -> tuple[Tensor, Tensor]:
-    """The mixture, and ``[N]`` the log-sums of its scores."""
+    """The mixture, in float32, and ``[N]`` the log-sums of its scores.
+
+    It is divided by the sum of the rounded weights, so that it is their mean: the backward pass
+    needs the gradient's mean as exactly where one weight is nearly 1, see `passes`.
+    """
     values_PW = narrow.padded(values_UW)
     query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
     mixed, sums = [], []
     for span in _spans(query_NK, key_UK):
         scores_NP = narrow.product(query_NA[span], key_PA.T)
         sums.append(passes.log_sums(scores_NP))
-        mixed.append(passes.softmax(scores_NP, sums[-1]) @ values_PW)
-        del scores_NP
+        weights_NP, total_N = passes.softmax(scores_NP, sums[-1])
+        mixed.append(narrow.product(weights_NP, values_PW) / total_N[:, None])
+        del scores_NP, weights_NP
     return torch.cat(mixed), torch.cat(sums)
 
 

@@ -167,9 +167,9 @@ class Block(nn.Module):
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor, turn_2LK: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond_C).chunk(6)
-        update_BLW = self._attention(modulate(self.norm1(hidden_BLW), shift1, scale1), turn_2LK)
+        update_BLW = self._attention(self.norm1(hidden_BLW, shift1, scale1), turn_2LK)
         hidden_BLW = self._add(hidden_BLW, gate1, update_BLW)
-        update_BLW = self.mlp(modulate(self.norm2(hidden_BLW), shift2, scale2))
+        update_BLW = self.mlp(self.norm2(hidden_BLW, shift2, scale2))
         return self._add(hidden_BLW, gate2, update_BLW)
 
     def _add(self, hidden_BLW: Tensor, gate_W: Tensor, update_BLW: Tensor) -> Tensor:
@@ -177,13 +177,10 @@ class Block(nn.Module):
 
     def _attention(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
         qkv_BL3HK = self.attn_qkv(hidden_BLW).unflatten(-1, (3, self.heads, -1))
-        query_BHLK, key_BHLK, value_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
-        turn_2LK = turn_2LK.view(torch.float32)
+        qkv_3BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
+        query_BHLK, key_BHLK = rotate(qkv_3BHLK[:2], turn_2LK.view(torch.float32))
         mixed_BHLK = F.scaled_dot_product_attention(
-            rotate(query_BHLK, turn_2LK),
-            rotate(key_BHLK, turn_2LK),
-            value_BHLK,
-            is_causal=self.causal,
+            query_BHLK, key_BHLK, qkv_3BHLK[2], is_causal=self.causal
         )
         mixed_BLW: Tensor = self.attn_out(mixed_BHLK.transpose(1, 2).flatten(2))
         return mixed_BLW
@@ -201,34 +198,36 @@ class OutputLayer(nn.Module):
             nn.init.normal_(self.linear.weight, std=config.width**-0.5)
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(cond_C).chunk(2)
-        return modulate(self.norm_final(hidden_BLW), shift, scale)
+        output: Tensor = self.norm_final(hidden_BLW, *self.adaLN_modulation(cond_C).chunk(2))
+        return output
 
 
 class Norm(nn.Module):
-    """LayerNorm with a weight and no bias, in at least float32 whatever comes in."""
+    """LayerNorm with a weight and no bias, then a shift and a scale. It computes in at least
+    float32 whatever comes in, and answers in the dtype of the shift, the compute dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, hidden_BLW: Tensor) -> Tensor:
+    def forward(self, hidden_BLW: Tensor, shift_W: Tensor, scale_W: Tensor) -> Tensor:
         hidden_BLW = precise(hidden_BLW)
-        return F.layer_norm(hidden_BLW, self.weight.shape, self.weight.to(hidden_BLW))
-
-
-def modulate(normed_BLW: Tensor, shift_W: Tensor, scale_W: Tensor) -> Tensor:
-    """Shift and scale in the norm's precision, then return to the compute dtype."""
-    return (normed_BLW * (1 + scale_W) + shift_W).to(shift_W.dtype)
+        # Scale and shift are one vector each for all positions. As a part of the norm they cost no
+        # pass over the positions, and neither do their gradients.
+        weight_W = self.weight.to(hidden_BLW) * (1 + scale_W.to(hidden_BLW))
+        normed_BLW = F.layer_norm(hidden_BLW, weight_W.shape, weight_W, shift_W.to(hidden_BLW))
+        return normed_BLW.to(shift_W.dtype)
 
 
 def rotary(length: int, head_dim: int, device: torch.device) -> Tensor:
-    """``[2, L, K/2]`` float32 cosines and sines of rotary position, base 10000.
+    """``[2, L, K]`` float32 factors of rotary position, base 10000, for `rotate`: the cosines of
+    both halves of a head, and the sines, negative for the first half.
 
     Computed, not stored: a buffer would be rounded with the model and lost on the meta device.
     """
     angle_LK = torch.arange(length, device=device)[:, None] * rotary_frequencies(head_dim, device)
-    return torch.stack([angle_LK.cos(), angle_LK.sin()])
+    cos_LK, sin_LK = angle_LK.cos(), angle_LK.sin()
+    return torch.stack([torch.cat([cos_LK, cos_LK], 1), torch.cat([-sin_LK, sin_LK], 1)])
 
 
 def rotary_frequencies(head_dim: int, device: torch.device) -> Tensor:
@@ -239,10 +238,12 @@ def rotary_frequencies(head_dim: int, device: torch.device) -> Tensor:
 
 def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
     """Turn the pairs (k, k + K/2) of every head by the position's angles."""
-    first, second = precise(heads_BHLK).chunk(2, dim=-1)
-    cos_LK, sin_LK = turn_2LK
-    turned = torch.cat([first * cos_LK - second * sin_LK, second * cos_LK + first * sin_LK], -1)
-    return turned.to(heads_BHLK.dtype)
+    wide, (own_LK, other_LK) = precise(heads_BHLK), turn_2LK
+    # Halves that change places are an index to a compiler, in the backward pass too. Halves that
+    # are cut apart and joined again would be written in between.
+    other = wide.roll(wide.shape[-1] // 2, dims=-1)
+    turned: Tensor = (wide * own_LK + other * other_LK).to(heads_BHLK.dtype)
+    return turned
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:

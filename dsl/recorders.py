@@ -143,4 +143,4 @@ def max_prob(log_probs_NV: Tensor) -> Tensor:
 
 def nucleus_size(log_probs_NV: Tensor, p: float) -> Tensor:
     """How many of the likeliest tokens together reach probability ``p``, in [1, V]."""
-    return Nucleus(p=p).kept(log_probs_NV)[1].squeeze(1)
+    return Nucleus(p=p).kept(log_probs_NV).size_N1.squeeze(1)

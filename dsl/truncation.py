@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,16 @@ CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType
 )
 
 
+class Kept(NamedTuple):
+    """Of each row how many of the likeliest tokens stay, in [1, V], and the log-probability of the
+    last of them; of which rows the next token may be as likely, and whether there are such rows."""
+
+    size_N1: Tensor
+    last_N1: Tensor
+    tied_N: Tensor
+    ties: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nucleus:
     """The likeliest tokens of total probability about `p`, in (0, 1]; 1 is all of them.
@@ -55,20 +65,24 @@ class Nucleus:
             known = ", ".join(CONVENTIONS)
             raise ValueError(f"convention must be one of {known}, got {self.convention!r}")
 
-    def kept(self, log_probs_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the K likeliest tokens, ``[N, K]`` from large to small, and how many
-        of them stay, ``[N, 1]`` in [1, V]."""
+    def kept(self, log_probs_NV: Tensor) -> Kept:
+        """Which tokens of ``[N, V]`` log-probabilities stay."""
         likeliest, tokens = descending(log_probs_NV), log_probs_NV.shape[1]
         most = FIRST_ON_GPU if log_probs_NV.is_cuda else FIRST
         while True:
-            sorted_NK = likeliest(min(most, tokens))
+            most = min(most, tokens)
+            sorted_NK = likeliest(most)
             # Fifty thousand float32 terms would blur where the sum crosses p.
             total_NK = sorted_NK.to(torch.float64, copy=True).exp_().cumsum_(-1)
-            if most >= tokens or bool((total_NK[:, -1] > self.p).all()):
-                break
+            p_N1 = total_NK.new_full((len(total_NK), 1), self.p)
+            size_N1 = CONVENTIONS[self.convention](total_NK, p_N1).clamp_(1, most)
+            last_N1 = sorted_NK.gather(1, size_N1 - 1)
+            tied_N = (sorted_NK.gather(1, size_N1.clamp_max(most - 1)) == last_N1).squeeze(1)
+            # Both at once, because the CPU has to wait for a GPU to tell it.
+            short, ties = torch.stack([(total_NK[:, -1] <= self.p).any(), tied_N.any()]).tolist()
+            if most == tokens or not short:
+                return Kept(size_N1, last_N1, tied_N, ties)
             most *= 8
-        p_N1 = total_NK.new_full((len(total_NK), 1), self.p)
-        return sorted_NK, CONVENTIONS[self.convention](total_NK, p_N1).clamp_(1, tokens)
 
 
 class Truncated:
@@ -124,13 +138,11 @@ class Truncated:
             log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
         if self.nucleus.p == 1:
             return log_probs_NV
-        sorted_NK, size_N1 = self.nucleus.kept(log_probs_NV)
-        last_N1 = sorted_NK.gather(1, size_N1 - 1)
-        after_N1 = sorted_NK.gather(1, size_N1.clamp_max(sorted_NK.shape[1] - 1))
+        size_N1, last_N1, tied_N, ties = self.nucleus.kept(log_probs_NV)
         stays_NV = log_probs_NV >= last_N1
         # Of equally likely tokens at the cut, those of lower ids stay, as in a stable sort.
-        tied_R = flat((last_N1 == after_N1).squeeze(1))
-        if len(tied_R):
+        if ties:
+            tied_R = flat(tied_N)
             rows_RV, last_R1 = log_probs_NV[tied_R], last_N1[tied_R]
             likelier_RV, tied_RV = rows_RV > last_R1, rows_RV == last_R1
             room_R1 = size_N1[tied_R] - likelier_RV.sum(-1, keepdim=True)

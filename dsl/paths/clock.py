@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
-from dsl.state import State, send
+from dsl.state import State
 
 
 def no_evaluation(state: State) -> Posterior:
@@ -46,9 +46,10 @@ class Clock:
         return self.budget - self.call
 
     def uniform_like(self, gamma_BL: Tensor) -> Tensor:
-        """``[B, L]`` float64 uniforms for the path's own choices, keyed (seed, row, step)."""
+        """``[B, L]`` float64 uniforms for the path's own choices, keyed (seed, row, step). They lie
+        on the CPU."""
         rows, length = gamma_BL.shape
-        return send(self.draws.uniform(rows, length, Stream.PATH), gamma_BL.device)
+        return self.draws.uniform(rows, length, Stream.PATH)
 
 
 class Path(Protocol):
@@ -68,7 +69,11 @@ class Path(Protocol):
     def target(
         self, state: State, posterior: Posterior, carry: Any, clock: Clock
     ) -> tuple[Tensor, Any]:
-        """Next gamma ``[B, L]`` in [0, inf], and the next carry."""
+        """Next gamma ``[B, L]`` in [0, inf], and the next carry.
+
+        A gamma on the CPU is best. `dsl.channel.transition` needs it there, and would wait until a
+        GPU has computed everything that was ordered before it: the network, as a rule.
+        """
 
 
 @runtime_checkable

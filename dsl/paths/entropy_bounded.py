@@ -12,7 +12,7 @@ from torch import Tensor
 from dsl.paths.clock import Clock
 from dsl.paths.order import open_BL, quota, reveal_first
 from dsl.posterior import Posterior
-from dsl.state import State, flat, send
+from dsl.state import State, flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,12 @@ class EntropyBounded:
     ) -> tuple[Tensor, None]:
         at_N = flat(open_BL(state.host))
         # Not full_like, which keeps the strides of a transposed gamma: it would have no flat view.
-        entropy_BL = torch.full(
-            state.gamma_BL.shape, torch.inf, dtype=torch.float64, device=state.gamma_BL.device
-        )
-        there_N = send(at_N, entropy_BL.device)
-        entropy_BL.view(-1)[there_N] = posterior.entropy_at(at_N).to(entropy_BL)
+        entropy_BL = torch.full(state.gamma_BL.shape, torch.inf, dtype=torch.float64)
+        entropy_BL.view(-1)[at_N] = posterior.entropy_at(at_N).to(entropy_BL)
         sorted_BL = entropy_BL.sort(dim=1).values
         # Sorted, the largest of the first k is the k-th: what counts is the sum before it.
         before_BL = sorted_BL.cumsum(1).roll(1, dims=1)
         before_BL[:, :1] = 0
         allowed_B = (before_BL <= self.bound).sum(1)
-        return reveal_first(state, entropy_BL, allowed_B.maximum(quota(state, clock))), None
+        allowed_B = allowed_B.maximum(quota(state.host, clock))
+        return reveal_first(state.host, entropy_BL, allowed_B), None

@@ -54,5 +54,6 @@ class Masked:
         self, state: State, posterior: Posterior, carry: None, clock: Clock
     ) -> tuple[Tensor, None]:
         now, later = ALPHA[self.alpha](clock.now), ALPHA[self.alpha](clock.next)
-        reveal_BL = clock.uniform_like(state.gamma_BL) < (later - now) / (1 - now)
-        return state.gamma_BL.masked_fill(reveal_BL, torch.inf), None
+        gamma_BL = state.host.gamma_BL
+        reveal_BL = clock.uniform_like(gamma_BL) < (later - now) / (1 - now)
+        return gamma_BL.masked_fill(reveal_BL, torch.inf), None

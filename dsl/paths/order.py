@@ -12,7 +12,7 @@ from torch import Tensor
 from dsl.errors import PathError
 from dsl.paths.clock import Clock
 from dsl.posterior import Posterior
-from dsl.state import Knowledge, State, send
+from dsl.state import Knowledge, State
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Order:
         self, state: State, posterior: Posterior, carry: Tensor | None, clock: Clock
     ) -> tuple[Tensor, Tensor]:
         # Drawn at the first call, because only a clock brings keyed randomness.
-        key_BL = self._keys(state.gamma_BL, clock) if carry is None else carry
-        return reveal_first(state, key_BL, quota(state, clock)), key_BL
+        key_BL = self._keys(state.host.gamma_BL, clock) if carry is None else carry
+        return reveal_first(state.host, key_BL, quota(state.host, clock)), key_BL
 
     def _keys(self, gamma_BL: Tensor, clock: Clock) -> Tensor:
         if self.order == "random":
@@ -53,8 +53,7 @@ class Order:
         keys = range(length) if self.order == "left_to_right" else self.order
         if len(keys) != length:
             raise PathError(f"order has {len(keys)} keys but the text has {length} positions")
-        key_L = torch.tensor(list(keys), dtype=torch.float64)
-        return send(key_L, gamma_BL.device).expand_as(gamma_BL)
+        return torch.tensor(list(keys), dtype=torch.float64).expand_as(gamma_BL)
 
 
 def open_BL(state: Knowledge) -> Tensor:
@@ -62,19 +61,19 @@ def open_BL(state: Knowledge) -> Tensor:
     return ~state.revealed_BL & ~state.frozen_BL
 
 
-def quota(state: State, clock: Clock) -> Tensor:
+def quota(state: Knowledge, clock: Clock) -> Tensor:
     """How many tokens each row must reveal now for an even load to the end, int64 ``[B]``."""
     left_B = open_BL(state).sum(1)
     return -(-left_B // clock.calls_left)
 
 
-def reveal_first(state: State, key_BL: Tensor, count_B: Tensor) -> Tensor:
+def reveal_first(state: Knowledge, key_BL: Tensor, count_B: Tensor) -> Tensor:
     """Next gamma with the ``count_B`` open tokens of lowest key revealed; ties go left to right."""
     rank_BL = ranks(state, key_BL)
     return state.gamma_BL.masked_fill(open_BL(state) & (rank_BL < count_B[:, None]), torch.inf)
 
 
-def ranks(state: State, key_BL: Tensor) -> Tensor:
+def ranks(state: Knowledge, key_BL: Tensor) -> Tensor:
     """Rank from 0 of every open token among its row's open tokens; closed ones come last."""
     key_BL = key_BL.masked_fill(~open_BL(state), torch.inf)
     return key_BL.argsort(dim=1, stable=True).argsort(dim=1)

@@ -94,7 +94,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 class Memory(NamedTuple):
     """What rule ``conf`` remembers: minus each token's probability when it was revealed; which
-    tokens were, on the CPU; and the posterior of the last call."""
+    tokens were; and the posterior of the last call. The tensors lie on the CPU."""
 
     doubt_BL: Tensor
     revealed_BL: Tensor
@@ -107,13 +107,11 @@ class Memory(NamedTuple):
         """
         revealed_BL = state.host.revealed_BL & ~state.host.frozen_BL
         at_N = flat(revealed_BL & ~self.revealed_BL)
-        hidden_BL = send(~revealed_BL, self.doubt_BL.device)
-        doubt_BL = self.doubt_BL.masked_fill(hidden_BL, -torch.inf)
+        doubt_BL = self.doubt_BL.masked_fill(~revealed_BL, -torch.inf)
         if len(at_N):
             source = posterior if self.posterior is None else self.posterior
-            there_N = send(at_N, doubt_BL.device)
-            tokens_N = state.tokens_BL.flatten()[there_N]
-            doubt_BL.view(-1)[there_N] = -source.confidence_at(at_N, tokens_N).to(doubt_BL)
+            tokens_N = state.tokens_BL.flatten()[send(at_N, state.tokens_BL.device)]
+            doubt_BL.view(-1)[at_N] = -source.confidence_at(at_N, tokens_N).to(doubt_BL)
         return Memory(doubt_BL, revealed_BL, posterior)
 
 
@@ -162,7 +160,7 @@ class Remask:
     def init(self, state: State) -> Memory | None:
         if not RULES[self.rule].reads_confidence:
             return None
-        doubt_BL = torch.full_like(state.gamma_BL, -torch.inf, dtype=torch.float64)
+        doubt_BL = torch.full_like(state.host.gamma_BL, -torch.inf, dtype=torch.float64)
         return Memory(doubt_BL, torch.zeros_like(state.host.frozen_BL), None)
 
     def target(
@@ -171,9 +169,9 @@ class Remask:
         if carry is not None:
             carry = carry.update(state, posterior)
         reveal, remask = self.chances(clock, None if carry is None else carry.doubt_BL)
-        revealed_BL = state.revealed_BL
-        uniform_BL = clock.uniform_like(state.gamma_BL)
-        gamma_BL = state.gamma_BL.masked_fill(~revealed_BL & (uniform_BL < reveal), torch.inf)
+        gamma_BL, revealed_BL = state.host.gamma_BL, state.host.revealed_BL
+        uniform_BL = clock.uniform_like(gamma_BL)
+        gamma_BL = gamma_BL.masked_fill(~revealed_BL & (uniform_BL < reveal), torch.inf)
         return gamma_BL.masked_fill(revealed_BL & (uniform_BL < remask), 0), carry
 
     def chances(self, clock: Clock, doubt_BL: Tensor | None = None) -> tuple[Chance, Chance]:

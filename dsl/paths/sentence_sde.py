@@ -46,4 +46,4 @@ class SentenceSDE:
         self, state: State, posterior: Posterior, carry: None, clock: Clock
     ) -> tuple[Tensor, None]:
         share = (clock.call + 1) / max(clock.budget - 1, 1)
-        return state.gamma_BL.clamp_min(self.gamma(min(share, 1.0))), None
+        return state.host.gamma_BL.clamp_min(self.gamma(min(share, 1.0))), None

@@ -97,7 +97,20 @@ def test_dropout_acts_in_training_only():
 
 def test_norm_is_float32_whatever_comes_in():
     norm, hidden_BLW = Norm(64).bfloat16(), (100 + torch.randn(2, 3, 64)).bfloat16()
-    assert torch.equal(norm(hidden_BLW), Norm(64)(hidden_BLW.float()))
+    shift_W, scale_W = torch.randn(2, 64).bfloat16()
+    found_BLW = norm(hidden_BLW, shift_W, scale_W)
+    exact_BLW = Norm(64)(hidden_BLW.float(), shift_W.float(), scale_W.float())
+    assert torch.equal(found_BLW, exact_BLW.bfloat16())
+
+
+def test_shift_and_scale_follow_the_norm():
+    norm, hidden_BLW = Norm(8).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    norm.weight.data.normal_()
+    shift_W, scale_W = torch.randn(2, 8, dtype=torch.float64)
+    centred_BLW = hidden_BLW - hidden_BLW.mean(-1, keepdim=True)
+    normed_BLW = centred_BLW / (hidden_BLW.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    expected_BLW = normed_BLW * norm.weight * (1 + scale_W) + shift_W
+    torch.testing.assert_close(norm(hidden_BLW, shift_W, scale_W), expected_BLW)
 
 
 def test_low_precision_weights_and_autocast_both_run():
