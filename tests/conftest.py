@@ -127,13 +127,19 @@ def ray_cluster() -> None:
     )
     # Another process for each group, which infra.cluster does without in a local Ray, too.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=150 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray Train asks the dashboard whether the controller of a group lives, and ends the workers
+        # where it does not. Without a dashboard Ray names the usual port all the same, on which
+        # another Ray of this machine may answer, that has no such controller. So ask where nobody
+        # listens.
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=150 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def test_an_error_that_is_not_tried_again(
             worker, tmp_path, name="fatal", num_workers=1, max_failures=5, fatal=(ValueError,)
         )
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_other_ray_is_asked_whether_a_group_of_these_tests_lives() -> None:
+    """It would know of none, and the group would lose its workers and start again."""
+    import ray
+    from ray.dashboard.utils import get_address_for_submission_client as asked
+
+    assert ray.get(ray.remote(lambda: asked(None)).remote()) == "http://127.0.0.1:1"
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ  # which Ray's commands obey, too
 
 
 @pytest.mark.usefixtures("ray_cluster")
