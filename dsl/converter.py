@@ -250,8 +250,9 @@ def _narrow_mixture(
 ) -> tuple[Tensor, Tensor]:
     """The mixture, in float32, and ``[N]`` the log-sums of its scores.
 
-    It is divided by the sum of the rounded weights, so that it is their mean: the backward pass
-    needs the gradient's mean as exactly where one weight is nearly 1, see `passes`.
+    It is divided by the sum of the weights as they were rounded. Where one weight is nearly 1, its
+    rounding then cancels. Otherwise it would drown the gradient of the scores, which is made from
+    the mixture and nearly vanishes there.
     """
     values_PW = narrow.padded(values_UW)
     query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
@@ -259,8 +260,10 @@ def _narrow_mixture(
     for span in _spans(query_NK, key_UK):
         scores_NP = narrow.product(query_NA[span], key_PA.T)
         sums.append(passes.log_sums(scores_NP))
-        weights_NP, total_N = passes.softmax(scores_NP, sums[-1])
-        mixed.append(narrow.product(weights_NP, values_PW) / total_N[:, None])
+        weights_NP = passes.softmax(scores_NP, sums[-1])
+        # Not in the pass before: compiled, that would sum the weights before they are rounded.
+        total_N1 = weights_NP.sum(1, keepdim=True, dtype=torch.float32)
+        mixed.append(narrow.product(weights_NP, values_PW) / total_N1)
         del scores_NP, weights_NP
     return torch.cat(mixed), torch.cat(sums)
 

@@ -237,7 +237,8 @@ def rotary_frequencies(head_dim: int, device: torch.device) -> Tensor:
 
 
 def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
-    """Turn the pairs (k, k + K/2) of every head by the position's angles."""
+    """Turn the pairs (k, k + K/2) of every head by the position's angles; what comes before L in
+    the shape does not matter."""
     wide, (own_LK, other_LK) = precise(heads_BHLK), turn_2LK
     # Halves that change places are an index to a compiler, in the backward pass too. Halves that
     # are cut apart and joined again would be written in between.

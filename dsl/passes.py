@@ -24,10 +24,9 @@ def log_sums(scores_CP: Tensor) -> Tensor:
     return (peak_CQ + sum_CQ.log()).logsumexp(1)
 
 
-def softmax(scores_CP: Tensor, log_sum_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax, in bfloat16, and ``[C]``, the float32 sum of what it was rounded to."""
-    weights_CP = (scores_CP - log_sum_C[:, None]).exp().bfloat16()
-    return weights_CP, weights_CP.float().sum(1)
+def softmax(scores_CP: Tensor, log_sum_C: Tensor) -> Tensor:
+    """The softmax, in bfloat16."""
+    return (scores_CP - log_sum_C[:, None]).exp().bfloat16()
 
 
 def errors(scores_CP: Tensor, log_sum_C: Tensor, tokens_C: Tensor, grad_C: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ def softmax_gradients(
     scores_CP: Tensor, log_sum_C: Tensor, grad_CP: Tensor, mean_C: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The softmax again, and the gradient of the scores, both in bfloat16, given the gradient of
-    the softmax and its mean under it.
+    the softmax and the mean of that, each token counting by its weight.
 
     It is weight (grad - mean). Where one token has nearly all the weight the two nearly cancel,
     before anything is rounded.
@@ -59,7 +58,7 @@ class Passes:
     """The functions of this module, as they are written or compiled."""
 
     log_sums: Callable[[Tensor], Tensor] = log_sums
-    softmax: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = softmax
+    softmax: Callable[[Tensor, Tensor], Tensor] = softmax
     errors: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = errors
     softmax_gradients: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
         softmax_gradients

@@ -68,7 +68,7 @@ class Posterior(ABC):
         tokens_N = torch.empty_like(at_N, device=self.table_VD.device)
         uniform_N = self._sent(uniform_N)
         for span in self._spans(len(at_N)):
-            cdf_NV = self.log_probs_at(at_N[span]).double().exp_().cumsum(-1)
+            cdf_NV = self.log_probs_at(at_N[span]).to(torch.float64, copy=True).exp_().cumsum(-1)
             # The last entry is 1 up to rounding; scaling by it keeps the draw inside the support.
             threshold_N1 = (uniform_N[span].to(cdf_NV) * cdf_NV[:, -1])[:, None]
             tokens_N[span] = torch.searchsorted(cdf_NV, threshold_N1, right=True).squeeze(1)

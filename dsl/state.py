@@ -185,5 +185,11 @@ def flat(where_BL: Tensor) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on another device, where what reads it waits for it, not the CPU."""
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    """A tensor of the CPU on another device, where what reads it waits for it, not the CPU.
+
+    To copy from memory that is not pinned, the CPU would wait until a GPU has computed everything
+    that was ordered before.
+    """
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.is_cpu)

@@ -323,9 +323,8 @@ class Means(Mapping[str, float]):
         self._ready: torch.cuda.Event | None = None
         if not values:
             return
-        scalars = (torch.as_tensor(values[name], dtype=torch.float64) for name in self._names)
         # Packed on the device, so that there is one thing to wait for.
-        packed = torch.stack([scalar.to(device(), non_blocking=True) for scalar in scalars])
+        packed = torch.stack([_on_device(values[name]) for name in self._names])
         if dist.is_initialized():
             dist.all_reduce(packed)
         self._found = (packed / count).to("cpu", non_blocking=True)
@@ -347,6 +346,14 @@ class Means(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _on_device(value: float | Tensor) -> Tensor:
+    """A number in float64 on this process's device. One of the CPU goes there as the argument of a
+    kernel: to copy it, the CPU might wait until the GPU has nothing left to compute."""
+    if isinstance(value, Tensor) and not value.is_cpu:
+        return value.to(device(), torch.float64)
+    return torch.full((), float(value), dtype=torch.float64, device=device())
 
 
 def highest(value: int) -> int:

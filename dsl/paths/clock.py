@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsl.noise import Draws, Stream
 from dsl.posterior import Posterior
-from dsl.state import State
+from dsl.state import State, send
 
 
 def no_evaluation(state: State) -> Posterior:
@@ -46,10 +46,9 @@ class Clock:
         return self.budget - self.call
 
     def uniform_like(self, gamma_BL: Tensor) -> Tensor:
-        """``[B, L]`` float64 uniforms for the path's own choices, keyed (seed, row, step). They lie
-        on the CPU."""
+        """``[B, L]`` float64 uniforms for the path's own choices, keyed (seed, row, step)."""
         rows, length = gamma_BL.shape
-        return self.draws.uniform(rows, length, Stream.PATH)
+        return send(self.draws.uniform(rows, length, Stream.PATH), gamma_BL.device)
 
 
 class Path(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dsl.chunks
 from dsl import narrow
-from dsl.converter import NarrowMixture, biased, weights
+from dsl.converter import NarrowMixture, biased, mixture, weights
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTConfig
 from dsl.head import nats
@@ -104,14 +104,15 @@ def test_nats_and_gradients_are_those_of_the_same_factors_in_float64(strength: f
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunk", [7, 100], ids="chunks of {}".format)
-@pytest.mark.parametrize("strength", [3.0, 30.0])
+@pytest.mark.parametrize(("strength", "bias"), [(3.0, 0.0), (30.0, 0.0), (3.0, 15.0)])
 def test_a_mixture_and_its_gradients_are_those_of_the_same_factors_in_float64(
-    chunk: int, strength: float, frozen: bool, monkeypatch: pytest.MonkeyPatch
+    chunk: int, strength: float, bias: float, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where evidence is strong, one weight is nearly 1 and the gradients nearly cancel."""
+    """Where evidence or a bias is strong, one weight is nearly 1 and gradients nearly cancel."""
     monkeypatch.setattr(dsl.chunks, "CHUNK_ELEMENTS", chunk * V)
     draw = torch.Generator().manual_seed(3)
     z_ND, table_VD, bias_V = asked(strength)
+    bias_V[-1] += bias
     values_VW, toward_NW = (torch.randn(n, W, generator=draw).bfloat16() for n in (V, N))
     leaves = z_ND, table_VD, bias_V, values_VW
     ours = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -125,6 +126,16 @@ def test_a_mixture_and_its_gradients_are_those_of_the_same_factors_in_float64(
     true = torch.autograd.grad(exact_NW, exact[:wanted], toward_NW.double())
     for grad, of in zip(found, true, strict=True):
         assert (grad.double() - of).norm() < 0.01 * of.norm()
+
+
+def test_a_mixture_is_divided_by_the_sum_of_its_weights_as_they_are() -> None:
+    """Compiled, a sum within the pass would be that of weights that are not rounded yet."""
+    draw = torch.Generator().manual_seed(3)
+    query_NK, key_VK = biased(*asked(3.0))
+    values_VW = torch.randn(V, W, generator=draw).bfloat16()
+    twice = Passes(softmax=lambda *given: 2 * PLAIN.softmax(*given))
+    found_NW, expected_NW = (mixture(query_NK, key_VK, values_VW, p) for p in (twice, PLAIN))
+    assert torch.equal(found_NW, expected_NW)
 
 
 @pytest.fixture
@@ -145,7 +156,7 @@ def test_compiled_passes_answer_alike() -> None:
         log_sum_N = passes.log_sums(scores_NP)
         return [
             log_sum_N,
-            *passes.softmax(scores_NP, log_sum_N),
+            passes.softmax(scores_NP, log_sum_N),
             passes.errors(scores_NP, log_sum_N, tokens_N, grad_N),
             *passes.softmax_gradients(scores_NP, log_sum_N, grad_NP, grad_N),
         ]

@@ -27,7 +27,7 @@ from dsl.paths import (
 )
 from dsl.posterior import Posterior
 from dsl.sampling import sample
-from dsl.state import State
+from dsl.state import State, send
 from dsl.support import Mixed
 from dsl.truncation import Truncated
 from tests.dsl.laws import random_law
@@ -98,8 +98,8 @@ def test_a_loss_and_its_gradient_wait_for_nothing(kind: str, tokens_BL: Tensor) 
 @pytest.mark.parametrize("nucleus", [1.0, 0.9])
 @pytest.mark.parametrize("path", ENDPOINT + CONTINUOUS, ids=repr)
 def test_a_call_of_a_sampler_hardly_waits(path: AnyPath, nucleus: float, tokens_BL: Tensor) -> None:
-    """Once to know whether a nucleus is whole, else only for what the path reads of the posterior
-    to decide on its next step: three times in all."""
+    """Once per chunk, which all positions are here, to know whether a nucleus is whole. Else only
+    for what a path reads of the posterior to decide on its next step: three times in all."""
     budget = 9
     known_BL = torch.zeros(B, L, dtype=torch.bool)
     known_BL[:, ::4] = True
@@ -119,6 +119,26 @@ def test_a_call_of_a_sampler_hardly_waits(path: AnyPath, nucleus: float, tokens_
     assert made.calls == expected.calls
     if path in ENDPOINT:  # which draw no normals: a GPU's are others
         assert tokens == expected.tokens_BL.tolist()
+
+
+def test_only_pinned_memory_is_sent_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From other memory the copy would wait until the GPU has nothing left to compute."""
+    pinned, sent = [], []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    def to(tensor: Tensor, device: torch.device, *, non_blocking: bool) -> Tensor:
+        sent.append((tensor, device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "to", to)
+    send(torch.ones(2), torch.device("cuda"))
+    send(torch.ones(2), torch.device("cpu"))
+    assert [(kind, waits_not) for _, kind, waits_not in sent] == [("cuda", True), ("cpu", True)]
+    assert [tensor is pinned[0] for tensor, *_ in sent] == [True, False]
 
 
 class Spy:
