@@ -34,11 +34,11 @@ from pipelines.report import markdown
 LIMITS = {
     "facts": 40,
     "parity": 60,
-    "bf16": 60,
+    "bf16": 90,
     "resume": 150,
     "compile": 50,
     "train": 130,
-    "sampler": 110,
+    "sampler": 80,
 }
 LIMIT_CPU = 900  # of each stage: a CPU may be busy with other work
 REPORT = "gpu_check.json"
