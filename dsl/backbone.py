@@ -23,7 +23,7 @@ class Backbone(Protocol):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """What is sharded and recomputed one by one, in order."""
+        """The blocks in order: training shards and recomputes them one by one."""
 
     @property
     def values_UW(self) -> Tensor:

@@ -18,8 +18,11 @@ from dsl.state import token_ids
 
 @dataclass(frozen=True)
 class Reliability:
-    """Predictions by confidence in K bins of equal width: how many, the sum of their confidence
-    and how many were right, each ``[K]`` float64. Batches add up: ``a + b``."""
+    """Counts of predictions by confidence, in K bins of equal width; each field ``[K]`` float64.
+
+    Per bin: how many predictions, the sum of their confidence, how many were right. ``a + b`` joins
+    the counts of two batches.
+    """
 
     count_K: Tensor
     confidence_K: Tensor

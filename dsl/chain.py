@@ -21,20 +21,23 @@ MOST_ELEMENTS = 2**25
 
 
 class MarkovDenoiser(ABC):
-    """``p(s_i | state)`` of a law by its marginals, given what each position says for itself.
+    """``p(s_i | state)`` of a law with known marginals, given evidence on each position by itself.
 
-    A token at finite SNR weighs its position by ``exp(z_i · x_v)`` (003 A.1), a revealed one allows
-    itself alone, a masked one says nothing. Where the law cannot produce the revealed tokens, the
-    texts that maximise ``sum_i x_token · x_{s_i}`` over them remain, as for `ExactDenoiser`.
-    Computed in float64.
+    Evidence multiplies the probability of token v: at finite SNR by ``exp(z_i · x_v)`` (003 A.1),
+    where a token is revealed by 0 for all others, at a masked position by 1. Where the law cannot
+    produce the revealed tokens, the texts that maximise ``sum_i x_token · x_{s_i}`` over them
+    remain, as for `ExactDenoiser`. Computed in float64.
     """
 
     table_VD: Tensor
 
     @abstractmethod
     def marginals(self, evidence_BLV: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised log-probabilities ``[B, L, V]``, and the log of the whole mass ``[B]``, where
-        each token's chance is multiplied by ``exp(evidence_BLV)``."""
+        """Marginals of the law whose probability of each token is multiplied by
+        ``exp(evidence_BLV)``.
+
+        Returns normalised log-probabilities ``[B, L, V]`` and the log of the total mass ``[B]``.
+        """
 
     @abstractmethod
     def log_prob(self, tokens_BL: Tensor) -> Tensor:
@@ -197,10 +200,10 @@ class ChainDenoiser(MarkovDenoiser):
             joint.append(both.logsumexp(others) if others else both)
         return torch.stack(joint[::-1], dim=1), both.flatten(1).logsumexp(1)
 
-    # Where every transition is possible, both sums are products of matrices, which need no
-    # exponential for each transition. A term that vanishes in float64 is then too small beside the
-    # largest to count. Where some transition is impossible, the largest may be multiplied by 0, and
-    # such a term may be all there is.
+    # Where every transition is possible, both sums are matrix products, which are faster than a
+    # `logsumexp` over transitions. Terms far below the largest then vanish in float64, without
+    # effect. Where some transition is impossible, the largest term may be multiplied by 0, and one
+    # that has vanished may be the only one left: there the sums are taken in log space.
 
     def _next(self, ahead_BVR: Tensor) -> Tensor:
         """``log sum_v exp(ahead_vr) P(w | v, r)``, ``[B, R, V]``."""

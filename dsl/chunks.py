@@ -1,18 +1,18 @@
-"""How many positions are worked on at a time, where each takes room for a whole vocabulary."""
+"""Sizes of chunks for work that takes room for a whole vocabulary at every position."""
 
 import torch
 
 # Of [positions, V] on a CPU: 32 MiB of float32, some of which stays in its caches.
 CHUNK_ELEMENTS = 2**23
-# A GPU is filled by large chunks, of which the few that exist together take little of its memory:
-# 1.25 GiB of float32 each, where it has 80 GiB.
+# A GPU needs large chunks to be busy. The few that exist at a time take little of its memory:
+# 1.25 GiB of float32 each on a GPU of 80 GiB.
 GPU_BYTES_PER_ELEMENT = 256
 
 
 def spans(positions: int, width: int, device: torch.device, *, factor: int = 1) -> list[slice]:
-    """Positions in turn, as many at a time as a chunk has room for ``width`` elements each.
+    """Slices of ``range(positions)`` in order, each of as many positions as fit into a chunk.
 
-    factor: how much larger than others these chunks should be on a CPU.
+    width: numbers per position, at least 1. factor: how many times larger chunks are on a CPU.
     """
     size = max(1, int(elements(device, factor)) // width)
     return [slice(start, start + size) for start in range(0, positions, size)]

@@ -24,9 +24,10 @@ MODES: tuple[str, ...] = ("infill", "prompt", "correct")
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of one row before sampling: ids and SNR of its L positions.
+    """One row before sampling: the ids and SNRs of its L positions.
 
-    SNR 0: to be drawn, the id says nothing. Finite: the id is trusted that far. inf: it is kept.
+    At SNR 0 the token is drawn and its id means nothing. At a finite SNR the id is soft evidence.
+    At SNR inf the token is kept.
     """
 
     tokens: tuple[int, ...]
@@ -45,7 +46,7 @@ def read(
     length: int | None = None,
     otherwise: int | None = None,
 ) -> Given:
-    """A row from text.
+    """A row to sample, from text.
 
     - ``"infill"``: the text is kept and every ``_`` is one token to draw. A text without any is
       a prompt.
@@ -55,8 +56,10 @@ def read(
       overrule; every ``_`` is one token to draw.
 
     Args:
-        length: tokens of the row, of which those behind the text are drawn. None: as many as
-            the text has, or ``otherwise`` (a model's own length) for a prompt.
+        snr: SNR of the text in mode ``"correct"``, positive and finite.
+        length: tokens of the row; those behind the text are drawn. None: as many as the text has,
+            or ``otherwise`` for a prompt.
+        otherwise: the model's own length, if it has one.
 
     Raises:
         TextError: the text does not fit the length, or a prompt's length is not known.
@@ -97,7 +100,11 @@ def state(given: Sequence[Given], table_VD: Tensor) -> State:
 
 
 def batches(given: Sequence[Given], rows: int) -> Iterator[tuple[int, Sequence[Given]]]:
-    """Neighbours of one length, at most ``rows`` at a time, each with the index of its first."""
+    """Runs of neighbouring rows of one length, cut to at most ``rows``, each with its first index.
+
+    Raises:
+        ValueError: ``rows`` is below 1.
+    """
     if rows < 1:
         raise ValueError(f"a batch must be at least 1 row, got {rows}")
     first = 0

@@ -89,10 +89,11 @@ class Converter(nn.Module):
     def forward(
         self, state: State, table_VD: Tensor, values_UW: Tensor, passes: Passes = PLAIN
     ) -> Tensor:
-        """Backbone inputs ``[B, L, W]``.
+        """Backbone inputs ``[B, L, W]``, given the input rows ``[U, W]`` of the slots.
 
-        Masked positions share one vector and revealed ones read a row, so only evidence pays for
-        the vocabulary, in chunks that the backward pass recomputes: B·L·V never exists.
+        All masked positions share one mixture, and a revealed one is a row. Only positions with
+        evidence need a softmax over the slots. It is made in chunks, and again in the backward
+        pass, so nothing of size B·L·V exists.
         """
         found = state.host.evidence_BL.nonzero(as_tuple=True)
         at = tuple(send(index_N, state.z_BLD.device) for index_N in found)
@@ -226,8 +227,8 @@ class NarrowMixture(torch.autograd.Function):
                 narrow.beside(narrow.padded(key_UK).bfloat16()),
             )
             key_grad_PK = torch.zeros_like(right_PK, dtype=torch.float32)
-            # The mean of the weights' gradients is that of the mixture times the mixture: one
-            # number of a position, for which no scores are read.
+            # sum_u weight_u grad_u, the mean gradient of the weights, equals <grad, mixture>: one
+            # number per position, for which no scores are read.
             mean_N = (grad_NW * mixed_NW).sum(1)
             for span in _spans(query_NK, key_UK):
                 weights_NP, grad_NP = ctx.passes.softmax_gradients(
@@ -248,11 +249,11 @@ class NarrowMixture(torch.autograd.Function):
 def _narrow_mixture(
     query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes
 ) -> tuple[Tensor, Tensor]:
-    """The mixture, in float32, and ``[N]`` the log-sums of its scores.
+    """The mixture ``[N, W]`` in float32, and ``[N]`` the log-sum-exp of its scores.
 
-    It is divided by the sum of the weights as they were rounded. Where one weight is nearly 1, its
-    rounding then cancels. Otherwise it would drown the gradient of the scores, which is made from
-    the mixture and nearly vanishes there.
+    The mixture is divided by the sum of its rounded weights, so that the rounding of a weight near
+    1 cancels. The gradient of the scores is made from the mixture. It nearly vanishes there, and
+    would drown in that rounding.
     """
     values_PW = narrow.padded(values_UW)
     query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)

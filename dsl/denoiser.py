@@ -39,10 +39,9 @@ class DenoiserConfig(ConverterConfig):
 
 
 class TokenTable(nn.Module):
-    """Unit rows ``x_v`` (000 §4.1). The sphere is a parametrization, not a projection:
+    """Unit rows ``x_v`` (000 §4.1), each a free direction that is normalised on use.
 
-    the parameter is any direction, the row is that direction normalised on use, so no optimizer
-    step can leave the sphere and the posterior stays free of the SNR (003 A.1).
+    No optimizer step can leave the sphere, so the posterior stays free of the SNR (003 A.1).
     """
 
     def __init__(self, tokens: int, dim: int) -> None:
@@ -62,11 +61,12 @@ class TokenTable(nn.Module):
 class Denoiser(nn.Module):
     """``p(s_i | state)`` for every position, from one network for every SNR (003 A.1).
 
-    A causal backbone obeys the same contract: its inputs move one position right behind a start
-    symbol (the mask row), so the answer at i depends on the tokens before i alone.
+    With a causal backbone, inputs move one position right behind a start symbol (the mask row): the
+    backbone's answer at i depends on the tokens before i alone. A skip adds i's own evidence.
 
     Args:
-        backbone: one of ``config.backbone`` that exists already; it is kept and not copied.
+        config: of the backbone, the table and the converter.
+        backbone: a module that ``config.backbone`` describes, kept and not copied; None builds one.
     """
 
     def __init__(self, config: DenoiserConfig, backbone: Backbone | None = None) -> None:
@@ -82,11 +82,14 @@ class Denoiser(nn.Module):
         self.passes = PLAIN
 
     def computing_in(self, dtype: torch.dtype, passes: Passes | None = None) -> "Denoiser":
-        """This denoiser, the matrix products of its network in ``dtype``: float32 or bfloat16.
+        """A denoiser that shares these weights, and whose network multiplies matrices in ``dtype``.
 
-        The weights are shared, not copied. The softmax of the logits and all that is made of a
-        posterior stay in float32; of evidence 16 bits are kept, see `dsl.narrow`. passes: how those
-        over all tokens are made, None as so far.
+        The softmax and all that is made of a posterior stay in float32, and evidence keeps 16 bits
+        (`dsl.narrow`).
+
+        Args:
+            dtype: float32 or bfloat16.
+            passes: functions of all tokens' scores, such as compiled ones; None: as so far.
         """
         other = copy.copy(self)
         other._products, other.passes = dtype, passes or self.passes
@@ -202,10 +205,11 @@ class NetworkPosterior(Posterior):
             return logits_NV.addmm_(query_NK, key_VK.T)
 
     def _evidence(self, at_N: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, K]`` and ``[V, K]``, whose products are the bias and what evidence adds to it.
+        """``[N, K]`` and ``[V, K]``, whose product is the bias plus what evidence adds to the
+        logits.
 
-        Evidence may add hundreds of nats, which bfloat16 would round by whole nats, and log unigram
-        probabilities reach -11: it would be wrong by .03 there.
+        They are wide factors (`dsl.narrow`): bfloat16 alone would round hundreds of nats of
+        evidence by whole nats, and a log unigram probability of -11 by .03.
         """
         table_VD = self.table_VD.to(precise(self.hidden_BLW[:0]))
         if self.evidence_BLD is None:

@@ -22,14 +22,16 @@ SINUSOID = 256  # width of the timestep sinusoid in every public checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class DiTShape:
-    """What may be chosen freely of a DiT. The defaults are the size of the public checkpoints.
+    """The sizes and settings of a DiT that a user chooses. Defaults: the public checkpoints'.
 
-    start: how a network that is trained from nothing begins. "zero", as in the public code: the
-        gates of the blocks and the head are 0, so every block is the identity and the posterior
-        uniform. "open": the gates are 1 and the head is drawn from N(0, 1/W). A masked position of
-        a "zero" network learns token frequencies first and needs many steps to begin to use its
-        neighbours, because the gates, the head and attention all have to grow for that. "open"
-        spares small networks and short runs these steps.
+    start: initial values for training from scratch. "zero", as in the public code: the gates of
+        the blocks and the head are 0, so every block is the identity and the posterior uniform.
+        "open": the gates are 1 and the head is drawn from N(0, 1/W). A "zero" network first learns
+        token frequencies. It uses the neighbours of a masked position only after many steps, in
+        which gates, head and attention grow. "open" spares small networks and short runs these.
+
+    Raises:
+        ValueError: a size is below 1, W is no multiple of 2 H, or a setting is out of its range.
     """
 
     kind: Literal["dit"] = "dit"
@@ -53,7 +55,7 @@ class DiTShape:
             raise ValueError(f"start {self.start!r} must be 'zero' or 'open'")
 
     def config(self, tokens: int, *, causal: bool) -> "DiTConfig":
-        """With what data (V tokens) and objective add to it."""
+        """The whole configuration, with V from the data and ``causal`` from the objective."""
         return DiTConfig(**vars(self), tokens=tokens, causal=causal)
 
 
@@ -240,8 +242,8 @@ def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
     """Turn the pairs (k, k + K/2) of every head by the position's angles; what comes before L in
     the shape does not matter."""
     wide, (own_LK, other_LK) = precise(heads_BHLK), turn_2LK
-    # Halves that change places are an index to a compiler, in the backward pass too. Halves that
-    # are cut apart and joined again would be written in between.
+    # A compiler turns `roll` into a mere change of index, in the backward pass too. The result of
+    # `cat` would be written to memory.
     other = wide.roll(wide.shape[-1] // 2, dims=-1)
     turned: Tensor = (wide * own_LK + other * other_LK).to(heads_BHLK.dtype)
     return turned

@@ -6,15 +6,15 @@ class WeightsError(ValueError):
 
 
 class AdaptationError(ValueError):
-    """A model that cannot be taken in the way that was asked for, or only if that is said."""
+    """A pretrained model that does not fit the request, or that needs a further option to do so."""
 
 
 class PathError(ValueError):
-    """A path that cannot be walked over such a text, or in so many calls."""
+    """A path that does not fit the length of the text, the budget or the model."""
 
 
 class TextError(ValueError):
-    """A text that does not fit the row it is given for."""
+    """A text too long for its row, or a row of unknown length."""
 
 
 class VocabularyError(ValueError):

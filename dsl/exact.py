@@ -16,13 +16,16 @@ class ExactDenoiser:
 
     Each sequence is weighed by ``w_s exp(sum_i z_i · x_{s_i})`` over its tokens at finite SNR,
     and must agree with every revealed token. Where no sequence agrees, those that maximise
-    ``sum_i x_token · x_{s_i}`` over the revealed tokens remain: the limit gamma -> inf of
-    evidence for a text outside the law. Never NaN.
+    ``sum_i x_token · x_{s_i}`` over the revealed tokens remain, which is the limit of evidence as
+    gamma goes to infinity. No probability is ever NaN.
 
     Args:
         table_VD: unit rows; its dtype is the dtype of the computation.
-        sequences_NL: the support of the law, int64 ids in [0, V).
-        weights_N: non-negative, not all zero, normalised here; uniform by default.
+        sequences_NL: the S sequences of the law, int64 ids in [0, V).
+        weights_N: S non-negative numbers, not all zero, normalised here; uniform by default.
+
+    Raises:
+        ValueError: other weights, or sequences that are not `dsl.state.token_ids`.
     """
 
     def __init__(

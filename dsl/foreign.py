@@ -37,14 +37,17 @@ class ForeignConfig:
     tokens: V, all ids of its tokenizer; special ones, its own mask token included, are among them.
     blocks: how many the network has.
     settings: its configuration, as the library writes it into `config.json`.
-    trained: for which task. A causal network is used with attention to both sides.
-    start: None, or the id whose row stands in front of the text, so that the answer at a position
-        is what the network says one position before, as it was trained to.
+    trained: the network's training task. A causal network is used with attention to both sides.
+    start: None, or the id whose row is put in front of the text. The answer for a position is then
+        the network's output one position before, which is what it was trained to predict.
     mask: the id of its own mask token, if it has one.
     never: ids of special tokens that no text holds, and that are therefore never predicted.
-    code: the source files that came with the weights, by name, where the library does not know the
-        network itself. Building it runs them, so whoever reads a configuration from a file first
+    code: source files that came with the weights, by name, of a network that the library does not
+        know. Building the network runs them, so whoever reads a configuration from a file first
         asks whether that is wanted, as `dsl.load` does.
+
+    Raises:
+        ValueError: an id outside [0, V), or code that is not a file beside the weights.
     """
 
     kind: Literal["transformers"] = "transformers"
@@ -66,7 +69,7 @@ class ForeignConfig:
         if strange := [name for name in self.code if not is_source(name)]:
             raise ValueError(f"{strange[0]!r} is no name of a source file")
         if self.code and "--" in str(self.settings.get("auto_map")):
-            raise ValueError("auto_map names code of another place, and not that of the weights")
+            raise ValueError("auto_map must name files beside the weights, not another repository")
 
     def build(self) -> "ForeignBackbone":
         return ForeignBackbone(self, network(self))
@@ -128,8 +131,8 @@ class ForeignBackbone(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one token's forward and backward pass, head included.
 
-        Counts matrix products, as `dsl.dit.DiT.flops_per_token` does: a vector is no factor of one,
-        and the embeddings of positions are looked up.
+        Counts matrix products, as `dsl.dit.DiT.flops_per_token` does. Parameters that are vectors,
+        and embeddings, which are looked up, are no factors of one.
         """
         width: int = self.head[0].shape[1]
         factors = (
@@ -158,8 +161,8 @@ def network(config: ForeignConfig) -> Any:
     """The network of a configuration on the CPU, its weights not set.
 
     Raises:
-        ValueError: neither the library nor the code knows such a configuration, or it says
-            otherwise.
+        ValueError: neither the library nor the code can build such a network, or its number of
+            blocks differs from ``config.blocks``.
     """
     import transformers
     from transformers.initialization import no_init_weights
@@ -174,14 +177,14 @@ def network(config: ForeignConfig) -> Any:
                 (folder / name).write_text(text, encoding="utf-8")
             known = transformers.AutoConfig.from_pretrained(folder, **trusted)
             if (count := getattr(known, "num_hidden_layers", config.blocks)) != config.blocks:
-                raise ValueError(f"{count} blocks, not {config.blocks}")
+                raise ValueError(f"settings have {count} blocks, not {config.blocks}")
             opener = getattr(transformers, opened_by(config.settings, config.trained, config.code))
             # Not on the meta device: the network computes buffers that no file holds.
             with torch.device("cpu"), no_init_weights():
                 made = opener.from_config(known, **trusted)
         _tie(made)
     except (KeyError, TypeError, AttributeError, ImportError, OSError) as error:
-        raise ValueError(f"backbone.settings are not of a model ({error!r})") from error
+        raise ValueError(f"no model can be built from backbone.settings ({error!r})") from error
     return bidirectional(made)
 
 
@@ -221,7 +224,8 @@ def bidirectional(network: Any) -> Any:
 
 
 def _tie(network: Any) -> None:
-    """Make weights one that the network's class says are. The library does not, while it loads."""
+    """Share the weights that the network's class declares as tied. The library does so only after
+    it has loaded weights."""
     tied = getattr(network.config, "tie_word_embeddings", False)
     for name, source in (network._tied_weights_keys or {}).items() if tied else ():
         parent, _, own = name.rpartition(".")
@@ -229,7 +233,8 @@ def _tie(network: Any) -> None:
 
 
 def _take_out(network: Any, *modules: nn.Module) -> None:
-    """Put the identity in the place of modules, and nothing in that of their weights elsewhere."""
+    """Replace modules by the identity, and remove their weights wherever else these are
+    registered."""
     gone = {id(weight) for module in modules for weight in module.parameters()}
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

@@ -16,7 +16,7 @@ from dsl.chunks import spans
 from dsl.converter import biased
 from dsl.passes import PLAIN, Passes
 
-# Of the hidden states, of the head's weight and bias, of z and of the table; or none.
+# Gradients of hidden states, head weight, head bias, z and table; empty where not asked for.
 Gradients = tuple[Tensor, ...]
 
 
@@ -30,15 +30,16 @@ def nats(
     share_N: Tensor,
     passes: Passes = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """``-log softmax(hidden @ weight.T + z @ table.T + bias)`` at the tokens.
+    """``-log softmax(hidden @ weight.T + z @ table.T + bias)`` at ``tokens_N``, ids in [0, V).
 
-    First their sum, each times its ``share``, which can be differentiated once: its gradients are
-    made along with it, from the logits while these are there. Then the nats themselves, ``[N]``.
+    Returns the sum of ``share * nats``, a scalar, and the nats themselves, ``[N]``, which carry no
+    gradient. The sum can be differentiated once: its gradients are computed in the forward pass,
+    while the logits exist. D may be 0.
 
-    Products are computed in the dtype of the hidden states, which need not be that of the head:
-    under autocast it is not. Evidence may add hundreds of nats, which bfloat16 would round by whole
-    nats, see `dsl.narrow`; hidden states in float16 are taken as float32. The softmax, sums over
-    chunks and the results are in float32, or in float64 where the hidden states are. D may be 0.
+    Products run in the dtype of the hidden states, which under autocast is not that of the head;
+    float16 is taken as float32. Of evidence bfloat16 keeps 16 bits (`dsl.narrow`), because it may
+    add hundreds of nats, which 8 bits would round to whole nats. The softmax, the sums over chunks
+    and the results are in float32, or in float64 where the hidden states are.
     """
     if hidden_NW.dtype != torch.bfloat16:
         hidden_NW = precise(hidden_NW)
@@ -107,7 +108,7 @@ def _wide(
 def _narrow(
     passes: Passes, learns: bool, weight_learns: bool, *given: Tensor
 ) -> tuple[Tensor, Gradients]:
-    """In bfloat16: each product is one of joined factors."""
+    """In bfloat16: a sum of products is one product of joined factors."""
     hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N, share_N = given
     weight_VW = weight_VW.bfloat16()
     query_NK, key_VK = biased(z_ND, table_VD, bias_V)
@@ -123,7 +124,7 @@ def _narrow(
         scores_CP, at_C = narrow.product(query_NA[chunk], key_PA.T), tokens_N[chunk]
         log_sum_C = passes.log_sums(scores_CP)
         own_C = scores_CP.gather(1, at_C[:, None]).squeeze(1)
-        # As far below all others, a token cannot be: its bias was minus infinity.
+        # A score this low is that of a bias of minus infinity: the token cannot occur.
         nats_N[chunk] = (log_sum_C - own_C).masked_fill(own_C < narrow.NEVER / 2, torch.inf)
         if learns:
             error_CP = passes.errors(scores_CP, log_sum_C, at_C, share_N[chunk].float())

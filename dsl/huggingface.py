@@ -265,13 +265,13 @@ def _logits(network: Any, folder: Path, **given: Tensor) -> Tensor:
 def _require_its_own_answer(
     taken: ForeignBackbone, asked_1L: Tensor, own_1LX: Tensor, folder: Path
 ) -> None:
-    """AdaptationError where the network says otherwise than it did with its two ends inside it,
-    attention as it was."""
+    """AdaptationError unless the network, its embedding and projection taken out, still gives its
+    own logits ``own_1LX``. Its attention must not have been changed yet."""
     hidden_1LH = _logits(taken.network, folder, inputs_embeds=taken.values_UW[asked_1L])
     ours_1LV = F.linear(hidden_1LH, taken.head[0], taken.bias_V)
     own_1LV = own_1LX[..., : taken.config.tokens]
     apart_1LV = (ours_1LV - own_1LV).abs()
-    # Of the median, as networks that bar tokens give these the lowest number there is.
+    # Relative to the median: some networks give forbidden tokens the lowest float there is.
     if apart_1LV.max() > 1e-4 * own_1LV.abs().median():
         raise AdaptationError(
             f"{folder}: the network has a step of its own at its embedding or at its vocabulary "

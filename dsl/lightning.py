@@ -88,14 +88,15 @@ def require_unpacked(path: Path) -> None:
 
 
 class Inert(type):
-    """The type of stand-ins: ``NEWOBJ`` makes an instance; a call, as ``REDUCE`` does, fails."""
+    """The metaclass of stand-ins. The pickle opcode ``NEWOBJ`` may make an instance; ``REDUCE``,
+    which calls the class, raises WeightsError."""
 
     def __call__(cls, *args: object) -> NoReturn:
         raise WeightsError(f"the pickle calls {cls.__name__}")
 
 
 def stand_in(name: str) -> Any:
-    """What to give the unpickler for a name: a class that swallows its arguments and its state."""
+    """The stand-in for a class that a pickle names; it drops its arguments and its state."""
     if name == "collections.defaultdict":  # a dictionary, whatever its missing entries would be
         return lambda *factory: {}
 

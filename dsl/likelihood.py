@@ -30,10 +30,10 @@ PathName = Literal["diffusion", "left_to_right", "random_order", "staggered"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Nats per token of each row, ``[B]`` float64, and the standard error of the estimating.
+    """Nats per token of each row, and the standard error of this estimate; both ``[B]`` float64.
 
-    The square of the standard error is rather too large than too small in expectation: it includes
-    how the terms differ by design.
+    In expectation, the square of the standard error is the variance or more: it includes
+    differences between the terms that are no noise.
     """
 
     mean_B: Tensor
@@ -115,9 +115,10 @@ def hybrid_bound(
 ) -> Estimate:
     """The path integral to ``gamma_star`` plus ``-E sum_i log q(x_i | z)`` there (003 eq. 5, 13).
 
-    An upper bound on -log P(x), in expectation over texts: the factorised last term exceeds the
-    joint one by the total correlation that ``gamma_star`` leaves, and vanishes with it. Costs
-    ``2 * steps`` denoiser calls. Choose ``gamma_star`` on validation text, never per example.
+    An upper bound on -log P(x), in expectation over texts. The last term is factorised and so
+    exceeds the joint one by the total correlation that is left at ``gamma_star``: the less is left,
+    the tighter the bound. Costs ``2 * steps`` denoiser calls. Choose ``gamma_star`` on validation
+    text, never per example.
 
     Raises:
         ValueError: as `path_integral`, of ``gamma_star``.
@@ -185,7 +186,7 @@ def ar(denoiser: Denoiser, tokens_BL: Tensor) -> Estimate:
     """
     if not denoiser.config.backbone.causal:
         raise ValueError(
-            "the backbone is not causal, so one call is no product of conditionals; use roar, "
+            "the backbone is not causal, so one call does not give every p(s_i | s_<i); use roar, "
             "path_integral or hybrid_bound"
         )
     table_VD = denoiser.table_VD
@@ -283,8 +284,11 @@ _PATHS: Mapping[str, Callable[[int, int, Draws], tuple[Tensor, Tensor]]] = Mappi
 
 
 class _Contour:
-    """A monotone curve of SNR from 0 to ``gamma_max``: a window of time for every token, and one
-    profile of the rise inside it. It is straight between two steps, whatever lies there."""
+    """A monotone curve of SNR from 0 to ``gamma_max`` for every token.
+
+    Each token rises in a window of time of its own, by one profile for all. Between two knots of
+    the profile the rise is linear.
+    """
 
     def __init__(
         self,
@@ -319,7 +323,7 @@ def _require_finite_snr(name: str, gamma: float) -> None:
 
 def _require_two(name: str, terms: int) -> None:
     if terms < 2:
-        raise ValueError(f"{name} must be at least 2, got {terms}: one has no standard error")
+        raise ValueError(f"{name} must be at least 2, got {terms}: one term has no standard error")
 
 
 def _ranks(keys_BL: Tensor) -> Tensor:
@@ -353,11 +357,12 @@ def log_prob_of(log_probs_NV: Tensor, tokens_N: Tensor) -> Tensor:
 
 
 def _sum(terms: Sequence[Tensor], length: int) -> Estimate:
-    """The sum of independent terms ``[B]``, each of a part next to the previous one's, per token.
+    """The sum of independent terms ``[B]`` over neighbouring parts of a path, per token.
 
-    Each part is seen once, so its variance shows in how neighbours differ: half the square of a
-    difference has the mean of two variances, plus half the square of what differs by design. The
-    last term counts as a neighbour of the first, so that every variance counts once.
+    Each part is sampled once, so its variance is estimated from the difference between neighbours.
+    In expectation, half the square of a difference is the mean of the two variances, plus half the
+    squared difference of the two expectations. The last term and the first count as neighbours, so
+    that every variance counts once.
     """
     terms_TB = torch.stack(list(terms))
     around_TB = torch.cat([terms_TB, terms_TB[:1]])

@@ -21,8 +21,11 @@ from dsl.errors import AdaptationError
 class Lora:
     """Which linear maps get adapters, and how large these are.
 
-    rank: of the product B A. alpha: the product counts alpha / rank times. targets: names of linear
-    maps, or ends of names, such as ``q_proj``; by default all linear maps of the blocks.
+    rank: of the product B A, at least 1. alpha: B A is multiplied by alpha / rank; at least 1.
+    targets: names of linear maps, or their ends, such as ``q_proj``; empty for all of the blocks.
+
+    Raises:
+        ValueError: rank or alpha is below 1.
     """
 
     rank: int = 8
@@ -34,7 +37,7 @@ class Lora:
             raise ValueError(f"rank and alpha must be at least 1, got {self.rank} and {self.alpha}")
 
     def names(self, backbone: Backbone) -> list[str]:
-        """Of the linear maps that get adapters.
+        """Names of the linear maps in a backbone that get adapters.
 
         Raises:
             AdaptationError: a target matches none, or `peft` is not installed.
@@ -62,8 +65,9 @@ class Lora:
         return [name for name in maps if not targets or any(_ends(name, t) for t in targets)]
 
     def attached(self, denoiser: Denoiser, seed: int) -> Denoiser:
-        """The same denoiser, its backbone frozen but for new adapters, which are the same for the
-        same seed. Table and converter are left as they are.
+        """Add adapters to a denoiser, in place, and freeze all other weights of its backbone.
+
+        The same seed gives the same adapters. Table and converter are left as they are.
 
         Raises:
             AdaptationError: as `names` does.

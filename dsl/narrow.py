@@ -1,12 +1,12 @@
-"""Scores of all tokens from bfloat16 factors, as a GPU's tensor cores multiply them.
+"""Scores of all tokens as products of bfloat16 factors, for the tensor cores of a GPU.
 
-These units multiply bfloat16 ten times as fast as float32, and they sum in float32. So here sums
-are not rounded to bfloat16, a factor that bfloat16 would round too far goes in as two, and what is
-made for a vocabulary is padded: with V = 50257, which is odd, a product took five times as long on
-an H100 as with 50304.
+Tensor cores multiply bfloat16 ten times as fast as float32, and sum in float32. So sums stay in
+float32 here, and a factor that needs more than the 8 bits of bfloat16 is split into parts: it is
+*wide*, the others are *narrow*. The vocabulary is padded: with V = 50257, which is odd, a product
+took five times as long on an H100 as with 50304.
 
 Shapes: N positions, V tokens, P = V padded, K dimensions of a wide factor, W of a narrow one,
-A columns of all of them together.
+A columns of all factors side by side.
 """
 
 import torch
@@ -16,8 +16,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 ROWS = 64  # P is a multiple of it
 COLUMNS = 8  # and A of this: 16 bytes, which a GPU reads at once
-# The bias of padded tokens, and the least of any: minus infinity times the zeros of another factor
-# would be NaN.
+# The bias of padded tokens, and the lowest that any token has: minus infinity times a zero of the
+# other factor would be NaN.
 NEVER = -1e30
 
 
@@ -31,11 +31,12 @@ def product(left_NA: Tensor, right_AP: Tensor) -> Tensor:
 
 
 def queries(query_NK: Tensor, *narrow_NW: Tensor) -> Tensor:
-    """``[N, A]``, whose `product` with `keys` is the sum of the products of all the factors.
+    """``[N, A]``: the factors of the queries side by side, to be multiplied with those of `keys`.
 
-    The last dimension of a query is 1, and of a key its bias (`dsl.converter.biased`). The bias is
-    as exact as float32. Of the high and low parts of the others only the product of both low parts
-    is left out: 2^-16 of what is multiplied is lost, where bfloat16 alone would lose 2^-8.
+    The `product` of both is ``query key^T`` plus the products of the narrow factors. The last
+    column of a query is 1, that of a key its bias (`dsl.converter.biased`), which is as exact as in
+    float32. Other columns have a high and a low part each. Only low times low is left out: the
+    relative error is 2^-16, where bfloat16 alone has 2^-8.
     """
     (high_ND, low_ND), one_N1 = _parts(query_NK[:, :-1], 2), query_NK[:, -1:].bfloat16()
     columns = *narrow_NW, high_ND, low_ND, high_ND, one_N1, one_N1, one_N1
@@ -52,7 +53,7 @@ def keys(key_VK: Tensor, *narrow_VW: Tensor) -> Tensor:
 
 
 def beside(*narrow: Tensor) -> Tensor:
-    """Narrow factors in one, their columns padded with zeros."""
+    """Narrow factors side by side, and zeros up to a multiple of `COLUMNS`."""
     return _aligned(torch.cat(narrow, dim=1))
 
 
@@ -62,10 +63,10 @@ def padded(rows_VK: Tensor) -> Tensor:
 
 
 def _parts(wide: Tensor, count: int) -> list[Tensor]:
-    """In bfloat16, from high to low, whose sum is ``wide`` to 8 bits for each.
+    """``count`` parts in bfloat16, from high to low, whose sum is ``wide`` to 8 bits for each.
 
-    A compiler would leave out that a part is rounded before it is taken off, and so make all parts
-    but the first zero.
+    This must not be compiled: a compiler leaves out the rounding of a part before it subtracts the
+    part, and so makes all later parts zero.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("not to be compiled")  # upon which torch.compile runs it as it is

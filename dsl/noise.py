@@ -34,13 +34,16 @@ class Stream(IntEnum):
 class Draws:
     """The draws of one step for rows ``first_row, first_row + 1, …``.
 
-    Philox is counter-based: the key holds (seed, step, stream), the counter starts at the row, so
-    any row's numbers can be had without drawing those before it, and consecutive rows are one
-    run of the library's generator. Every number consumes exactly one output (which is why normals
-    are Box-Muller and not a rejection method): rows stay aligned.
+    On a CPU they come from numpy's Philox, a counter-based generator. Its key holds (seed, step,
+    stream) and its counter starts at the row, so no earlier row has to be drawn first. Every number
+    uses exactly one output of the generator, so that rows stay aligned. Normals are therefore made
+    by Box-Muller and not by a rejection method.
 
-    All uniforms are drawn on the CPU. Normals, which are D times as many, are drawn where they are
-    used, and a GPU's are others than the CPU's.
+    Uniforms are always drawn on the CPU. Normals, which are D times as many, are drawn on the
+    device that uses them, and a GPU's (`dsl.philox`) differ from the CPU's.
+
+    Raises:
+        ValueError: ``seed`` is outside [0, 2^64) or ``first_row`` negative.
     """
 
     seed: int
@@ -84,8 +87,8 @@ class Draws:
 def normal(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, source: torch.Generator
 ) -> Tensor:
-    """Standard normals on a device: drawn from ``source`` or, where that is of another device, from
-    a generator of the device that ``source`` seeds."""
+    """Standard normals on a device. A ``source`` of another device only seeds a generator of this
+    one, which draws them."""
     if source.device != device:
         seed = torch.randint(2**63 - 1, (), generator=source, device=source.device)
         source = torch.Generator(device).manual_seed(int(seed))

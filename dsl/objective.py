@@ -1,11 +1,12 @@
 """Losses: DSL fine-tuning, and the MDLM and AR pre-training it starts from or is judged by.
 
-An objective is a module whose ``forward`` computes the loss, so that a sharded root's forward
-covers every parameter that takes part, the head's included. The parameters that take part are the
-same on every batch: ranks that reduce gradients together never disagree about which exist.
+An objective is a module whose ``forward`` computes the loss. Sharding (FSDP) gathers parameters
+around the forward of the root module, so all that take part, the head's included, are used inside
+it. They are the same on every batch: ranks that reduce gradients together never disagree about
+which exist.
 
-The generator that a forward takes lies on the CPU, which then knows the shapes of everything that
-depends on the draws and never waits for a GPU to tell them.
+The generator that a forward takes lies on the CPU. The CPU then knows the shapes of everything that
+depends on the draws, and never waits for a GPU to tell them.
 
 Shapes: B rows, L positions, V tokens, D table dimension, W backbone width, N predicted positions
 (flat, in [0, B·L)).
@@ -28,10 +29,10 @@ EPS = 1e-3
 
 
 class Loss(NamedTuple):
-    """``value``, the scalar to differentiate, and detached scalars to log, all per token of B·L.
+    """``value``, the scalar to differentiate, and ``metrics``, detached scalars to log.
 
-    Metrics are means over all B·L tokens, never NaN, so they average over batches of one shape:
-    ``masked_nats / masked_share`` is the cross-entropy of a masked position.
+    All are sums divided by the batch's B·L tokens and never NaN, so they may be averaged over
+    batches of one shape. The cross-entropy of a masked position is ``masked_nats / masked_share``.
     """
 
     value: Tensor
@@ -47,8 +48,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """``-log p(tokens | state)`` at flat positions ``at_N``, in float32 or better.
 
-    First their weighted sum per token of the batch, to differentiate, then the nats ``[N]``
-    themselves. The head runs at those positions only, see `dsl.head`: no ``[N, V]`` exists.
+    Returns their weighted sum divided by B·L, a scalar to differentiate, and the nats ``[N]``
+    themselves. The head runs at these positions only, see `dsl.head`: no ``[N, V]`` exists.
 
     weight_N: on the CPU; 1 by default.
     """
@@ -83,7 +84,7 @@ class DSLObjective(nn.Module):
         )
 
     def flops_per_token(self, length: int) -> float:
-        """Of a step, in the mean; see `Denoiser.flops_per_token`."""
+        """Expected cost of a training step, see `Denoiser.flops_per_token`."""
         return self.denoiser.flops_per_token(length, **self.support.shares(length)._asdict())
 
 
@@ -93,9 +94,9 @@ class MDLMObjective(nn.Module):
     Each row draws t in (EPS, 1], stratified over the batch, and masks each token with
     probability t. The table and the converter take no part: the constructor freezes them.
 
-    ``weighting="flat"`` leaves the bound's weights 1/t out. The best prediction is the same for
-    every mask, and without the few rows that weigh hundreds a small batch learns it in fewer
-    steps; the loss is then the cross-entropy at masked tokens and bounds nothing.
+    ``weighting="flat"`` leaves the bound's weights 1/t out. The optimal prediction stays the same.
+    Small batches learn it in fewer steps, because no row of small t outweighs hundreds of others.
+    The loss is then the cross-entropy at masked tokens, and no bound.
 
     Raises:
         ValueError: another weighting.
@@ -109,7 +110,8 @@ class MDLMObjective(nn.Module):
         self.weighting = weighting
 
     def forward(self, tokens_BL: Tensor, generator: torch.Generator) -> Loss:
-        """``(1/BL) sum_masked -log p(s_i | z) / t``: its expectation bounds the NLL from above."""
+        """``(1/BL) sum_masked -log p(s_i | z) / t``, in expectation an upper bound of the NLL;
+        without ``/ t``, and no bound, where the weighting is flat."""
         t_B1 = 1 - (1 - EPS) * stratified(len(tokens_BL), generator)[:, None]
         uniform_BL = torch.rand(
             tokens_BL.shape, generator=generator, dtype=t_B1.dtype, device=generator.device
@@ -126,7 +128,7 @@ class MDLMObjective(nn.Module):
         )
 
     def flops_per_token(self, length: int) -> float:
-        """Of a step, in the mean; see `Denoiser.flops_per_token`."""
+        """Expected cost of a training step, see `Denoiser.flops_per_token`."""
         return self.denoiser.flops_per_token(length, predicted=(1 + EPS) / 2, evidence=0.0)
 
 
@@ -154,7 +156,7 @@ class ARObjective(nn.Module):
         return Loss(value, metrics={})
 
     def flops_per_token(self, length: int) -> float:
-        """Of a step; see `Denoiser.flops_per_token`."""
+        """Cost of a training step, see `Denoiser.flops_per_token`."""
         return self.denoiser.flops_per_token(length, predicted=1.0, evidence=0.0)
 
 
@@ -168,8 +170,8 @@ def _freeze_evidence(denoiser: Denoiser) -> Denoiser:
 
 
 def _part(name: str, nats_N: Tensor, of_N: Tensor, tokens_BL: Tensor) -> dict[str, Tensor]:
-    """What some of N positions add to the loss per token of the batch, and their share of its
-    tokens; ``of_N``: which ones, on the CPU."""
+    """Metrics of those of N positions where ``of_N`` is true (bool, on the CPU): their nats, and
+    their number, each divided by the tokens of the batch."""
     tokens, at_K = tokens_BL.numel(), flat(of_N)
     return {
         f"{name}_nats": nats_N.detach()[send(at_K, nats_N.device)].sum() / tokens,

@@ -1,7 +1,7 @@
-"""Passes over ``[C, P]`` scores of all tokens, each of which reads or writes gigabytes on a GPU.
+"""Functions of ``[C, P]`` scores of all tokens, which take gigabytes on a GPU.
 
-As they are written here each operation is a pass of its own. Compiled, a function reads its
-arguments and writes its result once.
+Uncompiled, every operation here passes over the whole memory of its arguments and result. A
+compiled function reads its arguments once and writes its result once.
 
 Shapes: C positions of a chunk, P padded tokens, Q pieces of R tokens.
 """
@@ -30,10 +30,10 @@ def softmax(scores_CP: Tensor, log_sum_C: Tensor) -> Tensor:
 
 
 def errors(scores_CP: Tensor, log_sum_C: Tensor, tokens_C: Tensor, grad_C: Tensor) -> Tensor:
-    """The gradient of the scores, in bfloat16, given that of ``-log softmax`` at the tokens.
+    """``[C, P]`` gradient of the scores in bfloat16, given that of ``-log softmax`` at the tokens.
 
-    All is multiplied before it is rounded: a share such as 1/600, rounded by itself, would be off
-    alike for all positions.
+    The product is rounded once. ``grad`` rounded by itself, 1/600 for example, would have the same
+    relative error at all positions, which would not average out.
     """
     own_CP = torch.arange(scores_CP.shape[1], device=scores_CP.device) == tokens_C[:, None]
     error_CP = (scores_CP - log_sum_C[:, None]).exp() - own_CP.to(scores_CP.dtype)
@@ -43,11 +43,11 @@ def errors(scores_CP: Tensor, log_sum_C: Tensor, tokens_C: Tensor, grad_C: Tenso
 def softmax_gradients(
     scores_CP: Tensor, log_sum_C: Tensor, grad_CP: Tensor, mean_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The softmax again, and the gradient of the scores, both in bfloat16, given the gradient of
-    the softmax and the mean of that, each token counting by its weight.
+    """The softmax again, and the gradient of the scores, both ``[C, P]`` in bfloat16.
 
-    It is weight (grad - mean). Where one token has nearly all the weight the two nearly cancel,
-    before anything is rounded.
+    ``grad_CP`` is the gradient of the softmax and ``mean_C`` its mean, weighted by the softmax. The
+    gradient of a score is weight (grad - mean). Where one token has nearly all the weight the two
+    nearly cancel, so they are subtracted before anything is rounded.
     """
     weights_CP = (scores_CP - log_sum_C[:, None]).exp()
     return weights_CP.bfloat16(), (weights_CP * (grad_CP - mean_C[:, None])).bfloat16()

@@ -41,7 +41,7 @@ def words(counter: Words, key: tuple[int, int]) -> Words:
         low_key, high_key = (
             (k + turn * step) & WORD for k, step in zip(key, KEY_STEPS, strict=True)
         )
-        # Exact modulo 2^64, so both halves are, too; the sign bit is cut off with the rest.
+        # int64 products wrap modulo 2^64: both halves are exact, and `& WORD` drops the sign.
         left, right = one * MULTIPLIERS[0], three * MULTIPLIERS[1]
         one, two, three, four = (
             (right >> 32 & WORD) ^ two ^ low_key,

@@ -1,7 +1,7 @@
 """The answer of a denoiser, computed only at the positions asked for.
 
-Asked positions are best given on the CPU: their number decides the shapes of what follows, and
-where they lie on a GPU the CPU has to wait for it to look at them.
+Give asked positions on the CPU. They decide the shapes of what follows, so the CPU has to read
+them, and would wait for a GPU to copy them back.
 
 Shapes: B rows, L positions, V tokens, D table dimension, N asked positions (flat, in [0, B·L)),
 R rows.
@@ -39,8 +39,8 @@ class Posterior(ABC):
 
     @abstractmethod
     def with_rows(self, state: State, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
-        """The posterior of ``state``: rows ``rows_R`` as ``fresh`` (R rows) has just answered
-        them, every other row as answered before. ``rows_R`` lie on the table's device."""
+        """The posterior of ``state``: its rows ``rows_R`` from ``fresh``, which has R rows, and all
+        other rows from this posterior. ``rows_R`` lie on the table's device."""
 
     def log_probs_at(self, at_N: Tensor) -> Tensor:
         """``[N, V]`` log-probabilities at flat positions ``at_N``."""
@@ -84,8 +84,8 @@ class Posterior(ABC):
     def confidence_at(self, at_N: Tensor, tokens_N: Tensor) -> Tensor:
         """Probability ``[N]`` of a token at each flat position, be it revealed or not.
 
-        Unlike in `log_probs`, a revealed token is not taken as certain: this is what a network
-        predicts there from the whole text, and what the exact law says of a text outside it.
+        Unlike in `log_probs`, a revealed token is not taken as certain. Its probability is what the
+        network, or the exact law, computes there before the known token replaces the answer.
         """
         confidence_N = self.table_VD.new_empty(len(at_N))
         for span in self._spans(len(at_N)):
@@ -119,7 +119,8 @@ class Posterior(ABC):
         return mean_BLD.view_as(own_BLD)
 
     def _carried_over(self, found_NV: Tensor, at_N: Tensor, *, other: float, own: float) -> Tensor:
-        """``found_NV`` with what is known in place of what was found at revealed positions."""
+        """``found_NV``, but ``own`` at the known token of a revealed position and ``other`` at the
+        rest of that row."""
         at_N = at_N.cpu()
         known_N = flat(self.state.host.revealed_BL.flatten()[at_N])
         if len(known_N) == 0:

@@ -24,7 +24,7 @@ def _lists(*names: str) -> dict[str, list[float]]:
 
 
 def _share(part_BL: Tensor, whole_BL: Tensor) -> float:
-    """Of the whole, 0 if that is empty."""
+    """The share of the whole that is in the part; 0 of an empty whole."""
     return int((part_BL & whole_BL).sum()) / max(int(whole_BL.sum()), 1)
 
 
@@ -55,11 +55,11 @@ class Schedule:
 
 @dataclass(kw_only=True)
 class Rewrites:
-    """How much a path masks again, and which tokens change by it.
+    """How many tokens a path masks again, and how many change by it.
 
-    ``remasked`` is the share of revealed tokens that a step sent below SNR infinity;
-    ``rewritten`` the share of tokens that it revealed as another token than they last were, drawn
-    or given; ``rewrites_per_token`` is the sum of the latter.
+    At each step, ``remasked`` is the share of revealed tokens whose SNR falls below infinity, and
+    ``rewritten`` the share of all tokens that are revealed as another token than the last time, or
+    than the one given at the start. ``rewrites_per_token`` is the sum of ``rewritten``.
     """
 
     name: str = "rewrites"

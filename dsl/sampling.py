@@ -119,7 +119,7 @@ class _Evaluator:
         self.row_calls_B = torch.zeros(len(state.gamma_BL), dtype=torch.int64)
 
     def move(self, state: State) -> None:
-        # States differ only where a gamma moved: `transition` is the only thing that makes them.
+        # `transition` changes a token only with its gamma, so equal gammas mean an equal row.
         self.stale_B |= (state.host.gamma_BL != self.state.host.gamma_BL).any(1)
         self.state = state
 
@@ -141,11 +141,12 @@ class _Evaluator:
         return self.posterior
 
     def _batch(self, wanted_B: Tensor) -> Tensor:
-        """The rows to evaluate: on a GPU the first one again and again, up to a power of two.
+        """The rows to evaluate; on a GPU the first one is repeated until there are a power of two.
 
-        A GPU plans its kernels anew for every size of batch, and what it answers for a row does not
-        depend on the rows beside it. Another row would not do: a finished one keeps the answer from
-        before its last reveal, which a path may still read.
+        A GPU plans its kernels anew for every size of batch, so sizes should be few. What it
+        answers for a row does not depend on the rows beside it. No other row may fill up the batch:
+        a finished one has to keep the answer from before its last reveal, which a path may still
+        read.
         """
         rows_R = flat(wanted_B)
         if self.state.z_BLD.device.type == "cpu" or not len(rows_R):

@@ -52,7 +52,7 @@ class State(Knowledge):
 
     ``tokens_BL`` (int64) is 0 where nothing is revealed and ``z_BLD`` is 0 where something is,
     so equal states are equal tensors. ``frozen_BL`` marks tokens that no path may move. Only
-    `dsl.channel.transition` makes a state from another.
+    `dsl.channel.transition` moves tokens from one state to another.
     """
 
     tokens_BL: Tensor
@@ -158,7 +158,7 @@ class State(Knowledge):
         return OnHost(self.gamma_BL.cpu(), self.frozen_BL.cpu())
 
     def with_host(self, host: OnHost) -> "State":
-        """This state, whose `host` is known already. `replace` forgets it."""
+        """This state, with a known `host` set in place. `dataclasses.replace` does not keep it."""
         vars(self)["host"] = host
         return self
 
@@ -185,10 +185,10 @@ def flat(where_BL: Tensor) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on another device, where what reads it waits for it, not the CPU.
+    """Copy a tensor of the CPU to another device without making the CPU wait.
 
-    To copy from memory that is not pinned, the CPU would wait until a GPU has computed everything
-    that was ordered before.
+    The tensor is pinned for that. To copy from memory that is not pinned, the CPU would wait until
+    a GPU has computed everything that was ordered before.
     """
     if tensor.is_cpu and device.type == "cuda":
         tensor = tensor.pin_memory()

@@ -1,9 +1,9 @@
 """What SNR a training row sees: endpoints, a spread of finite SNR, or some rows of each.
 
 Every `sample` returns ``gamma_BL`` in [0, inf], float32, on the generator's device. Each row by
-itself has exactly the law its class states. The rows of one call share a stratified draw, which
-spreads them evenly over that law: the mean loss of a batch stays unbiased, with less variance.
-`shares` are the mean shares of tokens that are not revealed, and of those with evidence.
+itself has exactly the law that its class states. Draws of one number per row are stratified over
+the rows of a call: the mean loss of a batch stays unbiased, with less variance. `shares` are
+expected shares of all tokens.
 
 Shapes: B rows, L positions.
 """
@@ -75,7 +75,7 @@ class Roar:
         return torch.where(order_BL.argsort(-1) < revealed_B1, high_BL, low_BL).float()
 
     def shares(self, length: int) -> Shares:
-        """On rows of so many tokens."""
+        """On rows of ``length`` tokens."""
         low = (length + 1) / (2 * length)
         finite = math.isfinite(self.gamma_max)
         evidence = low * (self.gamma_min > 0) + (1 - low) * finite
@@ -122,10 +122,10 @@ class LogNormal:
 
 @dataclass(frozen=True, kw_only=True)
 class InformationUniform:
-    """The continuous branch without a knob: information is the natural clock (003 eq. 3).
+    """The continuous branch without free parameters: SNRs at equal steps of nats (003 eq. 3).
 
-    ``profile`` is the measured ``1/2 E(gamma) dgamma`` of a denoiser; each row as a whole is seen
-    at the SNR below which a uniformly random share of its nats lie, up to ``gamma_max``.
+    ``profile`` is the measured ``1/2 ∫ E dgamma`` of a denoiser. Each row draws a share uniform on
+    [0, 1). All its tokens get the SNR below which that share of the nats up to ``gamma_max`` lies.
 
     Raises:
         ValueError: ``gamma_max`` is not above 0, or the profile ends below it.
@@ -171,7 +171,8 @@ class Mixed:
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
         """``gamma_BL``; the number of ROAR rows is within one of ``B * roar_share``.
 
-        The branches' losses differ severalfold, so a free count would be most of the variance.
+        The branches' losses differ severalfold, so a number that varied freely between batches
+        would be most of their variance.
         """
         device = generator.device
         rounding = torch.rand((), generator=generator, dtype=torch.float64, device=device)
@@ -185,7 +186,7 @@ class Mixed:
         return gamma_BL[torch.randperm(rows, generator=generator, device=device)]
 
     def shares(self, length: int) -> Shares:
-        """On rows of so many tokens."""
+        """On rows of ``length`` tokens."""
         both = zip(self.roar.shares(length), self.continuous.shares(length), strict=True)
         return Shares(*(self.roar_share * a + (1 - self.roar_share) * b for a, b in both))
 

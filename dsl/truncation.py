@@ -20,16 +20,16 @@ from dsl.state import State, flat
 
 Convention = Literal["keep", "drop"]
 
-# Tokens of a row that are summed up at first: most nuclei hold fewer. On a GPU, which the CPU has
-# to wait for to know whether they sufficed, they are more.
+# How many likeliest tokens of a row are summed at first: most nuclei hold fewer. More on a GPU,
+# because the CPU waits for it after each attempt, to know whether they sufficed.
 FIRST = 256
 FIRST_ON_GPU = 2048
 
 # Values for which another thread is worth its start.
 GRAIN = 2**18
 
-# How many of a row's tokens stay, sorted from likely to unlikely, from the sum up to each. `keep`
-# is the common rule, `drop` that of public ReMDM; they differ in the token that crosses p.
+# How many of a row's tokens stay, given the running sums of its probabilities from the likeliest
+# down. `keep` (the common rule) keeps the token that crosses p, `drop` (public ReMDM) does not.
 CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {
         "keep": lambda total_NK, p_N1: torch.searchsorted(total_NK, p_N1) + 1,
@@ -39,8 +39,12 @@ CONVENTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType
 
 
 class Kept(NamedTuple):
-    """Of each row how many of the likeliest tokens stay, in [1, V], and the log-probability of the
-    last of them; of which rows the next token may be as likely, and whether there are such rows."""
+    """What a nucleus keeps of each row.
+
+    ``size_N1``: how many of the likeliest tokens, in [1, V]. ``last_N1``: the log-probability of
+    the last one kept. ``tied_N``: whether the next token may be as likely. ``ties``: whether any
+    row is tied.
+    """
 
     size_N1: Tensor
     last_N1: Tensor
@@ -90,9 +94,9 @@ class Truncated:
 
     What is sharpened is the context's part of an answer, that is, what all other tokens say of
     one. The token's own evidence counts as it is: ``p(v | z) ∝ p(v | z_others) exp(<z_i, x_v>)``
-    (003 A.1) becomes ``p'(v | z_others) exp(<z_i, x_v>)``, with p' at the temperature and cut.
-    Along any path, tokens that are independent are then drawn from p', because this is the exact
-    posterior of p'. To sharpen the product instead would sharpen the noise in ``z_i`` as well,
+    (003 A.1) becomes ``p'(v | z_others) exp(<z_i, x_v>)``, where p' has the temperature and
+    the cut. That is the exact posterior under p'. So, along any path, tokens that are independent
+    are drawn from p'. To sharpen the product instead would sharpen the noise in ``z_i`` as well,
     which the sampler itself has drawn. A masked token has no evidence: its answer is all context.
     A network without the skip (see `dsl.converter.ConverterConfig`) may count the evidence wrongly.
     Its context's part is then wrong too, and so are texts drawn through finite SNR.
@@ -151,7 +155,7 @@ class Truncated:
 
 
 def descending(values_NV: Tensor) -> Callable[[int], Tensor]:
-    """The K largest values of each row, ``[N, K]`` from the largest down, given K."""
+    """A function from K to the K largest values of each row, ``[N, K]``, in descending order."""
     if values_NV.device.type == "cpu":
         # numpy's sort is vectorised and keeps no indices: torch's takes ten times as long.
         sorted_NV = values_NV.detach().numpy().copy()
@@ -193,8 +197,8 @@ class TruncatedPosterior(Posterior):
         z_ND = self.state.z_BLD.flatten(0, 1)[at_N].to(log_probs_NV)
         own_NV = z_ND @ self.table_VD.to(log_probs_NV).T
         context_NV = (log_probs_NV - own_NV).log_softmax(-1)
-        # Without evidence an answer is all context. To normalise it again could change its last
-        # bit, and so its nucleus, with the evidence of other rows.
+        # Without evidence an answer is all context. Normalised again it could differ in the last
+        # bit, and so in its nucleus, only because other rows of the batch have evidence.
         heard_N1 = self.state.evidence_BL.flatten()[at_N, None]
         return self.options.cut(torch.where(heard_N1, context_NV, log_probs_NV)) + own_NV
 

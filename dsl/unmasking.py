@@ -1,8 +1,8 @@
-"""The likelihood of a text under the very procedure that would draw it by unmasking.
+"""The likelihood of a text under an unmasking sampler: the probability that it draws this text.
 
-A path that reveals every token once and decides by the posterior alone where to reveal next gives
-each text one order, so the probability of the text is the product of its reveals' probabilities
-(arXiv 2603.01367). No bound and no integral: what the sampler draws has exactly this law.
+A path that reveals every token once, and chooses by the posterior alone where to reveal next, draws
+each text in one order. The probability of the text is then the product of the probabilities of its
+reveals (arXiv 2603.01367): exactly the sampler's law, neither a bound nor an integral.
 
 Shapes: B rows, L positions, N asked positions (flat, in [0, B·L)), R rows.
 """
@@ -22,14 +22,15 @@ def estimate(
 ) -> Estimate:
     """``-log P(text)`` under `dsl.sample` along ``path``, in nats per token.
 
-    Exact, with a standard error of 0, where the path is deterministic (`Order` by keys or from
-    left to right, `EntropyBounded`). A path that draws its order (`Masked`, `Order("random")`) is a
-    mixture over orders: the one drawn by the key gives an upper bound in expectation.
+    Exact where the path is deterministic (`Order` by keys or from left to right, `EntropyBounded`).
+    A path that draws its order (`Masked`, `Order("random")`) is a mixture over orders: the order
+    that the key (seed, row) draws gives an upper bound in expectation. The standard error is 0 for
+    both: it does not count the choice of the order.
 
     Args:
         tokens_BL: the texts, ids in [0, V).
-        budget: denoiser calls, as for `dsl.sample`: several tokens of one call are drawn apart, and
-            the procedure's own probability says so.
+        budget: denoiser calls, as for `dsl.sample`. Tokens that one call reveals are drawn
+            independently, and the probability counts them so.
 
     Raises:
         ValueError: the path passes through finite SNR, or may hide a token that it has revealed,
@@ -38,7 +39,7 @@ def estimate(
     stages = path.stages if isinstance(path, Hybrid) else [path]
     if path.finite_snr:
         raise ValueError("the path passes through finite SNR, whose noise has no likelihood")
-    # By its kind: not every run of such a path hides a token again.
+    # Refused by its type: a run of it may, but need not, hide a token again.
     if any(isinstance(stage, Remask) for stage in stages):
         raise ValueError("the path may reveal a token twice, so its texts have no single order")
     told = _Told(denoiser, tokens_BL)
@@ -49,7 +50,7 @@ def estimate(
 
 
 class _Told:
-    """A denoiser whose draws are the tokens of a given text; it adds up what they cost."""
+    """A denoiser whose draws are always the tokens of a given text. It records their nats."""
 
     def __init__(self, denoiser: Denoises, tokens_BL: Tensor) -> None:
         self.denoiser = denoiser

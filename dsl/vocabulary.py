@@ -163,7 +163,7 @@ class Vocabulary:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def first(self, size: int) -> "Vocabulary":
-        """The vocabulary without tokens that were added behind its first ``size``."""
+        """This vocabulary without added tokens whose ids are ``size`` or more."""
         content = json.loads(self.to_json())
         content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < size]
         return Vocabulary.from_json(json.dumps(content))
@@ -198,15 +198,17 @@ class Vocabulary:
         return text
 
     def decode_behind(self, ids: Sequence[int]) -> str:
-        """Text of ids that stand behind others. Some tokenizers write the space before a word only
-        there: `decode` drops it, as at the beginning of a text."""
+        """Text of ids that continue a text. With some tokenizers `decode` drops the space before
+        the first word, because a text would begin there; here that space is kept."""
         text, before = self.decode([self.eos, *ids]), self.decode([self.eos])
         return text.removeprefix(before) if text.startswith(before) else self.decode(ids)
 
     def bytes_of(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes that ids stand for: the unit of bits per byte.
+        """The UTF-8 bytes that ids stand for: the unit of bits per byte. Special tokens stand for
+        none.
 
-        Exact for any stretch of ids, even one that tears a character. Special tokens hold none.
+        Where the decoder only joins tokens (`READERS`), the bytes are exact even if the ids cut a
+        character in two. Elsewhere such a character becomes U+FFFD.
         """
         if self._pieces is None:
             return bytes(self._tokenizer.decode(list(ids), skip_special_tokens=True).encode())

@@ -70,8 +70,8 @@ def load(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> 
     """The denoiser of a folder that `save` wrote, on the CPU, in evaluation mode.
 
     Args:
-        trust_remote_code: whether code that came with the weights is run. Denoisers around a
-            network that the transformers library does not know need it; ``config.json`` holds it.
+        trust_remote_code: whether to run code that came with the weights. ``config.json`` holds
+            such code for a network that the transformers library does not know.
 
     Raises:
         WeightsError: a file is missing, or is not the one that was saved, or the weights are not

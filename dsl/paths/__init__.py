@@ -1,8 +1,9 @@
 """Sampling algorithms as paths of per-token SNR (000 §4.3).
 
-A path says where each gamma goes next and nothing else: it never touches z, tokens or the
-randomness of a draw. All of them are frozen dataclasses told apart by ``kind``, so that presets,
-sweeps and run records hold them as plain values.
+A path answers where each gamma goes next. It never changes z or tokens, and has no part in their
+random draws; only one that steers (`dsl.paths.clock.Steers`) sets the drift of a move. All paths
+are frozen dataclasses told apart by ``kind``, so that presets, sweeps and run records hold them as
+plain values.
 """
 
 from collections.abc import Mapping

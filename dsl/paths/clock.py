@@ -21,10 +21,10 @@ def no_evaluation(state: State) -> Posterior:
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Call ``call`` (from 0) of ``budget``; time runs from 0 to 1 in equal steps.
+    """The time of a move: call ``call`` (from 0) of ``budget``, in equal steps from 0 to 1.
 
-    ``evaluate`` answers any other state than the one being moved, for one more call of the
-    budget: the clock then moves on by two.
+    ``evaluate`` gives the posterior of any other state than the one being moved. It costs one more
+    call of the budget, so the clock's next call is two further.
     """
 
     call: int
@@ -77,7 +77,7 @@ class Path(Protocol):
 
 @runtime_checkable
 class Steers(Protocol):
-    """A path whose finite moves follow another drift than the posterior mean where they start."""
+    """A path that replaces the posterior mean as the drift of its moves to finite SNR."""
 
     def steer(self, posterior: Posterior, carry: Any) -> Posterior:
         """The posterior to move by, given the carry that `target` has just answered."""

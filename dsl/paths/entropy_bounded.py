@@ -17,12 +17,16 @@ from dsl.state import State, flat
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBounded:
-    """Each call reveals the surest tokens whose summed entropy less the largest is <= ``bound``.
+    """Reveal the k surest tokens at each call, with the largest k that ``bound`` (in nats) allows.
 
-    That difference, in nats, bounds what drawing the tokens independently can lose against
-    drawing them jointly: their total correlation. Where the bound would not finish in time the
-    row reveals ``ceil(left / calls left)`` all the same. A bound of 0 on a text of L uncertain
-    tokens is an order of one per call, surest first; rows that finish early cost no more calls.
+    It bounds the sum of the k entropies without the largest of them. This sum is at least the total
+    correlation, which is what drawing the tokens independently can lose against drawing them
+    jointly. If the budget needs more, a row reveals ``ceil(left / calls left)`` all the same. With
+    a bound of 0, uncertain tokens are revealed one per call, surest first. Rows that finish early
+    cost no more calls.
+
+    Raises:
+        ValueError: ``bound`` is negative or NaN.
     """
 
     bound: float

@@ -54,7 +54,7 @@ class Quantile:
         if below == 0:
             raise ValueError(
                 f"gamma_max {gamma_max:g} must not lie so far below the median of the log-normal, "
-                f"{math.exp(self.mu):g}: no share of it is left; raise it or lower mu"
+                f"{math.exp(self.mu):g}: no share of it is left below; raise gamma_max or lower mu"
             )
         if not 0 < share < 1:
             return share * gamma_max
@@ -63,10 +63,13 @@ class Quantile:
 
 @dataclass(frozen=True, kw_only=True)
 class Information:
-    """Equal nats: information is the natural clock, ``1/2 E(gamma) dgamma`` of it (003 eq. 3).
+    """Equal steps of information, in nats: ``1/2 ∫ E dgamma`` up to an SNR (003 eq. 3).
 
-    ``nats[k]`` is what a measured error profile gives in total up to SNR ``gammas[k]``; both
-    start at 0 and increase. Between two entries SNR is linear in nats.
+    ``nats[k]`` is that integral of a measured error profile up to SNR ``gammas[k]``. Both start at
+    0 and increase. Between two entries SNR is linear in nats.
+
+    Raises:
+        ValueError: other entries, or a ``gamma_max`` above the last.
     """
 
     gammas: tuple[float, ...]
@@ -85,7 +88,7 @@ class Information:
         if gamma_max > self.gammas[-1]:
             raise ValueError(
                 f"gamma_max {gamma_max:g} lies beyond the measured profile, which ends at SNR "
-                f"{self.gammas[-1]:g}; lower it or measure further"
+                f"{self.gammas[-1]:g}; lower gamma_max or measure further"
             )
         if not 0 < share < 1:
             return share * gamma_max

@@ -37,9 +37,12 @@ class Carry(NamedTuple):
 class Hybrid:
     """``split = (T_cont, T_MDM)`` calls of ``first``, then of ``second``.
 
-    The budget is their sum. All calls of the first stage move: the reveal that would end it is
-    left to the second, which finds the finite-SNR evidence as it was left. A split of (T, 0) is
-    the first path itself, (0, T) the second.
+    The budget is their sum. Every call of the first stage is a move. The reveal with which the
+    stage would end alone is left to the second, which starts from the evidence that it finds. A
+    split of (T, 0) is the first path itself, (0, T) the second.
+
+    Raises:
+        ValueError: a negative split, or (0, 0).
     """
 
     first: Stage

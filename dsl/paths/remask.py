@@ -120,9 +120,9 @@ class Remask:
     """Mask revealed tokens again with probability sigma, reveal the others that much more often.
 
     An unrevealed token is revealed with probability ``(alpha' - (1 - sigma) alpha) / (1 - alpha)``.
-    Where sigma is one number for all tokens, the share revealed so follows the schedule of `Masked`
-    (``loop``: its own), whatever sigma is. Under ``conf`` it lags behind: sigma is 0 for the
-    unrevealed tokens, whose reveals then do not make up for what is masked. The rule says sigma:
+    With one sigma for all tokens, the expected share of revealed tokens follows the schedule of
+    `Masked` (``loop``: its own). Under ``conf`` it lags behind: sigma is 0 at unrevealed tokens, so
+    their reveals do not make up for what is masked. The rule defines sigma:
 
     ====================  ===========================================================
     ``cap``               ``min(eta, sigma_max)``, eta 0.008
@@ -130,7 +130,7 @@ class Remask:
     ``conf``              ``sigma_max softmax(-p)`` over the revealed tokens of a row, p the
                           probability a token had when it was revealed; tokens given at the
                           start have the confidence of the first posterior (004 fig. 3)
-    ``loop``              eta 0.02 while alpha is held at 0.9 for half of the calls, else 0
+    ``loop``              as ``cap``, eta 0.02, while alpha is 0.9 for half of the calls; else 0
     ``forward_backward``  ``(alpha' - alpha) / alpha``, at most ``sigma_max``
     ====================  ===========================================================
 

@@ -16,14 +16,14 @@ from dsl.paths.token_sde import TokenSDE
 from dsl.posterior import Posterior
 from dsl.state import State, send
 
-# The largest h / (2 h') by which a turn counts. Soft evidence just below the grid makes a token's
-# last step a mere remnant, and the quotient grows without limit: it would blow up the noise in the
-# turn. About here plain steps become the better ones; coarse log grids stay below it.
+# The largest h / (2 h') with which `SecondOrder` extrapolates. Soft evidence just below the grid
+# can make a token's last step h' tiny, and the ratio would amplify the noise in x_hat - x_hat'.
+# From about this value on, plain steps are the better ones. Coarse log grids stay below it.
 LONGEST = 6.0
 
 
 class Extrapolated(Posterior):
-    """A posterior whose mean is another drift; what it says of tokens is unchanged."""
+    """A posterior whose mean is replaced by another drift; its probabilities are unchanged."""
 
     def __init__(self, posterior: Posterior, drift_BLD: Tensor) -> None:
         super().__init__(posterior.state, posterior.table_VD)
@@ -41,8 +41,8 @@ class Extrapolated(Posterior):
 
 
 class Carry(NamedTuple):
-    """What the inner path remembers, the last prediction, the steps it was used for, and the
-    drift of the present move."""
+    """The inner path's carry; of the last call its prediction and every token's step; and the
+    posterior that gives the drift of the present move."""
 
     path: Any
     x_hat_BLD: Tensor | None
@@ -56,8 +56,8 @@ class SecondOrder:
 
     ``drift = x_hat + h / (2 h') (x_hat - x_hat')`` with the prediction x_hat' and the step h' of
     the last call (003 eq. 24 is the first term). The noise is additive, so the error in law falls
-    with the square of the step instead of the step. No call is added. A token that did not move
-    last time, or by a small part of its present step, moves by its prediction alone.
+    with the square of the step and not with the step itself. No call is added. A token that did not
+    move last time, or by less than a twelfth of its present step, moves by its prediction alone.
     """
 
     path: SentenceSDE | TokenSDE

@@ -20,8 +20,9 @@ from dsl.state import OnHost, State, send
 
 
 class Carry(NamedTuple):
-    """How far each token lags behind the sentence, as a share of the way to ``gamma_max``;
-    the last prediction; and the SNR that the tolerance alone would not have granted so far."""
+    """``lag_BL``: how far each token is behind the linear grid, as a share of ``gamma_max``.
+    ``x_hat_BLD``: the last prediction. ``shortfall_BL``: the SNR moved so far beyond the
+    tolerance."""
 
     lag_BL: Tensor
     x_hat_BLD: Tensor | None
@@ -35,8 +36,9 @@ class TokenSDE:
     ``delta_max = gamma_max / moves`` is the step of the linear grid. With algorithm 3's steps
     alone, tokens of high curvature stop short of ``gamma_max``. So a step counts as a *weight*
     ``s = h_i / delta_max`` in (0, 1] against a weight of 1 for every later move: the token covers
-    ``s / (s + moves left - 1)`` of what it has left. An unhindered token is on the linear grid,
-    a hindered one catches up gradually, and at the last move all arrive.
+    ``s / (s + moves left - 1)`` of what it has left. *Moves left* include this one. A token of
+    weight 1 is on the linear grid, any other catches up gradually, and the last move takes all to
+    the end.
 
     What had to be moved beyond the tolerance is reported as ``Sample.recorded["shortfall_B"]``:
     the SNR (mean over positions) by which algorithm 3 would have stopped short.
@@ -85,7 +87,7 @@ class TokenSDE:
 
         done = (moves - left) / moves
         part_BL = weight_BL / (weight_BL + (left - 1))
-        # As a lag behind the sentence, because a lag of exactly 0 keeps a token on the grid.
+        # Kept as a lag behind the linear grid: a lag of 0 puts a token on it exactly.
         lag_BL = carry.lag_BL * (1 - part_BL) + (1 - done) * (1 / left - part_BL)
         share_BL = (moves - left + 1) / moves - lag_BL
         gamma_BL = state.gamma_BL.maximum((share_BL * self.gamma_max).to(state.gamma_BL))
@@ -101,7 +103,7 @@ class TokenSDE:
     def _measures(self, calls_left: int) -> bool:
         """Whether the present move asks for curvature.
 
-        Two calls a move use up an even number of calls only, so an odd one is made even first.
+        With ``jvp`` a move takes two calls. If an odd number is left, this move takes one.
         """
         return self.delta < float("inf") and (self.curvature == "secant" or calls_left % 2 == 0)
 
