@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +76,10 @@ def from_transformers(
         AdaptationError: a causal model without ``adapt``, a masked one with it, one that does not
             see both sides of a position, one with a step of its own at its embedding or its
             vocabulary projection (Gemma2 caps its logits), or one that only untrusted code knows.
-        ValueError: ``embed_dim``, ``beta`` or ``mask_prior`` out of range.
+        ValueError: ``embed_dim``, ``beta`` or ``mask_prior`` out of range, or another ``adapt``.
     """
+    if adapt not in (None, *get_args(Adapt)):
+        raise ValueError(f"adapt must be None or one of {get_args(Adapt)}, got {adapt!r}")
     folder = Path(path)
     declared = read_json(folder / CONFIG)
     trained, code = _kind(folder, declared, adapt, trust_remote_code)

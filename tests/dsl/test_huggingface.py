@@ -292,6 +292,11 @@ def test_what_cannot_be_taken_is_told(
     assert str(tmp_path) in str(caught.value)
 
 
+def test_there_is_no_other_adaptation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapt must be None or one of .*, got 'shifted'"):
+        huggingface.from_transformers(tmp_path, adapt="shifted")  # type: ignore[arg-type]
+
+
 def test_folders_are_told_apart(tmp_path: Path) -> None:
     hubs.saved(tmp_path / "hub", "distilbert")
     assert huggingface.is_folder_of(tmp_path / "hub")
