@@ -293,7 +293,7 @@ def test_what_cannot_be_taken_is_told(
 
 
 def test_there_is_no_other_adaptation(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="adapt must be None or one of .*, got 'shifted'"):
+    with pytest.raises(ValueError, match="adapt must be None or one of"):
         huggingface.from_transformers(tmp_path, adapt="shifted")  # type: ignore[arg-type]
 
 
