@@ -1,7 +1,7 @@
 """Discrete Stochastic Localization: one denoiser for every SNR, every sampler a path of SNRs.
 
 `README.md` beside this file holds the mathematics, what repeatability needs, and the key to the
-texts that docstrings cite: 000, 003 and 004.
+texts that docstrings cite, such as 000 and MDLM.
 """
 
 from dsl import calibration, likelihood, paths, recorders

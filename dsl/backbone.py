@@ -1,7 +1,8 @@
-"""What a denoiser asks of a backbone, the transformer between its inputs and its head.
+"""The interface of a backbone, the transformer between a denoiser's inputs and its head.
 
-A further backbone is one file with a module and its configuration, and one entry of
-`dsl.denoiser.BackboneConfig`. `dsl.dit` is the first, `dsl.foreign` any of another library.
+To add a backbone, write one file with a module and its configuration, and add the latter to
+`dsl.denoiser.BackboneConfig`. `dsl.dit` is built in, `dsl.foreign` wraps models of
+`transformers`.
 
 Shapes: B rows, L positions, W input width, H hidden width, V tokens, U = V + 1 slots (the last is
 [MASK]).

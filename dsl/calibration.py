@@ -43,7 +43,9 @@ class Reliability:
 
 
 def reliability(confidence_N: Tensor, right_N: Tensor, bins: int = 10) -> Reliability:
-    """Bin predictions by confidence in (0, 1]; a bin holds its upper edge.
+    """Bin predictions ``[N]`` by confidence in (0, 1]; a bin holds its upper edge.
+
+    right_N: whether each prediction was right.
 
     Raises:
         ValueError: a confidence lies outside [0, 1] or is NaN.
@@ -72,12 +74,12 @@ def calibration(
 ) -> dict[float, Reliability]:
     """Reliability of the likeliest token at every position, by SNR, one denoiser call each.
 
-    Every token of ``tokens_BL``, not of a sampler's text, is seen through the channel at one
-    common SNR (teacher forcing).
+    ``tokens_BL`` are given texts, not samples (teacher forcing). At each of ``gammas``, in
+    [0, inf), all their tokens are seen through the channel at that SNR.
 
     Raises:
-        ValueError: a gamma is negative, infinite or NaN: a revealed token is no prediction; or
-            the texts are not `dsl.state.token_ids`.
+        ValueError: a gamma is negative, infinite (a revealed token is not predicted) or NaN; or the
+            texts are not `dsl.state.token_ids`.
     """
     table_VD = denoiser.table_VD
     tokens_BL = token_ids(tokens_BL, table_VD)

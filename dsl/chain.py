@@ -1,4 +1,4 @@
-"""The Bayes denoiser of a Markov chain: exact for any length, where no law can be enumerated.
+"""The Bayes denoiser of a Markov chain: exact for texts too long to enumerate.
 
 Shapes: B rows, L positions, V tokens, D table dimension, N texts, K order, S = V^K histories,
 R the V^(K-1) histories less their first token.
@@ -45,7 +45,7 @@ class MarkovDenoiser(ABC):
 
     @abstractmethod
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
-        """``[rows, length]`` texts of the law itself."""
+        """``[rows, length]`` texts of the law, int64; equal seeds give equal texts."""
 
     def __call__(self, state: State) -> Posterior:
         state = state.like(self.table_VD)
@@ -65,7 +65,7 @@ class MarkovDenoiser(ABC):
         return ChainPosterior(state, self.table_VD, log_probs_BLV)
 
     def _evidence(self, state: State) -> Tensor:
-        """What each position says for itself, ``[B, L, V]``."""
+        """Log-weight of every token by its position's own evidence, ``[B, L, V]``."""
         # One product and sum per entry, not a matmul: its rounding must not depend on B.
         score_BLV = (state.z_BLD[:, :, None] * self.table_VD).sum(-1)
         every_V = torch.arange(len(self.table_VD), device=score_BLV.device)
@@ -222,7 +222,7 @@ class ChainDenoiser(MarkovDenoiser):
         return sum_BVR.log() + top_BR1.transpose(1, 2)
 
     def _renamed(self, history_BRV: Tensor) -> Tensor:
-        """The history (R, V) by its first token and the rest: (V, R)."""
+        """Histories ``[B, R, V]`` as ``[B, V, R]``: their first token apart from the rest."""
         return history_BRV.reshape(len(history_BRV), len(self.table_VD), -1)
 
 

@@ -1,7 +1,7 @@
 """The localization channel: known text seen at given SNRs, and moves between two SNR vectors.
 
-A sampling algorithm is a function that says where each gamma goes next. Given that and one
-posterior, every move has a closed form, and all of them are here.
+A sampling algorithm is a function that says where each gamma goes next. Given the next gammas and
+one posterior, every move has a closed form. This module holds all moves.
 
 Shapes: B rows, L positions, M = B·L, V tokens, D table dimension, N positions that are seen or
 moved (flat, in [0, M)).
@@ -27,7 +27,7 @@ def observe(
     frozen.
 
     Args:
-        gamma_BL: best on the CPU, which would have to wait for a GPU to read it there.
+        gamma_BL: best on the CPU: from a GPU it is copied back, for which the CPU waits.
         noise: where ``eps`` comes from. Keyed draws for measurements, where a row must not depend
             on the batch; a generator for training, which draws for the finite positions only, in
             row-major order.
@@ -70,8 +70,8 @@ def transition(state: State, gamma_next_BL: Tensor, posterior: Posterior, draws:
     ===================  ==================================================================
 
     A token whose gamma stays does not change, and a frozen one stays whatever is asked. The
-    posterior is read at tokens that move up and nowhere else. The next gamma is best on the CPU: to
-    copy it from a GPU is the one thing that a move would wait for.
+    posterior is read at tokens that move up and nowhere else. The next gamma is best on the CPU:
+    from a GPU it is copied back, which is the one step that the CPU waits for.
 
     Raises:
         ValueError: a next gamma is negative or NaN.

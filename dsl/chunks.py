@@ -2,7 +2,7 @@
 
 import torch
 
-# Of [positions, V] on a CPU: 32 MiB of float32, some of which stays in its caches.
+# For a [positions, V] tensor on a CPU: 32 MiB of float32, partly kept in the CPU's caches.
 CHUNK_ELEMENTS = 2**23
 # A GPU needs large chunks to be busy. The few that exist at a time take little of its memory:
 # 1.25 GiB of float32 each on a GPU of 80 GiB.
@@ -19,7 +19,7 @@ def spans(positions: int, width: int, device: torch.device, *, factor: int = 1) 
 
 
 def elements(device: torch.device, factor: int) -> int:
-    """How many elements a chunk has on a device."""
+    """How many numbers fit into a chunk on a device; ``factor`` counts on a CPU only."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_ELEMENT
     return factor * CHUNK_ELEMENTS

@@ -93,7 +93,7 @@ def read(
 
 
 def state(given: Sequence[Given], table_VD: Tensor) -> State:
-    """The batch that sampling starts from. Rows must have one length."""
+    """The state of B given rows, all of one length, from which sampling starts."""
     tokens_BL = torch.tensor([row.tokens for row in given])
     gamma_BL = torch.tensor([row.gamma for row in given])
     return State.from_tokens(table_VD.detach(), tokens_BL, gamma_BL.isinf(), gamma_BL)

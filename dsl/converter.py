@@ -34,7 +34,10 @@ class ConverterConfig:
     ``skip`` adds each token's own evidence to its logits. The exact posterior is
     ``p(s_i = v | z) ∝ p(s_i = v | z_others) exp(<z_i, x_v>)`` (003 A.1), so the network is left
     with the context and need not learn to copy. A masked token has no evidence: nothing is added.
-    A temperature or nucleus on a path through finite SNR relies on it (`dsl.truncation`).
+    A temperature or nucleus on a path through finite SNR relies on the skip (`dsl.truncation`).
+
+    Raises:
+        ValueError: ``embed_dim`` below 1, ``beta`` not in (0, inf), ``mask_prior`` not in (0, 1].
     """
 
     embed_dim: int = 64
@@ -102,7 +105,7 @@ class Converter(nn.Module):
         # every parameter has a gradient in batches without evidence too.
         z_ND = torch.cat([evidence_ND.new_zeros(1, evidence_ND.shape[1]), evidence_ND])
         values_UW = in_compute_dtype(values_UW)
-        # Forward-mode derivatives, for which nothing is kept, go through the formula itself.
+        # Without gradients to come, also in forward-mode derivatives, the plain formula will do.
         mix = mixture
         if torch.is_grad_enabled():
             mix = NarrowMixture.apply if values_UW.dtype == torch.bfloat16 else Mixture.apply
@@ -116,7 +119,7 @@ class Converter(nn.Module):
     def asked(self, z_ND: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
         """``query_NK, key_UK``, whose `weights` are the converter's for this evidence; K = D + 1.
 
-        In the table's precision: scores reach hundreds; bf16 would round them by whole nats.
+        In the table's precision: scores reach hundreds, which bfloat16 would round to whole nats.
         """
         query_ND = self.beta.to(table_VD) * z_ND.to(table_VD)
         key_UD = F.pad(table_VD, (0, 0, 0, 1))  # [MASK]'s is zero
@@ -136,8 +139,8 @@ class Converter(nn.Module):
 def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Tensor]:
     """``[N, D + 1]`` and ``[U, D + 1]``, whose products are ``<query, key_u> + b_u``.
 
-    The bias is a dimension in which all queries are one: added by itself, it would be a pass over
-    N·U numbers.
+    The bias is a further dimension, in which all queries are 1. To add it separately would cost one
+    more pass over N·U numbers.
     """
     return (
         torch.cat([query_ND, query_ND.new_ones(len(query_ND), 1)], dim=1),
@@ -148,8 +151,9 @@ def biased(query_ND: Tensor, key_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Te
 def mixture(query_NK: Tensor, key_UK: Tensor, values_UW: Tensor, passes: Passes = PLAIN) -> Tensor:
     """``softmax(query key^T) values``, ``[N, W]``: attention of N positions to U slots.
 
-    In chunks, of which only one has its weights at a time. Scores are as exact as float32 queries
-    need them to be, products with the values are of the values' dtype.
+    Computed in chunks: the weights of only one exist at a time. Scores are as exact as the queries,
+    or nearly so where values are in bfloat16 (`dsl.narrow`); the other product has the values'
+    dtype.
     """
     with _without_autocast(query_NK):
         if values_UW.dtype == torch.bfloat16:
@@ -177,7 +181,7 @@ class Mixture(torch.autograd.Function):
         query_NK, key_UK, values_UW = ctx.saved_tensors
         query_grad_NK, key_grad_UK = torch.empty_like(query_NK), torch.zeros_like(key_UK)
         values_grad_UW = None
-        if ctx.needs_input_grad[2]:  # of values in float16 too it is summed in float32
+        if ctx.needs_input_grad[2]:  # summed in float32, even for values in float16
             values_grad_UW = torch.zeros_like(values_UW, dtype=query_NK.dtype)
         with _without_autocast(query_NK):
             for span in _spans(query_NK, key_UK):
@@ -262,7 +266,7 @@ def _narrow_mixture(
         scores_NP = narrow.product(query_NA[span], key_PA.T)
         sums.append(passes.log_sums(scores_NP))
         weights_NP = passes.softmax(scores_NP, sums[-1])
-        # Not in the pass before: compiled, that would sum the weights before they are rounded.
+        # Not inside `passes.softmax`: compiled, it would sum the weights before it rounds them.
         total_N1 = weights_NP.sum(1, keepdim=True, dtype=torch.float32)
         mixed.append(narrow.product(weights_NP, values_PW) / total_N1)
         del scores_NP, weights_NP

@@ -22,16 +22,16 @@ from dsl.posterior import Posterior
 from dsl.precision import products_in
 from dsl.state import State
 
-# The configurations of all backbones, told apart by ``kind``, and what of them presets choose.
+# The configurations of all backbones, told apart by ``kind``, and the part that presets set.
 BackboneConfig = DiTConfig | ForeignConfig
 BackboneShape = DiTShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig(ConverterConfig):
-    """A backbone's configuration and that of the table and converter before it.
+    """The configuration of a backbone, and of the table and converter before it.
 
-    1/2 is the ``mask_prior`` that suits training from scratch.
+    The default ``mask_prior`` of 1/2 suits training from scratch.
     """
 
     backbone: BackboneConfig
@@ -126,13 +126,13 @@ class Denoiser(nn.Module):
         return body + 6 * tokens * (predicted * logits + evidence * mixture)
 
     def hidden(self, state: State) -> Tensor:
-        """The backbone's ``[B, L, W]``; logits are its head's linear map of them, and `skip`."""
+        """``[B, L, W]`` from the backbone; logits are its head's map of them, plus `skip`."""
         return self._read(state, self.table_VD)
 
     def skip(self, state: State, at_N: Tensor) -> tuple[Tensor, Tensor]:
         """``z_ND, table_VD``, whose product is what evidence adds to the logits at ``at_N``.
 
-        D is 0 without a skip and in a batch without evidence: nothing is computed for it then.
+        Without a skip, or in a batch without evidence, D is 0 and nothing is computed for it.
         """
         heard = self.config.skip and bool(state.host.evidence_BL.any())
         table_VD = self.table_VD[:, : None if heard else 0]
@@ -142,7 +142,7 @@ class Denoiser(nn.Module):
     def forward(self, state: State) -> Posterior:
         """The posterior of every token. Runs the backbone; logits are computed when asked for.
 
-        The state is taken to the network's device and precision first.
+        The state is moved to the table's device and dtype first, see `State.like` for its errors.
         """
         table_VD = self.table_VD
         state = state.like(table_VD)
@@ -192,7 +192,7 @@ class NetworkPosterior(Posterior):
         return self._logits(at_N).softmax(-1)[:, : len(self.table_VD)]
 
     def _logits(self, at_N: Tensor) -> Tensor:
-        """``[N, V]``, and in bfloat16 further columns, of tokens that do not exist."""
+        """``[N, V]``; in bfloat16 ``[N, P]``, where the columns behind V belong to padding."""
         hidden_NW, (weight_VW, bias_V) = self.hidden_BLW.flatten(0, 1)[at_N], self.head
         with torch.autocast(hidden_NW.device.type, enabled=False):
             if hidden_NW.dtype == torch.bfloat16:

@@ -126,7 +126,7 @@ class DiT(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The slots' input rows. The converter reads the table itself, so there is no forward."""
+    """The slots' input rows. The converter reads the parameter itself, so there is no forward."""
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
@@ -239,8 +239,10 @@ def rotary_frequencies(head_dim: int, device: torch.device) -> Tensor:
 
 
 def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
-    """Turn the pairs (k, k + K/2) of every head by the position's angles; what comes before L in
-    the shape does not matter."""
+    """Turn the pairs (k, k + K/2) of every head, ``[..., L, K]``, by the angles of each position.
+
+    turn_2LK: as `rotary` gives it.
+    """
     wide, (own_LK, other_LK) = precise(heads_BHLK), turn_2LK
     # A compiler turns `roll` into a mere change of index, in the backward pass too. The result of
     # `cat` would be written to memory.

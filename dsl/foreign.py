@@ -1,11 +1,11 @@
-"""A backbone that is a model of the `transformers` library, between table and head of DSL.
+"""A backbone that is a model of the `transformers` library ("the library" below).
 
-The model's own network is kept, but for its two ends: the rows of its input embedding become the
+The model's own network is kept, without its two ends: the rows of its input embedding become the
 converter's values, and its vocabulary projection becomes the head. `dsl.huggingface` opens the
 folders of such models.
 
 Shapes: B rows, L positions, W input width, H hidden width, V tokens, U = V + 1 slots (the last is
-[MASK]), N special tokens.
+[MASK]), X rows of the model's own embedding, N special tokens.
 """
 
 import json
@@ -79,8 +79,8 @@ class ForeignBackbone(nn.Module):
     """``[B, L, W]`` inputs to ``[B, L, H]`` hidden states, the last before the vocabulary.
 
     Args:
-        network: a masked or causal language model of the library, which is taken over: its input
-            embedding and its vocabulary projection leave it.
+        network: a masked or causal language model of the library. It is changed in place: its input
+            embedding and its vocabulary projection are taken out.
     """
 
     def __init__(self, config: ForeignConfig, network: Any) -> None:
@@ -94,7 +94,7 @@ class ForeignBackbone(nn.Module):
         bias_X = getattr(projection, "bias", None)
         tokens = config.tokens
         tied = weight_XH is values_XW
-        # [MASK] is the network's own, or, where it has none, the mean of all rows.
+        # The row of [MASK] is that of the network's own mask token, or else the mean of all rows.
         mask_W = values_XW.mean(0) if config.mask is None else values_XW[config.mask]
         with torch.no_grad():
             self.values_UW = nn.Parameter(torch.cat([values_XW[:tokens], mask_W[None]]))
@@ -148,8 +148,8 @@ class ForeignBackbone(nn.Module):
 
 @torch.no_grad()
 def _values(embedding: Any) -> Tensor:
-    """``[X, W]``: what an embedding answers for every id, which need not be its weight: Gemma's
-    scales its rows."""
+    """``[X, W]``: what an embedding returns for every id. This need not be its weight: Gemma's
+    embedding scales its rows."""
     weight_XW: Tensor = embedding.weight
     if not isinstance(embedding, nn.Embedding) or type(embedding).forward is nn.Embedding.forward:
         return weight_XW
@@ -200,8 +200,8 @@ def is_source(name: str) -> bool:
 
 
 def count_blocks(network: Any) -> int:
-    """How many blocks a network has: as its configuration says, or else as many modules as the
-    list with the most weights holds."""
+    """How many blocks a network has: by its configuration, or else the length of its `ModuleList`
+    with the most weights."""
 
     def weights(modules: nn.ModuleList) -> int:
         return sum(weight.numel() for weight in modules.parameters())

@@ -72,7 +72,7 @@ class _Nats(torch.autograd.Function):
 def _wide(
     passes: Passes, learns: bool, weight_learns: bool, *given: Tensor
 ) -> tuple[Tensor, Gradients]:
-    """In float32 or float64, where the passes are those of torch."""
+    """In float32 or float64, by functions of torch: ``passes`` is not used."""
     hidden_NW, weight_VW, bias_V, z_ND, table_VD, tokens_N, share_N = given
     weight_VW = weight_VW.to(hidden_NW.dtype)
     query_NK, key_VK = biased(z_ND, table_VD, bias_V)
@@ -98,7 +98,7 @@ def _wide(
                 grad_weight_VW.addmm_(error_CV.T, scaled_NW[chunk])
             grad_key_VK.addmm_(error_CV.T, scaled_NK[chunk])
             del error_CV
-        del log_probs_CV  # or the next chunk's would be made beside it
+        del log_probs_CV  # before the next chunk's takes as much memory again
     if not learns:
         return nats_N, ()
     grad_table_VD, grad_bias_V = grad_key_VK[:, :-1], grad_key_VK[:, -1]
@@ -131,7 +131,7 @@ def _narrow(
             grad_left_NG[chunk] = narrow.product(error_CP, right_PG)
             grad_right_PH += narrow.product(error_CP.T, left_NH[chunk])
             del error_CP
-        del scores_CP  # or the next chunk's would be made beside it
+        del scores_CP  # before the next chunk's takes as much memory again
     if not learns:
         return nats_N.to(z_ND), ()
     (tokens, width), dim = weight_VW.shape, z_ND.shape[1]

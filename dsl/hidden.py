@@ -13,7 +13,7 @@ from dsl.state import token_ids
 
 
 class HiddenChainDenoiser(MarkovDenoiser):
-    """A hidden Markov model, by messages over its states, which are weighed by what they can emit.
+    """The exact posterior of a hidden Markov model, by forward and backward messages over states.
 
     A call costs ``O(B L S (S + V))``.
 
@@ -38,7 +38,7 @@ class HiddenChainDenoiser(MarkovDenoiser):
             )
         require_probabilities("emission", emission_SV)
         self.table_VD = table_VD.double()
-        # Its table is never read: only its messages are asked for.
+        # Only this chain's messages are used, so its table is a placeholder.
         self.chain = ChainDenoiser(torch.eye(states).to(self.table_VD), initial_S, transition_SS)
         self.emission_SV = log(emission_SV.to(self.table_VD))
 
@@ -57,7 +57,7 @@ class HiddenChainDenoiser(MarkovDenoiser):
         said_BLSV = (evidence_BLV - peak_BL1)[:, :, None] + self.emission_SV
         own_BLS = said_BLSV.logsumexp(-1)
         states_BLS, total_B = self.chain.marginals(own_BLS)
-        # What all other positions say of a state, and so of the tokens that it emits here.
+        # The weight of each state by all other positions, without this position's own evidence.
         rest_BLS = states_BLS - own_BLS
         log_probs_BLV = (rest_BLS[..., None] + said_BLSV).logsumexp(2).log_softmax(-1)
         return log_probs_BLV, total_B + peak_BL1.sum((1, 2))

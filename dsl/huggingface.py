@@ -62,8 +62,8 @@ def from_transformers(
     Args:
         path: a folder that `save_pretrained` wrote, weights and tokenizer.
         adapt: how a causal model is used: ``"shift"`` keeps its shift by one position,
-            ``"no_shift"`` drops it. None for a masked model. Of a model that the library does not
-            know, ``"shift"`` says that it answers for the next position, as Dream does.
+            ``"no_shift"`` drops it. None for a masked model. For a model that the library does not
+            know, use ``"shift"`` if its output predicts the next position, as Dream's does.
         embed_dim: D of the new table.
         beta, mask_prior: where the converter starts (see `dsl.converter.Converter`).
         skip: whether evidence skips the backbone (see `dsl.converter.ConverterConfig`).
@@ -125,8 +125,8 @@ def adaptation(config: BackboneConfig) -> Adapt | None:
 def _kind(
     folder: Path, declared: Mapping[str, Any], adapt: Adapt | None, trust_remote_code: bool
 ) -> tuple[Trained, dict[str, str]]:
-    """What the model of a folder was trained for, from its configuration alone, and the code that
-    it needs: none where the library knows it."""
+    """What the model of a folder was trained for, from its configuration alone, and the source
+    files that it needs, by name: none where the library knows the model."""
     try:
         from transformers.models.auto import modeling_auto
     except ImportError as error:
@@ -248,7 +248,10 @@ def _network(folder: Path, trained: Trained, opener: str, local: Mapping[str, bo
 
 
 def _some_tokens(network: Any, spoken: _Spoken) -> Tensor:
-    """``[1, L]`` ids, the mask token's last if there is one. Padding is treated apart by some."""
+    """``[1, L]`` ids to compare answers on, the mask token's last if there is one.
+
+    Padding is left out, because some networks treat it apart.
+    """
     silent = {*spoken.never, getattr(network.config, "pad_token_id", None)}
     ids = [id for id in range(spoken.tokens) if id not in silent][:8]
     return torch.tensor([ids + [spoken.mask] * (spoken.mask is not None)])
@@ -284,8 +287,8 @@ def _require_its_own_answer(
 
 @torch.no_grad()
 def _require_both_sides(denoiser: Denoiser, folder: Path) -> None:
-    """AdaptationError where what stands behind a position changes nothing at it: some networks
-    decide that by themselves, and cannot be adapted."""
+    """AdaptationError where the token behind a position does not change the answer there. Some
+    networks stay causal whatever their configuration says, and cannot be adapted."""
     values_UW = denoiser.backbone.values_UW
     drawn_BLW = torch.randn(1, 2, values_UW.shape[1], generator=torch.Generator().manual_seed(0))
     first_BLW = values_UW.std() * drawn_BLW

@@ -36,7 +36,7 @@ def read_ema(path: Path) -> dict[str, Tensor]:
         misplaced = [n for n, a in zip(names, averages, strict=True) if a.shape != state[n].shape]
         buffers = {name: state[name] for name in state if name.endswith("inv_freq")}
         found = dict(zip(names, averages, strict=True)) | buffers
-        # A view of one number may claim to be any size.
+        # A stored tensor may repeat one number and so claim any size.
         if sum(tensor.numel() for tensor in found.values()) > path.stat().st_size:
             raise ValueError("tensors are larger than the file")
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -57,9 +57,9 @@ def read_checkpoint(path: Path) -> Any:
     """What ``torch.save`` wrote, with inert stand-ins for every object that is not plain data.
 
     Lightning stores configuration and tokenizer objects beside the weights. Torch's restricted
-    unpickler reads the file; to every class it does not know it is given a stand-in, which may
-    be made and filled, as objects are, but not called, as functions are. What the file names is
-    never imported. A pickle that needs a call is refused.
+    unpickler reads the file. For a class that it does not allow it gets a stand-in, of which
+    instances can be made and filled but which cannot be called. No module that the file names is
+    imported. A pickle that needs a call is refused.
 
     Raises:
         WeightsError: the file is missing, damaged, or needs a call.

@@ -81,8 +81,9 @@ def path_integral(
             from a log-normal.
 
     Raises:
-        ValueError: ``gamma_max`` is not positive and finite, ``steps`` is below 2, ``path`` or
-            ``grid`` has no such name, or the texts are not `dsl.state.token_ids`.
+        ValueError: ``gamma_max`` is not positive and finite or does not fit the grid, ``steps`` is
+            below 2, ``path`` or ``grid`` has no such name, or the texts are not
+            `dsl.state.token_ids`.
     """
     _require_finite_snr("gamma_max", gamma_max)
     _require_two("steps", steps)
@@ -152,9 +153,9 @@ def roar(
 ) -> Estimate:
     """``-E log P(s_i | s_A)``: k ~ U{0..L-1}, A a random subset of size k, i outside A (000 §4.4).
 
-    Exact in expectation when the conditionals are, an upper bound for a network read as a random
-    order model. All i outside A are used at once. One denoiser call per sample; the k of a row's
-    samples are spread evenly over their range.
+    Exact in expectation where the conditionals are exact. For a network, an upper bound of the
+    model that draws tokens in random order. All i outside A are used at once. One denoiser call per
+    sample. The samples of a row spread their k evenly over its range.
 
     Raises:
         ValueError: ``samples`` is below 2, or the texts are not `dsl.state.token_ids`.
@@ -213,10 +214,10 @@ class Profile:
     def information(self) -> Information:
         """The grid of equal nats: ``1/2 E`` integrated by trapezoids (003 eq. 3).
 
-        E falls with SNR for the exact posterior, so what noise makes rise is levelled first.
+        For the exact posterior E falls with SNR, so rises, which are noise, are levelled first.
         """
         error = _falling(self.mean_G.tolist())
-        # A measured zero is only small: the grid must go on rising to its end.
+        # Never exactly 0, even where measured so: the grid's nats must increase to the end.
         error = [max(value, 1e-6 * error[0]) for value in error]
         nats = [0.0]
         for (low, high), (left, right) in zip(pairwise(self.gammas), pairwise(error), strict=True):

@@ -87,7 +87,7 @@ class Lora:
 
 @torch.no_grad()
 def merged(denoiser: Denoiser) -> Denoiser:
-    """The same denoiser, the products of its adapters added to its weights, without adapters."""
+    """Add the products of a denoiser's adapters to its weights, in place; no adapters remain."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(denoiser.modules()):

@@ -88,7 +88,10 @@ def read_sizes(
 ) -> DiTConfig:
     """The backbone's sizes, from the shapes of its weights, and the dropout that is ``declared``.
 
-    A Lightning file declares it in objects that are not opened: there it is 0.
+    A Lightning file declares dropout in objects that are not opened, so it is 0 there.
+
+    Raises:
+        WeightsError: a size is missing, or differs from the one declared.
     """
     try:
         slots, width = weights[EMBEDDING].shape

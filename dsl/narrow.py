@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 ROWS = 64  # P is a multiple of it
-COLUMNS = 8  # and A of this: 16 bytes, which a GPU reads at once
+COLUMNS = 8  # and A of this: 8 numbers are the 16 bytes that a GPU reads at once
 # The bias of padded tokens, and the lowest that any token has: minus infinity times a zero of the
 # other factor would be NaN.
 NEVER = -1e30
 
 
 def product(left_NA: Tensor, right_AP: Tensor) -> Tensor:
-    """``left @ right`` of narrow factors, in float32."""
+    """``[N, P]`` products ``left @ right`` of bfloat16 factors, in float32."""
     # The GPU's own product of this kind has no forward-mode derivative.
     derived = any(unpack_dual(factor).tangent is not None for factor in (left_NA, right_AP))  # type: ignore[no-untyped-call]
     if left_NA.is_cuda and not derived:
@@ -44,7 +44,7 @@ def queries(query_NK: Tensor, *narrow_NW: Tensor) -> Tensor:
 
 
 def keys(key_VK: Tensor, *narrow_VW: Tensor) -> Tensor:
-    """``[P, A]``, see `queries`; the bias of padded tokens is `NEVER`."""
+    """``[P, A]``: the factors of the keys, see `queries`. Padded tokens have the bias `NEVER`."""
     key_PK = padded(key_VK).clamp_min(NEVER)
     key_PK[len(key_VK) :, -1] = NEVER
     high_PD, low_PD = _parts(key_PK[:, :-1], 2)
@@ -58,7 +58,7 @@ def beside(*narrow: Tensor) -> Tensor:
 
 
 def padded(rows_VK: Tensor) -> Tensor:
-    """``[P, K]``, with rows of zeros at the end."""
+    """``[P, K]``, with rows of zeros at the end up to a multiple of `ROWS`."""
     return F.pad(rows_VK, (0, 0, 0, -len(rows_VK) % ROWS))
 
 
@@ -69,7 +69,7 @@ def _parts(wide: Tensor, count: int) -> list[Tensor]:
     part, and so makes all later parts zero.
     """
     if torch.compiler.is_compiling():
-        raise RuntimeError("not to be compiled")  # upon which torch.compile runs it as it is
+        raise RuntimeError("not to be compiled")  # torch.compile then runs this as it is
     parts = []
     for _ in range(count):
         parts.append(wide.bfloat16())

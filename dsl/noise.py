@@ -76,7 +76,7 @@ class Draws:
         return drawn[:, :count].reshape(shape).to(dtype)
 
     def _uniform(self, rows: int, count: int, stream: Stream) -> Tensor:
-        """``[B, >= count]``: each row starts on a counter of its own."""
+        """``[B, count or a few more]`` in [0, 1); each row starts on a new counter."""
         blocks = -(-count // _OUTPUTS_PER_COUNTER)
         key = np.array([self.seed, self.step * len(Stream) + stream], dtype=np.uint64)
         counter = np.array([self.first_row * blocks, 0, 0, 0], dtype=np.uint64)

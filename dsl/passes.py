@@ -16,7 +16,7 @@ from dsl.narrow import ROWS
 
 
 def log_sums(scores_CP: Tensor) -> Tensor:
-    """``log sum exp``, ``[C]``, from those of pieces that are read once: P is a multiple of 64."""
+    """``log sum exp``, ``[C]``, joined from pieces of 64 tokens; P is a multiple of 64."""
     positions, tokens = scores_CP.shape
     pieces_CQR = scores_CP.view(positions, tokens // ROWS, ROWS)
     peak_CQ = pieces_CQR.amax(2)
@@ -25,7 +25,7 @@ def log_sums(scores_CP: Tensor) -> Tensor:
 
 
 def softmax(scores_CP: Tensor, log_sum_C: Tensor) -> Tensor:
-    """The softmax, in bfloat16."""
+    """``[C, P]`` softmax in bfloat16, given `log_sums`."""
     return (scores_CP - log_sum_C[:, None]).exp().bfloat16()
 
 

@@ -22,7 +22,10 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def normal(
     shape: torch.Size, device: torch.device, *, seed: int, first_row: int, step: int
 ) -> Tensor:
-    """``[B, L, D]`` standard normals in float64, keyed by (seed, row, step); Box-Muller."""
+    """``[B, L, D]`` standard normals in float64 (Box-Muller), keyed by (seed, row, step).
+
+    seed in [0, 2^64); step in [0, 2^32).
+    """
     rows, length, dim = shape
     count = length * dim
     quadruple_Q = torch.arange(-(-count // 4), device=device)

@@ -31,10 +31,11 @@ class Posterior(ABC):
 
     @abstractmethod
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        """Normalised ``[N, V]`` at unrevealed positions, which lie on the table's device."""
+        """Normalised ``[N, V]`` log-probabilities at unrevealed positions; ``at_N`` is on the
+        table's device."""
 
     def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
-        """Probabilities ``[N, V]`` at such positions."""
+        """As `_log_probs_unrevealed`, but probabilities ``[N, V]``."""
         return self._log_probs_unrevealed(at_N).exp()
 
     @abstractmethod

@@ -1,6 +1,6 @@
-"""The precision of a network's matrix products, where a user leaves it open.
+"""The precision of a network's matrix products: what a user's setting means.
 
-What is made of a network's answers (posterior, draws, x_hat) is in float32 either way, see
+Posteriors, draws and x_hat are made from a network's answers in float32 either way, see
 `Denoiser.computing_in`.
 """
 
@@ -13,7 +13,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def dtype_of(precision: Precision, device: torch.device | str) -> torch.dtype:
-    """The dtype that a setting means on a device; ``auto`` is bfloat16 on a GPU, else float32."""
+    """The dtype that a setting means on a device; ``auto`` is bfloat16 on a GPU, else float32.
+
+    Raises:
+        ValueError: no such setting.
+    """
     gpu = torch.device(device).type == "cuda"
     known = {
         "auto": torch.bfloat16 if gpu else torch.float32,

@@ -87,11 +87,14 @@ class Rewrites:
 
 @dataclass(kw_only=True)
 class Sharpening:
-    """How sure the posterior is of what is not revealed yet: means of ``max_prob``, of
+    """How sure the posterior is of unrevealed tokens: means over them of ``max_prob``, of
     ``nucleus_size`` (how many of the likeliest tokens reach ``top_p``) and of ``entropy`` in nats.
 
-    NaN for a step that finds everything revealed. It reads the posterior at every step, so a step
-    that would have cost no denoiser call may now cost one.
+    NaN for a step that starts with everything revealed. This recorder reads the posterior at every
+    step, so a step that would have cost no denoiser call may now cost one.
+
+    Raises:
+        ValueError: ``top_p`` lies outside (0, 1].
     """
 
     top_p: float = 0.9

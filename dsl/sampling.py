@@ -19,9 +19,9 @@ from dsl.state import State, flat, send
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Finished text and what it cost.
+    """Finished text, ids ``[B, L]``, and what it cost.
 
-    ``calls`` counts denoiser evaluations of the batch, ``row_calls_B`` how many of them each row
+    ``calls`` counts denoiser evaluations of the batch. ``row_calls_B`` counts those that each row
     took part in: a row whose state has not changed is not evaluated again. ``recorded`` holds
     each recorder's result under its name, and what the path itself reports.
     """
@@ -155,7 +155,7 @@ class _Evaluator:
         return torch.cat([rows_R, rows_R[:1].expand(size - len(rows_R))])
 
     def probe(self, state: State) -> Posterior:
-        """The posterior of a state that is not the one being walked; it is not remembered."""
+        """The posterior of any other state, for one more call; the answer is not kept."""
         if self.probes_left == 0:
             raise ValueError("the path evaluates more states than its budget has calls left for")
         self.probes_left -= 1

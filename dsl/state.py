@@ -34,7 +34,7 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class OnHost(Knowledge):
-    """What decides which tokens of a state are read and which move, on the CPU."""
+    """What decides which tokens of a state are read and moved, as copies on the CPU."""
 
     gamma_BL: Tensor
     frozen_BL: Tensor

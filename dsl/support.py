@@ -19,7 +19,8 @@ from dsl.paths.grids import Information
 
 
 class Shares(NamedTuple):
-    """Of all tokens, in [0, 1]: those that a model predicts, and those at a finite SNR above 0."""
+    """Of all tokens, in [0, 1]: ``predicted`` ones, which are not revealed, and those with
+    ``evidence``, at a finite SNR above 0."""
 
     predicted: float
     evidence: float

@@ -70,7 +70,7 @@ class Nucleus:
             raise ValueError(f"convention must be one of {known}, got {self.convention!r}")
 
     def kept(self, log_probs_NV: Tensor) -> Kept:
-        """Which tokens of ``[N, V]`` log-probabilities stay."""
+        """What stays of each row of ``[N, V]`` log-probabilities."""
         likeliest, tokens = descending(log_probs_NV), log_probs_NV.shape[1]
         most = FIRST_ON_GPU if log_probs_NV.is_cuda else FIRST
         while True:
@@ -102,7 +102,7 @@ class Truncated:
     Its context's part is then wrong too, and so are texts drawn through finite SNR.
 
     The cut leaves the likeliest tokens of total probability about ``nucleus`` (always at least
-    one). What `Posterior` promises holds for the result.
+    one). The result is normalised again.
 
     Args:
         denoiser: the denoiser to sharpen.

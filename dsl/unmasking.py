@@ -82,7 +82,7 @@ class _Told:
 
 
 class _ToldPosterior(Posterior):
-    """A posterior of the whole batch whose draws are told. What it says is unchanged."""
+    """A posterior with unchanged probabilities that draws the tokens of a given text."""
 
     def __init__(self, told: _Told, posterior: Posterior) -> None:
         super().__init__(posterior.state, posterior.table_VD)

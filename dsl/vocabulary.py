@@ -28,9 +28,12 @@ class Vocabulary:
     """V real tokens with ids 0 … V-1; [MASK] is never among them.
 
     Every vocabulary is one ``tokenizer.json``, so `load` reads them all. ``eos`` closes a document
-    and counts as a real token, predicted and measured like any other; ``bos`` opens one and is the
-    same id where there is a single end mark. Special tokens are only put in by id: text that
-    spells one out is encoded as ordinary text. Can be pickled, to reach other processes.
+    and counts as a real token, predicted and measured like any other; ``bos`` opens one; it is
+    the id of ``eos`` where the tokenizer has no other. Special tokens are only put in by id: text
+    that spells one out is encoded as ordinary text. A vocabulary can be pickled.
+
+    Raises:
+        VocabularyError: the tokenizer's ids have gaps, or it has no end-of-document token.
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
@@ -73,6 +76,9 @@ class Vocabulary:
         """Byte-level BPE of at most ``size`` tokens: eos (id 0), the 256 bytes, then merges.
 
         Deterministic. V is smaller than ``size`` where the text runs out of pairs to merge.
+
+        Raises:
+            VocabularyError: ``size`` is below 257.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -92,7 +98,11 @@ class Vocabulary:
 
     @classmethod
     def gpt2(cls, folder: str | os.PathLike[str]) -> "Vocabulary":
-        """GPT-2's BPE from its two files (``encoder.json`` and ``vocab.bpe``); V = 50257."""
+        """GPT-2's BPE from its two files (``encoder.json`` and ``vocab.bpe``); V = 50257.
+
+        Raises:
+            VocabularyError: a file is missing or damaged.
+        """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         folder = Path(folder)
@@ -137,7 +147,7 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, text: str) -> "Vocabulary":
-        """From the content of a ``tokenizer.json``."""
+        """From the content of a ``tokenizer.json``; raises VocabularyError as `load` does."""
         from tokenizers import Tokenizer
 
         try:

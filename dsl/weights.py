@@ -1,4 +1,4 @@
-"""A denoiser at rest: ``model.safetensors`` and ``config.json``, its tokenizer beside them."""
+"""Save and load a denoiser: ``model.safetensors``, ``config.json`` and its tokenizer."""
 
 import hashlib
 import json
@@ -35,12 +35,14 @@ def save(
 ) -> None:
     """Write a denoiser so that `load` gives it back bit for bit.
 
-    ``config.json`` appears last and makes the folder a model: an interrupted save leaves no
-    config, not half a model. It holds a checksum of every other file. Files of an earlier save
-    are replaced.
+    ``config.json`` is written last, and a folder without it is no model: an interrupted save leaves
+    none. It holds a checksum of every other file. Files of an earlier save are replaced.
 
     Args:
         metadata: JSON values for later readers, such as ``{"objective": "dsl", "length": 1024}``.
+
+    Raises:
+        TypeError: ``metadata`` is not JSON.
     """
     from safetensors.torch import save_file
 
@@ -166,7 +168,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or one `WeightsError`."""
+    """The JSON object that a file holds.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, or no JSON object.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -182,7 +188,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, or one `WeightsError`."""
+    """Every tensor of a safetensors file, by name.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -63,14 +63,14 @@ def from_dict(spec: str | Mapping[str, Any]) -> AnyPath:
 def choose(
     path: AnyPath | None, budget: int | None, *, length: int, causal: bool
 ) -> tuple[Any, int]:
-    """The path to walk and the calls to spend on rows of ``length`` tokens.
+    """The path to walk, and the calls to spend, on rows of ``length`` tokens.
 
-    By default a causal denoiser goes from left to right and any other takes `Masked`; a `Hybrid`
-    gets the calls that it splits and any other path one per token.
+    The default path is left to right for a causal denoiser and `Masked` for any other. The default
+    budget is the sum of the split for a `Hybrid`, and one call per token for any other path.
 
     Raises:
-        PathError: a causal denoiser is asked for another order, or the calls are not those of
-            the split.
+        PathError: a causal denoiser is asked for another order, or the budget is not the sum of the
+            split.
     """
     path = path or (LEFT_TO_RIGHT if causal else Masked())
     if causal and path != LEFT_TO_RIGHT:

@@ -15,7 +15,7 @@ from dsl.state import State, send
 
 
 def no_evaluation(state: State) -> Posterior:
-    """What `Clock.evaluate` is outside `dsl.sample`: there is no denoiser to ask."""
+    """The default of `Clock.evaluate`, for a clock without a denoiser: raises ValueError."""
     raise ValueError("this path evaluates other states, which only `dsl.sample` can answer")
 
 
@@ -42,7 +42,7 @@ class Clock:
 
     @property
     def calls_left(self) -> int:
-        """This one included."""
+        """Calls that are left, this one included."""
         return self.budget - self.call
 
     def uniform_like(self, gamma_BL: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class Path(Protocol):
     ) -> tuple[Tensor, Any]:
         """Next gamma ``[B, L]`` in [0, inf], and the next carry.
 
-        A gamma on the CPU is best. `dsl.channel.transition` needs it there, and would wait until a
-        GPU has computed everything that was ordered before it: the network, as a rule.
+        A gamma on the CPU is best. `dsl.channel.transition` copies it there from a GPU, and has to
+        wait until the GPU has done everything ordered before, such as the network.
         """
 
 

@@ -49,7 +49,7 @@ class EntropyBounded:
         entropy_BL = torch.full(state.gamma_BL.shape, torch.inf, dtype=torch.float64)
         entropy_BL.view(-1)[at_N] = posterior.entropy_at(at_N).to(entropy_BL)
         sorted_BL = entropy_BL.sort(dim=1).values
-        # Sorted, the largest of the first k is the k-th: what counts is the sum before it.
+        # Of the first k in ascending order the k-th is the largest: sum those before it.
         before_BL = sorted_BL.cumsum(1).roll(1, dims=1)
         before_BL[:, :1] = 0
         allowed_B = (before_BL <= self.bound).sum(1)

@@ -1,6 +1,7 @@
 """Grids of SNR: where a sentence is after a share of its moves (003 algorithm 2).
 
-Every grid runs from 0 at share 0 to ``gamma_max`` at share 1, increasing.
+Every grid's ``gamma(share, gamma_max)`` increases from 0 at share 0 to ``gamma_max``, positive and
+finite, at share 1.
 """
 
 import math
@@ -37,7 +38,10 @@ class Log:
 class Quantile:
     """Equal shares of the log-normal that SNR was trained on (003 C.2), cut at ``gamma_max``.
 
-    Steps are small where the denoiser has seen most. ``mu`` and ``sigma`` are of log SNR.
+    Steps are small where the denoiser has seen most. ``mu`` and ``sigma`` are those of log SNR.
+
+    Raises:
+        ValueError: ``mu`` or ``sigma`` is out of range, or no share lies below ``gamma_max``.
     """
 
     mu: float

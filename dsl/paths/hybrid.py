@@ -56,7 +56,7 @@ class Hybrid:
 
     @property
     def stages(self) -> list[Stage]:
-        """Those that get calls."""
+        """The stages that get calls, in order."""
         both = zip((self.first, self.second), self.split, strict=True)
         return [stage for stage, calls in both if calls]
 
@@ -82,7 +82,7 @@ class Hybrid:
         if carry.second:
             clock = replace(clock, call=clock.call - before, budget=after)
         else:
-            # One call more than it gets: the one that would reveal belongs to the second stage.
+            # One call more than it gets: it would reveal in that last call, which is never made.
             clock = replace(clock, budget=before + (after > 0))
         # mypy cannot know that the carry belongs to the stage.
         stage: Any = self._stage(carry.second)

@@ -60,8 +60,8 @@ def forward_backward(step: Step) -> Chance:
 def loop_shares(now: float, later: float) -> tuple[float, float]:
     """ReMDM-loop's own alpha: up to 0.9, hold while tokens are exchanged, then up to 1.
 
-    A step belongs to the phase that it starts in. One that straddles two runs on along the line
-    of the first, as in public ReMDM.
+    A step that starts in one phase and ends in the next follows the first phase throughout, as in
+    public ReMDM.
     """
     left = 1 - now
     # Both ramps have slope 2: 0.9 over the first 0.45 of the time, 0.1 over the last 0.05.
@@ -73,7 +73,8 @@ def loop_shares(now: float, later: float) -> tuple[float, float]:
 
 
 class Rule(NamedTuple):
-    """How often to mask again; ``eta`` is the published default, None where there is none."""
+    """How often to mask again: ``sigma``, its published default ``eta`` (None where it takes none),
+    its own schedule (None for that of `Masked`), and whether it needs the confidence of tokens."""
 
     sigma: Callable[[Step], Chance]
     eta: float | None = None
@@ -136,6 +137,9 @@ class Remask:
 
     with ``sigma_max = min(1, (1 - alpha') / alpha)``. ``eta = None`` is the rule's published
     default. With eta 0, ``cap`` and ``rescale`` are `Masked`, draw for draw.
+
+    Raises:
+        ValueError: no such rule or alpha, or an eta or alpha that the rule does not take.
     """
 
     rule: Literal["cap", "rescale", "conf", "loop", "forward_backward"]

@@ -18,9 +18,12 @@ from dsl.state import State
 class SentenceSDE:
     """Raise every token to the grid's next SNR; the last call of the budget reveals.
 
-    A budget of T calls makes T - 1 moves, from 0 to ``gamma_max``. Tokens that know more than
-    the grid asks for (prompts, soft evidence) wait where they are until it has caught up.
+    A budget of T calls makes T - 1 moves, from 0 to ``gamma_max``. Tokens with a higher SNR
+    than the grid's (prompts, soft evidence) stay where they are until the grid reaches it.
     A grid that has no settings may be given by its name.
+
+    Raises:
+        ValueError: ``gamma_max`` is not positive and finite, or does not fit the grid.
     """
 
     gamma_max: float
@@ -32,7 +35,7 @@ class SentenceSDE:
     def __post_init__(self) -> None:
         if not 0 < self.gamma_max < float("inf"):
             raise ValueError(f"gamma_max must be positive and finite, got {self.gamma_max}")
-        # A grid that does not fit is told now, not in the middle of a sample.
+        # So that a grid that does not fit raises now, not in the middle of a sample.
         self.gamma(1.0)
 
     def gamma(self, share: float) -> float:

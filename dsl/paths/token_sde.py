@@ -48,6 +48,10 @@ class TokenSDE:
     preceded by one more call for its curvature, except the last, which needs none, and the first
     of an odd budget, which takes the step of the linear grid. All T calls are made either way.
     ``delta = inf`` asks for no curvature and is `SentenceSDE` on the linear grid.
+
+    Raises:
+        ValueError: ``gamma_max`` is not positive and finite, ``delta`` not above 0, or
+            ``curvature`` unknown.
     """
 
     gamma_max: float
@@ -131,7 +135,7 @@ def jvp(state: State, x_hat_BLD: Tensor, clock: Clock) -> Tensor:
     """
     host = state.host
     fixed_BL = host.revealed_BL | host.frozen_BL
-    # A denoiser may treat gamma 0 as a constant; as faint evidence z = 0 has a derivative.
+    # At gamma 0 a denoiser may ignore z. With a tiny gamma, z = 0 is evidence with a derivative.
     faint_BL = host.gamma_BL.clamp_min(torch.finfo(host.gamma_BL.dtype).tiny)
     faint = OnHost(torch.where(fixed_BL, host.gamma_BL, faint_BL), host.frozen_BL)
     gamma_BL, moves_BL = (send(each, state.z_BLD.device) for each in (faint.gamma_BL, ~fixed_BL))
