@@ -324,7 +324,7 @@ class Means(Mapping[str, float]):
         if not values:
             return
         # Packed on the device, so that there is one thing to wait for.
-        packed = torch.stack([_on_device(values[name]) for name in self._names])
+        packed = torch.stack([_float64(values[name]) for name in self._names])
         if dist.is_initialized():
             dist.all_reduce(packed)
         self._found = (packed / count).to("cpu", non_blocking=True)
@@ -348,7 +348,7 @@ class Means(Mapping[str, float]):
         return len(self._names)
 
 
-def _on_device(value: float | Tensor) -> Tensor:
+def _float64(value: float | Tensor) -> Tensor:
     """A number in float64 on this process's device. One of the CPU goes there as the argument of a
     kernel: to copy it, the CPU might wait until the GPU has nothing left to compute."""
     if isinstance(value, Tensor) and not value.is_cpu:
