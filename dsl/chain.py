@@ -149,7 +149,10 @@ class ChainDenoiser(MarkovDenoiser):
         return total_B
 
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
-        generator = torch.Generator(self.table_VD.device).manual_seed(seed)
+        return self.drawn_by(torch.Generator(self.table_VD.device).manual_seed(seed), rows, length)
+
+    def drawn_by(self, generator: torch.Generator, rows: int, length: int) -> Tensor:
+        """`draw`, by a generator on the table's device."""
         first, tokens = self._first(length), len(self.table_VD)
         history_B = torch.multinomial(
             first.exp().flatten(), rows, replacement=True, generator=generator

@@ -46,8 +46,8 @@ class HiddenChainDenoiser(MarkovDenoiser):
         return self.chain.marginals(self.emission_SV.T[token_ids(tokens_BL, self.table_VD)])[1]
 
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
-        states_N = self.chain.draw(rows, length, seed).flatten()
-        generator = torch.Generator(self.table_VD.device).manual_seed(seed + 1)
+        generator = torch.Generator(self.table_VD.device).manual_seed(seed)
+        states_N = self.chain.drawn_by(generator, rows, length).flatten()
         probs_NV = self.emission_SV.exp()[states_N]
         return torch.multinomial(probs_NV, 1, generator=generator).view(rows, length)
 

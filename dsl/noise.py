@@ -43,7 +43,8 @@ class Draws:
     device that uses them, and a GPU's (`dsl.philox`) differ from the CPU's.
 
     Raises:
-        ValueError: ``seed`` is outside [0, 2^64) or ``first_row`` negative.
+        ValueError: ``seed`` is outside [0, 2^64), ``step`` outside [0, 2^32), or ``first_row``
+            negative.
     """
 
     seed: int
@@ -53,6 +54,8 @@ class Draws:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
+        if not 0 <= self.step < 2**32:
+            raise ValueError(f"step must lie in [0, 2^32), got {self.step}")
         if self.first_row < 0:
             raise ValueError(f"first_row must be at least 0, got {self.first_row}")
 

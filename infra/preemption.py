@@ -85,9 +85,10 @@ def sigterm_kept() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(run: Folder) -> Iterator[None]:
+def stoppable(run: Folder) -> Iterator[Callable[[], bool]]:
     """Inside the block, the first SIGTERM asks the workers of a run to stop, a second raises
-    Terminated. Needs the sole right to write into the run directory."""
+    Terminated. Needs the sole right to write into the run directory. Yields a function that says,
+    inside the block, whether SIGTERM has come."""
     asked, closed = threading.Event(), threading.Event()
 
     def write() -> None:  # in a thread, because a signal handler must not wait for a store
@@ -107,7 +108,7 @@ def stoppable(run: Folder) -> Iterator[None]:
     thread.start()
     try:
         with terminable(asked.set):
-            yield
+            yield asked.is_set
     finally:
         closed.set()
         asked.set()

@@ -53,8 +53,8 @@ def pieces(source: str, field: str) -> Iterator[Piece]:
     """The pieces of a corpus, in order.
 
     source: `cpython` for the reference text inside this Python, or an fsspec URL, `*` allowed.
-        The suffix before the compression's says what is in a file: `.jsonl`, `.parquet`; anything
-        else is text.
+        The suffix before the compression's says what is in a file: `.jsonl`, `.ndjson` and
+        `.json` mean JSON lines, `.parquet` is Parquet, anything else is text.
     field: of a JSON line or a Parquet row, the one that holds the text.
 
     Raises DataError, with file and place, for what is missing, damaged, empty or not text.
@@ -166,7 +166,8 @@ def _read_jsonl(url: str, field: str) -> Iterator[Piece]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{url} line {number}", f"not JSON ({error})") from None
+                where, fix = f"{url} line {number}", "Give one JSON object a line"
+                raise DataError(where, f"not JSON ({error})", fix) from None
             yield from _cut(_chunks(_field(row, field, f"{url} line {number}")))
 
 
@@ -200,6 +201,7 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
 READERS: dict[str, Callable[[str, str], Iterator[Piece]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
+    ".json": _read_jsonl,  # as C4 names its files
     ".parquet": _read_parquet,
 }
 

@@ -22,6 +22,7 @@ from dsl.lora import merged
 from dsl.objective import Objective
 from dsl.vocabulary import Vocabulary
 from infra import cluster, journal, tracking
+from infra.errors import InfraError
 from infra.mixture import ALONE, Mixture, Schedule, read_manifests
 from infra.preemption import Terminated, stoppable
 from infra.shards import Manifest
@@ -165,10 +166,15 @@ class TrainingTask(runs.Task):
             run=run,
             began=time.time(),
         )
-        with stoppable(run.folder):
+        with stoppable(run.folder) as asked:
             (self.start or on_cluster)(assignment)
-        if not self._is_trained(run.folder):
-            raise Terminated  # the workers were asked to stop, and did
+            stopped = asked()
+        if self._is_trained(run.folder):
+            return
+        if stopped:
+            raise Terminated
+        why = f"the workers ended before step {self.config.train.steps:,} and told no error"
+        raise InfraError(run.folder.url, why, "See its logs/; the same command resumes the run")
 
     def conclude(self, run: Run) -> Made:
         """Turn the averaged weights of the last checkpoint into a model folder."""

@@ -71,9 +71,9 @@ def twice(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize("suffix", [".txt", "", ".jsonl", ".ndjson"])
+@pytest.mark.parametrize("suffix", [".txt", "", ".jsonl", ".ndjson", ".json"])
 def test_every_container_and_compression(tmp_path: Path, suffix: str, compression: str) -> None:
-    lines = suffix in (".jsonl", ".ndjson")
+    lines = suffix in (".jsonl", ".ndjson", ".json")
     texts = DOCUMENTS if lines else DOCUMENTS[2:3]
     file = tmp_path / f"corpus{suffix}{compression}"
     file.write_bytes(COMPRESS[compression](jsonl(texts) if lines else texts[0].encode()))
