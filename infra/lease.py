@@ -1,4 +1,5 @@
-"""The right to write into a run directory: one process holds it at a time, on a disk or in a store.
+"""The right to write a run directory, or a manifest of shards: one process holds it at a time, on a
+disk or in a store.
 
     runs/.small.lease/000001.json    beside runs/small, while a process writes there
 
@@ -211,7 +212,12 @@ def _create_local(path: Path, content: bytes) -> None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), path.open("xb") as file:  # another has removed the folder
-            file.write(content)
+            try:
+                file.write(content)
+                file.flush()
+            except OSError:  # e.g. a full disk: an empty lease would keep others waiting
+                path.unlink()
+                raise
             return
 
 

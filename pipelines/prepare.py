@@ -20,7 +20,7 @@ import numpy as np
 
 from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
-from infra import cluster, shards
+from infra import cluster, lease, shards
 from infra.config import digest, to_tree
 from infra.console import Meter, say
 from infra.errors import ConfigError, DataError
@@ -91,6 +91,11 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     out = Folder.at(config.out)
     if out.exists(MANIFEST) and config.existing == "resume":
         return _finished(config, read_manifest(out))
+    with lease.held(out / MANIFEST):
+        return _summary(out, _made(config, out))
+
+
+def _made(config: PrepareConfig, out: Folder) -> Manifest:
     _require_apart(config, out)
     sizes = _measure(config)
     vocabulary = _vocabulary(config, sizes)
@@ -121,7 +126,7 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
                 raise DataError(config.source, why, fix)
             writer.extra["text"][split] = text
     assert writer.manifest is not None
-    return _summary(out, writer.manifest)
+    return writer.manifest
 
 
 def _require_apart(config: PrepareConfig, out: Folder) -> None:

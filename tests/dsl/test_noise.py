@@ -54,6 +54,12 @@ def test_every_part_of_the_key_matters() -> None:
         assert not torch.isin(other, base).any()
 
 
+@pytest.mark.parametrize("key", [(-1, 0, 0), (2**64, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 2**32)])
+def test_a_key_that_would_be_another_is_refused(key: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"^(seed|first_row|step) must "):
+        Draws(*key)
+
+
 def test_no_number_is_used_twice() -> None:
     """Rows, steps and streams share no draws: overlapping counters would repeat them."""
     drawn = torch.cat(

@@ -31,6 +31,14 @@ with held(Folder.at(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 """
+NO_ROOM = """
+import resource, sys
+from infra.lease import held
+from infra.storage import Folder
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+with held(Folder.at(sys.argv[1])):
+    pass
+"""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,16 @@ def test_a_lease_leaves_nothing(run: Folder) -> None:
     assert parent.names() == []
     with held(run):
         pass
+
+
+def test_a_lease_that_finds_no_room_leaves_no_empty_one(tmp_path: Path) -> None:
+    """Where no file may hold a byte, in a process of its own."""
+    run = Folder.at(str(tmp_path / "run"))
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, run.url], capture_output=True, text=True, check=False
+    )
+    assert ended.stderr.splitlines()[-1].startswith("infra.errors.InfraError: "), ended.stderr
+    assert lease._folder(run).names() == []
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from infra.preemption import (
     terminable,
 )
 from infra.storage import Folder
+from pipelines import pretrain
+from pipelines.training import launch
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
 
@@ -76,6 +79,14 @@ def test_the_same_command_goes_on_with_the_next_step(
     assert kept.count("begins: process") == 2
 
 
+def test_workers_that_end_early_without_sigterm_are_no_sigterm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    monkeypatch.setattr(launch, "on_cluster", lambda assignment: None)
+    with pytest.raises(InfraError, match="the workers ended before step 12 and told no error"):
+        pretrain.execute(tiny.load("pretrain", *arguments(data, tmp_path)))
+
+
 def agreed(mine: list[int]) -> int:
     return parallel.highest(mine[dist.get_rank()])
 
@@ -118,15 +129,17 @@ def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
     def refuse(folder: Folder, name: str) -> bool:
         raise InfraError(folder.url, "does not answer")
 
-    def twice() -> None:
+    def twice(asked: Callable[[], bool]) -> None:
+        assert not asked()
         assert not stop_requested(run)
         os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
         while not stop_requested(run):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Terminated), stoppable(run):
-        twice()
+    with pytest.raises(Terminated), stoppable(run) as asked:
+        twice(asked)
     assert answers == []
     assert not stop_requested(run)
     monkeypatch.setattr(Folder, "exists", refuse)

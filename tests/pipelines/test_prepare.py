@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 
 from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, InfraError
 from infra.shards import MANIFEST, read_manifest
 from infra.storage import Folder
 from pipelines import prepare
@@ -183,6 +185,27 @@ def test_an_interrupted_preparation_starts_afresh(
         assert tiny.main("prepare", f"source={source}", f"out={out}") == 130
     assert not (out / MANIFEST).exists()
     assert made(f"source={source}", f"out={out}")["digest"] == whole["digest"]
+
+
+def test_a_second_preparation_into_one_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first is at work; then it finds the shards of the first."""
+    command = [f"source={jsonl(tmp_path / 'a.jsonl')}", f"out={tmp_path / 'out'}"]
+    encode = prepare._encode
+
+    def beside_another(*arguments: Any) -> Any:
+        with pytest.raises(
+            InfraError, match=rf"/out/{MANIFEST}: is being written by process {os.getpid()}"
+        ):
+            made(*command)
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_encode", beside_another)
+        first = made(*command)
+    assert made(*command) == first
+    assert not [name for name in os.listdir(tmp_path / "out") if "lease" in name]
 
 
 def test_a_split_that_gives_no_row_is_told(tmp_path: Path) -> None:
