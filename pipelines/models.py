@@ -16,7 +16,7 @@ import torch
 from dsl import huggingface, mdlm, weights
 from dsl.converter import ConverterConfig
 from dsl.denoiser import BackboneShape, Denoiser
-from dsl.errors import AdaptationError
+from dsl.errors import AdaptationError, VocabularyError, WeightsError
 from dsl.foreign import ForeignConfig
 from dsl.huggingface import Adapt
 from dsl.lora import Lora
@@ -35,6 +35,8 @@ SCRATCH = "scratch"  # the address of no model: train from nothing
 CONFIG = "config.json"  # written last: a folder that has it is complete
 SAFE = ".safetensors"
 PYFUNC = Path(__file__).with_name("model.py")
+# What counts as bad data or weights beside infra's own errors.
+DATA_ERRORS = (WeightsError, VocabularyError)
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pandas")
 
 

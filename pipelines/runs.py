@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from dsl.errors import VocabularyError, WeightsError
 from infra import cluster, documents, tracking
 from infra.config import digest, flatten, parse, to_tree, to_yaml
 from infra.console import say
@@ -21,16 +20,12 @@ from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines import models
-
-if TYPE_CHECKING:  # which imports this module
-    from pipelines.verb import RunSettings
+from pipelines.verb import RunSettings
 
 RESULT = "result.json"
 # What may differ when a run is continued: where it runs, how it is shown, and how often it
 # writes. Everything else decides what the weights become.
 FREE = ("existing", "register", "workers.", "tracking.", "train.checkpoint.", "train.log_every")
-# What counts as bad data or weights beside infra's own errors.
-DATA_ERRORS = (WeightsError, VocabularyError)
 
 log = logging.getLogger(__name__)
 

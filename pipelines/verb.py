@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from infra import command, tracking
 from infra.storage import Folder
-from pipelines.runs import DATA_ERRORS
+from pipelines.models import DATA_ERRORS
 
 T = TypeVar("T")
 PRESETS = Path(__file__).with_name("presets")

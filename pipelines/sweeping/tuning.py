@@ -31,7 +31,7 @@ from infra.command import explain
 from infra.console import line, progress, say
 from infra.errors import InfraError, Problem
 from pipelines import finetune
-from pipelines.runs import DATA_ERRORS
+from pipelines.models import DATA_ERRORS
 from pipelines.sweeping.settings import TRIALS, Asha, SweepConfig
 from pipelines.sweeping.trials import BOUND, Trial, Trials
 from pipelines.training import launch, worker

@@ -228,6 +228,6 @@ def on_cluster(assignment: Assignment, callbacks: Sequence[Any] = ()) -> None:
             resources_per_worker=workers.resources,
             max_failures=workers.max_failures,
             resize_s=workers.resize_s,
-            fatal=runs.DATA_ERRORS,
+            fatal=models.DATA_ERRORS,
             callbacks=callbacks,
         )

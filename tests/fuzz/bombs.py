@@ -19,8 +19,7 @@ from infra.shards import check_files, read_group, read_manifest
 from infra.storage import Folder
 from pipelines import models
 from pipelines.corpus import pieces
-from pipelines.models import ConverterConfig
-from pipelines.runs import DATA_ERRORS
+from pipelines.models import DATA_ERRORS, ConverterConfig
 
 ROOM = 3 << 30  # bytes of address space beyond what the libraries took
 

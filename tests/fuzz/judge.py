@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from infra.command import explain
-from pipelines.runs import DATA_ERRORS
+from pipelines.models import DATA_ERRORS
 
 EXPECTED = (2, 3, 4)  # configuration, data, infrastructure
 

@@ -14,7 +14,7 @@ from infra import command, tracking
 from infra.shards import read_manifest
 from infra.storage import Folder
 from pipelines import evaluate, models
-from pipelines.runs import DATA_ERRORS
+from pipelines.models import DATA_ERRORS
 from pipelines.verb import TrackingConfig
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
