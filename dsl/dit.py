@@ -3,8 +3,8 @@
 Inputs arrive already embedded (see `dsl.converter`) and leave as hidden states: the vocabulary
 projection is applied by whoever wants logits, at the positions it wants them.
 
-Shapes: B rows, L positions, W width, H heads, K head dimension, C conditioning width, V tokens,
-U = V + 1 slots (the last is [MASK]).
+Shapes: B rows, L positions, W width, M inner width (W in attention, 4 W in the MLP), H heads, K
+head dimension, C conditioning width, V tokens, U = V + 1 slots (the last is [MASK]).
 """
 
 import math
@@ -169,23 +169,26 @@ class Block(nn.Module):
 
     def forward(self, hidden_BLW: Tensor, cond_C: Tensor, turn_2LK: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond_C).chunk(6)
-        update_BLW = self._attention(self.norm1(hidden_BLW, shift1, scale1), turn_2LK)
-        hidden_BLW = self._add(hidden_BLW, gate1, update_BLW)
-        update_BLW = self.mlp(self.norm2(hidden_BLW, shift2, scale2))
-        return self._add(hidden_BLW, gate2, update_BLW)
+        mixed_BLW = self._mixed(self.norm1(hidden_BLW, shift1, scale1), turn_2LK)
+        hidden_BLW = self._add(hidden_BLW, gate1, self.attn_out, mixed_BLW)
+        widen, gelu, narrow = self.mlp
+        inner_BLM = gelu(widen(self.norm2(hidden_BLW, shift2, scale2)))
+        return self._add(hidden_BLW, gate2, narrow, inner_BLM)
 
-    def _add(self, hidden_BLW: Tensor, gate_W: Tensor, update_BLW: Tensor) -> Tensor:
-        return hidden_BLW + gate_W * F.dropout(update_BLW, self.dropout, self.training)
+    def _add(
+        self, hidden_BLW: Tensor, gate_W: Tensor, linear: nn.Module, inputs_BLM: Tensor
+    ) -> Tensor:
+        update_BLW = gated(linear, gate_W, inputs_BLM)
+        return hidden_BLW + F.dropout(update_BLW, self.dropout, self.training)
 
-    def _attention(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
+    def _mixed(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
         qkv_BL3HK = self.attn_qkv(hidden_BLW).unflatten(-1, (3, self.heads, -1))
         qkv_3BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
         query_BHLK, key_BHLK = rotate(qkv_3BHLK[:2], turn_2LK.view(torch.float32))
         mixed_BHLK = F.scaled_dot_product_attention(
             query_BHLK, key_BHLK, qkv_3BHLK[2], is_causal=self.causal
         )
-        mixed_BLW: Tensor = self.attn_out(mixed_BHLK.transpose(1, 2).flatten(2))
-        return mixed_BLW
+        return mixed_BHLK.transpose(1, 2).flatten(2)
 
 
 class OutputLayer(nn.Module):
@@ -249,6 +252,16 @@ def rotate(heads_BHLK: Tensor, turn_2LK: Tensor) -> Tensor:
     other = wide.roll(wide.shape[-1] // 2, dims=-1)
     turned: Tensor = (wide * own_LK + other * other_LK).to(heads_BHLK.dtype)
     return turned
+
+
+def gated(linear: nn.Module, gate_W: Tensor, inputs_BLM: Tensor) -> Tensor:
+    """``gate_W * linear(inputs_BLM)``, ``[B, L, W]``. The gate is multiplied into the weights, so
+    that neither it nor its gradient costs a pass over the positions."""
+    if type(linear) is not nn.Linear:  # a map with an adapter, which adds to the map's answer
+        update_BLW: Tensor = gate_W * linear(inputs_BLM)
+        return update_BLW
+    bias_W = None if linear.bias is None else gate_W * linear.bias
+    return F.linear(inputs_BLM, gate_W[:, None] * linear.weight, bias_W)
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:

@@ -24,7 +24,10 @@ def made(folder: Path, family: str) -> Denoiser:
     if family == "dit":
         torch.manual_seed(0)
         backbone = DiTConfig(tokens=22, width=16, blocks=2, heads=2, cond_dim=8, start="open")
-        return Denoiser(DenoiserConfig(backbone=backbone, embed_dim=4)).eval()
+        denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=4)).eval()
+        for block in denoiser.backbone.blocks:  # whose gates would all be 1
+            torch.nn.init.normal_(block.adaLN_modulation.bias)
+        return denoiser
     trusted = family == "coded"
     hubs.coded(folder) if trusted else hubs.saved(folder, family)
     adapt = "shift" if family in hubs.CAUSAL else None
@@ -50,7 +53,9 @@ def test_new_adapters_change_nothing_and_trained_ones_can_be_merged(
     weights = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     before, drawn = said(denoiser), torch.get_rng_state()
     denoiser = Lora(rank=3, alpha=6).attached(denoiser, seed=1)
-    assert torch.equal(said(denoiser), before)
+    # A DiT's gates are multiplied into weights, or into the answer of a map with an adapter.
+    rounding = 1e-5 if family == "dit" else 0
+    torch.testing.assert_close(said(denoiser), before, rtol=0, atol=rounding)
     assert torch.equal(torch.get_rng_state(), drawn)
 
     learner = DSLObjective(denoiser, Mixed(roar_share=0.5)).train()
