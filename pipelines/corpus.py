@@ -35,6 +35,7 @@ LONGEST = 1 << 26  # characters of a document that is one line
 # archives that are made to fill memory or disk have thousands.
 EXPANSION, FLOOR = 250, 1 << 26
 UTF_8 = "utf-8-sig"  # with or without the mark that editors of Windows put in front
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # the last as in C4
 COMPRESSED = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 # A single space between two words: a cut in front of it does not change the tokens of the words.
 SEAM = re.compile(r"(?<=\S)(?= \S)")
@@ -199,9 +200,7 @@ def _read_parquet(url: str, field: str) -> Iterator[Piece]:
 
 
 READERS: dict[str, Callable[[str, str], Iterator[Piece]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_jsonl,  # as C4 names its files
+    **dict.fromkeys(JSON_LINES, _read_jsonl),
     ".parquet": _read_parquet,
 }
 

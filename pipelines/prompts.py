@@ -13,14 +13,15 @@ from infra.documents import from_json
 from infra.errors import ConfigError, DataError
 from infra.storage import Folder
 from pipelines import models
+from pipelines.corpus import JSON_LINES
 from pipelines.models import Model
 
 
 def read(address: str) -> list[tuple[str, str]]:
     """(place, text) of each line of a file at any fsspec URL.
 
-    address: each line of a `….jsonl` file is an object with a `text`, or blank; of another file, a
-        text.
+    address: each line of a file of JSON lines (`….jsonl`, `.ndjson`, `.json`) is an object with a
+        `text`, or blank; of another file, a text.
 
     Raises DataError, which names the line.
     """
@@ -32,7 +33,7 @@ def read(address: str) -> list[tuple[str, str]]:
     # Not `splitlines`: form feeds and U+2028, for example, are characters of a text.
     lines = [line.removesuffix("\n") for line in io.StringIO(content, newline=None)]
     places = [(f"{address}, line {number}", line) for number, line in enumerate(lines, 1)]
-    if name.endswith(".jsonl"):
+    if name.endswith(JSON_LINES):
         places = [(place, _text(line, place)) for place, line in places if line.strip()]
     if not places:
         raise DataError(address, "the file is empty", "Write one text a line")
