@@ -188,6 +188,9 @@ class NetworkPosterior(Posterior):
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
         return self._logits(at_N).log_softmax(-1)[:, : len(self.table_VD)]
 
+    def _scores_unrevealed(self, at_N: Tensor) -> Tensor:
+        return self._logits(at_N)[:, : len(self.table_VD)]
+
     def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
         return self._logits(at_N).softmax(-1)[:, : len(self.table_VD)]
 

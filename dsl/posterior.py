@@ -34,6 +34,10 @@ class Posterior(ABC):
         """Normalised ``[N, V]`` log-probabilities at unrevealed positions; ``at_N`` is on the
         table's device."""
 
+    def _scores_unrevealed(self, at_N: Tensor) -> Tensor:
+        """As `_log_probs_unrevealed`, but each row may be off by a constant."""
+        return self._log_probs_unrevealed(at_N)
+
     def _probs_unrevealed(self, at_N: Tensor) -> Tensor:
         """As `_log_probs_unrevealed`, but probabilities ``[N, V]``."""
         return self._log_probs_unrevealed(at_N).exp()

@@ -136,10 +136,14 @@ class Truncated:
             return posterior
         return TruncatedPosterior(self, posterior)
 
-    def cut(self, log_probs_NV: Tensor) -> Tensor:
-        """Log-probabilities ``[N, V]`` after temperature and nucleus, not normalised."""
+    def cut(self, scores_NV: Tensor) -> Tensor:
+        """Log-probabilities ``[N, V]`` after temperature and nucleus, not normalised.
+
+        scores_NV: log-probabilities, of which each row may be off by a constant.
+        """
         if self.temperature != 1:
-            log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
+            scores_NV = scores_NV / self.temperature
+        log_probs_NV = scores_NV.log_softmax(-1)
         if self.nucleus.p == 1:
             return log_probs_NV
         size_N1, last_N1, tied_N, ties = self.nucleus.kept(log_probs_NV)
@@ -162,8 +166,7 @@ def descending(values_NV: Tensor) -> Callable[[int], Tensor]:
         threads = min(torch.get_num_threads(), 1 + sorted_NV.size // GRAIN)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(partial(np.ndarray.sort, axis=1), np.array_split(sorted_NV, threads)))
-        falling_NV = torch.from_numpy(sorted_NV).flip(1)
-        return lambda most: falling_NV[:, :most]
+        return lambda most: torch.from_numpy(sorted_NV[:, -most:]).flip(1)
     return lambda most: values_NV.topk(most, sorted=True).values
 
 
@@ -191,16 +194,14 @@ class TruncatedPosterior(Posterior):
 
     def _cut(self, at_N: Tensor) -> Tensor:
         """Sharpened log-probabilities ``[N, V]``, not normalised."""
-        log_probs_NV = self.posterior._log_probs_unrevealed(at_N)
+        scores_NV = self.posterior._scores_unrevealed(at_N)
         if not self.state.host.evidence_BL.any():
-            return self.options.cut(log_probs_NV)
-        z_ND = self.state.z_BLD.flatten(0, 1)[at_N].to(log_probs_NV)
-        own_NV = z_ND @ self.table_VD.to(log_probs_NV).T
-        context_NV = (log_probs_NV - own_NV).log_softmax(-1)
-        # Without evidence an answer is all context. Normalised again it could differ in the last
-        # bit, and so in its nucleus, only because other rows of the batch have evidence.
-        heard_N1 = self.state.evidence_BL.flatten()[at_N, None]
-        return self.options.cut(torch.where(heard_N1, context_NV, log_probs_NV)) + own_NV
+            return self.options.cut(scores_NV)
+        z_ND = self.state.z_BLD.flatten(0, 1)[at_N].to(scores_NV)
+        # Of tokens without evidence z is 0, and so is this: their answer is the same to the last
+        # bit as in a batch without evidence.
+        own_NV = z_ND @ self.table_VD.to(scores_NV).T
+        return self.options.cut(scores_NV - own_NV).add_(own_NV)
 
     def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
         assert isinstance(fresh, TruncatedPosterior)
