@@ -141,9 +141,9 @@ class Truncated:
 
         scores_NV: log-probabilities, of which each row may be off by a constant.
         """
-        if self.temperature != 1:
-            scores_NV = scores_NV / self.temperature
         log_probs_NV = scores_NV.log_softmax(-1)
+        if self.temperature != 1:  # at 1e-37, scores that are not normalised would overflow
+            log_probs_NV = (log_probs_NV / self.temperature).log_softmax(-1)
         if self.nucleus.p == 1:
             return log_probs_NV
         size_N1, last_N1, tied_N, ties = self.nucleus.kept(log_probs_NV)
