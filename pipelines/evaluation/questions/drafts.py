@@ -47,7 +47,7 @@ from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row, Rows, Table
 from pipelines.report.drawing import curve, groups, panels, styles
 
-LATER = 2**32  # a step that no walk gets to: what is hidden does not depend on how it was drawn
+LATER = 2**32 - 1  # the last step: what is hidden does not depend on how a text was drawn
 WAYS = {"entropy": "entropy", "nats": "cross-entropy"}
 
 
