@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import secrets
@@ -136,8 +135,7 @@ def run_group(
     """Run `worker(payload)` in each process of one group under Ray Train; rank 0's result.
 
     When a process dies or raises, the whole group starts again, up to `max_failures` times
-    (-1: without limit; Ray counts deaths while the group starts separately); the worker resumes
-    from checkpoints of its own. A ConfigError, a DataError
+    (-1: without limit); the worker resumes from checkpoints of its own. A ConfigError, a DataError
     or one of `fatal` ends it at once, because a second attempt would fail in the same way. Ray
     keeps its own records in a temporary folder, so it never resumes anything by itself.
 
@@ -156,47 +154,31 @@ def run_group(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
-    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     place = tempfile.mkdtemp(prefix="ray-train-")
     resources = resources_per_worker or {"CPU": 1.0}
     least = num_workers if isinstance(num_workers, int) else num_workers[0]
     own = [_fatal_errors((ConfigError, DataError, *fatal)), _waiting(name, least, resources)]
-
-    def fitted() -> Any:
-        trainer = TorchTrainer(
-            partial(worker, payload),
-            scaling_config=ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=use_gpu,
-                resources_per_worker=resources,
-                elastic_resize_monitor_interval_s=resize_s,
-            ),
-            run_config=RunConfig(
-                name=f"{name}-{secrets.token_hex(4)}",
-                storage_path=place,
-                failure_config=FailureConfig(
-                    max_failures=max_failures, controller_failure_limit=-1
-                ),
-                logging_config=LoggingConfig(log_level="CRITICAL"),
-                callbacks=[*own, *callbacks],
-            ),
-        )
-        return trainer.fit().return_value
-
+    trainer = TorchTrainer(
+        partial(worker, payload),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=resize_s,
+        ),
+        run_config=RunConfig(
+            name=f"{name}-{secrets.token_hex(4)}",
+            storage_path=place,
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=-1),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+            callbacks=[*own, *callbacks],
+        ),
+    )
     try:
         with _interrupts():
-            for failure in itertools.count(1):
-                try:
-                    return fitted()
-                except ControllerError as error:
-                    # A worker died while Ray handed it the function, after which Ray does not
-                    # start the group again, as it does after any other death.
-                    last = 0 <= max_failures < failure
-                    if last or not isinstance(
-                        error.controller_failure, ray.exceptions.RayActorError
-                    ):
-                        raise
+            return trainer.fit().return_value
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         problem = problem_of(error, name, max_failures)
         if problem is None:

@@ -91,14 +91,16 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     out = Folder.at(config.out)
     if out.exists(MANIFEST) and config.existing == "resume":
         return _finished(config, read_manifest(out))
-    with lease.held(out / MANIFEST):
-        return _summary(out, _made(config, out))
-
-
-def _made(config: PrepareConfig, out: Folder) -> Manifest:
     _require_apart(config, out)
     sizes = _measure(config)
     vocabulary = _vocabulary(config, sizes)
+    with lease.held(out / MANIFEST):
+        return _summary(out, _written(config, out, sizes, vocabulary))
+
+
+def _written(
+    config: PrepareConfig, out: Folder, sizes: dict[str, int], vocabulary: Vocabulary
+) -> Manifest:
     with ShardWriter(
         out,
         vocabulary=shards.VocabularyRecord(

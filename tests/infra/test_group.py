@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,42 +45,6 @@ def test_an_error_that_is_not_tried_again(
             worker, tmp_path, name="fatal", num_workers=1, max_failures=5, fatal=(ValueError,)
         )
     assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("deaths", "restarts"), [(1, 1), (2, 1)])
-def test_a_worker_that_dies_as_it_is_handed_the_function(
-    deaths: int, restarts: int, tmp_path: Path
-) -> None:
-    """Ray itself calls that an error of its controller, and does not start the group again."""
-
-    def unpacked(folder: Path) -> Path:
-        if (started := len(list(folder.iterdir()))) < deaths:
-            (folder / str(started)).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return folder
-
-    class Deadly:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return unpacked, (tmp_path,)
-
-    def group() -> Any:
-        return cluster.run_group(
-            lambda folder: (folder / "whole").touch(),
-            Deadly(),
-            name="deadly",
-            num_workers=1,
-            max_failures=restarts,
-        )
-
-    if deaths > restarts:
-        with pytest.raises(InfraError, match=f"a worker died, {restarts} restarts allowed"):
-            group()
-    else:
-        group()
-    assert (tmp_path / "whole").exists() is (deaths <= restarts)
-    assert len(list(tmp_path.glob("[0-9]"))) == deaths
 
 
 @pytest.mark.usefixtures("ray_cluster")
