@@ -24,10 +24,7 @@ def made(folder: Path, family: str) -> Denoiser:
     if family == "dit":
         torch.manual_seed(0)
         backbone = DiTConfig(tokens=22, width=16, blocks=2, heads=2, cond_dim=8, start="open")
-        denoiser = Denoiser(DenoiserConfig(backbone=backbone, embed_dim=4)).eval()
-        for block in denoiser.backbone.blocks:  # whose gates would all be 1
-            torch.nn.init.normal_(block.adaLN_modulation.bias)
-        return denoiser
+        return Denoiser(DenoiserConfig(backbone=backbone, embed_dim=4)).eval()
     trusted = family == "coded"
     hubs.coded(folder) if trusted else hubs.saved(folder, family)
     adapt = "shift" if family in hubs.CAUSAL else None
@@ -53,9 +50,7 @@ def test_new_adapters_change_nothing_and_trained_ones_can_be_merged(
     weights = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     before, drawn = said(denoiser), torch.get_rng_state()
     denoiser = Lora(rank=3, alpha=6).attached(denoiser, seed=1)
-    # A DiT's gates are multiplied into weights, or into the answer of a map with an adapter.
-    rounding = 1e-5 if family == "dit" else 0
-    torch.testing.assert_close(said(denoiser), before, rtol=0, atol=rounding)
+    assert torch.equal(said(denoiser), before)
     assert torch.equal(torch.get_rng_state(), drawn)
 
     learner = DSLObjective(denoiser, Mixed(roar_share=0.5)).train()
@@ -80,6 +75,18 @@ def test_new_adapters_change_nothing_and_trained_ones_can_be_merged(
     changed = {name for name in now if not torch.equal(now[name], weights[name])}
     adapted = {name.partition(".lora_")[0].replace(".base_layer", "") for name in backbone}
     assert changed == (trained - backbone) | {f"{name}.weight" for name in adapted}
+
+
+def test_new_adapters_leave_the_gates_of_a_dit(tmp_path: Path) -> None:
+    """Gates are multiplied into weights, or into the answer of a map with an adapter: up to
+    rounding that is the same, also where gates are not 1."""
+    pytest.importorskip("peft", reason="the extra `hub` is not installed")
+    denoiser = made(tmp_path, "dit")
+    for block in denoiser.backbone.blocks:
+        torch.nn.init.normal_(block.adaLN_modulation.bias)
+    before = said(denoiser)
+    found = said(Lora().attached(denoiser, seed=1))
+    torch.testing.assert_close(found, before, rtol=0, atol=1e-5)
 
 
 def test_targets_are_the_ends_of_names(tmp_path: Path) -> None:
