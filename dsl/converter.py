@@ -259,16 +259,17 @@ def _narrow_mixture(
     1 cancels. The gradient of the scores is made from the mixture. It nearly vanishes there, and
     would drown in that rounding.
     """
-    values_PW = narrow.padded(values_UW)
+    # With a column of ones, whose product is the sum of the weights.
+    width, ones_U1 = values_UW.shape[1], values_UW.new_ones(len(values_UW), 1)
+    values_PA = narrow.padded(narrow.beside(values_UW, ones_U1))
     query_NA, key_PA = narrow.queries(query_NK), narrow.keys(key_UK)
     mixed, sums = [], []
     for span in _spans(query_NK, key_UK):
         scores_NP = narrow.product(query_NA[span], key_PA.T)
         sums.append(passes.log_sums(scores_NP))
         weights_NP = passes.softmax(scores_NP, sums[-1])
-        # Not inside `passes.softmax`: compiled, it would sum the weights before it rounds them.
-        total_N1 = weights_NP.sum(1, keepdim=True, dtype=torch.float32)
-        mixed.append(narrow.product(weights_NP, values_PW) / total_N1)
+        mixed_NA = narrow.product(weights_NP, values_PA)
+        mixed.append(mixed_NA[:, :width] / mixed_NA[:, width, None])
         del scores_NP, weights_NP
     return torch.cat(mixed), torch.cat(sums)
 

@@ -183,10 +183,12 @@ class Block(nn.Module):
 
     def _mixed(self, hidden_BLW: Tensor, turn_2LK: Tensor) -> Tensor:
         qkv_BL3HK = self.attn_qkv(hidden_BLW).unflatten(-1, (3, self.heads, -1))
-        qkv_3BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
-        query_BHLK, key_BHLK = rotate(qkv_3BHLK[:2], turn_2LK.view(torch.float32))
+        query_BHLK, key_BHLK, value_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4)
+        turn_2LK = turn_2LK.view(torch.float32)
+        # One by one: rotated together, each would be copied out of the result, even compiled.
+        query_BHLK, key_BHLK = rotate(query_BHLK, turn_2LK), rotate(key_BHLK, turn_2LK)
         mixed_BHLK = F.scaled_dot_product_attention(
-            query_BHLK, key_BHLK, qkv_3BHLK[2], is_causal=self.causal
+            query_BHLK, key_BHLK, value_BHLK, is_causal=self.causal
         )
         return mixed_BHLK.transpose(1, 2).flatten(2)
 

@@ -1,4 +1,7 @@
-"""What the machine is: card, versions, kernels of attention, rates of matrix products."""
+"""What the machine is: card, versions, kernels of attention, rates of matrix products.
+
+Shapes: B rows, L positions, H heads, K head dimension.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infra import parallel
 from infra.parallel import ParallelConfig
@@ -25,6 +30,11 @@ ARITHMETIC = {
     "TF32": (torch.float32, "high"),
     "bfloat16": (torch.bfloat16, "highest"),
 }
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def run(check: Check) -> Iterator[Finding]:
@@ -32,6 +42,7 @@ def run(check: Check) -> Iterator[Finding]:
     for sharding in (ParallelConfig(), ParallelConfig(deterministic=False)):
         how = "" if sharding.deterministic else ", not deterministic"
         yield Finding(f"attention of a training step{how}", _attention(check, sharding))
+    yield from _kernels(check)
     yield from _products(check)
 
 
@@ -62,6 +73,40 @@ def _attention(check: Check, sharding: ParallelConfig) -> str:
     with parallel.join(sharding) as mesh:
         learner = Learner(small.objective("mdlm"), TrainConfig(), mesh, sharding)
         return attention(lambda: learner.step(1, {0: rows_RL}), check.device)
+
+
+def _kernels(check: Check) -> Iterator[Finding]:
+    """The rate of each kernel that torch chooses among, at the sizes of a training step."""
+    network, length, rows = (
+        check.sizes.model.backbone,
+        check.sizes.length,
+        check.sizes.train_rows[-1],
+    )
+    # Queries, keys and values lie side by side at each position, as the network makes them.
+    size = rows, length, 3, network.heads, network.width // network.heads
+    qkv_3BHLK = torch.randn(size, device=check.device).bfloat16().permute(2, 0, 3, 1, 4)
+    leaves = [heads_BHLK.requires_grad_() for heads_BHLK in qkv_3BHLK]
+    grad_BHLK = torch.randn_like(leaves[0])
+
+    def attend(kernel: SDPBackend) -> tuple[torch.Tensor, ...]:
+        with sdpa_kernel(kernel):
+            mixed_BHLK = F.scaled_dot_product_attention(*leaves)
+        return torch.autograd.grad(mixed_BHLK, leaves, grad_BHLK)
+
+    for name, kernel in KERNELS.items():
+        what = f"attention, forward and backward, {name}"
+        try:
+            timed = interleaved(
+                {name: lambda number, kernel=kernel: attend(kernel)},
+                check.sizes.rounds,
+                check.device,
+            )
+        except RuntimeError as error:
+            yield Finding(what, f"did not run: {str(error).partition('.')[0]}")
+            continue
+        # Two products forward, five backward, which computes the scores again.
+        operations = 7 * 2 * rows * length**2 * network.width
+        yield Finding(what, operations / float(np.median(timed[name])) / 1e12, "TFLOP/s")
 
 
 def _products(check: Check) -> Iterator[Finding]:
