@@ -95,6 +95,9 @@ def embedded() -> Iterator[str]:
 
 def expand(source: str) -> list[str]:
     """The files that a URL names, sorted; DataError where there is none."""
+    if "::" in source:
+        why = "files inside an archive, or behind a chain of file systems, are not read"
+        raise DataError(scrub(source), why, "Unpack or copy them first")
     Folder.at(source)  # refuses credentials and unknown protocols
     with _explained(source):
         files = fsspec.open_files(source, mode="rb")

@@ -28,7 +28,7 @@ from infra.errors import ConfigError, DataError
 from infra.registry import ModelVersion
 from infra.shards import Manifest
 from infra.storage import Folder
-from infra.tracking import RunHandle
+from infra.tracking import RECORD, RunHandle
 from pipelines.kinds import DSL, KINDS, MDLM
 
 SCRATCH = "scratch"  # the address of no model: train from nothing
@@ -108,6 +108,11 @@ def _read(
         raise DataError(
             address, "no such model", "Give a run, a model folder or models:/name@alias"
         )
+    if folder.exists(RECORD):
+        fix = (
+            "A run of pretrain or finetune has one when it ends; its command, repeated, resumes it"
+        )
+        raise DataError(address, "a run without a model", fix)
     with _needed(folder) as local:
         if huggingface.is_folder_of(local):
             return _adapted(local, address, converter, adapt, trust_remote_code)

@@ -153,6 +153,8 @@ class TrainingTask(runs.Task):
     def work(self, run: Run) -> None:
         from infra.checkpoints import drop_damaged  # half a second that `--help` is not to pay
 
+        if models.exists(run.folder / "model"):
+            return  # it was made of the last checkpoint, which need not be kept
         if self.config.train.checkpoint.corrupt == "skip":
             drop_damaged(run.folder / "checkpoints", self.config.train.steps)
         if self._is_trained(run.folder):

@@ -123,11 +123,12 @@ def validation_rows(
     made = {}
     for name, url in mixture.sources.items():
         data, manifest = Folder.at(url), manifests[name]
-        wanted = min(config.validation_microbatches, manifest.rows("validation") // share) * share
+        held = sum(file.rows for file in manifest.splits.get("validation", ()))
+        wanted = min(config.validation_microbatches, held // share) * share
         if not wanted:
             raise DataError(
                 (data / "validation").url,
-                f"{manifest.rows('validation')} rows, where the lanes take {share} at a time",
+                f"{held} rows, where the lanes take {share} at a time",
                 "Prepare a larger validation split, or train with fewer lanes or rows per "
                 "microbatch",
             )

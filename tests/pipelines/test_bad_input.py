@@ -185,6 +185,12 @@ def test_a_step_that_is_larger_than_the_validation_split(
     assert (code, "Prepare a larger validation split" in said) == (3, True), said
 
 
+def test_data_without_a_validation_split(main: Callable[..., tiny.Outcome], tmp_path: Path) -> None:
+    data = tiny.shards(tmp_path / "data", validation="0")
+    code, said = main("pretrain", f"data={data}", f"root={tmp_path}", "name=run")
+    assert (code, "validation: 0 rows, where" in said) == (3, True), said
+
+
 # --- weights -----------------------------------------------------------------------------------
 
 
@@ -195,6 +201,13 @@ def missing(model: Path) -> str:
 def unfinished(model: Path) -> str:
     (model / "config.json").unlink()
     return str(model)
+
+
+def interrupted(model: Path) -> str:
+    run = model.with_name("run that was stopped")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    return str(run)
 
 
 def other_tokens(model: Path) -> str:
@@ -208,6 +221,7 @@ def other_tokens(model: Path) -> str:
 INITS: dict[Callable[[Path], str], str] = {
     missing: "nowhere: no such model. Give a run, a model folder or models:/name@alias",
     unfinished: "config.json: no such file",
+    interrupted: "a run without a model. A run of pretrain or finetune has one when it ends",
     other_tokens: "another vocabulary of the same size. Prepare the data with the model's own",
 }
 

@@ -222,6 +222,12 @@ def test_a_source_that_is_not_there_is_named(
         list(pieces(source, "text"))
 
 
+@pytest.mark.parametrize("source", ["zip://*.txt::a.zip", "simplecache::memory://a.txt"])
+def test_a_chain_of_file_systems_is_refused(source: str) -> None:
+    with pytest.raises(DataError, match=r"are not read\. Unpack or copy them first"):
+        list(pieces(source, "text"))
+
+
 def test_a_server_that_does_not_answer_is_not_a_missing_file() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # a port on which nothing listens

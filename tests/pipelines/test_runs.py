@@ -22,6 +22,7 @@ from infra.preemption import Terminated
 from infra.storage import Folder
 from infra.tracking import RunHandle
 from pipelines.runs import Run
+from pipelines.training import launch
 from pipelines.training.launch import TrainingTask
 from tests.pipelines import tiny
 
@@ -240,6 +241,20 @@ def test_a_model_that_a_killed_attempt_began_is_written_anew(
     tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
     for place in ("model", "."):
         assert sorted(os.listdir(run / place)) == sorted(os.listdir(finished / place))
+
+
+def test_a_model_outlives_its_checkpoints(
+    tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be deleted to save room; the model can be registered without training again."""
+    run = moved(finished, tmp_path)
+    (run / "result.json").unlink()  # as where it has another `register` than is asked for now
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(launch, "on_cluster", lambda *_: pytest.fail("it is trained again"))
+    made = tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=mdlm")
+    assert made["model"] == str(run / "model")
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("left", [0, 5])
