@@ -1,8 +1,9 @@
 """Train a baseline: a masked-diffusion model to fine-tune, or an autoregressive one to judge.
 
-python pipelines/pretrain.py quickstart
-python pipelines/pretrain.py owt objective=ar name=owt-ar workers.count=8 workers.gpu=true
-python pipelines/pretrain.py owt init=runs/owt-mdlm name=owt-mdlm-longer train.steps=10000
+    python pipelines/pretrain.py quickstart
+    python pipelines/pretrain.py owt objective=ar name=owt-ar register=ar-owt
+    python pipelines/pretrain.py owt init=runs/owt-mdlm name=owt-longer register=owt-longer \\
+        train.steps=10000
 
 `init` is any address that finetune's takes: the weights of a model of the same kind, to be trained
 further with a fresh optimizer, as fine-tuning does.

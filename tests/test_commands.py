@@ -10,9 +10,24 @@ import subprocess
 import sys
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
+
+from infra import config
+from pipelines.evaluate import EvaluateConfig
+from pipelines.evaluation import promotion
+from pipelines.evaluation.questions.frontier import Frontier
+from pipelines.evaluation.subjects import Subject
+from pipelines.evaluation.survey import Survey
+from pipelines.finetune import FinetuneConfig
+from pipelines.kinds import DSL, KINDS
+from pipelines.pretrain import PretrainConfig
+from pipelines.sweep import SweepConfig
+from pipelines.verb import VERBS
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "pipelines/presets").glob("*.yaml"))
@@ -67,7 +82,17 @@ def module(arguments: list[str]) -> tuple[str, list[str]]:
     return arguments[0].removesuffix(".py").replace("/", "."), arguments[1:]
 
 
+def settings(config_type: type[Any], verb: str, given: list[str]) -> Any:
+    """The configuration of a verb's command."""
+    argv = [argument for argument in given if not argument.startswith("-")]
+    folder = PRESETS[0].parent
+    return config.load(config_type, verb=verb, argv=argv, presets=folder, verbs=VERBS)
+
+
 SHOWING = [file for file in (*READMES, *PRESETS, *MODULES) if shown(file)]
+SECTIONS = {file.stem: yaml.safe_load(file.read_text()) for file in PRESETS}
+LENGTH = 64  # of rows that another preset prepares
+TRAINING = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": SweepConfig}
 
 
 @pytest.mark.parametrize("file", SHOWING, ids=lambda file: str(file.relative_to(ROOT)))
@@ -84,6 +109,40 @@ def test_every_command_is_taken(
             if main() != 0:
                 refused.append((name, given, capsys.readouterr().err))
     assert not refused
+
+
+@pytest.mark.parametrize("file", SHOWING, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_evaluation_draws_what_it_compares(file: Path, tmp_path: Path) -> None:
+    for arguments in calls(shown(file), tmp_path):
+        name, given = module(arguments)
+        if name != "pipelines.evaluate":
+            continue
+        asked = settings(EvaluateConfig, "evaluate", given)
+        length = SECTIONS[given[0]].get("prepare", {}).get("length", LENGTH)
+        rows: Any = SimpleNamespace(manifest=SimpleNamespace(length=length))
+        subjects = [
+            Subject(name=model, kind=model if model in KINDS else DSL.name, origin={}, facts={})
+            for model in asked.models
+        ]
+        parts: Any = None
+        survey = Survey(config=asked, parts=parts, held_out=rows, subjects=subjects, readers=())
+        promotion.require(survey)
+        if asked.frontier:
+            Frontier().require(asked, rows, "")
+
+
+def test_no_model_takes_the_place_of_another(tmp_path: Path) -> None:
+    """Two runs with one name in the registry: what asks for it gets the later one."""
+    asked = [(verb, [name]) for name, of in SECTIONS.items() for verb in TRAINING if verb in of]
+    for number, file in enumerate(SHOWING):
+        (place := tmp_path / str(number)).mkdir()
+        found = [module(arguments) for arguments in calls(shown(file), place)]
+        asked += [(name.removeprefix("pipelines."), given) for name, given in found]
+    runs: dict[str, set[str]] = {}
+    for verb, given in asked:
+        if verb in TRAINING and (made := settings(TRAINING[verb], verb, given)).register:
+            runs.setdefault(made.register, set()).add(made.name)
+    assert {register: names for register, names in runs.items() if len(names) > 1} == {}
 
 
 def test_there_are_commands(tmp_path: Path) -> None:
