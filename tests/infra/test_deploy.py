@@ -204,6 +204,17 @@ def test_a_job_is_a_command_that_the_verb_takes(name: str) -> None:
         parsed(f"{entrypoint} rooot=s3://bucket/runs")
 
 
+def test_jobs_read_what_is_there() -> None:
+    """The shards that the preset's head shows how to make, and models that jobs register."""
+    jobs = {name: parsed(ALL[f"RayJob/{name}"]["spec"]["entrypoint"]) for name in JOBS}
+    (prepared,) = re.findall(r"^# .* out=(\S+)", (PRESETS / "owt.yaml").read_text(), re.MULTILINE)
+    assert {job.data for job in jobs.values()} == {prepared}
+    finetune, sweep, evaluate = (jobs[name] for name in JOBS)
+    asked = [finetune.init, sweep.finetune.init, *evaluate.models.values()]
+    made = {f"models:/{job.register}@candidate" for job in (finetune, sweep)}
+    assert {address for address in asked if address.startswith("models:/")} <= made
+
+
 @pytest.mark.parametrize("name", ["finetune", "evaluate"])
 def test_the_cluster_has_the_gpus_that_the_job_asks_for(name: str) -> None:
     workers = parsed(ALL[f"RayJob/{name}"]["spec"]["entrypoint"]).workers
