@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +65,7 @@ def run(
     try:
         _check(flags)
         if "--help" in flags or "-h" in flags:
-            sys.stdout.write(_help(config_type, presets, doc))
+            sys.stdout.write(_help(verb, config_type, presets, doc))
             return 0
         given = [argument for argument in arguments if argument not in flags]
         settings = config.load(config_type, verb=verb, argv=given, presets=presets, verbs=verbs)
@@ -76,7 +76,7 @@ def run(
             return 0
         if "--dry-run" in flags:
             result = plan(settings)
-            sys.stdout.write(_table(result))
+            sys.stdout.write(_table(result.items()))
         else:
             with terminable(), console.kept(verb):
                 result = execute(settings)
@@ -128,19 +128,21 @@ def _check(flags: set[str]) -> None:
         raise ConfigError(flag, "no such flag", fix)
 
 
-def _help(config_type: type[Any], presets: Path, doc: str) -> str:
-    fields = {key: f"{spelt} = {default}" for key, spelt, default in config.describe(config_type)}
-    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml"))) or "none"
+def _help(verb: str, config_type: type[Any], presets: Path, doc: str) -> str:
+    # Kinds of a union may share a key: each has a line of its own.
+    fields = [(key, f"{spelt} = {value}") for key, spelt, value in config.describe(config_type)]
+    names = config.offered(verb, presets)
+    known = f"one of {', '.join(names)}, " if names else ""
     return (
         f"{doc.strip()}\n\n"
-        f"arguments: [PRESET] [key.sub=value …]; PRESET is one of {names}, a .yaml or a URL\n\n"
-        f"{_table(FLAGS)}\n{_table(fields)}"
+        f"arguments: [PRESET] [key.sub=value …]; PRESET is {known}a .yaml or a URL\n\n"
+        f"{_table(FLAGS.items())}\n{_table(fields)}"
     )
 
 
-def _table(rows: dict[str, Any]) -> str:
-    width = max(map(len, rows), default=0)
-    return "".join(f"{key:<{width}}  {_cell(value)}\n" for key, value in rows.items())
+def _table(rows: Collection[tuple[str, Any]]) -> str:
+    width = max((len(key) for key, _ in rows), default=0)
+    return "".join(f"{key:<{width}}  {_cell(value)}\n" for key, value in rows)
 
 
 def _cell(value: Any) -> str:

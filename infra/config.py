@@ -144,7 +144,8 @@ def describe(config_type: Any) -> Iterator[Field]:
             key, default = f"{prefix}{field.name}", getattr(given, field.name, _default(field))
             members = _members(annotation)
             kinds = _kinds(members)
-            if (not members or str in _options(annotation)) and field.name != "kind":
+            optional = members and not kinds and default is None
+            if (not members or str in _options(annotation) or optional) and field.name != "kind":
                 shown = "required" if default is REQUIRED else json.dumps(to_tree(default))
                 yield Field(key, _spell(annotation) + note, shown)
             if kinds:
@@ -157,6 +158,12 @@ def describe(config_type: Any) -> Iterator[Field]:
                     yield from walk(member, f"{key}.", known, of, (*outer, member))
 
     return walk(config_type, "", None, "", ())
+
+
+def offered(verb: str, presets: Path) -> list[str]:
+    """The presets of the folder that have a section for the verb."""
+    files = sorted(presets.glob("*.yaml"))
+    return [file.stem for file in files if verb in (parse(file.read_bytes(), file.name) or ())]
 
 
 # --- sources ---------------------------------------------------------------------------------

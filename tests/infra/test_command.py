@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -21,9 +21,26 @@ from infra.errors import ConfigError, DataError, InfraError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constant:
+    kind: Literal["constant"] = "constant"
+    rate: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    kind: Literal["cosine"] = "cosine"
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     source: str = "text"
     steps: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    schedule: Constant | Cosine = Constant()
 
 
 class WeightsError(ValueError):
@@ -31,11 +48,14 @@ class WeightsError(ValueError):
 
 
 def run(
-    *argv: str, execute: Callable[[Config], dict[str, Any]] = vars, presets: Path = Path("nowhere")
+    *argv: str,
+    execute: Callable[[Any], dict[str, Any]] = vars,
+    presets: Path = Path("nowhere"),
+    config_type: type[Any] = Config,
 ) -> int:
     return command.run(
         "finetune",
-        Config,
+        config_type,
         plan=lambda config: {"steps": config.steps, "tokens": config.steps * 2048},
         execute=execute,
         verbs=("finetune",),
@@ -82,11 +102,33 @@ def test_print_config_prints_a_preset(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_help_lists_fields_presets_and_flags(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "quickstart.yaml").touch()
+    (tmp_path / "quickstart.yaml").write_text("finetune: {steps: 7}")
     assert run("--help", "not=valid", presets=tmp_path) == 0
     out = capsys.readouterr().out
     for text in ("Fine-tune something.", "steps   int = 5", "quickstart", *command.FLAGS):
         assert text in out
+
+
+def test_help_offers_presets_for_this_verb_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "other.yaml").write_text("sweep: {}")
+    assert run("--help", presets=tmp_path) == 0
+    assert "; PRESET is a .yaml or a URL\n" in capsys.readouterr().out
+    (tmp_path / "small.yaml").write_text("finetune:")
+    assert run("--help", presets=tmp_path) == 0
+    assert "; PRESET is one of small, a .yaml or a URL\n" in capsys.readouterr().out
+
+
+def test_help_shows_a_key_for_each_kind_that_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help", config_type=Scheduled) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "schedule       constant | cosine = constant",
+        "schedule.rate  float (constant) = 0.5",
+        "schedule.rate  float (cosine) = required",
+    ]
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -318,3 +318,16 @@ def test_describe_lists_every_field_once() -> None:
     assert ("path.eta", "float | null (remask)", "null") in rows
     assert ("path.first.gamma_max", "float (sentence)", "50.0") in rows
     assert len(rows) == len(set(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sectioned:
+    adapter: Optimizer | None = None
+
+
+def test_a_section_that_is_off_by_default_is_described_as_off() -> None:
+    rows = [tuple(row) for row in config.describe(Sectioned)]
+    assert rows[:2] == [
+        ("adapter", "{lr, betas} | null", "null"),
+        ("adapter.lr", "float", "required"),
+    ]
