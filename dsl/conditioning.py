@@ -62,7 +62,8 @@ def read(
         otherwise: the model's own length, if it has one.
 
     Raises:
-        TextError: the text does not fit the length, or a prompt's length is not known.
+        TextError: the text does not fit the length, there is none to correct, or a prompt's length
+            is not known.
         ValueError: an argument is out of its range.
         VocabularyError: the text has a character that the vocabulary lacks.
     """
@@ -86,6 +87,8 @@ def read(
         length = len(tokens) if whole else otherwise
     if length is None:
         raise TextError("a prompt needs a length: this model does not say how long its rows are")
+    if whole and not (tokens or length):
+        raise TextError("there is no text to correct; give one")
     if not 0 < length >= len(tokens):
         raise TextError(f"the text has {len(tokens)} tokens, the row has room for {length}")
     rest = length - len(tokens)

@@ -214,6 +214,7 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (["path=sentence_sde"], 2, "path.gamma_max"),
         (["path={kind: order, order: [1, 2]}"], 2, "2 keys but the text has 12 positions"),
         (["text='far longer than twelve'"], 3, "22 tokens, the row has room for 12"),
+        (["mode=correct"], 3, "text: there is no text to correct; give one"),
         (["text=Upper"], 3, "text: text 0, character 0: 'U' is not in this vocabulary"),
         (["input=nowhere.txt"], 3, "nowhere.txt"),
         (["text=a", "input=b.txt"], 2, "either a text or an input"),
