@@ -1,10 +1,10 @@
-"""The pictures of README.md, each drawn from samples that are made here.
+"""Pictures of the READMEs, each drawn from samples that are made here.
 
     python -m pipelines.examples.pictures OUT
 
 `film.svg`: one text after several denoiser calls, its tokens coloured by SNR.
 `paths.svg`: the SNR of every token against denoiser calls, on one path of each kind.
-`windows.svg`: how many texts of few calls the law knows, by path (`generate.py toy=windows`).
+`windows.png`: how many texts of few calls the law knows, by path (`generate.py toy=windows`).
 
 Shapes: T calls, B rows, L positions, S texts of a law.
 """
