@@ -99,8 +99,8 @@ class Folder:
 
     @property
     def url(self) -> str:
-        """The folder's address without credentials."""
-        return scrub(self.path if self.is_local else self.filesystem.unstrip_protocol(self.path))
+        """The folder's address, which `at` opens again; `at` takes none that holds a credential."""
+        return self.path if self.is_local else self.filesystem.unstrip_protocol(self.path)
 
     @property
     def is_local(self) -> bool:

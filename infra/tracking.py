@@ -29,7 +29,7 @@ from infra import documents, journal
 from infra.config import flatten
 from infra.errors import ConfigError, DataError, InfraError, Problem
 from infra.journal import Journal, Logger, Sender, batches, reason
-from infra.storage import Folder, scrub
+from infra.storage import Folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -335,7 +335,7 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
             name=data["name"],
             digest=data["digest"][:DIGEST_LENGTH],
             source_type=urlsplit(data["source"]).scheme or "local",
-            source=json.dumps({"uri": scrub(data["source"])}),
+            source=json.dumps({"uri": data["source"]}),
             profile=json.dumps({"digest": data["digest"]}),  # in full length
         )
         context = InputTag("mlflow.data.context", "training")

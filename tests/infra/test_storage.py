@@ -194,6 +194,16 @@ def test_no_credential_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.__cause__ is None
 
 
+def test_an_address_opens_though_it_holds_the_value_of_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a test server's key is `test` and the folder is /tmp/tests."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", tmp_path.name)
+    Folder.at(str(tmp_path)).write_bytes("run.json", b"{}")
+    assert Folder.at(Folder.at(str(tmp_path)).url).read_bytes("run.json") == b"{}"
+    assert Folder.at("https://host/x?version=3").url == "https://host/x?version=3"
+
+
 def test_a_folder_travels(tmp_path: Path) -> None:
     folder = Folder.at(str(tmp_path))
     assert pickle.loads(pickle.dumps(folder)) == folder

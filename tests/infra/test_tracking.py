@@ -212,7 +212,10 @@ def test_a_checkpoint_can_wait_for_the_journal_to_be_in_its_store() -> None:
     log.close()
 
 
-def test_a_run_shows_all_it_was_given(root: Path, tmp_path: Path) -> None:
+def test_a_run_shows_all_it_was_given(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "bucket")  # addresses stay whole all the same
     sweep = start(root, "sweep")
     handle = start(root, "sweep/trial", dataset=DATASET, parent=sweep.run_id)
     run = run_of(handle)
@@ -225,6 +228,7 @@ def test_a_run_shows_all_it_was_given(root: Path, tmp_path: Path) -> None:
     assert run.data.tags["mlflow.parentRunId"] == sweep.run_id
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("topics", ("ab" * 32)[:36])
+    assert json.loads(data.dataset.source) == {"uri": DATASET["source"]}
     assert json.loads(data.dataset.profile)["digest"] == "ab" * 32
     assert Path(run.info.artifact_uri, "config.yaml").read_text() == CONFIG
     assert Path(run.info.artifact_uri).is_relative_to(root / "artifacts")
