@@ -81,8 +81,9 @@ def register(
     requirements: what the model's environment needs, as pip writes it.
     code_paths: packages that `code` imports and that no index has; they travel with the model.
 
-    The alias `candidate` moves last, once the version is complete. DataError for a file that could
-    hold a pickle; InfraError where the server is away or refuses.
+    The alias `candidate` moves last, once the version is complete, but never to an older one than
+    it has. DataError for a file that could hold a pickle; InfraError where the server is away or
+    refuses.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelStatus
@@ -123,19 +124,19 @@ def register(
             model_id=logged.model_id,
             tags=dict(tags or {}),
         )
-        client.set_registered_model_alias(name, CANDIDATE, made.version)
+        _advance_candidate(client, name, int(made.version))
     return describe(f"models:/{name}/{made.version}", uri)
 
 
 def registered(name: str, run_id: str, tags: Mapping[str, str], uri: str) -> ModelVersion | None:
-    """The last version of `name` that a run has registered with these tags, None if there is none;
-    the alias `candidate` moves to it, as an attempt that was killed may not have moved it."""
+    """The last version of `name` that a run has registered with these tags, None if there is none.
+    The alias `candidate` moves as in `register`, as a killed attempt may not have moved it."""
     with _registry(uri) as client:
         found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         versions = [int(made.version) for made in found if tags.items() <= made.tags.items()]
         if not versions:
             return None
-        client.set_registered_model_alias(name, CANDIDATE, str(max(versions)))
+        _advance_candidate(client, name, max(versions))
     return describe(f"models:/{name}/{max(versions)}", uri)
 
 
@@ -231,6 +232,13 @@ def _offer(wanted: str, names: Iterable[str]) -> str:
     near = nearest(wanted, names)
     there = f"Known: {', '.join(names)}" if names else "None is registered yet"
     return f"Did you mean {near}? {there}" if near else there
+
+
+def _advance_candidate(client: MlflowClient, name: str, version: int) -> None:
+    """Point the alias `candidate` at a version, unless a later one has it."""
+    holder = client.get_registered_model(name).aliases.get(CANDIDATE)
+    if holder is None or int(holder) < version:
+        client.set_registered_model_alias(name, CANDIDATE, str(version))
 
 
 def _ensure_name(client: MlflowClient, name: str) -> None:

@@ -144,6 +144,34 @@ def test_aliases_move(run: RunHandle, made: registry.ModelVersion, sources: Path
     assert registry.describe("models:/moved/2", run.uri).aliases == ("candidate", "champion")
 
 
+def test_the_candidate_is_never_an_older_version(
+    run: RunHandle, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a killed attempt is repeated after others have registered, nor where they do
+    so while it registers."""
+    from mlflow import MlflowClient
+
+    first = register(run, sources, name="raced", tags={"of": "first"})
+    register(run, sources, name="raced")
+    again = registry.registered("raced", str(run.run_id), first.tags, run.uri)
+    assert (again.version, again.aliases) == (1, ())
+    assert registry.get_alias("raced", "candidate", run.uri).version == 2
+    create = MlflowClient.create_model_version
+
+    def overtaken(client: MlflowClient, name: str, **given: object) -> object:
+        made = create(client, name, **given)
+        monkeypatch.setattr(MlflowClient, "create_model_version", create)
+        register(run, sources, name="raced")
+        return made
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", overtaken)
+    assert register(run, sources, name="raced").version == 3
+    assert registry.get_alias("raced", "candidate", run.uri).version == 4
+    connect(run.uri).delete_registered_model_alias("raced", "candidate")
+    again = registry.registered("raced", str(run.run_id), first.tags, run.uri)
+    assert again.aliases == ("candidate",)
+
+
 @pytest.mark.parametrize(
     ("model_uri", "message"),
     [
