@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from infra.documents import from_yaml, parse
 from infra.errors import DataError, InfraError, Problem, nearest
 from infra.journal import reason
-from infra.tracking import connect
+from infra.tracking import SQLITE, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -159,8 +159,7 @@ def downloaded(model_uri: str, uri: str) -> Iterator[Path]:
 
 def describe(model_uri: str, uri: str) -> ModelVersion:
     """The version behind `models:/name@alias` or `models:/name/3`: its run, tags and aliases."""
-    with _registry(uri) as client:
-        found = _find(client, model_uri)
+    with _found(model_uri, uri) as (_, found):
         return ModelVersion(
             name=found.name,
             version=int(found.version),
@@ -172,15 +171,13 @@ def describe(model_uri: str, uri: str) -> ModelVersion:
 
 def set_alias(model_uri: str, alias: str, uri: str) -> None:
     """Point `models:/name@alias` at the version behind `model_uri`."""
-    with _registry(uri) as client:
-        found = _find(client, model_uri)
+    with _found(model_uri, uri) as (client, found):
         client.set_registered_model_alias(found.name, alias, found.version)
 
 
 def tag(model_uri: str, tags: Mapping[str, str], uri: str) -> None:
     """Write tags on the version behind `model_uri`, over those of the same names."""
-    with _registry(uri) as client:
-        found = _find(client, model_uri)
+    with _found(model_uri, uri) as (client, found):
         for name, value in tags.items():
             client.set_model_version_tag(found.name, found.version, name, value)
 
@@ -196,8 +193,7 @@ def get_alias(name: str, alias: str, uri: str) -> ModelVersion | None:
 def _fetch(model_uri: str, uri: str, into: str) -> Path:
     import mlflow.artifacts
 
-    with _registry(uri) as client:
-        found = _find(client, model_uri)
+    with _found(model_uri, uri) as (client, found):
         source = client.get_model_version_download_uri(found.name, found.version)
         local = mlflow.artifacts.download_artifacts(
             artifact_uri=source, tracking_uri=uri, registry_uri=uri, dst_path=into
@@ -205,12 +201,22 @@ def _fetch(model_uri: str, uri: str, into: str) -> Path:
     return Path(local)
 
 
-def _find(client: MlflowClient, model_uri: str) -> Any:
-    """MLflow's entity of the version, or a DataError that names what there is instead."""
+@contextmanager
+def _found(model_uri: str, uri: str) -> Iterator[tuple[MlflowClient, Any]]:
+    """A client and MLflow's entity of a version. DataError that names what there is instead."""
     parts = URI.fullmatch(model_uri)
     if not parts:
         fix = "Write models:/name@alias or models:/name/3"
         raise DataError(model_uri, "not the address of a registered model", fix)
+    database = uri.removeprefix(SQLITE)
+    if uri.startswith(SQLITE) and not Path(database).exists():  # to connect would make it
+        why = f"{database} does not exist, so no model is registered yet"
+        raise DataError(model_uri, why, "Check root and tracking.uri")
+    with _registry(uri) as client:
+        yield client, _find(client, model_uri, parts)
+
+
+def _find(client: MlflowClient, model_uri: str, parts: re.Match[str]) -> Any:
     name, alias, version = parts["name"], parts["alias"], parts["version"]
     registered = client.search_registered_models(f"name = '{name}'")
     if not registered:

@@ -274,3 +274,17 @@ def test_a_flipped_bit_is_found(
 def test_a_registry_that_is_away(made: registry.ModelVersion) -> None:
     with pytest.raises(InfraError, match=r"the model registry .*no answer.* Check tracking\.uri"):
         take(made.uri, "http://127.0.0.1:9")
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    missing = rf"{tmp_path}/mlflow\.db does not exist, so no model is registered"
+    for ask in (registry.describe, take):
+        with pytest.raises(DataError, match=rf"models:/toy@champion: {missing}.* Check root"):
+            ask("models:/toy@champion", uri)
+    with pytest.raises(DataError, match=missing):
+        registry.set_alias("models:/toy/1", "champion", uri)
+    with pytest.raises(DataError, match=missing):
+        registry.tag("models:/toy/1", {}, uri)
+    assert registry.get_alias("toy", "champion", uri) is None
+    assert list(tmp_path.iterdir()) == []
