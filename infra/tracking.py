@@ -106,7 +106,7 @@ def start(
     parent: id of the run that this one is shown under.
 
     If the server does not answer, a warning is logged and the handle has no run id: metrics go to
-    the journal alone, and `finish` or `replay` makes the run. ConfigError for an impossible uri,
+    the journal alone, and `finish` or `replay` makes the run. Raises as `connect` does, and
     DataError where the data set is no longer the one that the run began with.
     """
     folder, uri = Folder.at(root) / name, locate(config, root)
@@ -131,11 +131,7 @@ def start(
             record.run_id = before.run_id
     folder.write_bytes(CONFIG, config_yaml.encode())
     record.save(folder)
-    try:
-        client = connect(uri)
-    except Exception as error:
-        why = f"cannot open {uri} ({reason(error)})"
-        raise ConfigError("tracking.uri", why, ADDRESS) from None
+    client = connect(uri)
     with _failures_logged(folder, uri):
         _open(client, record, folder)
     return record.handle(folder)
@@ -239,11 +235,23 @@ def locate(config: TrackingConfig, root: str) -> str:
 
 def connect(uri: str) -> MlflowClient:
     """A client that gives up after seconds. A database that does not exist yet is made, by one
-    process while the others wait."""
+    process while the others wait. ConfigError for an address that MLflow does not take, InfraError
+    for a database that cannot be opened."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # One warning of ours says what urllib3 would repeat at every attempt.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    try:
+        return _connect(uri)
+    except Exception as error:
+        if uri.startswith(("http", SQLITE)):
+            fix = "Restore or move the file, or choose another tracking.uri"
+            raise InfraError(uri, f"MLflow cannot open it ({reason(error)})", fix) from None
+        why = f"cannot open {uri} ({reason(error)})"
+        raise ConfigError("tracking.uri", why, ADDRESS) from None
+
+
+def _connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     if not uri.startswith(SQLITE):

@@ -288,3 +288,16 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
         registry.tag("models:/toy/1", {}, uri)
     assert registry.get_alias("toy", "champion", uri) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database" * 99)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(InfraError) as caught:
+        registry.describe("models:/toy/1", uri)
+    assert (caught.value.where, "not a database" in caught.value.why) == (uri, True)
+    with pytest.raises(InfraError, match="not a database"):
+        tracking.start(
+            TrackingConfig(experiment="toy"), root=str(tmp_path), name="run",
+            params={}, tags={}, config_yaml="",
+        )  # fmt: skip
