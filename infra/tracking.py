@@ -128,7 +128,7 @@ def start(
         require_same_data(before.dataset, record.dataset)
         record.key, record.created, record.artifacts = before.key, before.created, before.artifacts
         if (before.uri, before.experiment) == (uri, config.experiment):
-            record.run_id = before.run_id
+            record.experiment_id, record.run_id = before.experiment_id, before.run_id
     folder.write_bytes(CONFIG, config_yaml.encode())
     record.save(folder)
     client = connect(uri)

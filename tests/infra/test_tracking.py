@@ -271,6 +271,17 @@ def test_resume_is_the_same_run(root: Path) -> None:
     assert run.data.tags["commit"] == "b"
 
 
+def test_a_run_resumed_without_its_server_keeps_its_page(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads(Path(start(root, "away").folder, "run.json").read_text())
+    monkeypatch.setattr(tracking, "_open", lambda *given: 1 / 0)
+    after = json.loads(Path(start(root, "away").folder, "run.json").read_text())
+    ids = ("experiment_id", "run_id")
+    assert [after[key] for key in ids] == [before[key] for key in ids]
+    assert all(after[key] for key in ids)
+
+
 def test_a_run_whose_id_was_never_written_down_is_found_again(root: Path) -> None:
     first = start(root, "forgotten")
     record = root / "forgotten/run.json"
