@@ -38,6 +38,7 @@ from infra.storage import Folder, scrub
 COMMIT = "commit.json"
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write
 FAULTS = 4  # named in a message
+NONE_LEFT = "No undamaged checkpoint is left; existing=restart trains anew"
 PEER_TIMEOUT = timedelta(hours=2)  # how long one rank's write may outlast another's
 
 T = TypeVar("T")
@@ -163,7 +164,8 @@ class Checkpoints:
         """Load the last committed step; that step and its meta, (None, {}) if there is none.
 
         A damaged checkpoint raises Damaged. With corrupt="skip" the one before it is loaded
-        instead, and the damaged one loses its commit, so that it no longer counts.
+        instead, and the damaged one loses its commit, so that it no longer counts. Damaged where
+        no other is left.
         """
         self._meet()
         damaged: dict[int, Damaged] = {}
@@ -181,7 +183,7 @@ class Checkpoints:
                     _at(self.folder, bad).remove(COMMIT)
             return step, meta
         for problem in damaged.values():
-            raise problem
+            raise Damaged(problem.where, problem.why, NONE_LEFT)
         return None, {}
 
     def _write(self, step: int, staged: dcp.Staged, meta: dict[str, Any]) -> None:
@@ -292,12 +294,16 @@ def consolidate(folder: Folder | str, step: int, prefix: str) -> dict[str, Tenso
 
 
 def drop_damaged(folder: Folder | str, step: int) -> None:
-    """Remove the commit of a step if the step is damaged, so that it no longer counts."""
+    """Remove the commit of a step if the step is damaged, so that it no longer counts; Damaged
+    where there is none before it."""
     folder = Folder.at(folder)
+    steps = committed(folder)
     try:
-        if step in committed(folder):
+        if step in steps:
             consolidate(folder, step, "")
     except Damaged as problem:
+        if step == steps[0]:
+            raise Damaged(problem.where, problem.why, NONE_LEFT) from None
         log.warning("skipped: %s", problem)
         _at(folder, step).remove(COMMIT)
 

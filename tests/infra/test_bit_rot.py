@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from infra import checkpoints, parallel
-from infra.checkpoints import Checkpoints, committed, consolidate
+from infra import parallel
+from infra.checkpoints import Checkpoints, committed, consolidate, drop_damaged
 from infra.errors import DataError
 from tests.infra.test_checkpoints import FLOAT32, numbers, same, saved, tensors_of
 from tests.infra.workers import Patient, Trained, full, in_workers
@@ -75,13 +76,14 @@ def test_damaged_checkpoints_are_skipped_on_request(
     assert torch.equal(tensors["a"], numbers(1)["a"])
     assert committed(str(tmp_path)) == [1]
     assert caplog.text.count("skipped: ") == 2
-    checkpoints.drop_damaged(str(tmp_path), 1)
+    drop_damaged(str(tmp_path), 1)
     assert committed(str(tmp_path)) == [1]
     flip(next((tmp_path / "step_000001").glob("*.safetensors")), -30)
-    with pytest.raises(DataError, match=r"step_000001.*checksum"):  # there is none before it
-        store.resume(tensors)
-    checkpoints.drop_damaged(str(tmp_path), 1)
-    assert store.resume(tensors) == (None, {})
+    for attempt in (partial(store.resume, tensors), partial(drop_damaged, str(tmp_path), 1)):
+        with pytest.raises(DataError, match=r"step_000001.*checksum.*existing=restart") as caught:
+            attempt()  # there is none before it
+        assert "corrupt=skip" not in str(caught.value)
+    assert committed(str(tmp_path)) == [1]
 
 
 def resume_past_damage_of_one_rank(folder: str) -> tuple[int | None, dict[str, Any]]:
