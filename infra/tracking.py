@@ -122,6 +122,7 @@ def start(
         },
         tags={**tags, **({"mlflow.parentRunId": parent} if parent else {})},
         dataset=dict(dataset) if dataset else None,
+        sent=False,
     )
     if folder.exists(RECORD):
         before = _Record.load(folder)
@@ -156,6 +157,7 @@ def finish(
     folder = Folder.at(handle.folder)
     record = _Record.load(folder)
     record.status, record.ended, record.tags = status, _now(), record.tags | dict(tags)
+    record.sent = False
     record.save(folder)
     with _failures_logged(folder, record.uri):
         return _replay(record, folder)
@@ -166,6 +168,11 @@ def opened(folder: str) -> RunHandle | None:
     """The handle of a directory's run; None if the directory has no record of one."""
     place = Folder.at(folder)
     return _Record.load(place).handle(place) if place.exists(RECORD) else None
+
+
+def delivered(folder: Folder) -> bool:
+    """Whether the server has taken all of a run that has ended; DataError for a damaged record."""
+    return _Record.load(folder).sent
 
 
 def log_artifacts(handle: RunHandle, place: str | Path) -> None:
@@ -194,7 +201,8 @@ def replay(folder: str) -> RunHandle:
         raise
     except Exception as error:
         why = f"MLflow at {record.uri} did not take the run ({reason(error)})"
-        raise InfraError(place.url, why, "Check the server, then replay again") from None
+        fix = "Check the server, then run the same command again"
+        raise InfraError(place.url, why, fix) from None
 
 
 def page(handle: RunHandle) -> str:
@@ -297,6 +305,7 @@ class _Record:
     status: str = "RUNNING"
     ended: int | None = None
     artifacts: list[str] = field(default_factory=list)  # folders that are not sent yet
+    sent: bool = True  # all of it, the end included; older records do not say
 
     @classmethod
     def load(cls, folder: Folder) -> _Record:
@@ -319,6 +328,8 @@ def _replay(record: _Record, folder: Folder) -> RunHandle:
     _send_artifacts(client, record, folder)
     if record.ended:
         client.set_terminated(run_id, record.status, record.ended)
+        record.sent = True
+        record.save(folder)
     return handle
 
 
@@ -407,7 +418,7 @@ def _failures_logged(folder: Folder, uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = "%s is not on MLflow at %s (%s). The record is in the folder; replay it later"
+        text = "%s is not on MLflow at %s (%s). The same command sends it later"
         log.warning(text, folder.url, uri, reason(error))
 
 

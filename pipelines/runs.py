@@ -96,7 +96,7 @@ def carry_out(task: Task) -> dict[str, Any]:
             before = result(folder, *task.keys)
             if task.stands(before):
                 say(f"{folder.url} is finished; existing=restart would make it anew")
-                return before
+                return _deliver(holder, before)
         with _beginning(holder.lease, config, task.verb):
             handle = _start(task, *task.prepare(folder))
         run = Run(folder, holder.lease, handle)
@@ -116,6 +116,18 @@ def carry_out(task: Task) -> dict[str, Any]:
         holder.lease.confirm()  # again: this may have taken minutes
         folder.write_bytes(RESULT, json.dumps(found).encode())
         return found
+
+
+def _deliver(holder: Held, found: dict[str, Any]) -> dict[str, Any]:
+    """Send a finished run to the MLflow server that was away when it ended; its result."""
+    try:
+        if not tracking.delivered(holder.run):
+            found = found | {"run_id": tracking.replay(holder.run.url).run_id}
+            holder.lease.confirm()
+            holder.run.write_bytes(RESULT, json.dumps(found).encode())
+    except Problem as problem:  # the run stays finished all the same
+        log.warning("%s", problem)
+    return found
 
 
 @contextmanager

@@ -460,7 +460,7 @@ def test_a_server_that_dies_comes_back_or_never_was(
     tracking.log_artifacts(early, tmp_path / "report")
     assert tracking.finish(early) == early
     assert len([r for r in caplog.records if r.name == "infra.tracking"]) == 2
-    with pytest.raises(InfraError, match="replay again"):
+    with pytest.raises(InfraError, match="run the same command again"):
         tracking.replay(early.folder)
 
     server.up()

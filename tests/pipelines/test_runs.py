@@ -183,6 +183,31 @@ def test_the_first_error_is_told_though_its_record_fails(
     assert "the store does not answer" in caplog.text
 
 
+def test_the_same_command_sends_a_finished_run_once_its_server_is_back(
+    tmp_path: Path,
+    data: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record = moved(finished, tmp_path) / "run.json"
+    argv = [f"data={data}", f"root={tmp_path}", "name=mdlm"]
+    assert tiny.execute("pretrain", *argv)["run_id"] is None
+    assert "run the same command again" in caplog.text
+    caplog.clear()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    record.write_text(record.read_text().replace("http://127.0.0.1:9", uri))
+    made = tiny.execute("pretrain", *argv)
+    client = tracking.connect(uri)
+    assert client.get_run(made["run_id"]).info.status == "FINISHED"
+    assert len(client.get_metric_history(made["run_id"], "loss")) == tiny.STEPS
+    monkeypatch.setattr(tracking, "replay", lambda folder: 1 / 0)
+    assert tiny.execute("pretrain", *argv) == made
+    record.write_text("{}")
+    assert tiny.execute("pretrain", *argv) == made
+    assert "run.json: key: Field required" in caplog.text
+
+
 def test_a_restart_that_was_cut_off_can_be_repeated(
     tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
