@@ -252,7 +252,7 @@ def connect(uri: str) -> MlflowClient:
     try:
         return _connect(uri)
     except Exception as error:
-        if uri.startswith(("http", SQLITE)):
+        if uri.startswith(SQLITE):
             fix = "Restore or move the file, or choose another tracking.uri"
             raise InfraError(uri, f"MLflow cannot open it ({reason(error)})", fix) from None
         why = f"cannot open {uri} ({reason(error)})"
