@@ -136,7 +136,13 @@ def compare(config: SweepConfig, search: OneAtATime, arms: Sequence[Arm]) -> lis
         else:
             row[SKIPPED] = "the base did not finish" if arm else "no repeat finished"
         rows.append(row)
-    return sorted(rows, key=lambda row: row.get("difference", math.inf))
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> float:
+    """Where a row stands: at its difference, or last where that is unknown."""
+    found: float = row.get("difference", math.nan)
+    return math.inf if math.isnan(found) else found
 
 
 def recommend(config: SweepConfig, compared: Rows) -> list[Row]:

@@ -151,6 +151,28 @@ def test_arms_rank_by_their_mean_and_after_those_that_lack_no_repeat() -> None:
     assert arms[1].trial.bound == 1.9  # the first, not the best of them by choice
 
 
+def test_a_value_without_a_difference_hides_no_better_one() -> None:
+    """It has no seed in common with the base, and stands between two values that have."""
+    made = small.load("search={kind: one_at_a_time, repeats: 3}")
+    bounds = {
+        None: {0: 2.0, 1: 2.01},
+        0.3: {0: 1.9, 1: 1.912},
+        1.0: {2: 1.7},
+        3.0: {0: 1.5, 1: 1.511},
+    }
+    trials = [
+        small.trial(
+            0, {**({"converter.beta": beta} if beta else {}), SEED: seed}, "finished", bound
+        )
+        for beta, of_arm in bounds.items()
+        for seed, bound in of_arm.items()
+    ]
+    rows = compared(made, trials)
+    assert [row["value"] for row in rows] == [3.0, 0.3, 1.0]
+    (beta,) = knobs.recommend(made, rows)
+    assert (beta["recommended"], beta["says"]) == (3.0, knobs.DIFFERS)
+
+
 @pytest.fixture
 def told() -> tuple[SweepConfig, list[Trial]]:
     made = config()
