@@ -54,8 +54,9 @@ class Parts:
 
     def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a group as one table, in the order of their numbers."""
-        tables = self._each(group, columns)
-        return pa.concat_tables(table.replace_schema_metadata() for table in tables)
+        tables = [table.replace_schema_metadata() for table in self._each(group, columns)]
+        # A column that is null throughout a part may have been kept there without a type.
+        return pa.concat_tables(tables, promote_options="default")
 
     def notes(self, group: str) -> list[dict[str, Any]]:
         """What is to be known of each part of a group."""

@@ -140,7 +140,8 @@ def _score(workspace: Workspace, *, source: str, first: int) -> pa.Table:
     same = np.array_equal(own.features_NF, real.features_NF)
     left_out = same or not same_length(own.tokens_N, real.tokens_N)
     scores = None if left_out else per_seed(own.features_NF, real.features_NF, config)
-    return pa.table({"mauve": [scores]})
+    # The type is named, as that of a null alone would be another one.
+    return pa.table({"mauve": pa.array([scores], pa.list_(pa.float64()))})
 
 
 def _read(parts: Any, source: str, first: int, rows: int) -> Features:

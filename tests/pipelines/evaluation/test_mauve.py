@@ -13,8 +13,9 @@ import pytest
 
 from infra import config
 from infra.errors import DataError
+from infra.storage import Folder
 from pipelines.evaluation.features import Features, HubFeaturizer, OwnFeaturizer
-from pipelines.evaluation.parts import lists
+from pipelines.evaluation.parts import Parts, lists
 from pipelines.evaluation.questions import mauve
 from pipelines.evaluation.questions.mauve import LEAST, MauveConfig
 from tests.pipelines import tiny
@@ -152,6 +153,22 @@ def test_only_texts_of_equal_length_are_scored() -> None:
 
     assert score(64) == score(63) == mauve.per_seed(normal(1), normal(0), MauveConfig())
     assert score(40) is None
+
+
+def test_a_repeat_that_is_left_out_leaves_the_others_readable(tmp_path: Path) -> None:
+    """Also where it was kept without a type."""
+    parts = Parts(Folder.at(str(tmp_path)))
+    group, scores = "parts/mauve/dsl", [0.5, 0.4]
+    asked = SimpleNamespace(mauve=MauveConfig(), samples=SimpleNamespace(rows=LEAST))
+    references = {"features": lists(normal(0)), "tokens": np.full(LEAST, 64)}
+    parts.write("parts/features/references", 0, pa.table(references), {})
+    workspace: Any = SimpleNamespace(config=asked, parts=parts)
+    left_out = mauve._score(workspace, source="references", first=0)
+    parts.write(group, 0, pa.table({"mauve": [scores]}), {})
+    for number, kept in enumerate((left_out, pa.table({"mauve": [None]})), 1):
+        parts.write(group, number, kept, {})
+    assert parts.one(group, 1).schema == parts.one(group, 0).schema
+    assert parts.read(group)["mauve"].to_pylist() == [scores, None, None]
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": 4}, {"scaling": 0.0}, {"buckets": 1}])
