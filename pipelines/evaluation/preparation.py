@@ -12,7 +12,7 @@ import numpy as np
 
 from dsl.precision import dtype_of
 from infra import documents, registry
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.storage import Folder
 from pipelines.evaluation import held_out, promotion, subjects
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM
@@ -26,6 +26,8 @@ from pipelines.evaluation.workspace import MODELS, Workspace, copied, device_of
 READERS = "readers.json"  # the models of our own that read the texts of others
 DEVICE = "device.json"  # what parts are made on, and in which dtype
 SUBJECTS = "subjects.json"  # written last: where it is, all that a restart needs is there
+# What to do without one of them: a new one would name today's models beside parts of earlier ones.
+ANEW = "existing=restart makes the evaluation anew"
 
 
 def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origin]:
@@ -76,7 +78,8 @@ def prepare(
     copied into the run directory, unless an earlier attempt has done so. Parts that follow from the
     data are written where they are missing, whoever has removed them.
 
-    Raises ConfigError where that attempt found other versions of the models, or computed elsewhere.
+    Raises ConfigError where that attempt found other versions of the models, or computed elsewhere,
+    and DataError where it has left parts of models, and nothing that says of which.
     """
 
     def survey(subjects: Sequence[Subject], readers: Sequence[Subject]) -> Survey:
@@ -90,6 +93,7 @@ def prepare(
         made = survey(before, _before(folder, READERS))
         _write_parts(made)
         return made
+    _require_no_parts(config)
     for question in config.questions:
         question.require(config, rows, uri)
     read_by = {
@@ -117,9 +121,18 @@ def prepare(
 
 def _before(folder: Folder, name: str = SUBJECTS) -> list[Subject]:
     """The models as an earlier attempt has copied them into the run directory."""
-    fix = f"Remove {SUBJECTS}; the same command writes both anew"
-    subjects: list[Subject] = documents.load(folder, name, list[Subject], fix)
+    subjects: list[Subject] = documents.load(folder, name, list[Subject], ANEW)
     return subjects
+
+
+def _require_no_parts(config: EvaluateConfig) -> None:
+    """DataError for parts that do not follow from the data alone."""
+    folder, beside = config.folder, {REFERENCES, *config.beside}
+    measured = folder / "parts"
+    for groups in (folder / "samples", *(measured / name for name in measured.names())):
+        if set(groups.names()) - set(groups.files()) - beside:
+            why = f"not there, though {groups.url} holds parts of models"
+            raise DataError(folder.url_of(SUBJECTS), why, ANEW)
 
 
 def _copy_models(
@@ -166,9 +179,7 @@ def require_same_device(config: EvaluateConfig) -> None:
     now = f"{device.type}, {dtype}"
     if not folder.exists(DEVICE):
         folder.write_bytes(DEVICE, json.dumps(now).encode())
-    before: str = documents.load(
-        folder, DEVICE, str, "Remove the file; the same command writes it anew"
-    )
+    before: str = documents.load(folder, DEVICE, str, ANEW)
     if now != before:
         raise ConfigError(
             "workers.gpu",

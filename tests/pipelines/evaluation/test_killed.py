@@ -115,6 +115,44 @@ def test_parts_of_a_cpu_and_of_a_gpu_are_not_mixed(
     assert run(*argv, "workers.gpu=true")[0] == 0  # of a machine without one, which changes nothing
 
 
+@pytest.mark.parametrize("name", ["subjects.json", "readers.json", "device.json"])
+def test_what_parts_were_made_with_is_not_made_up_where_it_is_damaged(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    argv = [f"models={{a: {world / 'dsl'}}}"]
+    prepare(run, monkeypatch, *argv)
+    (tmp_path / "judged" / name).write_text("[")
+    code, _, err = run(*argv)
+    assert code == 3
+    assert f"judged/{name}: not JSON" in err
+    assert err.strip().endswith("existing=restart makes the evaluation anew")
+    assert run(*argv, "existing=restart")[0] == 0
+
+
+def test_parts_of_models_that_are_no_longer_known_are_not_taken_for_those_of_others(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, folder = tmp_path / "weights", tmp_path / "judged"
+    shutil.copytree(world / "dsl", weights)
+    paths = "paths={masked: {path: masked, budgets: [2]}}"
+    argv = [f"models={{a: {weights}}}", "adversaries=true", paths]
+    prepare(run, monkeypatch, *argv)
+    (folder / "subjects.json").unlink()  # as after a kill before the first part of a model
+    code, _, err = run(*argv)
+    assert code == 0, err
+    for lost in ("subjects.json", "result.json"):
+        (folder / lost).unlink()
+    shutil.copytree(world / "flat", weights, dirs_exist_ok=True)
+    for place in ("samples", "parts"):
+        kept = sorted(folder.rglob("*"))
+        code, _, err = run(*argv)
+        assert code == 3
+        assert f"subjects.json: not there, though {folder / place}" in err
+        assert err.strip().endswith("existing=restart makes the evaluation anew")
+        assert sorted(folder.rglob("*")) == kept
+        shutil.rmtree(folder / "samples/a-masked-2", ignore_errors=True)
+
+
 def test_parts_that_follow_from_the_data_are_written_again_where_they_are_missing(
     run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
