@@ -62,9 +62,11 @@ def write(model: Model, folder: Path, *, generation: Mapping[str, Any], card: st
 
 
 def copy(staging: Path, out: Folder) -> None:
-    """Put the files where they belong; `config.json`, without which it is no model, last."""
+    """Put the files where they belong: the code first, which marks the folder as one to export
+    into, and `config.json`, without which it is no model, last."""
     out.remove(CONFIG)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG):
+    order = {CODE.name: -1, CONFIG: 1}
+    for path in sorted(staging.iterdir(), key=lambda path: order.get(path.name, 0)):
         out.write_bytes(path.name, path.read_bytes())
 
 

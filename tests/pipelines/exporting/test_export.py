@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ import dsl
 from dsl import conditioning
 from dsl.truncation import Truncated
 from infra import registry, tracking
+from infra.errors import InfraError
 from infra.storage import Folder
 from pipelines import export, models
 from pipelines.export import ExportConfig
-from pipelines.exporting import card
+from pipelines.exporting import card, package
 from pipelines.models import ConverterConfig
 from pipelines.verb import TrackingConfig
 from tests.dsl import hubs
@@ -236,6 +238,29 @@ def test_path_and_budget_are_named(tmp_path: Path) -> None:
     exported(tmp_path, "made", "out", budget=5)
     named = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (named["path"]["kind"], named["budget"]) == ("masked", 5)
+
+
+def test_an_export_that_was_cut_off_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the code stands in the listing of the folder that is copied."""
+    exported(tmp_path, str(saved(tmp_path / "made")), "staging")
+    files = sorted((tmp_path / "staging").iterdir())
+    write, out = Folder.write_bytes, tmp_path / "out"
+
+    def one_file(folder: Folder, name: str, content: bytes) -> None:
+        if folder.names():
+            raise InfraError(name, "the disk is full")
+        write(folder, name, content)
+
+    staging: Any = SimpleNamespace(iterdir=lambda: iter(files))
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_bytes", one_file)
+        with pytest.raises(InfraError):
+            package.copy(staging, Folder.at(str(out)))
+    assert len(list(out.iterdir())) == 1
+    exported(tmp_path, "made", "out")
+    assert [path.name for path in sorted(out.iterdir())] == [path.name for path in files]
 
 
 def test_the_card_shows_the_tables_of_an_evaluation(tmp_path: Path) -> None:
