@@ -105,7 +105,7 @@ def execute(config: ExportConfig) -> dict[str, Any]:
     # The version that was found, should the alias move meanwhile.
     model = load(replace(config, model=source.version or config.model))
     chosen, out = generation(config, model), Folder.at(config.out)
-    name = config.push or Path(config.out).name
+    name = config.push or Path(out.path).resolve().name  # also of `.`
     text = card.card(
         model,
         title=name.rpartition("/")[2],

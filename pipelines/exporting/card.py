@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsl.errors import VocabularyError
 from infra import registry, tracking
 from infra.documents import from_json
 from infra.errors import DataError
 from infra.storage import Folder
-from pipelines.kinds import AR, DSL, MDLM
+from pipelines.kinds import AR, DSL, KINDS, MDLM
 from pipelines.models import Model
 
 UNKNOWN = "not recorded"
@@ -44,10 +45,9 @@ model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 
 ids = model.generate(rows=4, seed=0)  # free texts
-prompt = tokenizer("The ", return_tensors="pt", add_special_tokens=False).input_ids
+prompt = tokenizer("{prompt}", return_tensors="pt", add_special_tokens=False).input_ids
 ids = model.generate(prompt, rows=4)  # what follows a prompt
-ids = model.generate(prompt, snr=2.0)  # a draft, which the model may correct
-print(tokenizer.batch_decode(ids))
+{draft}print(tokenizer.batch_decode(ids))
 ```
 
 Every `{mask}` of a text is a token to draw. `generate` walks `{path}`
@@ -66,9 +66,10 @@ are the predictions at masked positions.
 
 - Rows have one length; there is no padding. Longer rows than those of training are unexplored.
 - The model repeats what its data says, whether true, private or offensive. No filter is applied.
-- Likelihoods are upper bounds, and judges' figures are those of the judges that the table names.
+- Likelihoods are {likelihoods}, and judges' figures are those of the judges that the table names.
 - `trust_remote_code=True` runs `modeling_dsl.py`: read it first, or pin a `revision`.
 """
+DRAFT = "ids = model.generate(prompt, snr=2.0)  # a draft, which the model may correct\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def card(
     licence: str | None,
 ) -> str:
     """The text of `README.md`. name: by which strangers load it. licence: of the base's weights."""
-    tags = source.tags
+    tags, kind = source.tags, KINDS[model.kind]
     rows = {
         "Model": source.version or model.address,
         "Run": source.run_id or UNKNOWN,
@@ -172,11 +173,24 @@ def card(
         length=model.length or "unknown",
         name=name,
         mask=mask,
+        prompt=_prompt(model),
+        draft=DRAFT if kind.finite_snr else "",
+        likelihoods="exact" if kind.causal else "upper bounds",
         path=json.dumps(generation["path"]),
         calls=f"in at most {budget} calls" if budget else "in one call for each token",
         evaluation=evaluation(report),
         origin=_table(rows),
     )
+
+
+def _prompt(model: Model) -> str:
+    """A beginning of a text that the vocabulary can spell."""
+    assert model.vocabulary is not None
+    try:
+        model.vocabulary.encode(["The "])
+    except VocabularyError:
+        return "the "
+    return "The "
 
 
 def _commit(tags: Mapping[str, str]) -> str:

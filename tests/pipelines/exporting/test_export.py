@@ -23,6 +23,7 @@ from infra.storage import Folder
 from pipelines import export, models
 from pipelines.export import ExportConfig
 from pipelines.exporting import card, package
+from pipelines.kinds import KINDS
 from pipelines.models import ConverterConfig
 from pipelines.verb import TrackingConfig
 from tests.dsl import hubs
@@ -82,7 +83,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
-    for objective in ("dsl", "ar"):
+    for objective in KINDS:
         saved(folder / "made" / objective, objective=objective)
         exported(folder, f"made/{objective}", objective)
     return folder
@@ -261,6 +262,32 @@ def test_an_export_that_was_cut_off_can_be_repeated(
     assert len(list(out.iterdir())) == 1
     exported(tmp_path, "made", "out")
     assert [path.name for path in sorted(out.iterdir())] == [path.name for path in files]
+
+
+def test_the_code_of_a_card_runs_and_shows_what_the_model_can(place: Path) -> None:
+    """Also where the vocabulary lacks capital letters."""
+    texts = {kind: (place / kind / "README.md").read_text() for kind in KINDS}
+    code = [text.split("```python")[1].split("```")[0] for text in texts.values()]
+    assert stranger("for code in given: exec(code)\nprint(1)", code, place, HF_HUB_OFFLINE="1")
+    assert [kind for kind, text in texts.items() if "snr=" in text] == ["dsl"]
+    assert [kind for kind, text in texts.items() if "upper bounds" not in text] == ["ar"]
+
+
+def test_a_prompt_begins_with_a_capital_where_the_vocabulary_has_it(tmp_path: Path) -> None:
+    saved(tmp_path / "made", vocabulary=dsl.Vocabulary.train_bpe(["The cat"], 257))
+    exported(tmp_path, "made", "out")
+    assert 'tokenizer("The ",' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_is_named_after_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "made")
+    for here, out in (("mine", "."), ("mine/below", "..")):
+        (tmp_path / here).mkdir()
+        monkeypatch.chdir(tmp_path / here)
+        export.execute(ExportConfig(model=str(tmp_path / "made"), out=out, root=str(tmp_path)))
+        text = (tmp_path / "mine" / "README.md").read_text()
+        assert "# mine\n" in text
+        assert 'name = "mine"\n' in text
 
 
 def test_the_card_shows_the_tables_of_an_evaluation(tmp_path: Path) -> None:
