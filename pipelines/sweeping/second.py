@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from infra import tracking
 from infra.config import flatten, parse, to_tree, to_yaml
-from infra.errors import ConfigError
+from infra.errors import Problem
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
@@ -17,7 +17,7 @@ from pipelines import evaluate
 from pipelines.evaluation import preparation
 from pipelines.evaluation.cells import Cell, cells
 from pipelines.evaluation.question import Merit
-from pipelines.evaluation.settings import QUALITY
+from pipelines.evaluation.settings import QUALITY, Questions
 from pipelines.report import SKIPPED, Row
 from pipelines.sweeping.arms import Arm
 from pipelines.sweeping.settings import CELLS, SECOND, TRIALS, SecondConfig, SweepConfig
@@ -42,8 +42,10 @@ def require(config: SweepConfig) -> None:
         rows, uri = preparation.rows(settings), tracking.locate(config.tracking, config.root)
         for question in settings.questions:
             question.require(settings, rows, uri)
-    except ConfigError as error:
-        raise ConfigError(f"{SECOND}.{error.where}", error.why, error.fix) from None
+    except Problem as error:
+        if error.where.partition(".")[0] not in {field.name for field in fields(Questions)}:
+            raise  # the address of data or of a file, or a setting of the sweep itself
+        raise type(error)(f"{SECOND}.{error.where}", error.why, error.fix) from None
 
 
 def run(config: SweepConfig, ranked: Sequence[Arm], sweep: RunHandle) -> list[Walk]:

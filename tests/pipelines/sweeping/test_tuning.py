@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from infra.errors import ConfigError, InfraError
+from infra.errors import ConfigError, DataError, InfraError
 from infra.parallel import ParallelConfig
 from infra.storage import Folder
 from pipelines import finetune, sweep
+from pipelines.evaluation import preparation
 from pipelines.sweep import expected_steps
-from pipelines.sweeping import tuning
+from pipelines.sweeping import second, tuning
 from pipelines.sweeping.settings import Asha, SweepConfig
 from pipelines.sweeping.trials import BOUND, Trials
 from pipelines.training.settings import WorkersConfig
@@ -238,14 +240,29 @@ def test_a_second_level_that_the_data_cannot_meet_is_told_before_any_trial(
 ) -> None:
     monkeypatch.setattr(tuning, "run", lambda *_: pytest.fail("a trial was trained"))
     walks = "paths: {masked: {path: masked, budgets: [4]}}, likelihood: {rows: 4}"
-    for asked, where in (
-        ("samples: {rows: 9999}", "second.samples.rows: 9999 of the"),
-        ("samples: {rows: 6}, judge: {kind: ngram, order: 99}", "second.judge.order: order 99"),
+    few, nowhere = "samples: {rows: 6}", tmp_path / "nowhere"
+    for asked, where, kind in (
+        ("samples: {rows: 9999}", "second.samples.rows: 9999 of the", ConfigError),
+        (f"{few}, judge: {{kind: ngram, order: 99}}", "second.judge.order: order 99", ConfigError),
+        (f"{few}, judge: {{kind: own, model: {nowhere}}}", "second.judge.model: ", DataError),
     ):
         config = small.load(f"data={data}", f"root={tmp_path}", f"second={{{walks}, {asked}}}")
-        with pytest.raises(ConfigError, match=re.escape(where)):
+        with pytest.raises(kind, match="^" + re.escape(where)):
             sweep.execute(config)
         assert not config.folder.exists()
+
+
+def test_only_settings_of_the_second_level_are_told_as_such(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small.load(f"data={data}", "second={paths: {masked: {path: masked}}}")
+    for told in (
+        DataError("s3://bucket/mauve", "no finished shards"),
+        ConfigError("data", "too short"),
+    ):
+        monkeypatch.setattr(preparation, "rows", Mock(side_effect=told))
+        with pytest.raises(type(told), match="^" + re.escape(str(told))):
+            second.require(config)
 
 
 def test_a_trial_that_was_stopped_says_at_which_rung(tmp_path: Path) -> None:
