@@ -44,9 +44,9 @@ name = "{name}"
 model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 
-ids = model.generate(rows=4, seed=0)  # free texts
+ids = model.generate(rows=4{size}, seed=0)  # free texts
 prompt = tokenizer("{prompt}", return_tensors="pt", add_special_tokens=False).input_ids
-ids = model.generate(prompt, rows=4)  # what follows a prompt
+ids = model.generate(prompt, rows=4{size})  # what follows a prompt
 {draft}print(tokenizer.batch_decode(ids))
 ```
 
@@ -173,6 +173,7 @@ def card(
         length=model.length or "unknown",
         name=name,
         mask=mask,
+        size="" if model.length else ", length=64",
         prompt=_prompt(model),
         draft=DRAFT if kind.finite_snr else "",
         likelihoods="exact" if kind.causal else "upper bounds",

@@ -265,12 +265,16 @@ def test_an_export_that_was_cut_off_can_be_repeated(
 
 
 def test_the_code_of_a_card_runs_and_shows_what_the_model_can(place: Path) -> None:
-    """Also where the vocabulary lacks capital letters."""
-    texts = {kind: (place / kind / "README.md").read_text() for kind in KINDS}
+    """Also where the vocabulary lacks capital letters, and where no length is known."""
+    made = saved(place / "made")
+    dsl.save(dsl.load(made), made, dsl.Vocabulary.char(), metadata={"objective": "dsl"})
+    exported(place, "made", "unsized")
+    names = (*KINDS, "unsized")
+    texts = {name: (place / name / "README.md").read_text() for name in names}
     code = [text.split("```python")[1].split("```")[0] for text in texts.values()]
     assert stranger("for code in given: exec(code)\nprint(1)", code, place, HF_HUB_OFFLINE="1")
-    assert [kind for kind, text in texts.items() if "snr=" in text] == ["dsl"]
-    assert [kind for kind, text in texts.items() if "upper bounds" not in text] == ["ar"]
+    assert [name for name, text in texts.items() if "snr=" in text] == ["dsl", "unsized"]
+    assert [name for name, text in texts.items() if "upper bounds" not in text] == ["ar"]
 
 
 def test_a_prompt_begins_with_a_capital_where_the_vocabulary_has_it(tmp_path: Path) -> None:
