@@ -20,6 +20,8 @@ CHARACTERS = " " + string.ascii_lowercase  # the 27 of text8
 # What known tokenizers call the ends of a document, most specific first.
 EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+# Named in place of the unknown token that a BPE does not have; no vocabulary holds it.
+NO_TOKEN = "<for a character that no token holds>"
 # The two names of GPT-2's pair of files, OpenAI's and Hugging Face's.
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
@@ -37,9 +39,15 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
+        from tokenizers import models
+
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
+        if isinstance(tokenizer.model, models.BPE) and tokenizer.model.unk_token is None:
+            # Without one the library drops characters silently; with one that it cannot find it
+            # raises.
+            tokenizer.model.unk_token = NO_TOKEN
         self._tokenizer = tokenizer
         self.size = tokenizer.get_vocab_size()
         named = tokenizer.get_vocab()
@@ -165,7 +173,10 @@ class Vocabulary:
 
     @cached_property
     def _json(self) -> str:
-        return json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
+        content = json.loads(self._tokenizer.to_str())
+        if content["model"].get("unk_token") == NO_TOKEN:
+            content["model"]["unk_token"] = None
+        return json.dumps(content, sort_keys=True, ensure_ascii=False)
 
     @cached_property
     def sha256(self) -> str:
@@ -193,14 +204,22 @@ class Vocabulary:
         """Ids of each text, no eos or bos added. The library spreads the texts over threads.
 
         Raises:
-            VocabularyError: a text has a character that a closed vocabulary lacks, or is not
-                valid Unicode; the message says which text and where.
+            VocabularyError: a text has a word or a character that a closed vocabulary lacks, or is
+                not valid Unicode; the message says which text, and where if it is one character.
         """
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare exceptions
             raise VocabularyError(self._stray(texts) or str(error)) from error
         return [encoding.ids for encoding in encodings]
+
+    def _refusal(self, text: str) -> str | None:
+        """Why a text cannot be encoded; None if it can."""
+        try:
+            self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # as above
+            return str(error)
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special tokens stay visible; a torn UTF-8 character reads as U+FFFD."""
@@ -244,18 +263,24 @@ class Vocabulary:
             return None
 
     def _stray(self, texts: Sequence[str]) -> str | None:
-        """Where the first character lies that cannot be encoded."""
-        stray = {c for text in texts for c in text if "\ud800" <= c <= "\udfff"}
-        # Half a surrogate pair is in no vocabulary; failing that, the alphabet must be closed.
-        stray = stray or {c for c in set().union(*texts) if self._tokenizer.token_to_id(c) is None}
-        for row, text in enumerate(texts):
-            for column, character in enumerate(text):
-                if character in stray:
-                    return (
-                        f"text {row}, character {column}: {character!r} is not in this vocabulary "
-                        f"of {self.size} tokens. Clean the text, or use a byte-level BPE."
-                    )
-        return None
+        """The first text that cannot be encoded, and the first character that is to blame."""
+        refused = ((row, text, self._refusal(text)) for row, text in enumerate(texts))
+        row, text, reason = next((found for found in refused if found[2]), (0, "", None))
+        if not reason:
+            return None
+        advice = "Clean the text, or use a byte-level BPE."
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = self._tokenizer.get_vocab().items()
+        # A letter of known words may be no token itself: it is not to blame.
+        spelled = set().union(*(token for token, id in named if id not in added))
+        stray = {c for c in set(text) - spelled if self._refusal(c)}
+        column = next((column for column, c in enumerate(text) if c in stray), None)
+        if column is None:
+            return f"text {row}: the vocabulary cannot spell it ({reason}). {advice}"
+        return (
+            f"text {row}, character {column}: {text[column]!r} is not in this vocabulary "
+            f"of {self.size} tokens. {advice}"
+        )
 
     def __reduce__(self) -> tuple[Callable[[str], "Vocabulary"], tuple[str]]:
         return Vocabulary.from_json, (self.to_json(),)

@@ -7,7 +7,7 @@ import pydoc_data.topics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsl.errors import VocabularyError
 from dsl.vocabulary import CHARACTERS, Vocabulary
@@ -100,6 +100,33 @@ def test_a_character_outside_is_one_message():
     for vocabulary in (CHAR, BPE):
         with pytest.raises(VocabularyError, match=r"text 0, character 4: '\\ud800'"):
             vocabulary.encode(["ab c\ud800"])
+
+
+def test_a_word_outside_is_one_message():
+    """The letters of known words are no tokens, and not to blame."""
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "cat": 1, "dog": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(VocabularyError, match=r"text 1: the vocabulary cannot spell it \(Word"):
+        Vocabulary(tokenizer).encode(["cat dog", "cat dgo"])
+    with pytest.raises(VocabularyError, match="text 1, character 4: 'x' is not in this"):
+        Vocabulary(tokenizer).encode(["cat dog", "cat xdog"])
+
+
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_a_bpe_that_lacks_a_character_drops_none(bytewise):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bytewise:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["hello world"], trainer)
+    file = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
+    vocabulary = Vocabulary.from_json(file)
+    for copy in (vocabulary, pickle.loads(pickle.dumps(vocabulary)), vocabulary.first(99)):
+        assert copy.to_json() == file
+        assert len(copy.encode(["hello world"])[0]) == 2
+        with pytest.raises(VocabularyError, match="text 1, character 7: 'é' is not in this"):
+            copy.encode(["hello", "hello hé"])
 
 
 def test_any_tokenizer_file_with_an_end_will_do(tmp_path):
