@@ -76,12 +76,14 @@ def read(
     known = snr if mode == "correct" else math.inf
     tokens: list[int] = []
     gamma: list[float] = []
-    written = [piece for piece in pieces if piece and not (piece == BLANK and whole)]
-    encoded = iter(vocabulary.encode(written))
-    for piece in filter(None, pieces):
-        ids = [0] if piece == BLANK and whole else next(encoded)
-        tokens += ids
-        gamma += [0.0 if piece == BLANK and whole else known] * len(ids)
+    for place, piece in enumerate(pieces):
+        if piece == BLANK and whole:
+            tokens.append(0)
+            gamma.append(0.0)
+        elif piece:
+            ids = vocabulary.encode_behind(piece) if place else vocabulary.encode([piece])[0]
+            tokens += ids
+            gamma += [known] * len(ids)
 
     if length is None:
         length = len(tokens) if whole else otherwise

@@ -6,6 +6,7 @@ import os
 import string
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 # Named in place of the unknown token that a BPE does not have; no vocabulary holds it.
 NO_TOKEN = "<for a character that no token holds>"
+# Text that others continue: known tokenizers keep it a token of its own before almost any text.
+MARK = ";"
 # The two names of GPT-2's pair of files, OpenAI's and Hugging Face's.
 PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
@@ -213,6 +216,22 @@ class Vocabulary:
             raise VocabularyError(self._stray(texts) or str(error)) from error
         return [encoding.ids for encoding in encodings]
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Ids of text that continues a text. With some tokenizers `encode` puts a space before the
+        first word, because a text would begin there; here none is put.
+
+        Raises:
+            VocabularyError: as `encode` does.
+        """
+        (ids,) = self.encode([text])
+        if self.decode_behind(ids) == text:
+            return ids
+        try:
+            mark, both = self.encode([MARK, MARK + text])
+        except VocabularyError:  # a closed vocabulary, without the mark
+            return ids
+        return both[len(mark) :] if both[: len(mark)] == mark else ids
+
     def _refusal(self, text: str) -> str | None:
         """Why a text cannot be encoded; None if it can."""
         try:
@@ -237,11 +256,19 @@ class Vocabulary:
         none.
 
         Where the decoder only joins tokens (`READERS`), the bytes are exact even if the ids cut a
-        character in two. Elsewhere such a character becomes U+FFFD.
+        character in two. Elsewhere such a character becomes U+FFFD. A text begins behind bos or
+        eos; ids before these continue one.
         """
-        if self._pieces is None:
-            return bytes(self._tokenizer.decode(list(ids), skip_special_tokens=True).encode())
-        return b"".join(self._pieces[i] for i in ids)
+        if self._pieces is not None:
+            return b"".join(self._pieces[i] for i in ids)
+        added = self._tokenizer.get_added_tokens_decoder()
+        silent = {self.bos, self.eos, *(i for i, token in added.items() if token.special)}
+        texts, read = [], self.decode_behind
+        for end, run in groupby(ids, key=(self.bos, self.eos).__contains__):
+            if not end:
+                texts.append(read([i for i in run if i not in silent]))
+            read = self.decode
+        return "".join(texts).encode()
 
     @cached_property
     def _pieces(self) -> list[bytes] | None:

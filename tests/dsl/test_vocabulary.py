@@ -7,8 +7,9 @@ import pydoc_data.topics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from dsl import conditioning
 from dsl.errors import VocabularyError
 from dsl.vocabulary import CHARACTERS, Vocabulary
 
@@ -140,7 +141,9 @@ def test_any_tokenizer_file_with_an_end_will_do(tmp_path):
     assert (vocabulary.size, vocabulary.bos, vocabulary.eos) == (6, 1, 2)
     # Neither padded nor cut: lengths are the caller's business.
     assert vocabulary.encode(["cats"]) == [[4, 5]]
-    assert vocabulary.bytes_of([4, 2]) == b"cat"
+    # A text begins behind [CLS] or [SEP]; before these, a word has others before it.
+    assert vocabulary.bytes_of([1, 4, 2, 4]) == b"catcat"
+    assert vocabulary.bytes_of([4, 2]) == b" cat"
 
 
 PIECES = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -164,9 +167,51 @@ def test_words_behind_others_keep_their_space(decoder, begins, goes_on):
     assert joined.removeprefix(" ") == vocabulary.decode(ids)
 
 
+WRITTEN = "the cat sat on the mat; the dog sat on a log, and the bird sang in the tree"
+
+
+@pytest.fixture(params=["first", "always", "normalised"])
+def spaced(request):
+    """A vocabulary that puts a space before a text, as Llama does: in one of three ways."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    scheme = request.param if request.param != "normalised" else "first"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(
+        vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([WRITTEN] * 9, trainer)
+    if request.param == "normalised":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.pre_tokenizer, tokenizer.decoder = None, PIECES
+    return Vocabulary.from_json(tokenizer.to_str())
+
+
+def test_text_behind_a_blank_gets_no_space_of_its_own(spaced):
+    blank = spaced.encode_behind("a")[0]
+    for text in ("the c_t sat on", "the c__ sat", "_t s_t", "the _, and _ og"):
+        given = conditioning.read(text, spaced)
+        assert given.gamma.count(0.0) == text.count("_")
+        ids = [id if snr else blank for id, snr in zip(given.tokens, given.gamma, strict=True)]
+        assert spaced.decode_behind(ids).removeprefix(" ") == text.replace("_", "a")
+
+
+def test_rows_of_a_text_keep_their_space(spaced):
+    (ids,) = spaced.encode([WRITTEN])
+    assert spaced.decode(ids) == WRITTEN
+    marked, once = [spaced.eos, *ids], WRITTEN.encode()
+    for length in (2, 8, 16):
+        rows = [marked[i : i + length] for i in range(0, len(marked), length)]
+        assert b"".join(map(spaced.bytes_of, rows)) == once
+    assert spaced.bytes_of([*marked, *marked, spaced.eos]) == 2 * once
+
+
 @settings(deadline=None)
 @given(st.text())
 def test_bytes_and_characters_read_alike_everywhere(text):
+    if text:
+        assert BPE.encode_behind(text) == BPE.encode([text])[0]
     ids = BPE.encode([text])[0]
     assert BPE.decode_behind(ids) == BPE.decode(ids)
     assert [CHAR.decode_behind([id]) for id in range(CHAR.size)] == [
