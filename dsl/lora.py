@@ -40,7 +40,8 @@ class Lora:
         """Names of the linear maps in a backbone that get adapters.
 
         Raises:
-            AdaptationError: a target matches none, or `peft` is not installed.
+            AdaptationError: a target matches none, the blocks have none at all, or `peft` is not
+                installed.
         """
         if find_spec("peft") is None:
             raise AdaptationError(
@@ -54,12 +55,16 @@ class Lora:
             for name, module in backbone.named_modules()
             if isinstance(module, nn.Linear) and module in inside
         ]
+        if not maps:
+            raise AdaptationError(
+                "this network has no linear map in its blocks. Train it whole: leave lora out"
+            )
         for target in self.targets:
             if not any(_ends(name, target) for name in maps):
                 known = dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in maps)
                 raise AdaptationError(
                     f"{target!r} is no linear map in the blocks of this network. "
-                    f"Known: {', '.join(known) or 'none'}"
+                    f"Known: {', '.join(known)}"
                 )
         targets = self.targets
         return [name for name in maps if not targets or any(_ends(name, t) for t in targets)]
@@ -72,9 +77,9 @@ class Lora:
         Raises:
             AdaptationError: as `names` does.
         """
-        import peft
-
         backbone, names = denoiser.backbone, self.names(denoiser.backbone)
+        import peft  # after `names`, which says so if it is not installed
+
         assert isinstance(backbone, nn.Module)
         backbone.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):

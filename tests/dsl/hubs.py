@@ -95,11 +95,17 @@ def gemma3(vocab_size: int) -> Any:
     return Gemma3TextConfig(vocab_size=vocab_size, num_key_value_heads=2, head_dim=8, **SIZES)
 
 
+def gpt2(vocab_size: int) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=64, **IDS)
+
+
 MASKED: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (bert, roberta, distilbert, modernbert, eurobert, untied)}
 )
 CAUSAL: Mapping[str, Callable[[int], Any]] = MappingProxyType(
-    {f.__name__: f for f in (llama, qwen, gemma, gemma3)}
+    {f.__name__: f for f in (llama, qwen, gemma, gemma3, gpt2)}
 )
 # Models that cannot be taken.
 REFUSED: Mapping[str, Callable[[int], Any]] = MappingProxyType({"gemma2": gemma2})

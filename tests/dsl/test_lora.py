@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,16 @@ def test_the_same_seed_gives_the_same_adapters(tmp_path: Path) -> None:
 
 def test_without_peft_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(AdaptationError, match="need the library peft, which is not installed"):
-        Lora().names(made(tmp_path, "dit").backbone)
+        Lora().attached(made(tmp_path, "dit"), seed=1)
+
+
+def test_a_network_without_linear_maps_is_refused(tmp_path: Path) -> None:
+    """GPT-2's maps are a class of the library's own."""
+    pytest.importorskip("peft", reason="the extra `hub` is not installed")
+    with pytest.raises(AdaptationError, match="no linear map in its blocks"):
+        Lora().attached(made(tmp_path, "gpt2"), seed=1)
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}])
