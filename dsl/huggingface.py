@@ -6,7 +6,8 @@ comes with a model is run only where the caller says so.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -75,7 +76,8 @@ def from_transformers(
             masked model without a mask token.
         AdaptationError: a causal model without ``adapt``, a masked one with it, one that does not
             see both sides of a position, one with a step of its own at its embedding or its
-            vocabulary projection (Gemma2 caps its logits), or one that only untrusted code knows.
+            vocabulary projection (Gemma2 caps its logits), one that does not run without these,
+            or one that only untrusted code knows.
         ValueError: ``embed_dim``, ``beta`` or ``mask_prior`` out of range, or another ``adapt``.
     """
     if adapt not in (None, *get_args(Adapt)):
@@ -272,8 +274,9 @@ def _require_its_own_answer(
 ) -> None:
     """AdaptationError unless the network, its embedding and projection taken out, still gives its
     own logits ``own_1LX``. Its attention must not have been changed yet."""
-    hidden_1LH = _logits(taken.network, folder, inputs_embeds=taken.values_UW[asked_1L])
-    ours_1LV = F.linear(hidden_1LH, taken.head[0], taken.bias_V)
+    with _bare(folder):
+        hidden_1LH = taken.network(inputs_embeds=taken.values_UW[asked_1L]).logits
+        ours_1LV = F.linear(hidden_1LH, taken.head[0], taken.bias_V)
     own_1LV = own_1LX[..., : taken.config.tokens]
     apart_1LV = (ours_1LV - own_1LV).abs()
     # Relative to the median: some networks give forbidden tokens the lowest float there is.
@@ -293,10 +296,8 @@ def _require_both_sides(denoiser: Denoiser, folder: Path) -> None:
     drawn_BLW = torch.randn(1, 2, values_UW.shape[1], generator=torch.Generator().manual_seed(0))
     first_BLW = values_UW.std() * drawn_BLW
     second_BLW = first_BLW * torch.tensor([1.0, -1.0])[:, None]
-    try:
+    with _bare(folder):
         here_W, there_W = (denoiser.backbone(rows)[0, 0] for rows in (first_BLW, second_BLW))
-    except Exception as error:  # as above
-        raise _unusable(folder, error) from error
     if (here_W - there_W).abs().max() <= 1e-6 * here_W.abs().max():
         raise AdaptationError(
             f"{folder}: the network does not look at the tokens behind a position, so it cannot be "
@@ -304,6 +305,21 @@ def _require_both_sides(denoiser: Denoiser, folder: Path) -> None:
         )
 
 
+@contextmanager
+def _bare(folder: Path) -> Iterator[None]:
+    """AdaptationError for whatever a network raises that runs without its two ends."""
+    try:
+        yield
+    except Exception as error:  # as above
+        raise AdaptationError(
+            f"{folder}: the network does not run without its embedding and its vocabulary "
+            f"projection ({_reason(error)}). Take another model, such as BERT or Llama"
+        ) from error
+
+
 def _unusable(folder: Path, error: Exception) -> WeightsError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return WeightsError(f"{folder}: transformers cannot open it ({reason}). Copy it again.")
+    return WeightsError(f"{folder}: transformers cannot open it ({_reason(error)}). Copy it again.")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

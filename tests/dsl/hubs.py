@@ -101,6 +101,12 @@ def gpt2(vocab_size: int) -> Any:
     return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=64, **IDS)
 
 
+def mamba(vocab_size: int) -> Any:
+    from transformers import MambaConfig
+
+    return MambaConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2)
+
+
 MASKED: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (bert, roberta, distilbert, modernbert, eurobert, untied)}
 )
@@ -108,7 +114,9 @@ CAUSAL: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (llama, qwen, gemma, gemma3, gpt2)}
 )
 # Models that cannot be taken.
-REFUSED: Mapping[str, Callable[[int], Any]] = MappingProxyType({"gemma2": gemma2})
+REFUSED: Mapping[str, Callable[[int], Any]] = MappingProxyType(
+    {f.__name__: f for f in (gemma2, mamba)}
+)
 
 
 def words(folder: Path, special: list[str]) -> Any:

@@ -242,6 +242,7 @@ def remake(folder: Path, name: str, **changes: object) -> None:
         ("llama", None, lambda f: None, AdaptationError, "Say how to adapt it: adapt=shift"),
         ("bert", "shift", lambda f: None, AdaptationError, "needs no adaptation"),
         ("gemma2", "no_shift", lambda f: None, AdaptationError, "such as a cap on its logits"),
+        ("mamba", "shift", lambda f: None, AdaptationError, "does not run without its embedding"),
         ("bert", None, lambda f: hubs.words(f, hubs.SPECIAL[:-1]), WeightsError, "no mask token"),
         ("bert", None, lambda f: (f / "tokenizer.json").unlink(), WeightsError, "no tokenizer"),
         (
