@@ -81,6 +81,9 @@ class ForeignBackbone(nn.Module):
     Args:
         network: a masked or causal language model of the library. It is changed in place: its input
             embedding and its vocabulary projection are taken out.
+
+    Raises:
+        ValueError: the embedding has fewer rows than there are tokens.
     """
 
     def __init__(self, config: ForeignConfig, network: Any) -> None:
@@ -93,6 +96,8 @@ class ForeignBackbone(nn.Module):
         values_XW, weight_XH = _values(embedding), projection.weight
         bias_X = getattr(projection, "bias", None)
         tokens = config.tokens
+        if len(values_XW) < tokens:
+            raise ValueError(f"the embedding has {len(values_XW)} rows for {tokens} tokens")
         tied = weight_XH is values_XW
         # The row of [MASK] is that of the network's own mask token, or else the mean of all rows.
         mask_W = values_XW.mean(0) if config.mask is None else values_XW[config.mask]
@@ -183,7 +188,7 @@ def network(config: ForeignConfig) -> Any:
             with torch.device("cpu"), no_init_weights():
                 made = opener.from_config(known, **trusted)
         _tie(made)
-    except (KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+    except Exception as error:  # the library raises whatever settings make it stumble over
         raise ValueError(f"no model can be built from backbone.settings ({error!r})") from error
     return bidirectional(made)
 

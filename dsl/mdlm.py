@@ -123,7 +123,7 @@ def read_sizes(
     if inv_freq is not None:
         # Files in half precision hold them rounded.
         expected = rotary_frequencies(2 * inv_freq.numel(), inv_freq.device).to(inv_freq)
-        if not torch.allclose(inv_freq, expected):
+        if inv_freq.shape != expected.shape or not torch.allclose(inv_freq, expected):
             differing.append(f"{INV_FREQ} is not that of base 10000")
     if differing:
         raise WeightsError(

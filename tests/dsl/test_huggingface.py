@@ -310,17 +310,21 @@ def test_a_saved_configuration_that_lies_is_refused(tmp_path: Path) -> None:
     hubs.saved(tmp_path / "base", "bert")
     dsl.save(dsl.from_transformers(tmp_path / "base", embed_dim=4), tmp_path / "kept")
     content = json.loads((tmp_path / "kept" / "config.json").read_text())
+    backbone = content["denoiser"]["backbone"]
+    settings = backbone["settings"]
+    misfits = {"num_hidden_layers": "2", "num_attention_heads": 0, "vocab_size": 3}
     for change in (
+        *({"settings": settings | {name: value}} for name, value in misfits.items()),
         {"blocks": 3},
         {"code": {"../outside.py": ""}},
         {"code": {"c.py": ""}, "settings": {"auto_map": {"AutoConfig": "a/b--c.D"}}},
         {"never": [99]},
         {"settings": {"model_type": "nothing"}},
         {"settings": {}},
-        {"settings": content["denoiser"]["backbone"]["settings"] | {"num_hidden_layers": 10**9}},
+        {"settings": settings | {"num_hidden_layers": 10**9}},
     ):
         shutil.copytree(tmp_path / "kept", tmp_path / "spoilt", dirs_exist_ok=True)
-        content["denoiser"]["backbone"] |= change
+        content["denoiser"]["backbone"] = backbone | change
         (tmp_path / "spoilt" / "config.json").write_text(json.dumps(content))
         with pytest.raises(WeightsError, match="does not describe a denoiser"):
             dsl.load(tmp_path / "spoilt")

@@ -160,6 +160,7 @@ def test_a_config_of_another_model_is_refused(tmp_path, change, reason):
         (lambda t: t["backbone.vocab_embed.embedding"].fill_(torch.inf), "not finite"),
         (lambda t: t.pop("backbone.vocab_embed.embedding"), "not an MDLM DiT"),
         (lambda t: t["backbone.rotary_emb.inv_freq"].mul_(2), "base 10000"),
+        (lambda t: t["backbone.rotary_emb.inv_freq"].resize_(2, 2), "base 10000"),
         (lambda t: t.pop("backbone.rotary_emb.inv_freq"), "how many heads"),
     ],
 )
