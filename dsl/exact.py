@@ -33,14 +33,15 @@ class ExactDenoiser:
     ) -> None:
         if weights_N is None:
             weights_N = torch.ones(len(sequences_NL))
+        weights_N = weights_N.double()
         if weights_N.shape != sequences_NL.shape[:1] or not (weights_N >= 0).all():
             raise ValueError("weights must be one non-negative number per sequence")
         if not 0 < weights_N.sum() < torch.inf:
             raise ValueError("the weights must be finite and not all zero")
-        weights_S = weights_N.to(table_VD)
         self.table_VD = table_VD
         self.sequences_SL = token_ids(sequences_NL, table_VD)
-        self.log_weights_S = (weights_S / weights_S.sum()).log()
+        # In float64, because float32 takes weights below 1e-45 for 0.
+        self.log_weights_S = (weights_N / weights_N.sum()).log().to(table_VD)
 
     def __call__(self, state: State) -> Posterior:
         state = state.like(self.table_VD)

@@ -152,6 +152,15 @@ def test_bad_weights_are_refused(weights: list[float]) -> None:
         ExactDenoiser(law.table_VD, law.sequences_SL, torch.tensor(weights))
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_weights_of_any_scale_are_normalised(scale: float) -> None:
+    law = cyclic(3)
+    weights_S = scale * torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
+    small = ExactDenoiser(law.table_VD.float(), law.sequences_SL, weights_S)
+    found_B = small(State.masked(1, 3, 2)).log_probs()[0, 0].exp().sort().values
+    torch.testing.assert_close(found_B, torch.tensor([0.25, 0.25, 0.5]))
+
+
 def test_texts_that_do_not_fit_are_refused() -> None:
     law = two_bits()
     for outside in (-1, 2):
