@@ -49,16 +49,18 @@ class Quantile:
     kind: Literal["quantile"] = "quantile"
 
     def __post_init__(self) -> None:
-        if not (self.sigma > 0 and math.isfinite(self.mu)):
-            raise ValueError(f"need finite mu and positive sigma, got {self.mu}, {self.sigma}")
+        if not (0 < self.sigma < math.inf and math.isfinite(self.mu)):
+            raise ValueError(
+                f"need finite mu and positive finite sigma, got {self.mu}, {self.sigma}"
+            )
 
     def gamma(self, share: float, gamma_max: float) -> float:
         log_gamma = NormalDist(self.mu, self.sigma)
         below = log_gamma.cdf(math.log(gamma_max))
         if below == 0:
             raise ValueError(
-                f"gamma_max {gamma_max:g} must not lie so far below the median of the log-normal, "
-                f"{math.exp(self.mu):g}: no share of it is left below; raise gamma_max or lower mu"
+                f"the log of gamma_max, {math.log(gamma_max):g}, must not lie so far below mu, "
+                f"{self.mu:g}: no share of the log-normal lies below; raise gamma_max or lower mu"
             )
         if not 0 < share < 1:
             return share * gamma_max

@@ -39,7 +39,8 @@ class Hybrid:
 
     The budget is their sum. Every call of the first stage is a move. The reveal with which the
     stage would end alone is left to the second, which starts from the evidence that it finds. A
-    split of (T, 0) is the first path itself, (0, T) the second.
+    split of (T, 0) is the first path itself, (0, T) the second. A number that both stages report,
+    such as their shortfall, is summed.
 
     Raises:
         ValueError: a negative split, or (0, 0).
@@ -96,7 +97,10 @@ class Hybrid:
     def report(self, carry: Carry) -> Mapping[str, Any]:
         stage = self._stage(carry.second)
         own = stage.report(carry.stage) if isinstance(stage, Reports) else {}
-        return {**carry.reported, **own}
+        # What both stages report is summed.
+        before = carry.reported
+        summed = {key: before[key] + value for key, value in own.items() if key in before}
+        return {**before, **own, **summed}
 
     def _stage(self, second: bool) -> Stage:
         return self.second if second else self.first

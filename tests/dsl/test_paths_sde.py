@@ -96,6 +96,8 @@ def test_information_takes_equal_nats() -> None:
         lambda: SentenceSDE(gamma_max=INF),
         lambda: SentenceSDE(gamma_max=3.0, grid="lin"),  # type: ignore[arg-type]
         lambda: Quantile(mu=0.0, sigma=0.0),
+        lambda: Quantile(mu=0.0, sigma=INF),
+        lambda: SentenceSDE(gamma_max=100.0, grid=Quantile(mu=800.0, sigma=1.0)),
         lambda: SentenceSDE(gamma_max=1.0, grid=Quantile(mu=2.69, sigma=0.3)),
         lambda: Information(gammas=(0.0, 2.0, 1.0), nats=(0.0, 1.0, 2.0)),
         lambda: Information(gammas=(0.0, 2.0), nats=(0.1, 1.0)),
@@ -239,6 +241,9 @@ def test_a_first_stage_reports_through_a_hybrid() -> None:
     gamma = made.recorded["walk"].gamma
     assert (gamma[4] < 6.0).any()
     assert (gamma[5] == 6.0).all()  # after 9 calls: 5 moves
+    # A second stage that has none to report adds none.
+    again = draw(Hybrid(first, TokenSDE(gamma_max=6.0, delta=1e9), split=(9, 8)), 17)
+    torch.testing.assert_close(again.recorded["shortfall_B"], made.recorded["shortfall_B"])
 
 
 # --- order of convergence --------------------------------------------------------------------
