@@ -57,7 +57,8 @@ def reliability(confidence_N: Tensor, right_N: Tensor, bins: int = 10) -> Reliab
     bin_N = ((confidence_N * bins).ceil().long() - 1).clamp(0, bins - 1)
 
     def total(weight_N: Tensor) -> Tensor:
-        return torch.bincount(bin_N, weights=weight_N.double().cpu(), minlength=bins)
+        # Of nothing, the library counts in integers.
+        return torch.bincount(bin_N, weights=weight_N.double().cpu(), minlength=bins).double()
 
     return Reliability(total(torch.ones_like(confidence_N)), total(confidence_N), total(right_N))
 

@@ -187,15 +187,16 @@ class ChainDenoiser(MarkovDenoiser):
             shape = [rows] + [1] * first.ndim
             shape[1 + i] = tokens
             start = start + evidence_BLV[:, i].view(shape)
-        ahead = [start.reshape(rows, tokens, -1)]
+        histories = first.numel() // tokens  # R, given: an empty batch does not tell it
+        ahead = [start.reshape(rows, tokens, histories)]
         for i in range(first.ndim, length):
             ahead.append(self._renamed(self._next(ahead[-1]) + evidence_BLV[:, i, None]))
         behind_BVR = torch.zeros_like(ahead[-1])
         joint = []
         for i, ahead_BVR in zip(reversed(range(first.ndim, length)), reversed(ahead), strict=False):
-            both_BSV = (ahead_BVR + behind_BVR).reshape(rows, -1, tokens)
+            both_BSV = (ahead_BVR + behind_BVR).reshape(rows, histories, tokens)
             joint.append(both_BSV.logsumexp(1))
-            after_BRV = behind_BVR.reshape(rows, -1, tokens) + evidence_BLV[:, i, None]
+            after_BRV = behind_BVR.reshape(rows, histories, tokens) + evidence_BLV[:, i, None]
             behind_BVR = self._before(after_BRV)
         both = (ahead[0] + behind_BVR).view(rows, *first.shape)
         for kept in reversed(range(first.ndim)):
@@ -226,7 +227,8 @@ class ChainDenoiser(MarkovDenoiser):
 
     def _renamed(self, history_BRV: Tensor) -> Tensor:
         """Histories ``[B, R, V]`` as ``[B, V, R]``: their first token apart from the rest."""
-        return history_BRV.reshape(len(history_BRV), len(self.table_VD), -1)
+        rows, histories, tokens = history_BRV.shape
+        return history_BRV.reshape(rows, tokens, histories)
 
 
 class ChainPosterior(Posterior):

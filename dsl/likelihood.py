@@ -41,8 +41,14 @@ class Estimate:
 
     def corpus(self) -> tuple[float, float]:
         """Mean over rows of equal length, and its standard error as an estimate for all text
-        like these rows (NaN for a single row). The latter includes ``stderr_B``."""
+        like these rows (NaN for a single row). The latter includes ``stderr_B``.
+
+        Raises:
+            ValueError: there are no rows.
+        """
         rows = len(self.mean_B)
+        if rows == 0:
+            raise ValueError("there is no mean of no rows: give at least one text")
         return self.mean_B.mean().item(), self.mean_B.std().item() / math.sqrt(rows)
 
 

@@ -114,7 +114,8 @@ class Posterior(ABC):
     def log_probs(self) -> Tensor:
         """``[B, L, V]`` log-probabilities, normalised over the V real tokens."""
         rows, length = self.state.gamma_BL.shape
-        return self.log_probs_at(torch.arange(rows * length)).view(rows, length, -1)
+        found_NV = self.log_probs_at(torch.arange(rows * length))
+        return found_NV.view(rows, length, len(self.table_VD))
 
     def mean(self) -> Tensor:
         """``[B, L, D]`` posterior mean; the token's own row where it is revealed."""

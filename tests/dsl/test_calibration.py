@@ -42,6 +42,13 @@ def test_ece_of_extremes() -> None:
             reliability(torch.tensor([wrong]), torch.tensor([True]))
 
 
+def test_nothing_counts_as_nothing() -> None:
+    found = reliability(torch.zeros(0), torch.zeros(0), bins=3)
+    for counts_K in (found.count_K, found.confidence_K, found.right_K):
+        assert torch.equal(counts_K, torch.zeros(3, dtype=torch.float64))
+        assert counts_K.dtype == torch.float64
+
+
 def test_batches_add_up() -> None:
     torch.manual_seed(0)
     confidence_N, right_N = torch.rand(90), torch.rand(90) < 0.5

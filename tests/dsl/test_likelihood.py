@@ -332,6 +332,8 @@ def test_units() -> None:
     assert perplexity(1e4) == math.inf
     mean, stderr = Estimate(torch.tensor([1.0, 3.0]), torch.zeros(2)).corpus()
     assert (mean, stderr) == (2.0, pytest.approx(1.0))
+    with pytest.raises(ValueError, match="no mean of no rows"):
+        Estimate(torch.zeros(0), torch.zeros(0)).corpus()
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:

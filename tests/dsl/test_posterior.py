@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dsl
 from dsl import chunks
 from dsl.state import State
-from tests.dsl.laws import Written, chi_square_p
+from tests.dsl.laws import Written, chi_square_p, ring
 
 ONE_BELOW = 1 - 2**-53  # the largest float64 below 1
 GPT2 = 50257
@@ -68,6 +69,20 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(answer.mean_at(at_N), mean_ND)
     assert torch.equal(answer.draw(at_N, uniform_N), tokens_N)
     assert answer.asked == [2, 2, 2, 1] * 2
+
+
+def test_a_batch_without_rows_has_an_empty_answer() -> None:
+    table_VD = ring(3)
+    chain_VV = torch.full((3, 3), 1 / 3, dtype=torch.float64)
+    texts_NL = torch.zeros(1, 4, dtype=torch.int64)
+    for denoiser in (
+        dsl.ExactDenoiser(table_VD, texts_NL),
+        *(dsl.ChainDenoiser.fit(table_VD, texts_NL, order) for order in (1, 2, 3)),
+        dsl.HiddenChainDenoiser(table_VD, chain_VV[0], chain_VV, chain_VV),
+    ):
+        posterior = denoiser(State.masked(0, 4, 2))
+        assert posterior.log_probs().shape == (0, 4, 3)
+        assert posterior.mean().shape == (0, 4, 2)
 
 
 def test_mean_of_nothing_asked_is_empty() -> None:
