@@ -69,8 +69,8 @@ class Converter(nn.Module):
     """``m = sum_u softmax_u(beta <z, x_u> + b_u) w_u`` (000 §4.6; 003 eq. 6 and 23).
 
     The slots are the V tokens and [MASK], whose key is zero. With beta = 1, b the log unigram
-    probabilities and the mask slot closed (b = -inf), the weights are exactly the Bayes posterior
-    of a token seen alone.
+    probabilities and the mask slot closed (b = -1e4; `save` refuses -inf), the weights are exactly
+    the Bayes posterior of a token seen alone.
 
     ``beta`` and all biases train. The token biases start at zero and the mask bias where the
     mask slot has probability ``mask_prior`` at z = 0. It is a starting value: training can

@@ -234,7 +234,9 @@ def _tie(network: Any) -> None:
     tied = getattr(network.config, "tie_word_embeddings", False)
     for name, source in (network._tied_weights_keys or {}).items() if tied else ():
         parent, _, own = name.rpartition(".")
-        setattr(network.get_submodule(parent), own, network.get_parameter(source))
+        # Some classes give the source as a pattern, which ends in a dollar sign.
+        shared = network.get_parameter(source.removesuffix("$"))
+        setattr(network.get_submodule(parent), own, shared)
 
 
 def _take_out(network: Any, *modules: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsl import foreign
 from dsl.denoiser import BackboneConfig, Denoiser, DenoiserConfig
 from dsl.errors import AdaptationError, VocabularyError, WeightsError
 from dsl.foreign import (
@@ -77,7 +78,8 @@ def from_transformers(
         AdaptationError: a causal model without ``adapt``, a masked one with it, one that does not
             see both sides of a position, one with a step of its own at its embedding or its
             vocabulary projection (Gemma2 caps its logits), one that does not run without these,
-            or one that only untrusted code knows.
+            one that cannot be built again from its configuration, or one that only untrusted code
+            knows.
         ValueError: ``embed_dim``, ``beta`` or ``mask_prior`` out of range, or another ``adapt``.
     """
     if adapt not in (None, *get_args(Adapt)):
@@ -104,6 +106,7 @@ def from_transformers(
         never=spoken.never,
         code=code,
     )
+    _require_rebuilt(backbone, folder)
     config = DenoiserConfig(
         backbone=backbone, embed_dim=embed_dim, beta=beta, mask_prior=mask_prior, skip=skip
     )
@@ -266,6 +269,17 @@ def _logits(network: Any, folder: Path, **given: Tensor) -> Tensor:
     except Exception as error:  # as above
         raise _unusable(folder, error) from error
     return logits_1LX
+
+
+def _require_rebuilt(backbone: ForeignConfig, folder: Path) -> None:
+    """AdaptationError where a saved denoiser could never be loaded: its network is built again."""
+    try:
+        foreign.network(backbone)
+    except ValueError as error:
+        raise AdaptationError(
+            f"{folder}: {_reason(error)}, so a saved denoiser could not be loaded. "
+            "Take another model, such as BERT or Llama"
+        ) from error
 
 
 @torch.no_grad()

@@ -43,20 +43,30 @@ def save(
 
     Raises:
         TypeError: ``metadata`` is not JSON.
+        ValueError: `load` would refuse the weights: they include adapters, or numbers that are not
+            finite, or are of more than one precision.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT,
         "denoiser": asdict(denoiser.config),
         "metadata": dict(metadata or {}),
     }
     json.dumps(config)  # metadata that is not JSON raises before a file is touched
+    with torch.device("meta"):
+        expected = Denoiser(denoiser.config).state_dict()
+    tensors = denoiser.state_dict()
+    if found := _misfits(expected, tensors):
+        raise ValueError(
+            f"{folder}: not saved, because it could not be loaded again. {found}. Merge adapters "
+            "by `dsl.lora.merged`, and give all weights finite numbers of one precision"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in (CONFIG, TOKENIZER):
         (folder / stale).unlink(missing_ok=True)
-    tensors = {name: t.cpu().contiguous() for name, t in denoiser.state_dict().items()}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     partial = folder / f"{WEIGHTS}.partial"
     save_file(tensors, partial)
     partial.replace(folder / WEIGHTS)
@@ -215,7 +225,16 @@ def set_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path
     Raises:
         WeightsError: the first few of every sort of misfit, and how many there are.
     """
-    expected = module.state_dict()
+    if found := _misfits(module.state_dict(), tensors):
+        raise WeightsError(
+            f"{where}: these are not the weights of this model. {found}. "
+            "Take weights and configuration from one and the same checkpoint."
+        )
+    module.load_state_dict(tensors, assign=True)
+
+
+def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """The first few of every sort of misfit, and how many there are; empty where all fit."""
     shared = [name for name in expected if name in tensors]
     misfits = {
         "missing": [name for name in expected if name not in tensors],
@@ -231,13 +250,7 @@ def set_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path
     misfits["not finite"] = [name for name in numbers if not tensors[name].isfinite().all()]
     most = Counter(tensors[name].dtype for name in numbers).most_common(1)
     misfits["of another precision"] = [n for n in numbers if tensors[n].dtype != most[0][0]]
-    found = [f"{misfit}: {some(names)}" for misfit, names in misfits.items() if names]
-    if found:
-        raise WeightsError(
-            f"{where}: these are not the weights of this model. {'; '.join(found)}. "
-            "Take weights and configuration from one and the same checkpoint."
-        )
-    module.load_state_dict(tensors, assign=True)
+    return "; ".join(f"{misfit}: {some(names)}" for misfit, names in misfits.items() if names)
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

@@ -107,12 +107,20 @@ def mamba(vocab_size: int) -> Any:
     return MambaConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2)
 
 
+def ibert(vocab_size: int) -> Any:
+    from transformers import IBertConfig
+
+    return IBertConfig(vocab_size=vocab_size, **IDS, **SIZES)
+
+
 MASKED: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (bert, roberta, distilbert, modernbert, eurobert, untied)}
 )
 CAUSAL: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (llama, qwen, gemma, gemma3, gpt2)}
 )
+# Its embeddings are of a class of its own, whose look-ups are counted as products.
+UNCOUNTED: Mapping[str, Callable[[int], Any]] = MappingProxyType({"ibert": ibert})
 # Models that cannot be taken.
 REFUSED: Mapping[str, Callable[[int], Any]] = MappingProxyType(
     {f.__name__: f for f in (gemma2, mamba)}
@@ -143,8 +151,8 @@ def saved(folder: Path, family: str, special: list[str] = SPECIAL, spare: int = 
     torch.manual_seed(0)
     words(folder, special)
     size = len(special) + len(WORDS) + spare
-    masked = family in MASKED
-    config = (MASKED | CAUSAL | REFUSED)[family](size)
+    masked = family in MASKED | UNCOUNTED
+    config = (MASKED | UNCOUNTED | CAUSAL | REFUSED)[family](size)
     auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval()
     for weight in model.parameters():  # so that biases and norms, which start at 0 and 1, matter

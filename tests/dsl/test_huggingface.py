@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dsl
-from dsl import huggingface, objective
+from dsl import foreign, huggingface, objective
 from dsl.errors import AdaptationError, WeightsError
 from dsl.foreign import ForeignBackbone
 from dsl.support import Mixed
@@ -178,6 +178,28 @@ def test_it_trains_and_is_kept(tmp_path: Path, family: str) -> None:
         dsl.sample(each, path, state, budget=4, seed=0).tokens_BL for each in (denoiser, again)
     )
     assert torch.equal(drawn, redrawn)
+
+
+def test_weights_that_a_pattern_ties_are_kept(tmp_path: Path) -> None:
+    """I-BERT names the source of its tied weights by a pattern."""
+    hubs.saved(tmp_path / "base", "ibert")
+    denoiser = dsl.from_transformers(tmp_path / "base", embed_dim=4)
+    dsl.save(denoiser, tmp_path / "kept")
+    state = dsl.State.masked(2, LENGTH, 4)
+    found = dsl.load(tmp_path / "kept")(state).log_probs()
+    assert torch.equal(found, denoiser(state).log_probs())
+
+
+def test_a_network_that_cannot_be_built_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: object) -> None:
+        raise ValueError("no model can be built")
+
+    hubs.saved(tmp_path, "bert")
+    monkeypatch.setattr(foreign, "network", fail)
+    with pytest.raises(AdaptationError, match="no model can be built, so a saved denoiser could"):
+        dsl.from_transformers(tmp_path)
 
 
 def test_special_tokens_are_never_drawn(tmp_path: Path) -> None:

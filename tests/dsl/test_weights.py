@@ -12,6 +12,7 @@ import dsl
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiT, DiTConfig
 from dsl.errors import WeightsError
+from dsl.lora import Lora
 from dsl.state import State
 from dsl.vocabulary import Vocabulary
 from dsl.weights import read_config
@@ -60,6 +61,28 @@ def test_it_comes_back_bit_for_bit(denoiser, tmp_path, dtype):
         assert torch.equal(one, other), name
     state = State.masked(1, 5, 6)
     assert torch.equal(loaded(state).log_probs(), denoiser(state).log_probs())
+
+
+def spoil_with_adapters(denoiser: Denoiser) -> None:
+    pytest.importorskip("peft", reason="the extra `hub` is not installed")
+    Lora().attached(denoiser, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_with_adapters, "unexpected: .*lora_A.* Merge adapters"),
+        (lambda d: d.backbone.to(torch.bfloat16), "of another precision"),
+        (lambda d: d.converter.bias_U.data[0].fill_(-torch.inf), "not finite: converter.bias_U"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(denoiser, tmp_path, spoil, reason):
+    dsl.save(denoiser, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    spoil(denoiser)
+    with pytest.raises(ValueError, match=reason):
+        dsl.save(denoiser, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_loaded_model_trains(denoiser, tmp_path):
