@@ -43,8 +43,8 @@ def save(
 
     Raises:
         TypeError: ``metadata`` is not JSON.
-        ValueError: `load` would refuse the weights: they include adapters, or numbers that are not
-            finite, or are of more than one precision.
+        WeightsError: `load` would refuse the weights: they include adapters, or numbers that are
+            not finite, or are of more than one precision.
     """
     from safetensors.torch import save_file
 
@@ -59,7 +59,7 @@ def save(
         expected = Denoiser(denoiser.config).state_dict()
     tensors = denoiser.state_dict()
     if found := _misfits(expected, tensors):
-        raise ValueError(
+        raise WeightsError(
             f"{folder}: not saved, because it could not be loaded again. {found}. Merge adapters "
             "by `dsl.lora.merged`, and give all weights finite numbers of one precision"
         )

@@ -80,7 +80,7 @@ def test_what_could_not_be_loaded_is_not_saved(denoiser, tmp_path, spoil, reason
     dsl.save(denoiser, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     spoil(denoiser)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(WeightsError, match=reason):
         dsl.save(denoiser, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
