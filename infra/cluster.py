@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ START_S = 600.0  # the longest wait for workers: the time an autoscaler has to b
 SAY_S = 30.0  # between two lines about that wait
 # The states of Ray Train's controller in which no worker runs yet, or none any more.
 STARTING = ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState")
-COMMIT_VARIABLE = "SUBMITTED_COMMIT"
+COMMIT_VARIABLE = "SUBMITTED_COMMIT"  # of the code that came with a job
+COMMIT_FILE = "COMMIT"  # beside code that an image holds without its .git
 LOCAL = "local"
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -282,8 +283,13 @@ def job_id() -> str | None:
 
 
 def commit(folder: Path = ROOT) -> Revision | None:
-    """The commit of the code: the one submitted with the job, else git's of `folder`."""
-    sha, _, dirty = os.environ.get(COMMIT_VARIABLE, "").partition("-")
+    """The commit of the code: the one submitted with the job, else what a file in `folder` says,
+    else git's of `folder`."""
+    told = os.environ.get(COMMIT_VARIABLE, "")
+    if not told:
+        with suppress(FileNotFoundError):
+            told = (folder / COMMIT_FILE).read_text().strip()
+    sha, _, dirty = told.partition("-")
     if sha:
         return Revision(sha, bool(dirty))
 

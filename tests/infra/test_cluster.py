@@ -159,6 +159,17 @@ def test_commit_from_git_or_from_the_submission(
     assert cluster.commit(tmp_path) == Revision("abc", True)
 
 
+def test_the_commit_of_an_image_is_that_of_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that is submitted with a job, and runs from another folder, has no such file."""
+    monkeypatch.delenv(cluster.COMMIT_VARIABLE, raising=False)
+    (tmp_path / cluster.COMMIT_FILE).write_text("abc\n")
+    assert cluster.commit(tmp_path) == Revision("abc", False)
+    (tmp_path / cluster.COMMIT_FILE).write_text("\n")  # of an image that was not told
+    assert cluster.commit(tmp_path) is None
+
+
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "infra.cluster", "--state", str(state), *arguments],
