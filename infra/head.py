@@ -1,11 +1,14 @@
 """A Ray head on this machine behind a token, and jobs submitted to it with Ray's own commands.
 
     python -m infra.cluster up                 # a head on 127.0.0.1
-    python -m infra.cluster submit -- python pipelines/finetune.py quickstart
+    python -m infra.cluster submit -- python pipelines/finetune.py quickstart \\
+        root=$PWD/runs data=$PWD/data/quickstart init=$PWD/runs/quickstart-mdlm
     python -m infra.cluster logs JOB
     python -m infra.cluster down
 
-`python` inside a job is the interpreter that ran `up`.
+`python` inside a job is the interpreter that ran `up`. A job runs in a copy of this folder that Ray
+makes, without `runs`, `data` and what else `.gitignore` names. So data is found, and results are
+kept, only at absolute paths. If a job wrote into its copy all the same, `down` leaves that there.
 
 Added to `ray start --head --block` and `ray job`: a token that lies in a file of its own (`ray
 get-auth-token` writes into the home folder), the exit code of a job (`ray job submit` returns 1
@@ -33,15 +36,17 @@ from pathlib import Path
 from typing import Any
 
 from infra import process
-from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, QUIET, commit
+from infra.cluster import COMMIT_VARIABLE, DATA_CPUS, QUIET, ROOT, commit
+from infra.console import say
 from infra.errors import InfraError, Problem
 from infra.local import OBJECT_STORE_BYTES
 
 UP = "Start one with `python -m infra.cluster up`"
 START_SECONDS, STOP_SECONDS = 180, 20
 JOB_SECONDS = 90  # that a stopped job has for a last checkpoint; 3 by default
-# A job needs neither. Ray itself leaves out .git, .venv and what .gitignore names.
-EXCLUDES = ["/.cluster", "/tests"]
+OUTPUTS = ("runs", "data")  # where verbs and presets write by default
+# A job needs none of them. Ray itself leaves out .git, .venv and what .gitignore names.
+EXCLUDES = ["/.cluster", "/tests", *(f"/{name}" for name in OUTPUTS)]
 LIVE = ("PENDING", "RUNNING")  # what Ray says of a job that has not ended
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -162,7 +167,8 @@ def logs(state: Path, job: str) -> int:
 
 
 def down(state: Path) -> None:
-    """End the head that `up` started: its jobs, its process group, and nothing else."""
+    """End the head that `up` started: its jobs, its process group, and nothing else. Its folder
+    stays if a job wrote into the copy of the code that it ran in."""
     head = Head.load(state, alive=False)
     if head.alive:
         _stop_jobs(head.address, state / "token")
@@ -172,9 +178,19 @@ def down(state: Path) -> None:
     if process.started(head.pid) in (None, head.started):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
-    shutil.rmtree(head.folder, ignore_errors=True)
+    if made := _made_by_jobs(Path(head.folder)):
+        say(f"{head.folder} stays. Jobs wrote there: {', '.join(made)}")
+    else:
+        shutil.rmtree(head.folder, ignore_errors=True)
     for name in ("head.json", "token"):
         (state / name).unlink(missing_ok=True)
+
+
+def _made_by_jobs(folder: Path) -> list[str]:
+    """What lies in the copies of the code below a head's folder and is not of the code."""
+    copied = {path.name for path in ROOT.iterdir()} - set(OUTPUTS)
+    found = folder.glob("session_*/runtime_resources/working_dir_files/*/*")
+    return sorted({str(path.resolve()) for path in found if path.name not in copied})
 
 
 def _environment(state: Path) -> dict[str, str]:

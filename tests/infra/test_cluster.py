@@ -307,6 +307,33 @@ def test_a_head_whose_token_is_gone_can_be_ended(tmp_path: Path) -> None:
     assert process.wait(60) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("made", ["runs/a/run.json", "data/a/manifest.json", "samples/a.txt", ""])
+def test_what_jobs_wrote_into_their_own_folder_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], made: str
+) -> None:
+    """It is a copy of the code, where relative paths of their commands lead."""
+    code = tmp_path / "head/session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    for name in filter(None, ["infra/head.py", "README.md", made]):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).touch()
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    folder = tmp_path / "head"
+    (folder / "session_latest").symlink_to("session_1")
+    started = head.process.started(process.pid)
+    assert started
+    head.Head(
+        pid=process.pid, started=started, address="http://127.0.0.1:9", folder=str(folder)
+    ).save(tmp_path)
+    head.down(tmp_path)
+    process.wait(60)
+    if made:
+        assert (code / made).exists()
+        assert capsys.readouterr().err.endswith(f": {code / made.partition('/')[0]}\n")
+    else:
+        assert not folder.exists()
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [
