@@ -94,6 +94,7 @@ def test_information_takes_equal_nats() -> None:
     [
         lambda: SentenceSDE(gamma_max=31.0, grid=PROFILE),
         lambda: SentenceSDE(gamma_max=INF),
+        lambda: SentenceSDE(gamma_max=0.0),
         lambda: SentenceSDE(gamma_max=3.0, grid="lin"),  # type: ignore[arg-type]
         lambda: Quantile(mu=0.0, sigma=0.0),
         lambda: Quantile(mu=0.0, sigma=INF),
@@ -103,6 +104,7 @@ def test_information_takes_equal_nats() -> None:
         lambda: Information(gammas=(0.0, 2.0), nats=(0.1, 1.0)),
         lambda: TokenSDE(gamma_max=3.0, delta=0.0),
         lambda: TokenSDE(gamma_max=-3.0, delta=1.0),
+        lambda: TokenSDE(gamma_max=INF, delta=1.0),
         lambda: TokenSDE(gamma_max=3.0, delta=1.0, curvature="fd"),  # type: ignore[arg-type]
     ],
 )
@@ -320,6 +322,19 @@ def test_a_turn_counts_by_the_steps_before_and_after_it() -> None:
     assert gamma_BL.tolist() == [[4.0, 4.0]]
     drift_L = path.steer(posterior, carry).mean().flatten()
     assert drift_L.tolist() == pytest.approx([0.3 + 1.5 * 0.2, 0.2 + 1.5 * 0.6])
+
+
+def test_a_token_that_waited_or_hardly_moved_does_not_turn() -> None:
+    """Its last step was 0, or less than a twelfth of the present one, which is 3."""
+    grid = Information(gammas=(0.0, 1.0, 4.0), nats=(0.0, 1.0, 2.0))
+    path = SecondOrder(SentenceSDE(gamma_max=4.0, grid=grid))
+    state, before = foreseen([1.0, 0.8, 0.7], [0.1, 0.1, 0.1])
+    gamma_BL, carry = path.target(state, before, path.init(state), at(0, 3))
+    assert gamma_BL.tolist() == [[1.0, 1.0, 1.0]]
+    state, posterior = foreseen([1.0, 1.0, 1.0], [0.3, 0.3, 0.3])
+    _, carry = path.target(state, posterior, carry, at(1, 3))
+    drift_L = path.steer(posterior, carry).mean().flatten()
+    assert drift_L.tolist() == pytest.approx([0.3, 0.3, 0.3 + 3 / (2 * 0.3) * 0.2])
 
 
 def test_a_remnant_of_a_step_is_not_drawn_out() -> None:
