@@ -2,3 +2,5 @@
 
 `pipelines/benchmarks/GPU.md` says how to run it and how to read its table.
 """
+
+SCRATCH = "scratch"  # a stage's own files, in the folder of the report

@@ -7,7 +7,7 @@ Needs torch from 2.10 on, and neither Ray nor MLflow nor pyarrow. Each stage run
 its own under a time limit, on a GPU ten minutes in all. After each one DIR/gpu_check.json is
 written, so that a check that is cut short still tells what it has found. The last line of stdout is
 one JSON object. Exit code: 0 if no bar was missed and every stage finished, else 1; 2 for a wrong
-command line.
+command line or a DIR that cannot be written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.console import say
+from infra.preemption import Terminated, terminable
+from pipelines.gpu_check import SCRATCH
 from pipelines.gpu_check.findings import FAIL, finished, table
 from pipelines.report import markdown
 
@@ -47,15 +50,25 @@ Rows = list[dict[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.stage:
         _work(options)
         return 0
     report = options.out / REPORT
     rows: Rows = []
-    for stage in options.only:
-        rows += _outcome(stage, options)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
         _write(report, rows)
+    except OSError as error:
+        say(f"--out cannot be written: {error}")
+        return 2
+    try:
+        # Else a SIGTERM would leave the stage, which has a session of its own, without a limit.
+        with terminable():
+            for stage in options.only:
+                rows += _outcome(stage, options)
+                _write(report, rows)
+    except Terminated:
+        return 128 + signal.SIGTERM
     verdicts = Counter(row["verdict"] for row in rows if row["verdict"])
     failed = [f"{row['stage']}: {row['what']}" for row in rows if row["verdict"] == FAIL]
     print(markdown(table(rows)))
@@ -117,6 +130,7 @@ def _ended(stage: str, options: argparse.Namespace) -> tuple[str, bool]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            shutil.rmtree(options.out / SCRATCH, ignore_errors=True)
     return ("finished", True) if code == 0 else (f"failed with exit code {code} (see {log})", False)
 
 

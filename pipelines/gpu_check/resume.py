@@ -26,7 +26,7 @@ def run(check: Check) -> Iterator[Finding]:
     what = f"bits that differ: {WHOLE} steps, and {HALF}, a fresh process and {WHOLE - HALF} more"
     for deterministic in (True, False):
         sharding = ParallelConfig(deterministic=deterministic)
-        with tempfile.TemporaryDirectory(dir=check.out) as folder:
+        with tempfile.TemporaryDirectory(dir=check.scratch()) as folder:
             differ, total = _compared(check, sharding, folder)
         how, bar = ("", check.at_most(0)) if deterministic else (" (not deterministic)", None)
         yield Finding(what + how, differ, f"of {total:,}", bar)

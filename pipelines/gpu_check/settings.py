@@ -24,6 +24,7 @@ from pipelines.benchmarks.settings import (
     StepConfig,
     build,
 )
+from pipelines.gpu_check import SCRATCH
 
 CARD = "H100"  # for which the bars of speed were set, by a part of the driver's name
 
@@ -89,6 +90,12 @@ class Check:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    def scratch(self) -> Path:
+        """A folder for files of a stage, which is removed when the stage ends, however it does."""
+        folder = self.out / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def objective(self, name: Named, device: torch.device | None = None) -> Objective:
         """With random weights, the same on every device of a kind."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -126,18 +127,30 @@ def test_a_stage_that_crashes_leaves_the_place_in_its_log(
 # A stage that finds one thing and then hangs, as does a process that it has started.
 HANGING = """#!/bin/sh
 echo '{"what": "a fact", "value": 1, "unit": "", "bar": "", "verdict": ""}' > "$4/$6.jsonl"
+mkdir "$4/scratch"
 sleep 1000 &
 echo $! > "$4/sleeper"
 wait
 """
 
 
+def hanging(folder: Path) -> str:
+    (folder / "python").write_text(HANGING)
+    (folder / "python").chmod(0o755)
+    return str(folder / "python")
+
+
+def assert_all_ended(folder: Path) -> None:
+    assert not (folder / "scratch").exists()
+    sleeper = Path("/proc", (folder / "sleeper").read_text().strip(), "stat")
+    # Dead, or a zombie that nobody has buried yet.
+    until(lambda: not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
 def test_a_stage_that_hangs_is_ended_and_keeps_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "python").write_text(HANGING)
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "executable", hanging(tmp_path))
     monkeypatch.setattr(command, "LIMIT_CPU", 3)
     argv = ["--out", str(tmp_path), *ON_CPU, "--only", "facts", "parity"]
     assert command.main(argv) == 1
@@ -145,9 +158,43 @@ def test_a_stage_that_hangs_is_ended_and_keeps_what_it_found(
     assert [line.partition(":")[0] for line in told["failed"]] == ["facts", "parity"]
     findings = json.loads((tmp_path / "gpu_check.json").read_text())["findings"]
     assert next(found["what"] for found in findings if found["stage"] == "facts") == "a fact"
-    sleeper = Path("/proc", (tmp_path / "sleeper").read_text().strip(), "stat")
-    # Dead, or a zombie that nobody has buried yet.
-    until(lambda: not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert_all_ended(tmp_path)
+
+
+def test_a_check_that_is_terminated_ends_its_stage(tmp_path: Path) -> None:
+    argv = ["--out", str(tmp_path), *ON_CPU, "--only", "facts"]
+    code = f"import sys; from {command.__name__} import main; "
+    code += f"sys.executable = {hanging(tmp_path)!r}; sys.exit(main({argv}))"
+    check = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    until(lambda: (tmp_path / "sleeper").exists() and (tmp_path / "sleeper").read_text())
+    check.terminate()
+    assert check.wait(60) == 128 + signal.SIGTERM
+    assert_all_ended(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_a_wrong_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert command.main(["--out", str(tmp_path / "file"), *ON_CPU]) == 2
+    assert "--out cannot be written" in capsys.readouterr().err
+
+
+def test_a_card_that_is_full_at_the_first_size_misses_its_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Check, "speed_counts", True)
+    monkeypatch.setattr(profiles, "peak_gib", full)
+    check = Check(out=tmp_path, device=torch.device("cpu"), sizes=SMALL)
+    learner: Any = SimpleNamespace(step=full)
+    found = list(train._at_all_sizes(check, "mdlm", learner))
+    assert [(finding.value, finding.verdict) for finding in found] == [
+        ("out of memory", ""),
+        (0.0, "FAIL"),
+    ]
 
 
 def test_a_stage_that_fails_names_its_log(
