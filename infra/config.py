@@ -30,7 +30,8 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 MOST_BYTES = 1 << 20  # of a preset
-OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+# Keys of mappings, such as the sources of a mixture, may hold dashes and spaces.
+OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w[\w -]*)*)=(.*)", re.DOTALL)
 REQUIRED = dataclasses.MISSING
 
 

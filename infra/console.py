@@ -99,13 +99,13 @@ class Meter:
 def relay(data: Mapping[str, Any]) -> None:
     """Show what a process under Ray has written, or keep it where it is Ray's own."""
     for text in data["lines"]:
-        if data.get("pid") in ENGINE or NATIVE.match(text):
-            with suppress(OSError):  # where that disk is full; an error would end Ray's own thread
+        with suppress(OSError):  # of a disk that is full: an error would end Ray's own thread
+            if data.get("pid") in ENGINE or NATIVE.match(text):
                 os.write(2, f"{text}\n".encode())
-        elif text.startswith(REWRITE):
-            progress(text.removeprefix(REWRITE))
-        else:
-            say(text)
+            elif text.startswith(REWRITE):
+                progress(text.removeprefix(REWRITE))
+            else:
+                say(text)
 
 
 @contextmanager
@@ -153,15 +153,16 @@ def _show(log: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Send Python's warnings, and what MLflow logs of its migrations, to descriptor 2."""
-    stream = open(2, "w", closefd=False)  # noqa: SIM115
+    stream = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
     handler = logging.StreamHandler(stream)
     loggers = [logging.getLogger(name) for name in CHATTY]
 
     def warn(
         message: Warning | str, category: type[Warning], name: str, at: int, *rest: Any
     ) -> None:
-        stream.write(warnings.formatwarning(message, category, name, at))
-        stream.flush()
+        with suppress(OSError):  # of a disk that is full
+            stream.write(warnings.formatwarning(message, category, name, at))
+            stream.flush()
 
     with warnings.catch_warnings():
         warnings.showwarning = warn

@@ -7,6 +7,7 @@ on nested brackets.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from infra.storage import Folder
 
 MOST_NODES = 100_000  # of a YAML document, with every alias expanded
+# Of YAML 1.1, which the library reads, all but the numbers in which 010 is 8 and 1:30 is 90.
+INT, FLOAT, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge"))
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+REAL = re.compile(
+    r"([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
 
 
 def from_json(content: bytes | str) -> Any:
@@ -79,11 +87,23 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.SequenceNode):
             children = node.value
         elif isinstance(node, yaml.MappingNode):
-            names = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            _once((name, None) for name in names)
+            keys = [self._key(key) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for spelt in (keys, map(str, keys)):
+                _once((key, None) for key in spelt)
             children = (child for pair in node.value for child in pair)
         known[node] = 1 + sum(self._size(child, known) for child in children)
         return known[node]
+
+    def _key(self, node: yaml.ScalarNode) -> Any:
+        return node.value if node.tag == MERGE else self.construct_object(node)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (INT, FLOAT)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(INT, INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver(FLOAT, REAL, list("-+.0123456789"))
 
 
 def _once(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, Any]:

@@ -16,7 +16,9 @@ def started(pid: object) -> str | None:
     if not Path("/proc/self/stat").exists():
         return _shown(pid)
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # The kernel cuts long names, inside a letter, too.
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, *fields = stat.rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else fields[18]

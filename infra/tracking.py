@@ -46,7 +46,7 @@ ADDRESS = f"Use http(s)://host:port of an MLflow server, or {SQLITE}path/mlflow.
 KEY = "run_key"  # the tag that finds a run whose id was never written down
 # MLflow's limits. The server refuses what exceeds them.
 PARAMS_A_BATCH, TAGS_A_BATCH = 100, 100
-PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 6000, 8000, 36
+PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH, NAME_LENGTH = 6000, 8000, 36, 500
 # With MLflow's own settings one call to a dead server takes minutes.
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -351,7 +351,7 @@ def _open(client: MlflowClient, record: _Record, folder: Folder) -> str:
         client.log_batch(run_id, tags=batch)
     if data := record.dataset:
         shown = Dataset(
-            name=data["name"],
+            name=data["name"][:NAME_LENGTH],
             digest=data["digest"][:DIGEST_LENGTH],
             source_type=urlsplit(data["source"]).scheme or "local",
             source=json.dumps({"uri": data["source"]}),

@@ -368,6 +368,15 @@ def test_a_start_is_known_without_the_clock(monkeypatch: pytest.MonkeyPatch) -> 
     assert head.process.started(2**22 + 1) is None
 
 
+def test_a_process_may_have_any_name(tmp_path: Path) -> None:
+    """The kernel keeps 15 bytes of it, here with half a letter at the end."""
+    (tmp_path / "éééééééééé").write_text("#!/bin/sh\nread line\n")
+    (tmp_path / "éééééééééé").chmod(0o755)
+    named = subprocess.Popen([tmp_path / "éééééééééé"], stdin=subprocess.PIPE)
+    assert (head.process.started(named.pid) or "").isdigit()
+    named.communicate()
+
+
 def test_down_signals_no_process_that_took_over_the_pid(tmp_path: Path) -> None:
     (tmp_path / "head.json").write_text(
         f'{{"pid": {os.getpid()}, "started": "long ago", "address": "", "folder": "none"}}'

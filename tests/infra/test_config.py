@@ -169,6 +169,16 @@ def test_containers() -> None:
     assert got.folder == Path("out")
 
 
+def test_a_key_of_a_mapping_may_hold_dashes_and_spaces() -> None:
+    got = load("source=s", "resources={web-text: 1}", "resources.web-text=2", "resources.a b=3")
+    assert got.resources == {"web-text": 2.0, "a b": 3.0}
+
+
+def test_a_number_with_a_leading_zero_is_decimal() -> None:
+    assert load("source=s", "seed=010", "steps=08", "optimizer.lr=010").seed == 10
+    assert load("source=s", "steps=0x10", "resources={CPU: 1.5, GPU: .inf}").steps == 16
+
+
 @pytest.mark.parametrize(
     "text", ["a: b", "foo # bar", "@x", "2024-01-01", "s3://bucket/key=1/x", "- item", "a=b"]
 )
@@ -187,6 +197,9 @@ def test_text_stays_as_typed(text: str) -> None:
         (["path=remask", "path.rule=capp"],
          "path.rule (command line): expected 'cap' | 'rescale', got 'capp'. Did you mean `cap`?"),
         (["steps=many"], "steps (command line): expected int, got 'many'"),
+        (["steps=1:30"], "steps (command line): expected int, got '1:30'"),
+        (["resources={yes: 1, true: 2}"], "not YAML: 'True' is there twice"),
+        (["resources={1: 1, 1.0: 2}"], "not YAML: '1.0' is there twice"),
         (["steps=yes"], "steps (command line): expected int, got True"),
         (["path=remask", "path.eta=yes"], "path.eta (command line): expected float, got True"),
         (["steps={a: 1}"], "steps (command line): expected int, got {'a': 1}"),

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,11 +89,15 @@ def test_lines_of_workers_are_shown_and_those_of_ray_are_kept(
 
 
 def test_a_full_disk_does_not_end_the_thread_that_relays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(descriptor: int, content: bytes) -> int:
+    def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(
+        sys, "stderr", SimpleNamespace(isatty=lambda: False, write=full, flush=full)
+    )
     console.relay({"pid": "raylet", "lines": ["no room", "none at all"]})
+    console.relay({"pid": 7, "lines": ["a line", "\rstep 1/2"]})
 
 
 def test_the_log_goes_where_all_ends_well(capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +105,7 @@ def test_the_log_goes_where_all_ends_well(capfd: pytest.CaptureFixture[str]) -> 
         os.write(2, b"from a library\n")
         logging.getLogger("alembic.runtime.migration").warning("a migration")
         warnings.warn("out of date", UserWarning, stacklevel=1)
+        warnings.warn("no character: \udce9", UserWarning, stacklevel=1)
         kept = log.read_text()
         assert all(text in kept for text in ("from a library", "a migration", "out of date"))
     assert not log.exists()

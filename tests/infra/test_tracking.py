@@ -217,7 +217,7 @@ def test_a_run_shows_all_it_was_given(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "bucket")  # addresses stay whole all the same
     sweep = start(root, "sweep")
-    handle = start(root, "sweep/trial", dataset=DATASET, parent=sweep.run_id)
+    handle = start(root, "sweep/trial", dataset={**DATASET, "name": "t" * 600}, parent=sweep.run_id)
     run = run_of(handle)
     assert run.info.status == "RUNNING"
     assert run.data.params["optim.lr"] == "0.0003"
@@ -227,7 +227,7 @@ def test_a_run_shows_all_it_was_given(
     assert run.data.tags["commit"] == "c0ffee"
     assert run.data.tags["mlflow.parentRunId"] == sweep.run_id
     (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest) == ("topics", ("ab" * 32)[:36])
+    assert (data.dataset.name, data.dataset.digest) == ("t" * 500, ("ab" * 32)[:36])
     assert json.loads(data.dataset.source) == {"uri": DATASET["source"]}
     assert json.loads(data.dataset.profile)["digest"] == "ab" * 32
     assert Path(run.info.artifact_uri, "config.yaml").read_text() == CONFIG
