@@ -81,7 +81,8 @@ def path_integral(
             of the path, so the sum has no discretisation error.
         path: how SNR rises. "diffusion": all tokens together; "left_to_right" and
             "random_order": one token after the other, as autoregressive models do (003 eq. 4);
-            "staggered": every token in a random stretch of its own.
+            "staggered": every token in a random stretch of its own. What is random is drawn anew
+            for every call, which keeps the terms independent.
         grid: where the pieces of a token's rise end. Pieces of equal nats have the least
             variance, which is `Information` of a measured profile; a `Quantile` grid samples SNR
             from a log-normal.
@@ -96,11 +97,11 @@ def path_integral(
     table_VD = denoiser.table_VD
     tokens_BL = token_ids(tokens_BL, table_VD)
     rows, length = tokens_BL.shape
-    contour = _Contour(tokens_BL, path, grid, gamma_max, steps, Draws(seed, first_row, steps))
+    contours = _Contours(path, grid, gamma_max, steps)
     terms = []
     for step in range(steps):
         draws = Draws(seed, first_row, step)
-        low_BL, high_BL = contour.gamma(step / steps), contour.gamma((step + 1) / steps)
+        low_BL, high_BL = contours.piece(step, tokens_BL, Draws(seed, first_row, steps + step))
         along_B1 = draws.uniform(rows, 1, Stream.PATH)
         rise_BL = high_BL - low_BL
         state = observe(table_VD, tokens_BL, low_BL + along_B1 * rise_BL, draws)
@@ -146,7 +147,7 @@ def hybrid_bound(
     everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
     terms = []
     for step in range(steps):
-        # The integral has used the steps up to and including `steps`.
+        # The noise of the integral is keyed by the steps below `steps`.
         state = observe(table_VD, tokens_BL, gamma_BL, Draws(seed, first_row, steps + 1 + step))
         terms.append(_nats(denoiser(state), tokens_BL, everywhere_BL).sum(1) / steps)
     rest = _sum(terms, tokens_BL.shape[1])
@@ -290,8 +291,8 @@ _PATHS: Mapping[str, Callable[[int, int, Draws], tuple[Tensor, Tensor]]] = Mappi
 )
 
 
-class _Contour:
-    """A monotone curve of SNR from 0 to ``gamma_max`` for every token.
+class _Contours:
+    """Monotone curves of SNR from 0 to ``gamma_max`` for every token.
 
     Each token rises in a window of time of its own, by one profile for all. Between two knots of
     the profile the rise is linear.
@@ -299,28 +300,30 @@ class _Contour:
 
     def __init__(
         self,
-        tokens_BL: Tensor,
         path: PathName,
         grid: Grid | Literal["linear", "log"],
         gamma_max: float,
         steps: int,
-        draws: Draws,
     ) -> None:
         if path not in _PATHS:
             raise ValueError(f"path must be one of {', '.join(_PATHS)}, got {path!r}")
-        rows, length = tokens_BL.shape
-        start_BL, stop_BL = _PATHS[path](rows, length, draws)
-        self.start_BL, self.span_BL = start_BL, stop_BL - start_BL
+        self.windows = _PATHS[path]
         rise = named(grid)
         knots = [rise.gamma(step / steps, gamma_max) for step in range(steps + 1)]
         self.knots = torch.tensor(knots, dtype=torch.float64)
 
-    def gamma(self, time: float) -> Tensor:
-        """``[B, L]`` float64 at a time in [0, 1], on the CPU."""
+    def piece(self, step: int, tokens_BL: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """SNR at the start and at the end of a step, ``[B, L]`` float64 each, on the CPU."""
+        rows, length = tokens_BL.shape
+        start_BL, stop_BL = self.windows(rows, length, draws)
         pieces = len(self.knots) - 1
-        share_BL = ((time - self.start_BL) / self.span_BL).clamp(0, 1) * pieces
-        piece_BL = share_BL.long().clamp_max(pieces - 1)
-        return self.knots[piece_BL].lerp(self.knots[piece_BL + 1], share_BL - piece_BL)
+
+        def gamma(time: float) -> Tensor:
+            share_BL = ((time - start_BL) / (stop_BL - start_BL)).clamp(0, 1) * pieces
+            piece_BL = share_BL.long().clamp_max(pieces - 1)
+            return self.knots[piece_BL].lerp(self.knots[piece_BL + 1], share_BL - piece_BL)
+
+        return gamma(step / pieces), gamma((step + 1) / pieces)
 
 
 def _require_finite_snr(name: str, gamma: float) -> None:
