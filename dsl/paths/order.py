@@ -3,6 +3,7 @@
 Shapes: B rows, L positions.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,6 +23,9 @@ class Order:
     ``order`` is ``"random"`` (every row its own), ``"left_to_right"``, or one key per position.
     A budget below the number of tokens reveals ``ceil(left / calls left)`` of them each call, so
     the last call has no more to guess at once than the others.
+
+    Raises:
+        ValueError: ``order`` has no such name, or a key is not finite.
     """
 
     order: Literal["random", "left_to_right"] | tuple[float, ...]
@@ -35,6 +39,8 @@ class Order:
                 f"order must be 'random', 'left_to_right' or one key per position, "
                 f"got {self.order!r}"
             )
+        if not isinstance(self.order, str) and not all(map(math.isfinite, self.order)):
+            raise ValueError(f"the keys of an order must be finite, got {self.order}")
 
     def init(self, state: State) -> None:
         return None

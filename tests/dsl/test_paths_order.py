@@ -5,6 +5,7 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,9 @@ def test_any_key_is_an_order() -> None:
         draw(Order((0, 1, 2)), 5)
     with pytest.raises(ValueError, match="'sideways'"):
         Order("sideways")  # type: ignore[arg-type]
+    for key in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="keys of an order must be finite"):
+            Order((0.5, key))
 
 
 def test_random_orders_are_uniform_and_each_row_has_its_own() -> None:
