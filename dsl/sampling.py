@@ -124,7 +124,7 @@ class _Evaluator:
         self.state = state
 
     def answer(self) -> Posterior:
-        wanted_B = self.stale_B & self._unfinished()
+        wanted_B = self.stale_B & ~self.state.host.revealed_BL.all(1)
         if self.posterior is None:
             wanted_B = torch.ones_like(wanted_B)
         if self.posterior is None or wanted_B.all():
@@ -159,15 +159,12 @@ class _Evaluator:
         if self.probes_left == 0:
             raise ValueError("the path evaluates more states than its budget has calls left for")
         self.probes_left -= 1
-        self._count(self._unfinished())
+        self._count(torch.ones_like(self.stale_B))  # finished rows are evaluated with the others
         return self.denoiser(state)
 
     def _count(self, wanted_B: Tensor) -> None:
         self.calls += bool(wanted_B.any())
         self.row_calls_B += wanted_B
-
-    def _unfinished(self) -> Tensor:
-        return ~self.state.host.revealed_BL.all(1)
 
 
 class _Deferred(Posterior):

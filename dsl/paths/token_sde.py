@@ -131,10 +131,12 @@ def secant(x_hat_BLD: Tensor, before_BLD: Tensor | None, step: float) -> Tensor:
 def jvp(state: State, x_hat_BLD: Tensor, clock: Clock) -> Tensor:
     """``kappa_BL``, the derivative along the drift ``x_hat`` itself (003 algorithm 1).
 
-    Costs one call: a forward-mode evaluation of the denoiser.
+    Costs one call, a forward-mode evaluation of the denoiser; none where no token can move.
     """
     host = state.host
     fixed_BL = host.revealed_BL | host.frozen_BL
+    if fixed_BL.all():
+        return torch.zeros_like(x_hat_BLD[..., 0])
     # At gamma 0 a denoiser may ignore z. With a tiny gamma, z = 0 is evidence with a derivative.
     faint_BL = host.gamma_BL.clamp_min(torch.finfo(host.gamma_BL.dtype).tiny)
     faint = OnHost(torch.where(fixed_BL, host.gamma_BL, faint_BL), host.frozen_BL)

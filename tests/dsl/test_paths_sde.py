@@ -225,6 +225,29 @@ def test_a_jvp_is_charged_to_the_budget() -> None:
         assert (made.row_calls_B == made.calls).all()
 
 
+@pytest.mark.parametrize("finished", [1, 3])
+def test_calls_are_those_that_were_made_however_much_is_known(finished: int) -> None:
+    """With all rows finished from the start there are none; a jvp evaluates every row."""
+    asked: list[int] = []
+    denoiser = LAW.denoiser()
+
+    class Spy:
+        table_VD = LAW.table_VD
+
+        def __call__(self, state: State) -> Posterior:
+            asked.append(len(state.tokens_BL))
+            return denoiser(state)
+
+    tokens_BL = LAW.draw(3, seed=0)
+    known_BL = (torch.arange(3) < finished)[:, None].expand_as(tokens_BL)
+    start = State.from_tokens(LAW.table_VD, tokens_BL, known_BL)
+    path = TokenSDE(gamma_max=20.0, delta=0.1, curvature="jvp")
+    made = sample(Spy(), path, start, budget=8, seed=0)
+    assert made.calls == len(asked) == (0 if finished == 3 else 8)
+    assert made.row_calls_B.sum() == sum(asked)
+    assert torch.equal(made.tokens_BL[:finished], tokens_BL[:finished])
+
+
 def test_no_path_can_overdraw_the_budget() -> None:
     class Greedy(Masked):
         def target(self, state: State, posterior: Posterior, carry: None, clock: Clock) -> Any:
