@@ -49,7 +49,8 @@ class Estimate:
         rows = len(self.mean_B)
         if rows == 0:
             raise ValueError("there is no mean of no rows: give at least one text")
-        return self.mean_B.mean().item(), self.mean_B.std().item() / math.sqrt(rows)
+        spread = self.mean_B.std().item() if rows > 1 else math.nan
+        return self.mean_B.mean().item(), spread / math.sqrt(rows)
 
 
 def perplexity(nats_per_token: float) -> float:
@@ -165,9 +166,12 @@ def roar(
     sample. The samples of a row spread their k evenly over its range.
 
     Raises:
-        ValueError: ``samples`` is below 2, or the texts are not `dsl.state.token_ids`.
+        ValueError: ``samples`` is below 2, the backbone is causal, or the texts are not
+            `dsl.state.token_ids`.
     """
     _require_two("samples", samples)
+    if isinstance(denoiser, Denoiser) and denoiser.config.backbone.causal:
+        raise ValueError("the backbone is causal, so it has seen no masked tokens; use ar")
     table_VD = denoiser.table_VD
     tokens_BL = token_ids(tokens_BL, table_VD)
     rows, length = tokens_BL.shape
@@ -224,8 +228,10 @@ class Profile:
         For the exact posterior E falls with SNR, so rises, which are noise, are levelled first.
         """
         error = _falling(self.mean_G.tolist())
-        # Never exactly 0, even where measured so: the grid's nats must increase to the end.
-        error = [max(value, 1e-6 * error[0]) for value in error]
+        # Never exactly 0, even where measured so: the grid's nats must increase to the end. With no
+        # error anywhere, equal steps of nats are equal steps of SNR.
+        floor = 1e-6 * error[0] or 1.0
+        error = [max(value, floor) for value in error]
         nats = [0.0]
         for (low, high), (left, right) in zip(pairwise(self.gammas), pairwise(error), strict=True):
             nats.append(nats[-1] + (high - low) * (left + right) / 4)
@@ -240,7 +246,7 @@ def profile(
 
     Raises:
         ValueError: ``gammas`` do not increase from 0, are not finite, or are fewer than two; or
-            the texts are not `dsl.state.token_ids`.
+            the texts are not `dsl.state.token_ids`, or there are none.
     """
     rises = all(low < high for low, high in pairwise(gammas))  # not so beside a NaN
     if len(gammas) < 2 or gammas[0] != 0 or not rises or math.isinf(gammas[-1]):
@@ -249,6 +255,8 @@ def profile(
         )
     table_VD = denoiser.table_VD
     tokens_BL = token_ids(tokens_BL, table_VD)
+    if len(tokens_BL) == 0:
+        raise ValueError("there is no profile of no rows: give at least one text")
     everywhere_BL = torch.ones(tokens_BL.shape, dtype=torch.bool)
     errors = []
     for step, gamma in enumerate(gammas):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -272,6 +273,8 @@ def test_ar_is_the_product_of_its_conditionals() -> None:
     assert expected_B.std() > 1e-2
     with pytest.raises(ValueError, match="not causal"):
         ar(network(causal=False), tokens_BL)
+    with pytest.raises(ValueError, match="causal, so it has seen no masked tokens; use ar"):
+        roar(denoiser, tokens_BL, samples=2, seed=0)
 
 
 def test_a_network_is_measured_without_gradients_and_in_chunks(
@@ -310,6 +313,8 @@ def test_profile_measures_the_error_field() -> None:
     for gammas in ([0.0], [1.0, 2.0], [0.0, 2.0, 2.0], [0.0, math.nan], [0.0, 1.0, math.inf]):
         with pytest.raises(ValueError, match="increase from 0"):
             profile(LAW.denoiser(), tokens_BL[:2], gammas, seed=0)
+    with pytest.raises(ValueError, match="no profile of no rows"):
+        profile(LAW.denoiser(), tokens_BL[:0], [0.0, 1.0], seed=0)
 
 
 def test_information_grid_counts_nats() -> None:
@@ -340,11 +345,21 @@ def test_information_of_a_noisy_profile_is_monotone() -> None:
     assert all(low < high for low, high in itertools.pairwise(grid.nats))
 
 
+def test_no_information_means_equal_steps_of_snr() -> None:
+    """As of a network that is certain from the start."""
+    grid = Profile((0.0, 2.0, 8.0), torch.zeros(3, 4, dtype=torch.float64)).information()
+    assert [grid.gamma(share, 8.0) for share in (0.25, 0.5, 1.0)] == [2.0, 4.0, 8.0]
+
+
 def test_units() -> None:
     assert perplexity(math.log(50257)) == pytest.approx(50257)
     assert perplexity(1e4) == math.inf
     mean, stderr = Estimate(torch.tensor([1.0, 3.0]), torch.zeros(2)).corpus()
     assert (mean, stderr) == (2.0, pytest.approx(1.0))
+    with warnings.catch_warnings(action="error"):
+        mean, stderr = Estimate(torch.tensor([1.0]), torch.zeros(1)).corpus()
+    assert mean == 1.0
+    assert math.isnan(stderr)
     with pytest.raises(ValueError, match="no mean of no rows"):
         Estimate(torch.zeros(0), torch.zeros(0)).corpus()
 
