@@ -43,7 +43,7 @@ class Hybrid:
     such as their shortfall, is summed.
 
     Raises:
-        ValueError: a negative split, or (0, 0).
+        ValueError: a stage that is no `Stage`; or a split that is not two counts, or is (0, 0).
     """
 
     first: Stage
@@ -52,7 +52,13 @@ class Hybrid:
     kind: Literal["hybrid"] = "hybrid"
 
     def __post_init__(self) -> None:
-        if min(self.split) < 0 or sum(self.split) == 0:
+        for stage in (self.first, self.second):
+            if not isinstance(stage, Stage):
+                raise ValueError(
+                    f"the stages of a Hybrid must be paths other than Hybrid, got {stage!r}"
+                )
+        counts = [type(calls) for calls in self.split] == [int, int]
+        if not counts or min(self.split) < 0 or sum(self.split) == 0:
             raise ValueError(f"split must be two counts of calls, not both 0, got {self.split}")
 
     @property

@@ -58,12 +58,19 @@ class SecondOrder:
     the last call (003 eq. 24 is the first term). The noise is additive, so the error in law falls
     with the square of the step and not with the step itself. No call is added. A token that did not
     move last time, or by less than a twelfth of its present step, moves by its prediction alone.
+
+    Raises:
+        ValueError: ``path`` is of another type.
     """
 
     path: SentenceSDE | TokenSDE
     kind: Literal["second_order"] = "second_order"
 
     finite_snr: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, SentenceSDE | TokenSDE):
+            raise ValueError(f"path must be a SentenceSDE or a TokenSDE, got {self.path!r}")
 
     def init(self, state: State) -> Carry:
         return Carry(self.path.init(state), None, None, None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsl.exact import ExactDenoiser
-from dsl.paths import AnyPath, Clock, Hybrid, Masked, SentenceSDE
+from dsl.paths import AnyPath, Clock, Hybrid, Masked, SecondOrder, SentenceSDE
 from dsl.posterior import Posterior
 from dsl.sampling import Sample, sample
 from dsl.state import State
@@ -219,12 +219,22 @@ def test_wrong_budgets_are_refused() -> None:
         sample(LAW.denoiser(), Masked(), blank(LAW, 2), budget=2, seed=0, first_row=-1)
     with pytest.raises(ValueError, match=r"5 \+ 7 calls but the budget is 11"):
         draw(PATHS[4], budget=11)
-    for split in ((0, 0), (-1, 2)):
-        with pytest.raises(ValueError, match="split"):
-            Hybrid(Masked(), Masked(), split=split)
+    for split in ((0, 0), (-1, 2), (1.5, 2.5), (1, 2, 3), (4,)):
+        with pytest.raises(ValueError, match="split must be two counts of calls"):
+            Hybrid(Masked(), Masked(), split=split)  # type: ignore[arg-type]
     for gamma_max in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="gamma_max"):
             SentenceSDE(gamma_max=gamma_max)
+
+
+def test_a_path_of_paths_takes_those_that_it_can_walk() -> None:
+    whole = Hybrid(Masked(), Masked(), split=(2, 2))
+    for stages in ((whole, Masked()), (Masked(), whole), ("masked", Masked())):
+        with pytest.raises(ValueError, match="stages of a Hybrid must be paths other than Hybrid"):
+            Hybrid(*stages, split=(4, 2))  # type: ignore[arg-type]
+    for inner in (Masked(), whole, SecondOrder(SentenceSDE(gamma_max=2.0))):
+        with pytest.raises(ValueError, match="must be a SentenceSDE or a TokenSDE"):
+            SecondOrder(inner)  # type: ignore[arg-type]
 
 
 ROWS = 2_000
