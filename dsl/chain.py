@@ -125,10 +125,9 @@ class ChainDenoiser(MarkovDenoiser):
             raise ValueError(f"smoothing must be finite and at least 0, got {smoothing}")
         if tokens_NL.ndim != 2 or tokens_NL.shape[1] <= order or not len(tokens_NL):
             raise ValueError(f"texts must be rows of more than {order} tokens")
+        tokens_NL = token_ids(tokens_NL, table_VD)
         tokens = len(table_VD)
-        if not 0 <= int(tokens_NL.min()) <= int(tokens_NL.max()) < tokens:
-            raise ValueError(f"a token id lies outside [0, {tokens})")
-        grams_N = tokens_NL.long().unfold(1, order + 1, 1).reshape(-1, order + 1)
+        grams_N = tokens_NL.unfold(1, order + 1, 1).reshape(-1, order + 1)
         index_N = torch.zeros_like(grams_N[:, 0])
         for column_N in grams_N.T:
             index_N = index_N * tokens + column_N

@@ -93,8 +93,8 @@ class State(Knowledge):
         SNR as noise-free soft evidence ``z = gamma x_token``, inf as revealed but editable.
 
         Raises:
-            ValueError: shapes are not one ``[B, L]``, an id lies outside [0, V), or a gamma is
-                negative or NaN.
+            ValueError: shapes are not one ``[B, L]``, tokens are no integers, an id lies outside
+                [0, V), or a gamma is negative or NaN.
         """
         if gamma_BL is None:
             gamma_BL = torch.zeros(tokens_BL.shape)
@@ -103,6 +103,8 @@ class State(Knowledge):
                 f"tokens {tuple(tokens_BL.shape)}, known {tuple(known_BL.shape)} and gamma "
                 f"{tuple(gamma_BL.shape)} must share one shape [B, L]"
             )
+        if tokens_BL.is_floating_point():
+            raise ValueError(f"tokens must be ids, got {tokens_BL.dtype}")
         known_BL = known_BL.to(table_VD.device, torch.bool)
         tokens_BL = tokens_BL.to(table_VD.device, torch.int64)
         gamma_BL = gamma_BL.to(table_VD).masked_fill(known_BL, torch.inf)

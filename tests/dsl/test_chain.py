@@ -183,6 +183,7 @@ def test_few_calls_cost_less_along_snr_than_masked() -> None:
         (lambda: ChainDenoiser(ring(3), torch.ones(3) / 3, -torch.eye(3)), "transition must hold"),
         (lambda: ChainDenoiser.fit(ring(3), torch.zeros(2, 5), order=4), "order must be"),
         (lambda: ChainDenoiser.fit(ring(3), torch.zeros(2, 2), order=2), "more than 2 tokens"),
+        (lambda: ChainDenoiser.fit(ring(3), torch.zeros(2, 5)), "texts must be ids"),
         (lambda: ChainDenoiser.fit(ring(3), torch.full((1, 4), 3)), "outside"),
         (lambda: ChainDenoiser.fit(ring(3), torch.zeros(1, 4), smoothing=-1.0), "smoothing"),
         (lambda: chain(3, 1, seed=0).log_prob(torch.tensor([[0, -1]])), "outside"),

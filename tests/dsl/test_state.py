@@ -61,6 +61,11 @@ def test_ids_are_checked_where_they_count() -> None:
             State.from_tokens(TABLE, outside, known)
 
 
+def test_tokens_that_are_no_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens must be ids, got"):
+        State.from_tokens(TABLE, TOKENS.double(), ~NONE)
+
+
 @pytest.mark.parametrize("gamma", [-1.0, math.nan, -math.inf])
 def test_gamma_outside_its_range_is_refused(gamma: float) -> None:
     with pytest.raises(ValueError, match="gamma"):
