@@ -30,11 +30,13 @@ class HiddenChainDenoiser(MarkovDenoiser):
     def __init__(
         self, table_VD: Tensor, initial_S: Tensor, transition_SS: Tensor, emission_SV: Tensor
     ) -> None:
-        states = len(initial_S)
-        if emission_SV.shape != (states, len(table_VD)):
+        states, tokens = len(initial_S), len(table_VD)
+        shapes = [tuple(probs.shape) for probs in (initial_S, transition_SS, emission_SV)]
+        if shapes != [(states,), (states, states), (states, tokens)]:
             raise ValueError(
-                f"for {states} states and {len(table_VD)} tokens, emission must be "
-                f"[{states}, {len(table_VD)}], got {tuple(emission_SV.shape)}"
+                f"for {states} states and {tokens} tokens, initial must be [{states}], transition "
+                f"must be [{states}, {states}] and emission must be [{states}, {tokens}], "
+                f"got {', '.join(map(str, shapes))}"
             )
         require_probabilities("emission", emission_SV)
         self.table_VD = table_VD.double()

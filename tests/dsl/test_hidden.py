@@ -117,13 +117,18 @@ def test_paths_walk_it(path: dsl.paths.AnyPath) -> None:
     assert all(map(math.isfinite, hidden(7, zeros=0.3).log_prob(made.tokens_BL).tolist()))
 
 
+FIRST_S, NEXT_SS, EMISSION_SV = torch.ones(4) / 4, torch.ones(4, 4) / 4, torch.ones(4, 3) / 3
+
+
 @pytest.mark.parametrize(
-    ("emission_SV", "said"),
+    ("arguments", "said"),
     [
-        (torch.ones(4, 2) / 2, r"emission must be \[4, 3\]"),
-        (torch.ones(4, 3), "emission must hold"),
+        ((FIRST_S, NEXT_SS, torch.ones(4, 2) / 2), r"emission must be \[4, 3\]"),
+        ((FIRST_S, torch.ones(2, 2) / 2, EMISSION_SV), r"4 states .* transition must be \[4, 4\]"),
+        ((NEXT_SS / 4, torch.ones(4, 4, 4) / 4, EMISSION_SV), r"initial must be \[4\]"),
+        ((FIRST_S, NEXT_SS, torch.ones(4, 3)), "emission must hold"),
     ],
 )
-def test_bad_arguments_are_named(emission_SV: Tensor, said: str) -> None:
+def test_bad_arguments_are_named(arguments: tuple[Tensor, Tensor, Tensor], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        HiddenChainDenoiser(ring(3), torch.ones(4) / 4, torch.ones(4, 4) / 4, emission_SV)
+        HiddenChainDenoiser(ring(3), *arguments)
