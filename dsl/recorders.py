@@ -31,7 +31,8 @@ def _share(part_BL: Tensor, whole_BL: Tensor) -> float:
 @dataclass(kw_only=True)
 class Schedule:
     """Masking and reveal schedule: the shares ``masked``, ``evidence`` and ``revealed`` that each
-    step leaves (they sum to 1), and ``reveals``, the share that it revealed."""
+    step leaves (they sum to 1 unless all is frozen), and ``reveals``, the share that it revealed.
+    """
 
     name: str = "schedule"
     _seen: dict[str, list[float]] = field(
@@ -59,7 +60,8 @@ class Rewrites:
 
     At each step, ``remasked`` is the share of revealed tokens whose SNR falls below infinity, and
     ``rewritten`` the share of all tokens that are revealed as another token than the last time, or
-    than the one given at the start. ``rewrites_per_token`` is the sum of ``rewritten``.
+    than the one revealed at the start (soft evidence has no token to differ from).
+    ``rewrites_per_token`` is the sum of ``rewritten``.
     """
 
     name: str = "rewrites"
