@@ -85,12 +85,12 @@ def read(
             tokens += ids
             gamma += [known] * len(ids)
 
+    if mode == "correct" and not any(gamma):
+        raise TextError("there is no text to correct; give one")
     if length is None:
         length = len(tokens) if whole else otherwise
     if length is None:
         raise TextError("a prompt needs a length: this model does not say how long its rows are")
-    if whole and not (tokens or length):
-        raise TextError("there is no text to correct; give one")
     if not 0 < length >= len(tokens):
         raise TextError(f"the text has {len(tokens)} tokens, the row has room for {length}")
     rest = length - len(tokens)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dsl import conditioning
-from dsl.errors import VocabularyError
+from dsl.errors import TextError, VocabularyError
 from dsl.vocabulary import CHARACTERS, Vocabulary
 
 CORPUS = list(pydoc_data.topics.topics.values())[:20]
@@ -195,6 +195,14 @@ def test_text_behind_a_blank_gets_no_space_of_its_own(spaced):
         assert given.gamma.count(0.0) == text.count("_")
         ids = [id if snr else blank for id, snr in zip(given.tokens, given.gamma, strict=True)]
         assert spaced.decode_behind(ids).removeprefix(" ") == text.replace("_", "a")
+
+
+@pytest.mark.parametrize("text", ["", "__"])
+def test_nothing_is_no_text_to_correct(text):
+    for length in (None, 5):
+        with pytest.raises(TextError, match="no text to correct"):
+            conditioning.read(text, BPE, mode="correct", length=length)
+    assert conditioning.read("a_", BPE, mode="correct", length=5).gamma == (2, 0, 0, 0, 0)
 
 
 def test_rows_of_a_text_keep_their_space(spaced):
