@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import secrets
 import shutil
@@ -165,6 +166,10 @@ class Halving(FIFOScheduler):
         super().__init__()
         self.asha, self.steps = asha, steps
         self.bounds = {t.name: [(v.step, v.bound) for v in t.validations] for t in known}
+        for trial in known:
+            # It may have been interrupted before its last validation was judged.
+            if trial.state in ("running", "lost"):
+                del self.bounds[trial.name][-1:]
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if BOUND not in result:
@@ -200,7 +205,7 @@ class SweepCallback(tune.Callback):
         name = trial.config["trial"]
         found = self.trials.read(name)
         if found.state == "running":
-            self._stopped(found)
+            self._stopped(found, trial.last_result)
             found = self.trials.read(name)
         bound = f", bound {found.bound:.4f}" if found.validations else ""
         say(f"{name}  {found.state} at step {found.step}{bound}  {found.why}".rstrip())
@@ -211,12 +216,13 @@ class SweepCallback(tune.Callback):
             self.trials.end(name, "lost", "its process died")
         say(f"{name}  lost  {self.trials.read(name).why}")
 
-    def _stopped(self, trial: Trial) -> None:
+    def _stopped(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Record that ASHA stopped a trial; Tune ends its process next."""
         assert self.config.asha is not None
-        rung = self.config.asha.rungs(trial.step + 1)[-1]
-        why = f"not among the best 1/{self.config.asha.reduction} at step {rung}"
-        self.trials.end(trial.name, "stopped", why)
+        rung = self.config.asha.rungs(result["step"] + 1)[-1]
+        why = f"not among the best 1/{self.config.asha.reduction}"
+        why = why if math.isfinite(result[BOUND]) else "no finite bound"
+        self.trials.end(trial.name, "stopped", f"{why} at step {rung}")
         _close(self.trials, self.trials.read(trial.name))
 
     def _steps(self) -> int:

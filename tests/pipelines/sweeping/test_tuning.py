@@ -25,15 +25,15 @@ from pipelines.evaluation import preparation
 from pipelines.sweep import expected_steps
 from pipelines.sweeping import second, tuning
 from pipelines.sweeping.settings import Asha, SweepConfig
-from pipelines.sweeping.trials import BOUND, Trials
+from pipelines.sweeping.trials import BOUND, State, Trials
 from pipelines.training.settings import WorkersConfig
 from tests.pipelines.sweeping import small
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
-def of_tune(name: str) -> Any:
-    return SimpleNamespace(trial_id=name, config={"trial": name})
+def of_tune(name: str, last: object = None) -> Any:
+    return SimpleNamespace(trial_id=name, config={"trial": name}, last_result=last)
 
 
 def judge(halving: tuning.Halving, name: str, step: int, bound: float) -> str:
@@ -45,7 +45,7 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
     known = [
         small.trial(0, {}, "finished", 2.0, 1.8, 1.7, 1.6),
         small.trial(1, {}, "stopped", 3.0),
-        small.trial(2, {}, "running", 2.5, 2.4),
+        small.trial(2, {}, "running", 2.5, 2.4, 2.3),
     ]
     halving = tuning.Halving(asha, 40, known)
     assert judge(halving, "trial-003", 10, 2.6) == STOP  # the median is 2.5
@@ -55,6 +55,17 @@ def test_halving_remembers_the_trials_of_an_earlier_process() -> None:
     assert judge(halving, "trial-002", 30, 9.0) == CONTINUE
     # It has trained to the end: stopping would save nothing.
     assert judge(halving, "trial-004", 40, 9.0) == CONTINUE
+
+
+@pytest.mark.parametrize("state", ["running", "lost"])
+@pytest.mark.parametrize("step", [10, 15])
+def test_a_trial_that_was_interrupted_at_a_rung_is_judged_when_it_resumes(
+    state: State, step: int
+) -> None:
+    """It writes a validation down before the driver hears of it, which may never be."""
+    known = [small.trial(0, {}, "finished", 2.0), small.trial(1, {}, state, 9.0)]
+    halving = tuning.Halving(Asha(grace=10, reduction=2), 40, known)
+    assert judge(halving, "trial-001", step, 9.0) == STOP
 
 
 def test_a_bound_that_is_no_number_is_worse_than_any() -> None:
@@ -270,12 +281,16 @@ def test_a_trial_that_was_stopped_says_at_which_rung(tmp_path: Path) -> None:
     config = small.load(f"root={tmp_path}", "finetune.train.steps=60", "asha={grace: 10}")
     trials = Trials(folder=config.folder / "trials")
     callback = tuning.SweepCallback(config, trials)
-    for number, bounds in enumerate([(3.0,), (3.0, 3.0), (3.0, 3.0, 3.0)]):
+    bad = math.nan
+    for number, bounds in enumerate([(3.0,), (3.0, 3.0), (3.0, 3.0, 3.0), (bad,), (3.0, 3.0, bad)]):
         name = trials.add(number, {"converter.beta": 0.3})
         small.write(Path(config.folder.path) / "trials" / name, *bounds)
-        callback.on_trial_complete(1, [], of_tune(name))
+        last = {"step": 10 * len(bounds), BOUND: bounds[-1]}
+        callback.on_trial_complete(1, [], of_tune(name, last))
+    worse, none = "not among the best 1/3", "no finite bound"
+    found = [(worse, 10), (worse, 10), (worse, 30), (none, 10), (none, 30)]
     assert [(trial.state, trial.why) for trial in trials.all()] == [
-        ("stopped", f"not among the best 1/3 at step {rung}") for rung in (10, 10, 30)
+        ("stopped", f"{why} at step {rung}") for why, rung in found
     ]
 
 
