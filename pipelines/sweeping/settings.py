@@ -151,6 +151,8 @@ class SweepConfig(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_model_name(self.register)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
         if not self.space:
             raise ValueError("space must hold at least one knob")
         if self.concurrent is not None and self.concurrent < 1:

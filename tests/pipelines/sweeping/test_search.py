@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,13 @@ def test_optuna_hears_how_trials_ended() -> None:
 def test_an_impossible_space_is_refused_before_anything_starts(space: str, where: str) -> None:
     with pytest.raises(ConfigError, match=where):
         small.load(space=f"{{{space}}}")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_a_search_cannot_take_is_refused(seed: int) -> None:
+    config = small.load(f"seed={2**63 - 1}")
+    with pytest.raises(ValueError, match="seed must lie in"):
+        replace(config, seed=seed)
 
 
 KNOBS: dict[str, tuple[object, Callable[..., object]]] = {
