@@ -150,11 +150,12 @@ def recommend(config: SweepConfig, compared: Rows) -> list[Row]:
     else the base's, which is confirmed if every other value is known to be worse."""
     rows = []
     for key in config.space:
-        own = [row for row in compared if row["knob"] == key and SKIPPED not in row]
+        all_of = [row for row in compared if row["knob"] == key]
+        own = [row for row in all_of if SKIPPED not in row]
         if not own:
             continue
         better = [row for row in own if row["verdict"] == "better"]
-        verdicts = {row["verdict"] for row in own}
+        verdicts = {row.get("verdict") for row in all_of}
         kept = CONFIRMS if verdicts == {"worse"} else OPEN if NONE_SEEN in verdicts else UNKNOWN
         nearest, base = (better or own)[0], short(config.own(key))
         rows.append(

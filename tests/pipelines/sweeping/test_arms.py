@@ -219,6 +219,15 @@ def test_a_knob_with_one_repeat_is_not_known_to_make_no_difference() -> None:
     assert {row["says"] for row in knobs.recommend(made, compared(made, once))} == {knobs.UNKNOWN}
 
 
+def test_a_base_is_not_confirmed_against_a_value_that_was_never_measured() -> None:
+    made = config()
+    worse = {"converter.beta=3.0": 0.3, "converter.beta=0.3": 0.3, "converter.skip=false": 0.4}
+    trials = [t for t in swept(made, worse) if t.arm != {"converter.beta": 3.0}]
+    beta, skip = knobs.recommend(made, compared(made, trials))
+    assert (beta["value"], beta["says"]) == (0.3, knobs.UNKNOWN)
+    assert skip["says"] == knobs.CONFIRMS
+
+
 def test_a_sure_gain_is_recommended_before_a_larger_one_that_may_be_chance() -> None:
     made = config()
     known = {"knob": "converter.beta", "value": 0.3, "verdict": NONE_SEEN, "difference": -0.9}
