@@ -86,14 +86,16 @@ def gaps(
     tokens_BL, state = shown(denoiser, tokens_BL, condition, seed=seed, first_row=first_row)
     hidden_BL = ~state.revealed_BL
     at_A = hidden_BL.flatten().nonzero().squeeze(1)
-    p_AV = exact(state).log_probs_at(at_A.cpu())
+    log_p_AV = exact(state).log_probs_at(at_A.cpu())
 
     def both(log_q_AV: Tensor, log_p_AV: Tensor) -> Tensor:
         log_p_AV = log_p_AV.to(log_q_AV.device)
-        gap_A = (log_p_AV.exp() * (log_p_AV - log_q_AV)).sum(1)
-        return torch.stack([gap_A, -(log_p_AV.exp() * log_p_AV).sum(1)], dim=1)
+        p_AV = log_p_AV.exp()
+        # A token that the law rules out has no part in either.
+        gap_A = torch.where(p_AV > 0, p_AV * (log_p_AV - log_q_AV), 0).sum(1)
+        return torch.stack([gap_A, torch.special.entr(p_AV).sum(1)], dim=1)
 
-    values_AK = denoiser(state).summarise(both, at_A, p_AV)
+    values_AK = denoiser(state).summarise(both, at_A, log_p_AV)
     values_BLK = values_AK.new_zeros(*tokens_BL.shape, 2)
     values_BLK[hidden_BL] = values_AK
     gap_B, entropy_B = (values_BLK.sum(1) / hidden_BL.sum(1, keepdim=True)).T.double().cpu()

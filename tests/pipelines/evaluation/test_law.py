@@ -70,6 +70,20 @@ def test_the_gap_is_the_excess_of_the_cross_entropy(condition: Condition) -> Non
     assert abs(excess_N.mean() - gap_N.mean()) < 5 * error
 
 
+@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda c: c.name)
+def test_what_the_law_rules_out_adds_nothing(condition: Condition) -> None:
+    cycle = torch.eye(TOKENS, dtype=torch.float64).roll(1, 1)  # each token has one successor
+    other = chain(1)
+    start = torch.full((TOKENS,), 1 / TOKENS, dtype=torch.float64)
+    exact = ChainDenoiser(other.table_VD, start, cycle)
+    how = {"exact": exact, "condition": condition, "seed": 0}
+    rows_NL = exact.draw(9, LENGTH, 0)
+    assert np.abs(question.gaps(exact, rows_NL, **how)["gap"]).max() < 1e-12
+    found = question.gaps(other, rows_NL, **how)
+    assert np.isfinite(found["entropy"]).all()
+    assert found["gap"].min() > 0
+
+
 def test_gaps_do_not_depend_on_batches() -> None:
     exact, other = chain(1), chain(1, seed=1)
     rows_NL = exact.draw(7, LENGTH, 0)
