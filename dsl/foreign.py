@@ -116,6 +116,18 @@ class ForeignBackbone(nn.Module):
         return next(lists, nn.ModuleList())
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens a row has at most; None where the network does not say."""
+        most = getattr(self.network.config, "max_position_embeddings", None)
+        if not most or most < 1:
+            return None
+        tables = [m for m in self.network.modules() if isinstance(m, nn.Embedding)]
+        padded = [m.padding_idx for m in tables if m.num_embeddings == most]
+        # The first position of RoBERTa is in the row behind that of the padding.
+        unused = max((row + 1 for row in padded if row is not None), default=0)
+        return int(most) - unused - (self.config.start is not None)
+
+    @property
     def head(self) -> tuple[Tensor, Tensor]:
         """``weight_VH, bias_V``; the bias of tokens that are never predicted is minus infinity."""
         weight_VH = self.values_UW[:-1] if self.weight_VH is None else self.weight_VH

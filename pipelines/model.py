@@ -10,10 +10,12 @@ repository exists.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import torch
 from mlflow.models import ModelSignature, set_model
@@ -22,6 +24,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 import dsl
 from dsl import conditioning, weights
 from dsl.errors import TextError, VocabularyError
+from dsl.foreign import ForeignBackbone
 from dsl.paths import choose, from_dict
 from dsl.precision import dtype_of
 from dsl.truncation import Truncated
@@ -42,8 +45,8 @@ PARAMS: dict[str, tuple[DataType, Any]] = {
     "precision": (DataType.string, "auto"),  # of the network: bfloat16 on a GPU, else float32
 }
 SIGNATURE = ModelSignature(
-    # Without a name, lists of texts pass as well as data frames.
-    inputs=Schema([ColSpec(DataType.string)]),
+    # No inputs: MLflow would refuse lists of texts for one with a name, and hand on the first
+    # column alone for one without.
     outputs=Schema([ColSpec(DataType.string)]),
     params=ParamSchema([ParamSpec(name, *spec) for name, spec in PARAMS.items()]),
 )
@@ -60,6 +63,10 @@ class TextModel(mlflow.pyfunc.PythonModel):
         self.causal = self.denoiser.config.backbone.causal
         self.vocabulary = dsl.Vocabulary.load(folder)
         self.length = weights.read_config(folder)["metadata"].get("length")
+        backbone = self.denoiser.backbone
+        positions = backbone.positions if isinstance(backbone, ForeignBackbone) else None
+        # A network without a table of positions may be trained on longer rows than it says.
+        self.room = max(positions, self.length or 0) if positions else math.inf
 
     # No type for the input: MLflow would take it for a schema, and this one has several forms.
     def predict(self, context, model_input, params: Mapping[str, Any] | None = None) -> list[str]:
@@ -86,7 +93,7 @@ class TextModel(mlflow.pyfunc.PythonModel):
 
     def _read(self, row: int, text: str, given: Mapping[str, Any]) -> conditioning.Given:
         try:
-            return conditioning.read(
+            given_row = conditioning.read(
                 text,
                 self.vocabulary,
                 mode=given["mode"],
@@ -94,19 +101,33 @@ class TextModel(mlflow.pyfunc.PythonModel):
                 length=given["length"] or None,
                 otherwise=self.length,
             )
+            if len(given_row) > self.room:  # on a GPU the process would not survive its error
+                raise TextError(f"it has {len(given_row)} tokens, the model takes {self.room}")
         except (TextError, VocabularyError) as error:
             raise type(error)(f"row {row}: {error}") from error
+        return given_row
 
 
-def texts(model_input: pd.DataFrame | Sequence[str] | Sequence[Mapping[str, str]]) -> list[str]:
-    """The texts of a data frame with one column, of a list, or of mappings with a `text`.
+def texts(model_input: Any) -> list[str]:
+    """The texts of a list, of a data frame, or of a mapping or list of mappings with a `text`.
 
-    Raises ValueError for what is no text, such as a missing value.
+    A data frame has a column `text`, or a single column. A text by itself is a list of one.
+
+    Raises ValueError for what is no text, such as a missing value, and where no column is `text`.
     """
-    if isinstance(model_input, pd.DataFrame):
-        found = model_input.iloc[:, 0].tolist()
-    else:
-        found = [row.get("text") if isinstance(row, Mapping) else row for row in model_input]
+    if isinstance(model_input, pd.DataFrame) and len(model_input.columns) == 1:
+        model_input = model_input.iloc[:, 0]
+    elif isinstance(model_input, pd.DataFrame | Mapping):
+        if "text" not in model_input:
+            names = ", ".join(map(str, model_input))
+            raise ValueError(f"no column is called text, only {names}; rename the one to read")
+        model_input = model_input["text"]
+    rows = list(model_input) if pd.api.types.is_list_like(model_input) else [model_input]
+    found = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
+    # A server makes arrays without a dimension of single values.
+    found = [
+        text.item() if isinstance(text, np.ndarray) and not text.ndim else text for text in found
+    ]
     for row, text in enumerate(found):
         if not isinstance(text, str):
             raise ValueError(f"row {row}: {text!r} is not a text")

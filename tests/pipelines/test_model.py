@@ -20,6 +20,7 @@ from packaging.version import Version
 
 import dsl
 from dsl.dit import DiTConfig
+from dsl.huggingface import Adapt
 from dsl.truncation import Nucleus
 from infra import registry, tracking
 from infra.registry import ModelVersion
@@ -28,7 +29,9 @@ from infra.tracking import RunHandle, connect
 from pipelines import models
 from pipelines.generate import GenerateConfig, draw, prepare
 from pipelines.model import TextModel
+from pipelines.models import ConverterConfig
 from pipelines.verb import TrackingConfig
+from tests.dsl import hubs
 
 LENGTH = 10
 HYBRID = {
@@ -147,7 +150,29 @@ def test_every_form_of_input_and_any_batch(folder: Path) -> None:
     assert len(set(wanted)) == 5
     assert model.predict(None, [{"text": text} for text in texts]) == wanted
     assert model.predict(None, pd.DataFrame({"text": texts})) == wanted
+    assert model.predict(None, pd.DataFrame({"other": texts})) == wanted
+    assert model.predict(None, texts[0]) == wanted[:1]
     assert model.predict(None, texts, {"batch": 1}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapt", "room"),
+    [("bert", None, 64), ("roberta", None, 63), ("gpt2", "shift", 63), ("gpt2", "no_shift", 64)],
+)
+def test_a_row_that_the_network_has_no_positions_for_is_refused(
+    kind: str, adapt: Adapt | None, room: int, tmp_path: Path
+) -> None:
+    hubs.saved(tmp_path / "hub", kind, special=hubs.SPECIAL)
+    found = models.load(
+        str(tmp_path / "hub"), converter=ConverterConfig(), tracking_uri="", adapt=adapt
+    )
+    assert found.vocabulary
+    out = Folder.at(str(tmp_path / "model"))
+    models.save(out, found.denoiser, found.vocabulary, kind="mdlm", length=16)
+    model, text = loaded(tmp_path / "model"), hubs.WORDS[0]
+    assert model.predict(None, [text], {"budget": 1, "length": room})[0].startswith(text)
+    with pytest.raises(ValueError, match=f"row 0: it has {room + 1} tokens, .* takes {room}"):
+        model.predict(None, [text], {"budget": 1, "length": room + 1})
 
 
 def test_an_autoregressive_model_reads_from_left_to_right(tmp_path: Path) -> None:
@@ -184,6 +209,9 @@ def test_bad_parameters_are_told(folder: Path, params: dict[str, Any], said: str
         (pd.DataFrame({"text": ["the ", float("nan")]}), "row 1: nan is not a text"),
         ([{"text": ["the "]}], "row 0: .* is not a text"),
         ([{"text": "the "}, {"txt": "the "}], "row 1: None is not a text"),
+        ({"text": 3}, "row 0: 3 is not a text"),
+        ({"txt": ["the "]}, "no column is called text, only txt"),
+        (pd.DataFrame({"id": ["a"], "txt": ["the "]}), "no column is called text, only id, txt"),
     ],
 )
 def test_a_bad_row_is_named(folder: Path, given: Any, said: str) -> None:
@@ -202,7 +230,12 @@ def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, fol
     assert model.predict(["the "]) == drawn(folder, text="the ")
     registered = {"model": "models:/tiny@candidate", "tracking": TrackingConfig(uri=run.uri)}
     assert model.predict(["the "]) == drawn(folder, text="the ", **registered)
-    assert model.predict(pd.DataFrame({"text": ["the "]})) == drawn(folder, text="the ")
+    ids, column = {"id": ["z", "y"]}, {"text": ["the ", "a__d"]}
+    rows = pd.DataFrame({**ids, **column})
+    wanted = model.predict(column["text"])
+    for given in (column, {**ids, **column}, rows, rows[["text"]], rows.to_dict("records")):
+        assert model.predict(given) == wanted
+    assert model.predict("the ") == model.predict({"text": "the "}) == wanted[:1]
     params = {"path": json.dumps(HYBRID), "seed": 2, "length": 8}
     hybrid = dsl.paths.from_dict(HYBRID)
     wanted = drawn(folder, text="the ", path=hybrid, seed=2, length=8)

@@ -81,6 +81,10 @@ def test_a_request_is_answered_with_text(tmp_path: Path) -> None:
     registry.set_alias(made.uri, "champion", run.uri)
     with served("models:/tiny@champion", run.uri, tmp_path) as address:
         assert asked(address, inputs=["the "]) == drawn(folder, text="the ")
+        for given in ("the ", {"text": ["the "]}, [{"id": "z", "text": "the "}]):
+            assert asked(address, inputs=given) == drawn(folder, text="the ")
+        split = {"columns": ["id", "text"], "data": [["z", "the "]]}
+        assert asked(address, dataframe_split=split) == drawn(folder, text="the ")
         params = {"path": json.dumps(HYBRID), "seed": 2, "temperature": 0.5}
         given = {"text": "a__d", "seed": 2, "temperature": 0.5}
         wanted = drawn(folder, **given, path=from_dict(HYBRID))
