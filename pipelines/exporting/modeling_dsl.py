@@ -60,6 +60,7 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
 
     config_class = DSLConfig
     base_model_prefix = "denoiser"  # files hold the denoiser's own names
+    accepts_loss_kwargs = False  # `forward` ignores `num_items_in_batch`: its loss is a mean
 
     def __init__(self, config: DSLConfig) -> None:
         super().__init__(config)
@@ -80,6 +81,11 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
         tensors = self.state_dict() if state_dict is None else state_dict
         own = {name.removeprefix("denoiser."): tensor for name, tensor in tensors.items()}
         super().save_pretrained(save_directory, state_dict=own, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As for any model; the names may be those of saved files, which a trainer resumes from."""
+        own = {f"denoiser.{n.removeprefix('denoiser.')}": t for n, t in state_dict.items()}
+        return super().load_state_dict(own, *args, **kwargs)
 
     def get_input_embeddings(self) -> None:
         """None: the rows belong to the backbone, and are mixed where a token is evidence."""

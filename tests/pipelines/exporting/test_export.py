@@ -199,6 +199,38 @@ def test_what_transformers_saves_again_is_a_model_of_this_code_too(place: Path) 
     assert opened.vocabulary.encode(["the cat"]) == dsl.Vocabulary.char().encode(["the cat"])
 
 
+def test_a_trainer_trains_it_in_parts_of_a_batch_and_from_a_checkpoint_on(place: Path) -> None:
+    code = """
+    from transformers import Trainer, TrainingArguments
+
+    def weights(model):
+        return torch.cat([tensor.detach().flatten() for tensor in model.parameters()])
+
+    def trained(parts=1, **settings):
+        model = opened(given)
+        known = torch.arange(12) % 2 == 0
+        masked = torch.where(known, 1, model.config.mask_token_id)
+        rows = [
+            {"input_ids": masked, "labels": torch.where(known, -100, label)} for label in range(12)
+        ]
+        args = TrainingArguments(
+            "trained", per_device_train_batch_size=4 // parts, gradient_accumulation_steps=parts,
+            max_steps=3, save_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+            use_cpu=True, report_to=[],
+        )
+        Trainer(model=model, args=args, train_dataset=rows).train(**settings)
+        return weights(model)
+
+    whole = trained()
+    resumed = trained(resume_from_checkpoint="trained/checkpoint-2")
+    others = resumed, trained(parts=2), weights(opened(given))
+    print(json.dumps([(whole - other).abs().max().item() for other in others]))
+    """
+    given = str(place / "dsl")
+    resumed, parts, moved = stranger(textwrap.dedent(code), given, place, HF_HUB_OFFLINE="1")
+    assert max(resumed, parts) < 1e-3 * moved, (resumed, parts, moved)
+
+
 def test_a_unigram_vocabulary_is_exported(tmp_path: Path) -> None:
     """As T5 and XLM-R have one: a list of pairs, where others are mappings."""
     spelled = Tokenizer(Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0), ("b", -3.0)], 0))
