@@ -9,6 +9,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pipelines.report.tables import STDERR, Row, Rows, number
@@ -16,6 +17,7 @@ from pipelines.report.tables import STDERR, Row, Rows, number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 T = TypeVar("T", bound=Hashable)
 
@@ -28,6 +30,7 @@ GREY = "0.45"
 CURVES = 8  # the most in one panel
 COLUMNS = 4  # the most panels side by side
 LETTERS = 11  # of a title, in an inch
+MARGIN = 0.3  # inches around a legend, on both sides together
 SPAN = 8  # an axis is logarithmic if its values span a larger ratio
 
 
@@ -49,15 +52,26 @@ class Panels(NamedTuple):
             for axes in self.axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        width, height = self.figure.get_size_inches()
-        columns = 2 if below else 1
-        room = 0.19 * math.ceil(len(handles) / columns) + 0.4
-        height = height + room if below else max(height, room)
-        self.figure.set_size_inches(width, height)
-        place = "outside lower center" if below else "outside right upper"
-        self.figure.legend(
-            list(handles.values()), list(handles), loc=place, ncols=columns, fontsize="small"
+        place = partial(
+            self.figure.legend,
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center" if below else "outside right upper",
+            fontsize="small",
         )
+        width, height = self.figure.get_size_inches()
+        legend = place()
+        if below and 2 * self._room(legend)[0] <= width:
+            legend.remove()
+            legend = place(ncols=2)
+        across, down = self._room(legend)
+        size = (max(width, across), height + down) if below else (width + across, max(height, down))
+        self.figure.set_size_inches(size)
+
+    def _room(self, legend: Legend) -> tuple[float, float]:
+        """The width and height of a legend with its margin, in inches."""
+        box = legend.get_window_extent()
+        return box.width / self.figure.dpi + MARGIN, box.height / self.figure.dpi + MARGIN
 
 
 def panels(
@@ -71,7 +85,7 @@ def panels(
 ) -> Panels:
     """A panel of `width` x `height` inches for each title.
 
-    beside: inches to the right of them, for a legend.
+    beside: inches to the right of them, for a bar of colours.
     share: which axes the panels share, as in matplotlib's `sharex` and `sharey`.
     """
     from matplotlib.figure import Figure

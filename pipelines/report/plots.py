@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -109,7 +110,7 @@ def _curves(by_name: Mapping[str, Rows], wanted: Sequence[XY]) -> bytes | None:
     if not any(seen):
         return None
     lines = styles(by_name)
-    made = panels([""] * len(wanted), width=4.2, height=3.4, beside=1.0, share=False)
+    made = panels([""] * len(wanted), width=4.2, height=3.4, share=False)
     for axes, curves, (x, across, y, label) in zip(made.axes, seen, wanted, strict=True):
         for name, rows in curves.items():
             curve(axes, rows, x, y, label=name, **lines[name])
@@ -151,8 +152,7 @@ def quality(
     lines = styles(map(name, rows))
     # A single panel has its legend below, so that the whole can be read on a narrow page.
     single = len(parts) == 1
-    beside = 0.0 if single else 0.5 + 0.075 * max(map(len, [*lines, *anchors]))
-    made = panels(list(parts), width=4.8 if single else 3.4, columns=3, beside=beside)
+    made = panels(list(parts), width=4.8 if single else 3.4, columns=3)
     anchors = {key: value for key, value in anchors.items() if math.isfinite(number(value))}
     for axes, part in zip(made.axes, parts.values(), strict=True):
         for curve_name, of_curve in groups(part, name).items():
@@ -271,7 +271,8 @@ def reliability(rows: Rows) -> bytes | None:
             confidence, accuracy, counts = zip(*_bins(row), strict=True)
             line = lines[row["model"]]
             color = line["color"]
-            label = f"{row['model']}: ECE {ECE.cell(row)}"
+            # Wrapped, so that the legend fits into its panel.
+            label = textwrap.fill(f"{row['model']}: ECE {ECE.cell(row)}", 24)
             axes.plot(confidence, accuracy, color=color, ls=line["ls"], lw=1.2, label=label)
             area = [8 + 80 * count / sum(counts) for count in counts]
             axes.scatter(confidence, accuracy, s=area, color=color, marker=line["marker"])
@@ -296,7 +297,7 @@ def nll(rows: Rows) -> bytes | None:
     bounds = measured(rows, "gamma_star")
     if not bounds:
         return None
-    made = panels([""], width=5.5, beside=2.0)
+    made = panels([""], width=5.5)
     (axes,) = made.axes
     lines = styles(row["model"] for row in rows)
     for model, part in groups(bounds, lambda row: row["model"]).items():

@@ -44,7 +44,7 @@ def schedule(rows: Rows) -> bytes | None:
     if not rows:
         return None
     titles = [f"{row['model']} {_walk(row)}" for row in rows]
-    made = panels(titles, width=2.5, height=2.2, beside=1.0, share=False)
+    made = panels(titles, width=2.5, height=2.2, share=False)
     for axes, row in zip(made.axes, rows, strict=True):
         shares = [numbers(row[key]) for key in SHARES]
         if len(shares[0]) == 1:  # a point has no area
@@ -82,7 +82,6 @@ def _by_step(rows: Rows, series: Sequence[Series]) -> bytes | None:
         width=3.1,
         height=2.5,
         columns=len(series),
-        beside=0.5 + 0.075 * max(map(len, looks)),
         share="col",
     )
     panel_of = zip(product(parts.values(), series), made.axes, strict=True)

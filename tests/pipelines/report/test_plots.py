@@ -208,6 +208,23 @@ def test_the_legend_covers_nothing_and_names_every_curve_once(
     assert box.x1 <= drawn[0].bbox.x1
 
 
+@pytest.mark.parametrize("length", [12, 24, 64])
+@pytest.mark.parametrize(
+    ("draw", "given"), [*PLOTS.values(), (PLOTS["quality"][0], rows.texts(models=1))]
+)
+def test_no_legend_leaves_its_figure(
+    drawn: list[Figure], draw: Draw, given: list[Row], length: int
+) -> None:
+    names = ("model", "path")
+    draw([row | {key: f"{row[key]:m<{length}}" for key in names if key in row} for row in given])
+    (figure,) = drawn
+    inside = [legend for axes in panels(figure) if (legend := axes.get_legend())]
+    for legend in (*figure.legends, *inside):
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+
+
 def test_styles_differ() -> None:
     seen = [tuple(style(index).values()) for index in range(56)]
     assert len(set(seen)) == 56
