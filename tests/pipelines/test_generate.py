@@ -272,22 +272,41 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_is_redrawn_and_not_obeying_the_text() -> None:
+def watched(text: str) -> str:
+    """What a terminal is sent while a text is drawn from left to right, byte by byte."""
     vocabulary = dsl.Vocabulary.train_bpe(["a \x1b[2J_ b"], 257)
-    law = dsl.ExactDenoiser(
-        torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1),
-        torch.tensor(vocabulary.encode(["a\x1b[2J_b"])),
-    )
-    terminal = Terminal()
-    state = dsl.State.masked(1, 7, 4)
-    order = dsl.paths.Order("left_to_right")
+    table_VD = torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1)
+    (ids,) = vocabulary.encode([text])
+    terminal, length = Terminal(), len(ids)
     dsl.sample(
-        law, order, state, budget=7, seed=0, recorders=[TerminalRecorder(vocabulary, terminal)]
+        dsl.ExactDenoiser(table_VD, torch.tensor([ids])),
+        dsl.paths.Order("left_to_right"),
+        dsl.State.masked(1, length, 4),
+        budget=length,
+        seed=0,
+        recorders=[TerminalRecorder(vocabulary, terminal)],
     )
-    shown = terminal.getvalue()
+    return terminal.getvalue()
+
+
+def test_a_terminal_is_redrawn_and_not_obeying_the_text() -> None:
+    shown = watched("a\x1b[2J_b")
     assert "\x1b[2J" not in shown
     assert shown.count("\x1b[2F\x1b[J") == 6
     assert shown.splitlines()[-1] == "a·[2J_b"
+
+
+@pytest.mark.parametrize("text", ["模型" * 9, "ab模型c" * 6, "a" + "🙂" * 15])
+def test_wide_characters_fit_the_lines_of_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Else the terminal breaks them itself, and a redraw goes back too few lines."""
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("LINES", "20")
+    *_, last = watched(text).split("\x1b[J")
+    lines = last.splitlines()[1:]
+    assert "".join(lines) == text
+    assert 16 < max(sum(1 + (c > "z") for c in line) for line in lines) < 20
 
 
 def test_the_film_of_a_run_is_written_where_asked(run: Run, tmp_path: Path) -> None:
