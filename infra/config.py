@@ -102,7 +102,10 @@ def parse(text: bytes | str, where: str) -> Any:
 
 def to_yaml(config: Any, verb: str) -> str:
     """The whole configuration as a preset; loading it gives an equal object."""
-    return yaml.safe_dump({verb: to_tree(config)}, sort_keys=False, allow_unicode=True)
+    tree = {verb: to_tree(config)}
+    # PyYAML writes U+0085 as a line break, which it reads as a space, unless it escapes all.
+    readable = "\x85" not in json.dumps(tree, ensure_ascii=False)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=readable)
 
 
 def to_tree(value: Any) -> Any:
