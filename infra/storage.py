@@ -122,17 +122,18 @@ class Folder:
 
     def names(self) -> list[str]:
         """Sorted names of what lies directly in the folder; [] if there is no folder."""
-        return sorted(self.sizes())
+        return sorted(self._listed())
 
     def files(self) -> list[str]:
         """Sorted names of the files that lie directly in the folder."""
-        return sorted(name for name, info in self._listed().items() if info["type"] != "directory")
+        return sorted(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that lies directly in the folder, by name; folders in it have 0."""
+        """Bytes of each file that lies directly in the folder, by name."""
         return {
-            name: info["size"] or 0 if info["type"] == "file" else 0
+            name: info["size"] or 0
             for name, info in self._listed().items()
+            if not _is_directory(info)
         }
 
     def _listed(self) -> dict[str, dict[str, Any]]:
@@ -271,6 +272,12 @@ class Folder:
         with explained(self.url_of(name) if name else self.url):
             self.filesystem.invalidate_cache()  # another process may have written
             return ask(self._path(name))
+
+
+def _is_directory(info: dict[str, Any]) -> bool:
+    """Whether what a filesystem lists is a folder; fsspec does not say so of a link to one."""
+    leads_to_one = info.get("islink", False) and os.path.isdir(info["name"])
+    return leads_to_one or info["type"] == "directory"
 
 
 @lru_cache(maxsize=8)

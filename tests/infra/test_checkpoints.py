@@ -383,6 +383,15 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "step_000001"
 
 
+def test_a_shard_may_be_a_link_to_another_disk(saved: Path, tmp_path: Path) -> None:
+    shard = next(saved.glob("*.safetensors"))
+    shard.rename(tmp_path / "moved")
+    shard.symlink_to(tmp_path / "moved")
+    tensors = numbers(0)
+    assert Checkpoints(str(tmp_path), keep=1, corrupt="skip").resume(tensors) == (1, {})
+    assert torch.equal(tensors["a"], numbers(1)["a"])
+
+
 def refused(step_folder: Path) -> str:
     store = Checkpoints(str(step_folder.parent), keep=1)
     messages = []

@@ -34,7 +34,7 @@ def test_a_folder_keeps_files(folder: Folder) -> None:
     assert folder.size("a") == 5
     assert folder.exists("sub/sub")
     assert folder.names() == ["a", "sub", "subway"]
-    assert folder.sizes() == {"a": 5, "sub": 0, "subway": 0}
+    assert folder.sizes() == {"a": 5}
     assert (folder / "sub").names() == ["sub"]
     assert folder.read_ranges("a", [(1, 3), (0, 1), (2, 2), (4, 9)]) == [b"hr", b"t", b"", b"e"]
     folder.remove("sub")
@@ -42,6 +42,21 @@ def test_a_folder_keeps_files(folder: Folder) -> None:
     assert folder.names() == ["a", "subway"]
     assert Folder.at(folder.url) == folder
     assert Folder.holding(folder.url_of("a")) == (folder, "a")
+
+
+def test_a_link_is_what_it_leads_to(tmp_path: Path) -> None:
+    elsewhere, here = Folder.at(str(tmp_path / "elsewhere")), tmp_path / "here"
+    elsewhere.write_bytes("sub/a", b"three")
+    here.mkdir()
+    (here / "file").symlink_to(tmp_path / "elsewhere/sub/a")
+    (here / "folder").symlink_to(tmp_path / "elsewhere/sub")
+    (here / "nowhere").symlink_to(tmp_path / "gone")
+    folder = Folder.at(str(here))
+    assert folder.names() == ["file", "folder", "nowhere"]
+    assert folder.files() == ["file", "nowhere"]
+    assert folder.sizes() == {"file": 5, "nowhere": 0}
+    folder.remove("folder")
+    assert elsewhere.read_bytes("sub/a") == b"three"
 
 
 def test_a_stream_appears_when_it_is_whole(folder: Folder) -> None:
