@@ -193,6 +193,13 @@ class Folder:
                 raise IsADirectoryError("a folder has this name")
             tempfile.TemporaryFile(dir=path.parent).close()
 
+    def require_removable(self) -> None:
+        """InfraError where this process works in the folder or below; a store is not asked."""
+        with suppress(FileNotFoundError):  # where this process works in a folder that is gone
+            if self.is_local and Path.cwd().is_relative_to(Path(self.path).resolve()):
+                why = "it cannot be removed, as this process works in it"
+                raise InfraError(self.url, why, "Leave it, then run the same command again")
+
     @contextmanager
     def open(self, name: str, mode: str = "rb") -> Iterator[IO[bytes]]:
         """A file to stream. In mode "wb" it appears only when the block ends without error."""
@@ -211,6 +218,7 @@ class Folder:
 
     def remove(self, name: str = "") -> None:
         """Remove a file, or a folder and all it holds; nothing if it does not exist."""
+        (self / name if name else self).require_removable()
 
         def gone(path: str) -> None:
             with suppress(FileNotFoundError):

@@ -151,6 +151,7 @@ def _open(folder: Folder, config: RunSettings, verb: str, free: tuple[str, ...])
             raise ConfigError("name", f"{folder.url} exists and is not a run", "Choose another")
         return
     if config.existing == "restart":
+        folder.require_removable()  # now, so that it is whole if it is not
         # Where this is cut off, what is left must not be taken for finished, nor a model for that
         # of other checkpoints.
         for name in (RESULT, *reversed(folder.names())):

@@ -141,6 +141,23 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_folder_that_this_process_works_in_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder.at(str(tmp_path / "run"))
+    (folder / "sub").write_bytes("a", b"kept")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for place in ("run", "run/sub"):
+        monkeypatch.chdir(tmp_path / place)
+        for taken in (folder, Folder.at(str(tmp_path / "link"))):
+            with pytest.raises(InfraError, match="as this process works in it"):
+                taken.remove()
+        assert folder.exists("sub/a")
+        Folder.at(str(tmp_path)).remove("other")
+    folder.remove("sub/a")
+    assert (folder / "sub").names() == []
+
+
 def test_what_is_missing_is_named(folder: Folder) -> None:
     for ask in (folder.read_bytes, folder.size):
         with pytest.raises(DataError, match="nowhere: not found"):

@@ -233,6 +233,24 @@ def test_a_restart_that_was_cut_off_can_be_repeated(
     tiny.assert_same(run, finished)
 
 
+def test_a_restart_from_within_the_run_directory_is_refused_and_loses_nothing(
+    main: Callable[..., tiny.Outcome],
+    tmp_path: Path,
+    data: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "mdlm"))
+    monkeypatch.chdir(run / "checkpoints")
+    argv = [f"data={data}", f"root={tmp_path}", "name=mdlm", "existing=restart"]
+    code, said = main("pretrain", *argv)
+    assert code == 4
+    assert f"{run}: it cannot be removed, as this process works in it" in said
+    assert sorted(run.rglob("*")) == sorted(
+        run / p.relative_to(finished) for p in finished.rglob("*")
+    )
+
+
 def test_what_a_restart_leaves_when_it_is_cut_off_is_not_taken_for_finished(
     tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
