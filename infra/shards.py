@@ -131,9 +131,19 @@ class ShardWriter:
     one overwrites its files.
     """
 
-    def __init__(self, url: str | Folder, *, overwrite: bool = False, **about: Any) -> None:
-        """about: the manifest's vocabulary, length, source, split_rule, blocks and commit."""
-        self.folder = Folder.at(url)
+    def __init__(
+        self,
+        url: str | Folder,
+        *,
+        overwrite: bool = False,
+        permit: Callable[[], None] = lambda: None,
+        **about: Any,
+    ) -> None:
+        """permit: called before a write; raises if this process may no longer write the folder.
+
+        about: the manifest's vocabulary, length, source, split_rule, blocks and commit.
+        """
+        self.folder, self.permit = Folder.at(url), permit
         self.extra: dict[str, Any] = {}
         self.manifest: Manifest | None = None
         self._draft = Manifest(splits={}, **about)
@@ -175,6 +185,7 @@ class ShardWriter:
         if not any(self._files.values()):
             fix = "Give more text or a smaller length"
             raise DataError(self._draft.source, "it gave not a single row", fix)
+        self.permit()
         self._remove_stale()
         splits = {split: tuple(files) for split, files in self._files.items()}
         self.manifest = replace(self._draft, splits=splits, extra=self.extra)
@@ -205,6 +216,7 @@ class ShardWriter:
             column_encoding="BYTE_STREAM_SPLIT",  # parquet has no 16 bits: halves the zeros
         )
         content = sink.getvalue().to_pybytes()
+        self.permit()
         self.folder.write_bytes(name, content)
         digest = hashlib.sha256(content).hexdigest()
         files.append(Shard(name=name, rows=len(rows_NL), bytes=len(content), sha256=digest))

@@ -10,7 +10,7 @@ The corpus is streamed up to three times: to measure it, to train a BPE, and to 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -94,12 +94,17 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     _require_apart(config, out)
     sizes = _measure(config)
     vocabulary = _vocabulary(config, sizes)
-    with lease.held(out / MANIFEST):
-        return _summary(out, _written(config, out, sizes, vocabulary))
+    with lease.held(out / MANIFEST) as holder:
+        manifest = _written(config, out, sizes, vocabulary, holder.lease.confirm)
+    return _summary(out, manifest)
 
 
 def _written(
-    config: PrepareConfig, out: Folder, sizes: dict[str, int], vocabulary: Vocabulary
+    config: PrepareConfig,
+    out: Folder,
+    sizes: dict[str, int],
+    vocabulary: Vocabulary,
+    permit: Callable[[], None],
 ) -> Manifest:
     with ShardWriter(
         out,
@@ -113,6 +118,7 @@ def _written(
         blocks=config.blocks,
         commit=str(cluster.commit() or ""),
         overwrite=True,
+        permit=permit,
     ) as writer:
         out.write_bytes(TOKENIZER, vocabulary.to_json().encode())
         writer.extra |= {"config": _identity(config), "text": {}}

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from infra import shards
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, InfraError
 from infra.shards import (
     Manifest,
     Shard,
@@ -27,7 +28,7 @@ from tests.infra.faulty import BUCKET, FaultyStore
 L, V = 8, 300
 
 
-def writer(url: str | Folder, size: int = V, **options: bool) -> ShardWriter:
+def writer(url: str | Folder, size: int = V, **options: Any) -> ShardWriter:
     vocabulary = VocabularyRecord(kind="char", sha256="c0ffee" * 10, size=size)
     rules = {"source": "a test", "split_rule": "by hand", "blocks": "eos", "commit": "abc"}
     return ShardWriter(url, vocabulary=vocabulary, length=L, **rules, **options)
@@ -114,6 +115,25 @@ def test_finished_shards_are_not_overwritten_unless_asked(
         out.write("train", ids(4))
     assert read_manifest(folder).rows("train") == 4
     assert (folder / "validation").names() == []
+
+
+def test_a_writer_asks_before_each_file_and_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROWS_PER_FILE", 4)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "part-00007.parquet").write_bytes(b"another's")
+    there: list[int] = []
+
+    def permit() -> None:
+        there.append(len(list(tmp_path.glob("train/*"))))
+        if len(there) == 4:
+            raise InfraError(str(tmp_path), "was taken over")
+
+    with pytest.raises(InfraError), writer(str(tmp_path), permit=permit) as out:
+        out.write("train", ids(10))
+    assert there == [1, 2, 3, 4]
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:

@@ -208,6 +208,31 @@ def test_a_second_preparation_into_one_folder_is_refused(
     assert not [name for name in os.listdir(tmp_path / "out") if "lease" in name]
 
 
+def test_shards_that_another_process_has_taken_over_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While this one stood still, at the last moment before it writes."""
+    out, encode = Folder.at(str(tmp_path / "out")), prepare._encode
+    theirs = {
+        "train/part-00000.parquet": b"rows",
+        "train/part-00001.parquet": b"more",
+        MANIFEST: b"{}",
+        f".{MANIFEST}.lease/000009.json": b'{"holder": "another"}',
+    }
+
+    def taken(stream: Any, vocabulary: Any, config: Any, split: str, writer: Any) -> Any:
+        text = encode(stream, vocabulary, config, split, writer)
+        if split == "test":
+            for name, content in theirs.items():
+                out.write_bytes(name, content)
+        return text
+
+    monkeypatch.setattr(prepare, "_encode", taken)
+    with pytest.raises(InfraError, match="taken over by"):
+        made(f"source={jsonl(tmp_path / 'a.jsonl')}", f"out={out.url}")
+    assert {name: out.read_bytes(name) for name in theirs} == theirs
+
+
 def test_a_split_that_gives_no_row_is_told(tmp_path: Path) -> None:
     """Not by the training or the evaluation that would want its rows."""
     source, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "out"
