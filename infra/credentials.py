@@ -8,8 +8,8 @@ import re
 from infra.errors import ConfigError
 
 CREDENTIAL = re.compile(  # of a URL, alone or in a list
-    r"""(^|["'])[\w+.-]+://([^/\s"']*@|[^\s"']*[?&][^=&\s]*"""
-    r"""(signature|sig|token|secret|password|credential|key)[^=&\s]*=)""",
+    r"""(^|["'])[\w+.-]+://([^/\s"']*@|[^\s"']*[?&](?=[^=&?\s]*=)[^=&?\s]*"""
+    r"""(signature|sig|token|secret|password|credential|key))""",
     re.IGNORECASE,
 )
 SECRETS = (  # variables whose values no message may show
@@ -28,8 +28,12 @@ def refuse_credentials(text: str, where: str) -> None:
 def scrub(text: str) -> str:
     """The text without credentials: those of URLs, and values of the variables in SECRETS."""
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)
-    text = re.sub(r"\?[^\s'\"]*(?:=|%3D)[^\s'\"]*", "?…", text)
+    text = re.sub(r"\?[^\s'\"]*", _without_values, text)
     for name in SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, "…")
     return text
+
+
+def _without_values(query: re.Match[str]) -> str:
+    return "?…" if re.search("=|%3D", query[0]) else query[0]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from infra import storage
+from infra.credentials import refuse_credentials, scrub
 from infra.errors import ConfigError, DataError, InfraError, Problem
-from infra.storage import Folder, explained, scrub
+from infra.storage import Folder, explained
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -224,6 +225,18 @@ def test_no_credential_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(told)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "text", ["a://" + 9_000 * "?key&a", "a://?" + 20_000 * "key", "a://" + 64_000 * "?"]
+)
+def test_a_long_text_is_searched_for_credentials_in_one_pass(text: str) -> None:
+    """It would take hours, or minutes, if every start were tried with every end."""
+    refuse_credentials(text, "here")
+    assert scrub(text) == text
+    with pytest.raises(ConfigError, match="holds a credential"):
+        refuse_credentials(f"{text}key=", "here")
+    assert scrub(f"{text} ?a=b") == f"{text} ?…"
 
 
 def test_an_address_opens_though_it_holds_the_value_of_a_secret(
