@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-# Of dense bf16 products, by a part of the name that the driver gives; the first that fits counts.
-# GH200 is an H200, and an A800 or H800 computes as the A100 or H100 does.
+# Of dense bf16 products, by a part of the name that the driver gives, which ends where a word does;
+# the first that fits counts. GH200 is an H200, and an A800 or H800 computes as the A100 or H100.
 PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -95,11 +96,13 @@ def device() -> torch.device:
 
 
 def peak_flops() -> float | None:
-    """The data sheet's dense bf16 FLOP/s of this GPU; None for a CPU or a GPU that is not known."""
+    """The data sheet's dense bf16 FLOP/s of this GPU; None for a CPU, a part of a GPU (MIG), or a
+    GPU that is not known."""
     if device().type != "cuda":
         return None
     name = torch.cuda.get_device_name(device())
-    return next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
+    fitting = (flops for model, flops in PEAK_FLOPS.items() if re.search(rf"{model}\b", name))
+    return None if "MIG" in name else next(fitting, None)
 
 
 @contextmanager

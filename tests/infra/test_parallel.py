@@ -241,6 +241,8 @@ def test_every_process_of_a_machine_takes_its_own_gpu(
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L40S", 362),
         ("NVIDIA GeForce RTX 3090", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_the_peak_is_that_of_the_card(
