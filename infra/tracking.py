@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -208,7 +209,7 @@ def replay(folder: str) -> RunHandle:
 def page(handle: RunHandle) -> str:
     """How to see the run: a command for a database, the address of its page for a server."""
     if not handle.uri.startswith("http"):
-        return f"mlflow ui --backend-store-uri {handle.uri}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(handle.uri)}"
     record = _Record.load(Folder.at(handle.folder))
     if record.run_id is None:
         return handle.uri

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -240,6 +241,12 @@ def test_a_run_shows_all_it_was_given(
     assert tracking.page(handle) == f"mlflow ui --backend-store-uri sqlite:///{root}/mlflow.db"
     tracking.finish(handle, "FAILED")
     assert run_of(handle).info.status == "FAILED"
+
+
+def test_the_command_that_shows_a_run_can_be_copied_to_a_shell() -> None:
+    handle = RunHandle(folder="/my runs/a", uri="sqlite:////my runs/mlflow.db", run_id=None)
+    shown = tracking.page(handle)
+    assert shlex.split(shown) == ["mlflow", "ui", "--backend-store-uri", handle.uri]
 
 
 def test_a_report_in_a_bucket_reaches_a_server_that_was_away(
