@@ -1,4 +1,4 @@
-"""Several sources of rows in one order: which of them every microbatch comes from.
+"""The microbatches of a step, from one source of rows or several: which of them each comes from.
 
 The microbatch of (step, lane) comes from one source, which is a function of (seed, step, lane) and
 the weights alone: neither a restart nor another number of workers changes it. Lane k walks through
@@ -7,25 +7,26 @@ unit interval holds the fractional part. So of any n steps of a lane in a row, a
 has n·w up to a term of order log(n). A source is read in its own order, as if it were alone: the
 n-th microbatch that a lane takes from it is the n-th of that lane.
 
-Shapes: S sources, N steps.
+Shapes: S sources, N steps or rows, R rows of a microbatch, L positions.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 
 import numpy as np
 
 from infra.errors import DataError
 from infra.shards import Manifest, read_manifest
 from infra.storage import Folder
-from infra.stream import MIXING, Plan, StreamConfig, philox
+from infra.stream import MIXING, Pieces, Plan, StreamConfig, philox, pieces
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 NAME = re.compile(r"\w[\w. -]{,99}")  # of a source
@@ -141,7 +142,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mixture(Schedule):
-    """The order of the rows of several sources, as `stream.read` takes it."""
+    """Which microbatches come when: the schedule, and the order of each source by itself, all with
+    one configuration."""
 
     plans: tuple[Plan, ...]
 
@@ -160,6 +162,54 @@ class Mixture(Schedule):
             for name, url in config.sources.items()
         )
         return cls(config=config, seed=stream.seed, plans=tuple(plans))
+
+
+def read(
+    order: Mixture, lanes: Sequence[int], start_step: int = 0
+) -> Iterator[dict[int, np.ndarray]]:
+    """Each step's microbatches from `start_step` on, endless: {lane: ids [R, L] int64}."""
+    return microbatches(order, lanes, start_step, pieces)
+
+
+def microbatches(
+    order: Mixture,
+    lanes: Sequence[int],
+    start_step: int,
+    read_source: Callable[[Plan, Sequence[int], Sequence[int]], Pieces],
+) -> Iterator[dict[int, np.ndarray]]:
+    """Each step's microbatches, as `read` gives them, cut from what `read_source` reads of each.
+
+    A source is opened when the first microbatch of its own is due.
+    """
+    opened: dict[int, _Rows] = {}
+    with ExitStack() as stack:
+        for step in count(start_step):
+            batch = {}
+            for lane in lanes:
+                nth = order.source(lane, step)
+                if nth not in opened:
+                    plan = order.plans[nth]
+                    steps = [order.before(each, step)[nth] for each in lanes]
+                    found = stack.enter_context(closing(read_source(plan, lanes, steps)))
+                    opened[nth] = _Rows(plan, lanes, found)
+                batch[lane] = opened[nth].take(lane)
+            yield batch
+
+
+class _Rows:
+    """Cuts the pieces of a source into the microbatches of its lanes."""
+
+    def __init__(self, plan: Plan, lanes: Sequence[int], pieces: Pieces) -> None:
+        self.size, self.pieces = plan.config.rows_per_microbatch, pieces
+        empty_NL = np.empty((0, plan.manifest.length), plan.manifest.dtype)
+        self.ready = dict.fromkeys(lanes, empty_NL)
+
+    def take(self, lane: int) -> np.ndarray:
+        while len(self.ready[lane]) < self.size:
+            owner, piece_NL = next(self.pieces)
+            self.ready[owner] = np.concatenate([self.ready[owner], piece_NL])
+        taken_RL, self.ready[lane] = np.split(self.ready[lane], [self.size])
+        return taken_RL.astype(np.int64)
 
 
 def read_manifests(config: MixtureConfig) -> dict[str, Manifest]:

@@ -1,4 +1,4 @@
-"""The stream of `infra.stream`, read ahead by Ray Data on the node of each training worker."""
+"""The rows of `infra.mixture`, read ahead by Ray Data on the node of each training worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from infra.errors import Problem
-from infra.stream import Order, Pieces, Plan, Window, microbatches, read_window
+from infra.mixture import Mixture, microbatches
+from infra.stream import Pieces, Plan, Window, read_window
 
 WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
 STEPS_AHEAD = 64
@@ -26,9 +27,9 @@ T = TypeVar("T")
 
 
 def ray_batches(
-    order: Order, lanes: Sequence[int], start_step: int = 0
+    order: Mixture, lanes: Sequence[int], start_step: int = 0
 ) -> Iterator[dict[int, np.ndarray]]:
-    """The same as `stream.read`, read ahead by Ray Data tasks on this worker's node."""
+    """The same as `mixture.read`, read ahead by Ray Data tasks on this worker's node."""
     return microbatches(order, lanes, start_step, _pieces_by_ray)
 
 

@@ -1,4 +1,5 @@
-"""Tokens in flight: lanes and windows, an order that does not depend on the number of workers.
+"""One source of rows in flight: lanes and windows, an order that does not depend on the number of
+workers.
 
 In every epoch the row groups of a split are permuted and cut into windows of a few groups, and the
 rows of each window are permuted. Lane k reads windows k, k + lanes, … in every epoch; the
@@ -13,12 +14,11 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,6 @@ from infra.storage import Folder
 
 # The generator's streams for `holdout` and for mixtures: beyond those of all windows.
 HOLDOUT, MIXING = (1 << 64) - 1, (1 << 64) - 2
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -159,29 +157,14 @@ class Plan:
         nth = int(np.searchsorted(ends, row, side="right"))
         return Position(epoch, int(windows[nth]), row - int(ends[nth - 1] if nth else 0))
 
-    def windows(
-        self, lanes: Sequence[int], step: int | Sequence[int] = 0
-    ) -> Iterator[tuple[int, Window]]:
-        """Endless (lane, window) pairs from a step on, or from a step of each lane on, in the order
-        in which rows are needed."""
-        steps = [step] * len(lanes) if isinstance(step, int) else step
+    def windows(self, lanes: Sequence[int], steps: Sequence[int]) -> Iterator[tuple[int, Window]]:
+        """Endless (lane, window) pairs from a step of each lane on, in the order in which rows are
+        needed."""
         layout = lru_cache(maxsize=2)(self._layout)  # lanes are in two epochs at the turn of one
         return (
             (lane, self._window(layout(place.epoch), place))
             for _, lane, place in heapq.merge(*map(self._places, lanes, steps))
         )
-
-    # --- as a mixture of one source, see `Order` ---
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        return (self,)
-
-    def source(self, lane: int, step: int) -> int:
-        return 0
-
-    def before(self, lane: int, step: int) -> list[int]:
-        return [step]
 
     def _places(self, lane: int, step: int) -> Iterator[tuple[int, int, Position]]:
         """(rows of the lane before it, lane, position) of every window to read."""
@@ -253,25 +236,12 @@ def read_window(
     return rows_NL[order_N[window.skip :]], len(rows_NL) - len(spare_NL)
 
 
-class Order(Protocol):
-    """Which microbatches come when: of one source, or of several (`infra.mixture`)."""
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The order of each source by itself; all with one configuration."""
-
-    def source(self, lane: int, step: int) -> int:
-        """The index of the source of a lane's next microbatch, after `step` microbatches."""
-
-    def before(self, lane: int, step: int) -> list[int]:
-        """How many of the first `step` microbatches of a lane are of each source."""
+Pieces = Iterator[tuple[int, np.ndarray]]  # endless: (lane, some of its rows [N, L])
 
 
-def read(
-    order: Order, lanes: Sequence[int], start_step: int = 0
-) -> Iterator[dict[int, np.ndarray]]:
-    """Each step's microbatches from `start_step` on, endless: {lane: ids [R, L] int64}."""
-    return microbatches(order, lanes, start_step, _pieces)
+def pieces(plan: Plan, lanes: Sequence[int], steps: Sequence[int]) -> Pieces:
+    """The rows of lanes from a step of each on, in the order in which they are needed."""
+    return ((lane, plan.read(window)) for lane, window in plan.windows(lanes, steps))
 
 
 def holdout(folder: Folder, manifest: Manifest, split: str, rows: int, seed: int) -> np.ndarray:
@@ -300,53 +270,6 @@ def holdout(folder: Folder, manifest: Manifest, split: str, rows: int, seed: int
         within_N = chosen_N[mine_N] - (ends_G[group] - count)
         chosen_NL[mine_N] = read_group(folder, manifest, name, index)[within_N]
     return chosen_NL
-
-
-Pieces = Iterator[tuple[int, np.ndarray]]  # endless: (lane, some of its rows [N, L])
-
-
-def _pieces(plan: Plan, lanes: Sequence[int], steps: Sequence[int]) -> Pieces:
-    return ((lane, plan.read(window)) for lane, window in plan.windows(lanes, steps))
-
-
-class _Rows:
-    """Cuts the pieces of a source into the microbatches of its lanes."""
-
-    def __init__(self, plan: Plan, lanes: Sequence[int], pieces: Pieces) -> None:
-        self.size, self.pieces = plan.config.rows_per_microbatch, pieces
-        empty_NL = np.empty((0, plan.manifest.length), plan.manifest.dtype)
-        self.ready = dict.fromkeys(lanes, empty_NL)
-
-    def take(self, lane: int) -> np.ndarray:
-        while len(self.ready[lane]) < self.size:
-            owner, piece_NL = next(self.pieces)
-            self.ready[owner] = np.concatenate([self.ready[owner], piece_NL])
-        taken_RL, self.ready[lane] = np.split(self.ready[lane], [self.size])
-        return taken_RL.astype(np.int64)
-
-
-def microbatches(
-    order: Order,
-    lanes: Sequence[int],
-    start_step: int,
-    pieces: Callable[[Plan, Sequence[int], Sequence[int]], Pieces],
-) -> Iterator[dict[int, np.ndarray]]:
-    """Each step's microbatches, as `read` gives them, cut from what `pieces` reads of each source.
-
-    A source is opened when the first microbatch of its own is due.
-    """
-    opened: dict[int, _Rows] = {}
-    with ExitStack() as stack:
-        for step in count(start_step):
-            batch = {}
-            for lane in lanes:
-                nth = order.source(lane, step)
-                if nth not in opened:
-                    steps = [order.before(each, step)[nth] for each in lanes]
-                    found = stack.enter_context(closing(pieces(order.plans[nth], lanes, steps)))
-                    opened[nth] = _Rows(order.plans[nth], lanes, found)
-                batch[lane] = opened[nth].take(lane)
-            yield batch
 
 
 def _permutation(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:

@@ -19,9 +19,9 @@ import torch
 from dsl.vocabulary import TOKENIZER
 from infra import cluster, readahead, shards
 from infra.cluster import ClusterConfig
-from infra.shards import ROWS_PER_GROUP, ShardWriter, read_manifest
-from infra.storage import Folder
-from infra.stream import Plan, StreamConfig
+from infra.mixture import Mixture, MixtureConfig, read_manifests
+from infra.shards import ROWS_PER_GROUP, ShardWriter
+from infra.stream import StreamConfig
 from pipelines import prepare
 from pipelines.benchmarks.measure import interleaved
 from pipelines.benchmarks.results import Bar, ratio, table
@@ -73,9 +73,9 @@ def _read(place: Path, rows: int, rounds: int) -> tuple[dict[str, np.ndarray], f
     """Seconds of either side in each round, and of the CPU while the stream waits `WAIT_S`."""
     import pyarrow.parquet as pq
 
-    folder = Folder.at(str(place))
-    plan = Plan.of(folder, read_manifest(folder), "train", StreamConfig())
-    microbatches = readahead.ray_batches(plan, (0,))
+    alone = MixtureConfig.alone(str(place))
+    order = Mixture.of(alone, read_manifests(alone), "train", StreamConfig())
+    microbatches = readahead.ray_batches(order, (0,))
 
     def scan(number: int) -> None:
         for file in sorted((place / "train").iterdir()):

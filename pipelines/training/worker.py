@@ -14,10 +14,9 @@ from dsl.denoiser import Denoiser
 from dsl.objective import Objective
 from infra import parallel, ranklog, readahead, stream
 from infra.errors import DataError
-from infra.mixture import Mixture, MixtureConfig
+from infra.mixture import Mixture, MixtureConfig, read
 from infra.shards import Manifest
 from infra.storage import Folder
-from infra.stream import Order
 from pipelines import models
 from pipelines.kinds import KINDS
 from pipelines.runs import Run
@@ -28,7 +27,7 @@ from pipelines.training.progress import gauges
 from pipelines.training.settings import RunConfig, TrainConfig
 
 # (order of the rows, lanes, steps done) -> the microbatches of the steps that follow
-Batches = Callable[[Order, tuple[int, ...], int], Iterator[Microbatches]]
+Batches = Callable[[Mixture, tuple[int, ...], int], Iterator[Microbatches]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ def in_ray(assignment: Assignment) -> None:
 def train(
     assignment: Assignment,
     *,
-    batches: Batches = stream.read,
+    batches: Batches = read,
     reports: Callable[[dict[str, float]], None] = lambda metrics: None,
     show: Show = lambda step, metrics: None,
 ) -> None:

@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from infra.mixture import read
 from infra.shards import MANIFEST, ShardWriter, VocabularyRecord, read_manifest
 from infra.storage import Folder
-from infra.stream import Plan, StreamConfig, read
+from infra.stream import Plan, StreamConfig
 from pipelines import prompts
 from pipelines.corpus import pieces
 from tests.fuzz import mutate
 from tests.fuzz.judge import judge
 from tests.fuzz.mutate import seeds
-from tests.infra.common import rows_of
+from tests.infra.common import alone, rows_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,7 +46,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(folder: Path) -> np.ndarray:
     """Every training row, once what a run looks at before it starts has been looked at."""
     manifest, place = read_manifest(str(folder)), Folder.at(str(folder))
-    next(read(Plan.of(place, manifest, "train", ORDER), (0, 1), 0))
+    next(read(alone(Plan.of(place, manifest, "train", ORDER)), (0, 1), 0))
     return rows_of(place, manifest, "train")
 
 

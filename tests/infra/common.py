@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from infra.mixture import Mixture, MixtureConfig
 from infra.shards import Manifest, check_files, read_group
 from infra.storage import Folder
+from infra.stream import Plan
 
 
 def free_port() -> int:
@@ -78,6 +80,12 @@ class MLflowServer:
             return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
         except OSError:
             return False
+
+
+def alone(plan: Plan) -> Mixture:
+    """The microbatches of one source, whose rows are planned."""
+    config = MixtureConfig.alone(plan.folder.url)
+    return Mixture(config=config, seed=plan.config.seed, plans=(plan,))
 
 
 def rows_of(folder: Folder, manifest: Manifest, split: str) -> np.ndarray:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra import readahead, stream
+from infra import mixture, readahead, stream
 from infra.errors import ConfigError, DataError
 from infra.readahead import ray_batches
 from infra.shards import Manifest, Shard, ShardWriter, VocabularyRecord
 from infra.storage import Folder
-from infra.stream import Plan, StreamConfig, holdout, read, read_window
+from infra.stream import Plan, StreamConfig, holdout, read_window
+from tests.infra.common import alone
 
 L, ROWS = 4, 230
 CONFIG = StreamConfig(seed=3, num_lanes=4, rows_per_microbatch=3, window_groups=2)
@@ -55,6 +56,10 @@ def manifest(folder: Folder) -> Manifest:
 @pytest.fixture(scope="module")
 def plan(folder: Folder, manifest: Manifest) -> Plan:
     return Plan.of(folder, manifest, "train", CONFIG)
+
+
+def read(plan: Plan, lanes: Sequence[int], start_step: int = 0) -> Iterator[dict[int, np.ndarray]]:
+    return mixture.read(alone(plan), lanes, start_step)
 
 
 def take(batches: Iterator[dict[int, np.ndarray]], steps: int) -> list[dict[int, np.ndarray]]:
@@ -110,7 +115,7 @@ def test_the_windows_of_an_epoch_partition_its_rows(
         return
     seen: list[tuple[str, int, int]] = []
     owned = dict.fromkeys(range(lanes), 0)
-    for lane, window in plan.windows(range(lanes)):
+    for lane, window in plan.windows(range(lanes), [0] * lanes):
         if window.epoch > 2 * epoch + 3:  # a lane of few rows turns up to twice as fast
             break
         assert lane == window.index % lanes
@@ -158,7 +163,7 @@ def test_microbatches_are_the_rows_of_the_lane_in_order(plan: Plan) -> None:
     """Against the definition, read naively: all windows of each lane, one after the other."""
     steps, rows = 60, CONFIG.rows_per_microbatch
     naive: dict[int, list[np.ndarray]] = {lane: [] for lane in range(4)}
-    for lane, window in islice(plan.windows(range(4)), 160):
+    for lane, window in islice(plan.windows(range(4), [0] * 4), 160):
         assert window.skip == 0
         naive[lane].append(read_window(plan.folder, plan.manifest, window)[0])
     for step, batch in enumerate(take(read(plan, range(4)), steps)):
@@ -171,7 +176,7 @@ def test_microbatches_are_the_rows_of_the_lane_in_order(plan: Plan) -> None:
 def test_an_epoch_shows_every_row_once(plan: Plan) -> None:
     shown = [
         read_window(plan.folder, plan.manifest, window)[0][:, 0]
-        for _, window in islice(plan.windows(range(4)), 3 * plan.num_windows)
+        for _, window in islice(plan.windows(range(4), [0] * 4), 3 * plan.num_windows)
         if window.epoch == 1
     ]
     order_N = np.concatenate(shown)
@@ -180,7 +185,7 @@ def test_an_epoch_shows_every_row_once(plan: Plan) -> None:
 
 
 def test_every_epoch_puts_other_groups_together(plan: Plan) -> None:
-    first = [window.slices for _, window in islice(plan.windows((0,)), 60) if window.index == 0]
+    first = [window.slices for _, window in islice(plan.windows([0], [0]), 60) if window.index == 0]
     assert len(set(first)) == len(first) > 3
 
 
@@ -351,7 +356,7 @@ def test_ray_reads_the_same_and_rests(plan: Plan, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", noting)
     for lanes, step in (((0, 2), 0), ((1, 3), 33)):
-        batches = ray_batches(plan, lanes, step)
+        batches = ray_batches(alone(plan), lanes, step)
         assert same(take(batches, 25), take(read(plan, lanes, step), 25))  # over three horizons
         batches.close()
     ahead = [thread for thread in threading.enumerate() if thread.name == "stream"]
@@ -371,14 +376,14 @@ def test_ray_raises_the_error_itself(folder: Folder, manifest: Manifest, tmp_pat
     good = read(healthy, range(4))
     seen: list[dict[int, np.ndarray]] = []
     with pytest.raises(DataError, match=r"part-00002\.parquet row group \d: not read") as caught:
-        seen.extend(ray_batches(spoilt, range(4)))
+        seen.extend(ray_batches(alone(spoilt), range(4)))
     assert type(caught.value) is DataError
     assert len(seen) < 30
     assert same(seen, take(good, len(seen)))
 
     config = replace(CONFIG, window_groups=6, corrupt="skip")
     skipping = replace(spoilt, config=config, skipped={})
-    around = ray_batches(skipping, range(4))
+    around = ray_batches(alone(skipping), range(4))
     assert same(take(around, 25), take(read(skipping, range(4)), 25))
     assert sum(skipping.skipped.values()) > 0
     around.close()

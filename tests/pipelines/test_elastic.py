@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from infra import stream
+from infra import mixture
+from infra.mixture import Mixture
 from infra.shards import read_manifest
 from infra.storage import Folder
-from infra.stream import Order, Plan
+from infra.stream import Plan
 from pipelines import finetune
 from pipelines.training import worker
 from pipelines.training.learner import Microbatches
 from pipelines.training.worker import Assignment
+from tests.infra.common import alone
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
 
@@ -37,8 +39,8 @@ def trained(payload: bytes) -> Seen:
     assignment: Assignment = cloudpickle.loads(payload)
     seen: Seen = {}
 
-    def watched(order: Order, lanes: tuple[int, ...], done: int) -> Iterator[Microbatches]:
-        for step, batch in enumerate(stream.read(order, lanes, done), done + 1):
+    def watched(order: Mixture, lanes: tuple[int, ...], done: int) -> Iterator[Microbatches]:
+        for step, batch in enumerate(mixture.read(order, lanes, done), done + 1):
             seen.update({(step, lane): rows_RL for lane, rows_RL in batch.items()})
             yield batch
 
@@ -71,20 +73,21 @@ def test_other_numbers_of_workers_change_nothing(tmp_path: Path, data: Path) -> 
     assert len(changing) == sum(workers for workers, _ in STAGES)
 
     # Every microbatch was trained on by one worker, once.
-    (alone,) = constant
+    (whole,) = constant
     together: Seen = {}
     for seen in changing:
         assert not set(seen) & set(together)
         together |= seen
-    assert set(together) == set(alone) == {(s, k) for s in range(1, 13) for k in range(LANES)}
-    for place, rows_RL in alone.items():
+    assert set(together) == set(whole) == {(s, k) for s in range(1, 13) for k in range(LANES)}
+    for place, rows_RL in whole.items():
         np.testing.assert_array_equal(together[place], rows_RL)
 
     # And the rows are those of the plan, none lost and none repeated.
     config: Any = tiny.load("finetune", "name=x", f"data={data}", "init=scratch")
     order = replace(config.train.stream, num_lanes=LANES, rows_per_microbatch=1)
     plan = Plan.of(Folder.at(str(data)), read_manifest(str(data)), "train", order)
-    for step, batch in zip(range(1, 13), stream.read(plan, tuple(range(LANES))), strict=False):
+    read = mixture.read(alone(plan), tuple(range(LANES)))
+    for step, batch in zip(range(1, 13), read, strict=False):
         for lane, rows_RL in batch.items():
             np.testing.assert_array_equal(together[step, lane], rows_RL)
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from dsl.objective import Loss, MDLMObjective
-from infra import checkpoints, storage, stream
+from infra import checkpoints, mixture, storage
 from infra.checkpoints import committed
 from infra.errors import DataError
+from infra.mixture import Mixture
 from infra.shards import MANIFEST
-from infra.stream import Order
 from pipelines import pretrain
 from pipelines.kinds import MDLM
 from tests.pipelines import tiny
@@ -223,8 +223,8 @@ def test_bad_data_waits_for_the_checkpoint_in_flight(
         time.sleep(1)
         write(store, *what)
 
-    def bad(order: Order, lanes: tuple[int, ...], done: int) -> Iterator[Any]:
-        yield from islice(stream.read(order, lanes, done), 4)
+    def bad(order: Mixture, lanes: tuple[int, ...], done: int) -> Iterator[Any]:
+        yield from islice(mixture.read(order, lanes, done), 4)
         raise DataError("part-00000.parquet row group 0", "not readable as parquet")
 
     monkeypatch.setattr(checkpoints.Checkpoints, "_write", slowly)

@@ -22,9 +22,10 @@ from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTConfig
 from dsl.noise import generator
 from dsl.objective import DSLObjective
-from infra import checkpoints, journal, stream
+from infra import checkpoints, journal, mixture, stream
 from infra.checkpoints import committed, consolidate
 from infra.errors import ConfigError, DataError
+from infra.mixture import Mixture
 from infra.parallel import ParallelConfig
 from infra.shards import read_manifest
 from infra.storage import Folder
@@ -33,6 +34,7 @@ from pipelines import models, pretrain, runs
 from pipelines.training import launch, learner, worker
 from pipelines.training.learner import Microbatches
 from pipelines.training.settings import OptimizerConfig
+from tests.infra.common import alone
 from tests.pipelines import tiny
 from tests.pipelines.tiny import STEPS, curve, tensors
 
@@ -193,7 +195,7 @@ def test_a_step_is_what_a_page_of_plain_torch_says(data: str, whole: dict[str, P
     optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.lr, weight_decay=0.0)
     average = AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     plan = Plan.of(Folder.at(data), read_manifest(data), "train", config.train.stream)
-    for step, batches in zip(range(1, STEPS + 1), stream.read(plan, (0, 1)), strict=False):
+    for step, batches in zip(range(1, STEPS + 1), mixture.read(alone(plan), (0, 1)), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min(step / settings.warmup, 1)
         losses = [
@@ -216,11 +218,11 @@ def test_a_step_is_what_a_page_of_plain_torch_says(data: str, whole: dict[str, P
 def test_the_order_in_which_lanes_arrive_is_nothing(tmp_path: Path, data: str) -> None:
     """Of four, for the order of two sums alone would not show in a bit."""
 
-    def backwards(plan: Plan, lanes: tuple[int, ...], done: int) -> Iterator[Microbatches]:
-        for batch in stream.read(plan, lanes, done):
+    def backwards(order: Mixture, lanes: tuple[int, ...], done: int) -> Iterator[Microbatches]:
+        for batch in mixture.read(order, lanes, done):
             yield dict(reversed(batch.items()))
 
-    for name, batches in (("ahead", stream.read), ("back", backwards)):
+    for name, batches in (("ahead", mixture.read), ("back", backwards)):
         argv = [f"data={data}", f"root={tmp_path}", f"name={name}", "train.steps=3"]
         with tiny.bare(batches):
             pretrain.execute(tiny.load("pretrain", *argv, "train.stream.num_lanes=4"))

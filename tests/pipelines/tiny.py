@@ -14,24 +14,24 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from infra import config, journal, preemption, stream
+from infra import config, journal, mixture, preemption
 from infra.checkpoints import consolidate
+from infra.mixture import Mixture
 from infra.storage import Folder
-from infra.stream import Plan
 from pipelines import finetune, prepare, pretrain
 from pipelines.training import launch, worker
+from pipelines.training.learner import Microbatches
 from pipelines.verb import PRESETS
 
 VERBS = {"prepare": prepare, "pretrain": pretrain, "finetune": finetune}
@@ -130,7 +130,7 @@ def outcome(capsys: pytest.CaptureFixture[str], verb: str, *argv: str) -> Outcom
 
 
 @contextmanager
-def bare(batches: Any = stream.read) -> Iterator[None]:
+def bare(batches: Any = mixture.read) -> Iterator[None]:
     """This process in the place of Ray's workers, and no patience with the MLflow server."""
     train = partial(worker.train, batches=batches)
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
@@ -139,11 +139,11 @@ def bare(batches: Any = stream.read) -> Iterator[None]:
 
 
 def signalled_at(step: int, number: signal.Signals) -> Any:
-    """`stream.read`, but the process gets a signal when it asks for the rows of a step, and time
+    """`mixture.read`, but the process gets a signal when it asks for the rows of a step, and time
     to hear of what follows from it before it is given those of the next."""
 
-    def read(plan: Plan, lanes: tuple[int, ...], done: int) -> Iterator[Mapping[int, np.ndarray]]:
-        for this, batch in enumerate(stream.read(plan, lanes, done), done + 1):
+    def read(order: Mixture, lanes: tuple[int, ...], done: int) -> Iterator[Microbatches]:
+        for this, batch in enumerate(mixture.read(order, lanes, done), done + 1):
             if this == step:
                 os.kill(os.getpid(), number)
             if this == step + 1:
@@ -190,7 +190,7 @@ def assert_same(run: Path | str, reference: Path | str, steps: int = STEPS) -> N
 if __name__ == "__main__":
     # A shell that runs its tests in the background has them, and this process, ignore interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    batches = stream.read
+    batches = mixture.read
     if number := SIGNALS.get(sys.argv[1]):
         batches = signalled_at(int(sys.argv[2]), number)
         del sys.argv[1:3]
