@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from typing import Any
 from infra import cluster, process
 from infra.errors import DataError, InfraError, Problem
 from infra.storage import Folder, explained
+from infra.threads import repeated
 
 BEAT_S = 10.0  # between two writes of the holder
 PATIENCE_S = 60.0  # how long a file must not change for its holder to count as dead
@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """A lease as the workers of its holder know it; it can be pickled and sent to them."""
+    """The right of a process and its workers to write into `run`; it can be pickled and sent to
+    them."""
 
     run: Folder
     number: int
@@ -78,58 +79,40 @@ class Lease:
             )
 
 
-class Held:
-    """A lease as its holder knows it; a thread renews it until it is released."""
-
-    def __init__(self, lease: Lease, content: dict[str, Any]) -> None:
-        self.lease = lease
-        self._content = content
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._thread.start()
-
-    @property
-    def run(self) -> Folder:
-        """The run directory."""
-        return self.lease.run
-
-    def release(self) -> None:
-        """End the lease, so that another process can take one."""
-        self._released.set()
-        self._thread.join()
-        with suppress(Problem):
-            self.lease.folder.remove(self.lease.name)
-        if self.lease.folder.is_local:
-            with suppress(OSError):  # another process has made its lease there
-                os.rmdir(self.lease.folder.path)
-
-    def _beat(self) -> None:
-        while not self._released.wait(BEAT_S):
-            try:
-                self.lease.confirm()
-            except InfraError as problem:
-                log.error("%s", problem)
-                return
-            self._content["beat"] += 1
-            with suppress(Problem):  # a store may be away for a while
-                self.lease.folder.write_bytes(self.lease.name, _encode(self._content))
-
-
 @contextmanager
-def held(run: Folder) -> Iterator[Held]:
-    """The right to write into `run`, for the duration of the block.
+def held(run: Folder) -> Iterator[Lease]:
+    """The right to write into `run`, for the duration of the block, in which a thread renews it.
 
     Raises InfraError if another process has it. If that process is on another machine, it takes up
     to `PATIENCE_S` to find out whether it is alive.
     """
-    taken = _take(run)
+    lease, content = _take(run)
     try:
-        yield taken
+        with repeated(lambda: _renew(lease, content), BEAT_S, "lease"):
+            yield lease
     finally:
-        taken.release()
+        with suppress(Problem):
+            lease.folder.remove(lease.name)
+        if lease.folder.is_local:
+            with suppress(OSError):  # another process has made its lease there
+                os.rmdir(lease.folder.path)
 
 
-def _take(run: Folder) -> Held:
+def _renew(lease: Lease, content: dict[str, Any]) -> bool:
+    """Count the beat of a lease up in its file; True, and no more, if the lease is lost."""
+    try:
+        lease.confirm()
+    except InfraError as problem:
+        log.error("%s", problem)
+        return True
+    content["beat"] += 1
+    with suppress(Problem):  # a store may be away for a while
+        lease.folder.write_bytes(lease.name, _encode(content))
+    return False
+
+
+def _take(run: Folder) -> tuple[Lease, dict[str, Any]]:
+    """A new lease and the content of its file."""
     folder, job = _folder(run), cluster.job_id()
     while True:
         names = _names(folder)
@@ -159,7 +142,7 @@ def _take(run: Folder) -> Held:
         else:
             for name in names:
                 folder.remove(name)
-            return Held(lease, content)
+            return lease, content
 
 
 def _abandoned(run: Folder, name: str) -> bool:

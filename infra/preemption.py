@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from infra import console
 from infra.errors import Problem
+from infra.threads import repeated
 
 if TYPE_CHECKING:  # fsspec, whose import `--help` is not to pay
     from infra.storage import Folder
@@ -135,22 +136,18 @@ def notices(run: Folder | None) -> Iterator[Callable[[], Notice]]:
     run: the one whose workers may be asked to stop; None: listen to this machine alone. A thread
     asks, since a store or a cluster may answer slowly.
     """
-    latest, closed = [Notice.NONE], threading.Event()
+    latest = Notice.NONE
 
-    def listen() -> None:
-        while latest[0] is not Notice.END and not closed.wait(ASK_S):
-            if run is not None and stop_requested(run):
-                latest[0] = Notice.END
-            elif latest[0] is Notice.NONE and node_is_leaving():
-                latest[0] = Notice.SAVE
+    def listen() -> bool:
+        nonlocal latest
+        if run is not None and stop_requested(run):
+            latest = Notice.END
+        elif latest is Notice.NONE and node_is_leaving():
+            latest = Notice.SAVE
+        return latest is Notice.END
 
-    thread = threading.Thread(target=listen, name="notices", daemon=True)
-    thread.start()
-    try:
-        yield lambda: latest[0]
-    finally:
-        closed.set()
-        thread.join()
+    with repeated(listen, ASK_S, "notices"):
+        yield lambda: latest
 
 
 def stop_requested(run: Folder) -> bool:

@@ -12,7 +12,6 @@ import platform
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from infra import parallel
 from infra.errors import DataError, Problem
 from infra.storage import Folder
+from infra.threads import repeated
 
 # Where there is something new. `infra.stall` ends a process 10 s after its report at the earliest.
 UPLOAD_EVERY_S = 5.0
@@ -61,26 +61,22 @@ def _file(folder: Folder, name: str) -> Iterator[Path]:
         yield Path(folder.path) / name
         return
     with tempfile.TemporaryDirectory() as place:
-        path, closed = Path(place) / name, threading.Event()
+        path, sent = Path(place) / name, 0  # bytes that the store has
         with suppress(DataError):
             path.write_bytes(folder.read_bytes(name))
 
         def upload() -> None:
-            held = 0  # bytes that the store has
-            while not closed.wait(UPLOAD_EVERY_S):
-                content = path.read_bytes()
-                if len(content) > held:
-                    with suppress(Problem):  # a store may be away for a while
-                        folder.write_bytes(name, content)
-                        held = len(content)
+            nonlocal sent
+            content = path.read_bytes()
+            if len(content) > sent:
+                with suppress(Problem):  # a store may be away for a while
+                    folder.write_bytes(name, content)
+                    sent = len(content)
 
-        thread = threading.Thread(target=upload, name="ranklog", daemon=True)
-        thread.start()
         try:
-            yield path
+            with repeated(upload, UPLOAD_EVERY_S, "ranklog"):
+                yield path
         finally:
-            closed.set()
-            thread.join()
             with suppress(Problem):
                 folder.write_bytes(name, path.read_bytes())
 

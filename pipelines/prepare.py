@@ -20,10 +20,11 @@ import numpy as np
 
 from dsl.errors import VocabularyError
 from dsl.vocabulary import TOKENIZER, Vocabulary
-from infra import cluster, lease, shards
+from infra import cluster, shards
 from infra.config import digest, to_tree
 from infra.console import Meter, say
 from infra.errors import ConfigError, DataError
+from infra.lease import held
 from infra.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from infra.storage import Folder
 from pipelines import models, verb
@@ -94,8 +95,8 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
     _require_apart(config, out)
     sizes = _measure(config)
     vocabulary = _vocabulary(config, sizes)
-    with lease.held(out / MANIFEST) as holder:
-        manifest = _written(config, out, sizes, vocabulary, holder.lease.confirm)
+    with held(out / MANIFEST) as lease:
+        manifest = _written(config, out, sizes, vocabulary, lease.confirm)
     return _summary(out, manifest)
 
 

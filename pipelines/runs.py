@@ -15,7 +15,7 @@ from infra import cluster, documents, tracking
 from infra.config import digest, flatten, parse, to_tree, to_yaml
 from infra.console import say
 from infra.errors import ConfigError, DataError, Problem
-from infra.lease import Held, Lease, held
+from infra.lease import Lease, held
 from infra.shards import Manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
@@ -90,20 +90,20 @@ class Task(ABC):
 def carry_out(task: Task) -> dict[str, Any]:
     """Run a task to its end, from wherever an earlier attempt left it; what was made."""
     config = task.config
-    with opened(config, task.verb, task.free) as holder:
-        folder = holder.run
+    with opened(config, task.verb, task.free) as lease:
+        folder = lease.run
         if folder.exists(RESULT):
             before = result(folder, *task.keys)
             if task.stands(before):
                 say(f"{folder.url} is finished; existing=restart would make it anew")
-                return _deliver(holder, before)
-        with _beginning(holder.lease, config, task.verb):
+                return _deliver(lease, before)
+        with _beginning(lease, config, task.verb):
             handle = _start(task, *task.prepare(folder))
-        run = Run(folder, holder.lease, handle)
+        run = Run(folder, lease, handle)
         say(f"run {folder.url}; metrics: {tracking.page(handle)}")
         with _ending(run):
             task.work(run)
-            holder.lease.confirm()
+            lease.confirm()
             made = task.conclude(run)
             if made.files:
                 _publish(run, made)
@@ -113,25 +113,25 @@ def carry_out(task: Task) -> dict[str, Any]:
         if registered is None:
             return found | {"model_uri": None}
         found |= registered
-        holder.lease.confirm()  # again: this may have taken minutes
+        lease.confirm()  # again: this may have taken minutes
         folder.write_bytes(RESULT, json.dumps(found).encode())
         return found
 
 
-def _deliver(holder: Held, found: dict[str, Any]) -> dict[str, Any]:
+def _deliver(lease: Lease, found: dict[str, Any]) -> dict[str, Any]:
     """Send a finished run to the MLflow server that was away when it ended; its result."""
     try:
-        if not tracking.delivered(holder.run):
-            found = found | {"run_id": tracking.replay(holder.run.url).run_id}
-            holder.lease.confirm()
-            holder.run.write_bytes(RESULT, json.dumps(found).encode())
+        if not tracking.delivered(lease.run):
+            found = found | {"run_id": tracking.replay(lease.run.url).run_id}
+            lease.confirm()
+            lease.run.write_bytes(RESULT, json.dumps(found).encode())
     except Problem as problem:  # the run stays finished all the same
         log.warning("%s", problem)
     return found
 
 
 @contextmanager
-def opened(config: RunSettings, verb: str, free: tuple[str, ...] = FREE) -> Iterator[Held]:
+def opened(config: RunSettings, verb: str, free: tuple[str, ...] = FREE) -> Iterator[Lease]:
     """The run directory, `.run` of what is yielded: new, wiped, or the one of an earlier attempt
     with the same settings. Inside the block this process alone may write into it.
 
@@ -140,9 +140,9 @@ def opened(config: RunSettings, verb: str, free: tuple[str, ...] = FREE) -> Iter
     where another process has the right to write there.
     """
     folder = config.folder
-    with held(folder) as holder:
+    with held(folder) as lease:
         _open(folder, config, verb, free)
-        yield holder
+        yield lease
 
 
 def _open(folder: Folder, config: RunSettings, verb: str, free: tuple[str, ...]) -> None:

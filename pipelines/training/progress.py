@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from infra import console, parallel
+from infra.threads import repeated
 
 SECONDS_BETWEEN_LINES = 5.0
 STATUS = Path("/proc/self/status")
@@ -190,7 +190,6 @@ def gauges(run: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
         for gauge in GAUGES
     }
     latest: Mapping[str, float] = {}
-    closed = threading.Event()
 
     def show(step: int, metrics: Mapping[str, float]) -> None:
         nonlocal latest
@@ -201,15 +200,8 @@ def gauges(run: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
             if gauge := made.get(name):
                 gauge.set(value, {"run": run})
 
-    def repeat() -> None:
-        while not closed.wait(SET_EVERY_S):
-            set_all()
-
-    thread = threading.Thread(target=repeat, name="gauges", daemon=True)
-    thread.start()
     try:
-        yield show
+        with repeated(set_all, SET_EVERY_S, "gauges"):
+            yield show
     finally:
-        closed.set()
-        thread.join()
         set_all()

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,14 +86,14 @@ def holder(run: Folder) -> subprocess.Popen[str]:
 def test_a_lease_leaves_nothing(run: Folder) -> None:
     parent = Folder(run.filesystem, run.path.rpartition("/")[0])
     with held(run) as mine:
-        mine.lease.confirm()
+        mine.confirm()
         assert parent.names() == [".run.lease"]
         with (
             pytest.raises(InfraError, match=f"is being written by process {os.getpid()} on"),
             held(run),
         ):
             pass
-        mine.lease.confirm()
+        mine.confirm()
     assert parent.names() == []
     with held(run):
         pass
@@ -130,7 +131,7 @@ def test_a_killed_holder_is_followed_at_once(
     while not Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].startswith(" Z"):
         time.sleep(0.01)  # a zombie, which nobody has waited for yet
     with held(run) as mine:
-        assert mine.lease.number == 2
+        assert mine.number == 2
         assert lease._folder(run).names() == ["000002.json"]
     first.wait()
 
@@ -143,7 +144,7 @@ def test_a_still_lease_of_another_machine_is_taken_over_whatever_its_clock_says(
     other(run, since=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now)))
     began = time.monotonic()
     with held(run) as mine:
-        assert mine.lease.number == 5
+        assert mine.number == 5
         assert time.monotonic() - began >= lease.PATIENCE_S
 
 
@@ -156,14 +157,16 @@ def test_a_lease_of_another_machine_that_beats_is_respected(
         monkeypatch.setattr(lease, "_machine", lambda: "another")
         with pytest.raises(InfraError, match="is being written by"), held(run):
             pass
-        mine.lease.confirm()
+        mine.confirm()
 
 
-def test_a_holder_that_was_passed_over_writes_no_more(run: Folder) -> None:
+def test_a_holder_that_was_passed_over_writes_no_more(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 1e9)  # as where it stands still
     with held(run) as mine:
-        mine.release()  # its thread stands still from here on
         other(run)
-        for known in (mine.lease, pickle.loads(pickle.dumps(mine.lease))):
+        for known in (mine, pickle.loads(pickle.dumps(mine))):
             with pytest.raises(InfraError, match="taken over by process 7 on elsewhere"):
                 known.confirm()
     assert lease._folder(run).names() == ["000004.json"]
@@ -173,8 +176,8 @@ def test_a_holder_that_was_passed_over_beats_no_more(run: Folder) -> None:
     """Or its lease, which the other one has removed, would stand in the way of the next."""
     with held(run) as mine:
         other(run)
-        until(lambda: not mine._thread.is_alive())
-        lease._folder(run).remove(mine.lease.name)
+        until(lambda: "lease" not in {thread.name for thread in threading.enumerate()})
+        lease._folder(run).remove(mine.name)
     assert lease._folder(run).names() == ["000004.json"]
 
 
@@ -184,11 +187,11 @@ def test_a_stopped_holder_wakes_up_and_finds_its_run_taken(
     run = Folder.at(str(tmp_path / "run"))
     with held(run) as first:
         monkeypatch.setattr(lease, "_machine", lambda: "another")
-        monkeypatch.setattr(first.lease.folder.__class__, "write_bytes", _refuse)
+        monkeypatch.setattr(first.folder.__class__, "write_bytes", _refuse)
         with held(run) as second:
             with pytest.raises(InfraError, match="was taken over by process"):
-                first.lease.confirm()
-            second.lease.confirm()
+                first.confirm()
+            second.confirm()
 
 
 def _refuse(folder: Folder, name: str, content: bytes) -> None:
@@ -200,7 +203,7 @@ def test_a_store_that_does_not_answer_says_nothing(
 ) -> None:
     with held(Folder.at(str(tmp_path / "run"))) as mine:
         monkeypatch.setattr(Folder, "names", lambda folder: _refuse(folder, "", b""))
-        mine.lease.confirm()
+        mine.confirm()
 
 
 def test_a_process_number_that_was_given_again_is_another_process(tmp_path: Path) -> None:
