@@ -18,7 +18,6 @@ from infra.cluster import ClusterConfig
 from infra.errors import InfraError
 
 ATTEMPTS = 4  # at a job whose process dies each time
-START_S = 600  # the time an autoscaler has to bring machines
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -49,13 +48,6 @@ class PoolConfig:
     def cpus(self) -> int:
         """CPUs that a process reserves."""
         return self.threads or 1
-
-
-class RemoteTraceback(Exception):
-    """The traceback of another process, as the cause of an exception in this one."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 @contextmanager
@@ -167,7 +159,8 @@ def _through_ray(jobs: Sequence[J], make: Make[J, R], config: PoolConfig) -> Ite
                 fix = "Out of memory? Try smaller batches"
                 raise InfraError(f"job {nth}", why, fix) from error
             if error:
-                raise error from RemoteTraceback(where)
+                error.add_note(f"\nIn the process of the pool:\n{where}")
+                raise error
             assign(worker)  # first, so that the process works on while the result is used
             yield result
     finally:
@@ -180,10 +173,11 @@ def _wait_for_room(actors: Sequence[Any], config: PoolConfig) -> None:
     import ray
 
     try:
-        ray.get([worker.ready.remote() for worker in actors], timeout=START_S)
+        ray.get([worker.ready.remote() for worker in actors], timeout=cluster.START_S)
     except ray.exceptions.GetTimeoutError as error:
         needs = f"{config.cpus} CPUs" + " and a GPU" * config.gpu
-        why = f"no room for {len(actors)} processes of {needs} within {START_S / 60:g} minutes"
+        within = f"within {cluster.START_S / 60:g} minutes"
+        why = f"no room for {len(actors)} processes of {needs} {within}"
         raise InfraError("pool", why, "Ask for fewer, or add machines") from error
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         raise InfraError("pool", "a process died while it started", "Out of memory?") from error
