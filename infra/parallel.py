@@ -304,17 +304,17 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def mean_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+def mean_over_ranks(values: Mapping[str, float | Tensor]) -> Reduced:
     """The mean over ranks of each scalar, in float64; every rank passes the same keys."""
-    return dict(Means(values, world()[1]))
+    return Reduced(values, world()[1])
 
 
-def sum_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+def sum_over_ranks(values: Mapping[str, float | Tensor]) -> Reduced:
     """The sum over ranks of each scalar, in float64; every rank passes the same keys."""
-    return dict(Means(values, 1))
+    return Reduced(values, 1)
 
 
-class Means(Mapping[str, float]):
+class Reduced(Mapping[str, float]):
     """The sum over ranks of each scalar in float64, divided by `count`.
 
     It is ordered from the device when this is made, and waited for when a value is first looked at.

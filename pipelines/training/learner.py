@@ -77,7 +77,7 @@ class Learner:
 
     def step(
         self, step: int, microbatches: Microbatches, sources: Mapping[int, str] = NO_NAMES
-    ) -> parallel.Means:
+    ) -> parallel.Reduced:
         """One optimizer step over all lanes of all workers; the means of its metrics, and its
         learning rate.
 
@@ -103,7 +103,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.objective)
         found = _mean_loss(list(losses.values())) | _by_source(losses, sources)
-        return parallel.Means(found | {"grad_norm": norm, "lr": lr}, parallel.world()[1])
+        return parallel.mean_over_ranks(found | {"grad_norm": norm, "lr": lr})
 
     @torch.no_grad()
     def validate(
@@ -128,11 +128,11 @@ class Learner:
     def _validated(self, microbatches: Numbered, bounds: Bounds) -> dict[str, float]:
         module = self.average.module.eval()
         losses = [self._loss(module, VALIDATION, key, rows) for key, rows in microbatches]
-        found = parallel.mean_over_ranks(_mean_loss(losses))
+        found = dict(parallel.mean_over_ranks(_mean_loss(losses)))
         if bounds:
             nats = [self._bounds(module, bounds, key, rows) for key, rows in microbatches]
             over_all = parallel.mean_over_ranks(_mean(nats))
-            found |= over_all | {"bound": sum(over_all.values()) / len(bounds)}
+            found |= {**over_all, "bound": sum(over_all.values()) / len(bounds)}
         return {f"validation/{name}": value for name, value in found.items()}
 
     def _bounds(

@@ -320,9 +320,8 @@ def test_clipping_reports_the_norm_before_and_scales_to_the_limit() -> None:
 def mean_of_rank() -> dict[str, float]:
     rank, size = parallel.world()
     assert size == dist.get_world_size()
-    return parallel.mean_over_ranks(
-        {"rank": rank, "third": torch.tensor(1 / 3, dtype=torch.float64)}
-    )
+    found = {"rank": rank, "third": torch.tensor(1 / 3, dtype=torch.float64)}
+    return dict(parallel.mean_over_ranks(found))
 
 
 def test_scalars_are_averaged_in_float64() -> None:
