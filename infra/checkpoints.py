@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from infra import dcp
+from infra.credentials import scrub
 from infra.dcp import Damaged
 from infra.errors import DataError, InfraError, Problem
-from infra.storage import Folder, scrub
+from infra.storage import Folder
 
 COMMIT = "commit.json"
 PAUSES_S = (1.0, 4.0, 16.0)  # before each further attempt at a failed write

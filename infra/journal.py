@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import documents
+from infra.credentials import scrub
 from infra.errors import DataError, Problem
-from infra.storage import Folder, explained, scrub
+from infra.storage import Folder, explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

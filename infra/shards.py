@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra import documents
+from infra.credentials import scrub
 from infra.errors import ConfigError, DataError, nearest
-from infra.storage import Folder, explained, scrub
+from infra.storage import Folder, explained
 
 if TYPE_CHECKING:
     import pyarrow as pa

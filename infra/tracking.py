@@ -6,7 +6,7 @@ Both are written first and then sent, so a server that is slow or away never sto
 `replay(folder)` sends whatever a server lacks, as often as it is called; `finish` includes it.
 
 The driver owns the run (`start`, `finish`). Rank 0 gets its `RunHandle` and gives the metrics to a
-`Logger`. One run directory is one MLflow run, however often it is resumed.
+`journal.Logger`. One run directory is one MLflow run, however often it is resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from infra import documents, journal
 from infra.config import flatten
 from infra.errors import ConfigError, DataError, InfraError, Problem
-from infra.journal import Journal, Logger, Sender, batches, reason
+from infra.journal import Sender, batches, reason
 from infra.storage import Folder
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
-
-__all__ = ["Journal", "Logger", "RunHandle", "TrackingConfig"]
 
 RECORD = "run.json"
 CONFIG = "config.yaml"

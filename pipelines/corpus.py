@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import fsspec
 
+from infra.credentials import scrub
 from infra.errors import DataError
-from infra.storage import Folder, explained, scrub
+from infra.storage import Folder, explained
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -15,6 +15,7 @@ from infra import cluster, documents, tracking
 from infra.config import digest, flatten, parse, to_tree, to_yaml
 from infra.console import say
 from infra.errors import ConfigError, DataError, Problem
+from infra.journal import Journal, Logger
 from infra.lease import Lease, held
 from infra.shards import Manifest
 from infra.storage import Folder
@@ -257,8 +258,8 @@ def _publish(run: Run, made: Made) -> None:
     place = run.folder / "report"
     for name, content in made.files.items():
         place.write_bytes(name, content)
-    journal = tracking.Journal(run.folder, permit=run.lease.confirm)
-    logger = tracking.Logger(journal, run.handle)
+    journal = Journal(run.folder, permit=run.lease.confirm)
+    logger = Logger(journal, run.handle)
     logger.log(0, made.result["metrics"])
     logger.close()
     tracking.log_artifacts(run.handle, place.url)

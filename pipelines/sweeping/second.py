@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from infra import tracking
 from infra.config import flatten, parse, to_tree, to_yaml
 from infra.errors import Problem
+from infra.journal import Journal
 from infra.shards import read_manifest
 from infra.storage import Folder
 from infra.tracking import RunHandle
@@ -146,7 +147,7 @@ def _show(config: SweepConfig, walk: Walk, report: str) -> None:
         config_yaml=to_yaml(settings, "walk"),
         parent=trial.run_id if trial else None,
     )
-    journal = tracking.Journal(handle.folder)
+    journal = Journal(handle.folder)
     journal.append(0, {key: value for key, value in walk.row.items() if _is_figure(key, value)})
     journal.close()
     tracking.finish(handle)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from infra import parallel, stall, tracking
+from infra import parallel, stall
+from infra.journal import Journal, Logger
 from infra.preemption import Notice, notices
 from pipelines.runs import Run
 
@@ -49,11 +50,11 @@ class Monitor:
             if self._logger:
                 self._logger.close()
 
-    def _open(self, done: int | None) -> tracking.Logger:
+    def _open(self, done: int | None) -> Logger:
         self.run.lease.confirm()
         permit = self.run.lease.confirm
-        journal = tracking.Journal(self.run.folder, resume=done, permit=permit)
-        return tracking.Logger(journal, self.run.handle)
+        journal = Journal(self.run.folder, resume=done, permit=permit)
+        return Logger(journal, self.run.handle)
 
     def doing(self, what: str) -> None:
         """What this rank does from now on, for whoever asks when it hangs."""

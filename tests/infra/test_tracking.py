@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from infra import journal, tracking
 from infra.errors import ConfigError, DataError, InfraError
-from infra.journal import Journal
+from infra.journal import Journal, Logger
 from infra.storage import Folder
-from infra.tracking import Logger, RunHandle, TrackingConfig, connect
+from infra.tracking import RunHandle, TrackingConfig, connect
 from tests.infra.common import MLflowServer, until
 
 PARAMS = {"optim": {"lr": 3e-4, "betas": [0.9, 0.95]}, "init": None, "note": "x" * 7000}
