@@ -258,7 +258,7 @@ def _build(annotation: Any, layers: list[Layer], path: str) -> Any:
     if last.value is not None:
         # A null discards the layers before it.
         nulls = [i for i, layer in enumerate(layers) if layer.value is None]
-        layers = layers[nulls[-1] + 1 :] if nulls else layers
+        layers = layers[max(nulls, default=-1) + 1 :]
         annotation = _without_none(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if last.value is None and type(None) in arguments:
@@ -268,12 +268,13 @@ def _build(annotation: Any, layers: list[Layer], path: str) -> Any:
             if isinstance(last.value, str):
                 return last.value
             texts = [i for i, layer in enumerate(layers) if isinstance(layer.value, str)]
-            layers = layers[texts[-1] + 1 :] if texts else layers
+            layers = layers[max(texts, default=-1) + 1 :]
         kinds = _kinds(members)
         return _kind(kinds, layers, path) if kinds else _dataclass(members[0], layers, path)
     if origin is dict and isinstance(last.value, dict):
         merged: dict[str, list[Layer]] = {}
-        for layer in _mappings(layers, path):
+        _require_mappings(layers, path)
+        for layer in layers:
             for key in layer.value:
                 merged.setdefault(str(key), []).append(layer[key])
         return {key: _build(arguments[1], found, f"{path}.{key}") for key, found in merged.items()}
@@ -292,19 +293,19 @@ def _kind(kinds: dict[str, Any], layers: list[Layer], path: str) -> Any:
     for layer in layers:
         if isinstance(layer.value, str):
             layer = Layer(layer.source, {"kind": layer.value})
-        (mapping,) = _mappings([layer], path)
-        named = mapping.value.get("kind", kind)
+        _require_mappings([layer], path)
+        named = layer.value.get("kind", kind)
         if not isinstance(named, str) or named not in kinds:
             why = "missing" if named is None else f"no kind {named!r}"
             raise ConfigError(_where(layer, f"{path}.kind"), why, _hint(str(named), kinds))
-        kept = [*kept, mapping] if named == kind else [mapping]
+        kept = [*kept, layer] if named == kind else [layer]
         kind = named
     return _dataclass(kinds[kind], kept, path)
 
 
 def _dataclass(config_type: type[T], layers: list[Layer], path: str) -> T:
     fields, dotted = _fields(config_type), f"{path}." if path else ""
-    layers = _mappings(layers, path)
+    _require_mappings(layers, path)
     for layer in layers:
         for key in layer.value:
             if key not in fields:
@@ -344,11 +345,10 @@ def _leaf(annotation: Any, layer: Layer, path: str) -> Any:
     return value
 
 
-def _mappings(layers: list[Layer], path: str) -> list[Layer]:
+def _require_mappings(layers: list[Layer], path: str) -> None:
     for layer in layers:
         if not isinstance(layer.value, dict):
             raise _wrong(dict, layer, path)
-    return layers
 
 
 # --- types and messages ----------------------------------------------------------------------
