@@ -158,7 +158,7 @@ def _decode(line: bytes) -> dict[str, float]:
 
 def _encode(row: Mapping[str, float]) -> bytes:
     plain = {k: v if math.isfinite(v) else json.dumps(v) for k, v in row.items()}
-    return json.dumps(plain).encode() + os.linesep.encode()
+    return json.dumps(plain).encode() + b"\n"
 
 
 class Logger:
