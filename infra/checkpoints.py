@@ -19,7 +19,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -183,7 +183,8 @@ class Checkpoints:
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     _at(self.folder, bad).remove(COMMIT)
             return step, meta
-        for problem in damaged.values():
+        if damaged:
+            problem = damaged[max(damaged)]
             raise Damaged(problem.where, problem.why, NONE_LEFT)
         return None, {}
 
@@ -193,11 +194,11 @@ class Checkpoints:
             folder = _at(self.folder, step)
             failed = _attempt(lambda: staged.write(folder))
             outcomes = self._all((failed, staged.digests))
-            failure = _first(failed for failed, _ in outcomes)
+            failure = next(filter(None, (failed for failed, _ in outcomes)), None)
             if failure is None and self._rank == 0:
                 digests = {key: digest for _, part in outcomes for key, digest in part.items()}
                 failure = _attempt(lambda: self._commit(step, staged, digests, meta))
-            self._failure = _first(self._all(failure))
+            self._failure = next(filter(None, self._all(failure)), None)
         except Exception as error:  # a peer is gone: the launcher will end this rank too
             self._failure = _reason(error)
 
@@ -425,7 +426,3 @@ def _attempt(action: Callable[[], None]) -> str | None:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, Problem) else scrub(f"{type(error).__name__}: {error}")
-
-
-def _first(failures: Iterable[str | None]) -> str | None:
-    return next((failure for failure in failures if failure is not None), None)
