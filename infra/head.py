@@ -90,19 +90,11 @@ def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) 
     """Start a head on this machine that answers only to the token in `state`, and wait for it."""
     if (state / "head.json").exists():
         raise InfraError(str(state), "a cluster is recorded as up", "End it with `down`")
-    with socket.socket() as probe:
-        if not probe.connect_ex(("127.0.0.1", dashboard_port)):
-            # Ray would take the next port, and jobs would go to whatever listens on this one.
-            why = f"port {dashboard_port} is taken"
-            raise InfraError("the Ray page", why, "Choose another with --dashboard-port")
+    _require_free(dashboard_port)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         client_port = probe.getsockname()[1]  # the one port for which Ray does not accept 0
-    state.mkdir(parents=True, exist_ok=True)
-    token = state / "token"
-    token.unlink(missing_ok=True)
-    with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    _make_token(state)
     folder = tempfile.mkdtemp(prefix="ray-head-")  # a short path, as sockets need
     arguments = {
         "node-ip-address": "127.0.0.1", "port": 0, "dashboard-host": "127.0.0.1",
@@ -125,14 +117,37 @@ def up(state: Path, *, dashboard_port: int = 8265, num_cpus: int | None = None) 
     address = f"http://127.0.0.1:{dashboard_port}"
     head = Head(pid=ray.pid, started=process.started(ray.pid) or "", address=address, folder=folder)
     head.save(state)
+    _wait_until_up(head, state, ray)
+    return head
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        if not probe.connect_ex(("127.0.0.1", port)):
+            # Ray would take the next port, and jobs would go to whatever listens on this one.
+            why = f"port {port} is taken"
+            raise InfraError("the Ray page", why, "Choose another with --dashboard-port")
+
+
+def _make_token(state: Path) -> None:
+    """A new token, which nobody else may read from the moment on at which the file exists."""
+    state.mkdir(parents=True, exist_ok=True)
+    token = state / "token"
+    token.unlink(missing_ok=True)
+    with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def _wait_until_up(head: Head, state: Path, ray: subprocess.Popen[bytes]) -> None:
+    """Wait until a head answers; InfraError, and nothing left of it, if it does not in time."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            _ask(f"{address}/api/version", token.read_text())
-            return head
+            _ask(f"{head.address}/api/version", (state / "token").read_text())
+            return
         if ray.poll() is not None or time.monotonic() > deadline:
             down(state)
-            raise InfraError(address, "the head did not start", f"See {state / 'head.log'}")
+            raise InfraError(head.address, "the head did not start", f"See {state / 'head.log'}")
         time.sleep(0.5)
 
 
