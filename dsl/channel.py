@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dsl.noise import Draws, Stream, normal
+from dsl.noise import Draws, Stream, standard_normal
 from dsl.posterior import Posterior
 from dsl.state import OnHost, State, flat, send
 
@@ -44,7 +44,7 @@ def observe(
     if isinstance(noise, Draws):
         eps_ND = noise.normal(z_BLD.shape, z_BLD.dtype, device).flatten(0, 1)[there_N]
     else:
-        eps_ND = normal(x_ND.shape, z_BLD.dtype, device, noise)
+        eps_ND = standard_normal(x_ND.shape, z_BLD.dtype, device, noise)
     z_ND = z_BLD.flatten(0, 1).index_copy(0, there_N, gamma_N1 * x_ND + gamma_N1.sqrt() * eps_ND)
     state = State(
         tokens_BL=tokens_BL.masked_fill(~gamma_BL.isinf(), 0),

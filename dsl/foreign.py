@@ -9,10 +9,10 @@ Shapes: B rows, L positions, W input width, H hidden width, V tokens, U = V + 1 
 """
 
 import json
+import pathlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -137,13 +137,11 @@ class ForeignBackbone(nn.Module):
     def forward(self, inputs_BLW: Tensor) -> Tensor:
         """Hidden states, in the network's dtype."""
         start = self.config.start
-        if start is None:
-            hidden_BLH: Tensor = self.network(inputs_embeds=inputs_BLW).logits
-            return hidden_BLH
-        start_B1W = self.values_UW[start].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
-        inputs_BLW = torch.cat([start_B1W, inputs_BLW], dim=1)
-        hidden_BLH = self.network(inputs_embeds=inputs_BLW).logits
-        return hidden_BLH[:, :-1]
+        if start is not None:
+            start_B1W = self.values_UW[start].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
+            inputs_BLW = torch.cat([start_B1W, inputs_BLW], dim=1)
+        hidden_BLH: Tensor = self.network(inputs_embeds=inputs_BLW).logits
+        return hidden_BLH if start is None else hidden_BLH[:, :-1]
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of one token's forward and backward pass, head included.
@@ -188,7 +186,8 @@ def network(config: ForeignConfig) -> Any:
     trusted = {"trust_remote_code": bool(config.code)}
     try:
         with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "model"  # the library names the modules of the code after it
+            # The library names the modules of the code after the folder.
+            folder = pathlib.Path(place) / "model"
             folder.mkdir()
             for name, text in files.items():
                 (folder / name).write_text(text, encoding="utf-8")

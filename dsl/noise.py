@@ -61,7 +61,11 @@ class Draws:
 
     def uniform(self, rows: int, length: int, stream: Stream) -> Tensor:
         """``[B, L]`` float64 in [0, 1)."""
-        return self._uniform(rows, length, stream)[:, :length]
+        blocks = -(-length // _OUTPUTS_PER_COUNTER)  # each row starts on a new counter
+        key = np.array([self.seed, self.step * len(Stream) + stream], dtype=np.uint64)
+        counter = np.array([self.first_row * blocks, 0, 0, 0], dtype=np.uint64)
+        source = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return torch.from_numpy(source.random((rows, blocks * _OUTPUTS_PER_COUNTER)))[:, :length]
 
     def normal(self, shape: torch.Size, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
         """``[B, L, D]`` standard normal, computed in float64 and rounded to ``dtype``."""
@@ -71,23 +75,15 @@ class Draws:
         rows, length, dim = shape
         count = length * dim
         half = (count + 1) // 2
-        uniform = self._uniform(rows, 2 * half, Stream.MOVE)
+        uniform = self.uniform(rows, 2 * half, Stream.MOVE)
         # 1 - u lies in (0, 1], where the logarithm is finite.
         radius = (1 - uniform[:, :half]).log().mul(-2).sqrt()
-        angle = uniform[:, half : 2 * half] * (2 * math.pi)
+        angle = uniform[:, half:] * (2 * math.pi)
         drawn = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
         return drawn[:, :count].reshape(shape).to(dtype)
 
-    def _uniform(self, rows: int, count: int, stream: Stream) -> Tensor:
-        """``[B, count or a few more]`` in [0, 1); each row starts on a new counter."""
-        blocks = -(-count // _OUTPUTS_PER_COUNTER)
-        key = np.array([self.seed, self.step * len(Stream) + stream], dtype=np.uint64)
-        counter = np.array([self.first_row * blocks, 0, 0, 0], dtype=np.uint64)
-        source = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        return torch.from_numpy(source.random((rows, blocks * _OUTPUTS_PER_COUNTER)))
 
-
-def normal(
+def standard_normal(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, source: torch.Generator
 ) -> Tensor:
     """Standard normals on a device. A ``source`` of another device only seeds a generator of this

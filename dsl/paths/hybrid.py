@@ -25,7 +25,7 @@ from dsl.state import State
 Stage = Masked | Remask | Order | EntropyBounded | SentenceSDE | TokenSDE | SecondOrder
 
 
-class Carry(NamedTuple):
+class HybridCarry(NamedTuple):
     """The stage in charge, what it remembers, and what the stage before it reported."""
 
     second: bool
@@ -71,13 +71,13 @@ class Hybrid:
     def finite_snr(self) -> bool:
         return any(stage.finite_snr for stage in self.stages)
 
-    def init(self, state: State) -> Carry:
+    def init(self, state: State) -> HybridCarry:
         second = self.split[0] == 0
-        return Carry(second, self._stage(second).init(state), {})
+        return HybridCarry(second, self._stage(second).init(state), {})
 
     def target(
-        self, state: State, posterior: Posterior, carry: Carry, clock: Clock
-    ) -> tuple[Tensor, Carry]:
+        self, state: State, posterior: Posterior, carry: HybridCarry, clock: Clock
+    ) -> tuple[Tensor, HybridCarry]:
         before, after = self.split
         if clock.budget != before + after:
             raise PathError(
@@ -85,7 +85,7 @@ class Hybrid:
                 "make them equal"
             )
         if clock.call >= before and not carry.second:
-            carry = Carry(True, self.second.init(state), self.report(carry))
+            carry = HybridCarry(True, self.second.init(state), self.report(carry))
         if carry.second:
             clock = replace(clock, call=clock.call - before, budget=after)
         else:
@@ -96,11 +96,11 @@ class Hybrid:
         gamma_BL, stage_carry = stage.target(state, posterior, carry.stage, clock)
         return gamma_BL, carry._replace(stage=stage_carry)
 
-    def steer(self, posterior: Posterior, carry: Carry) -> Posterior:
+    def steer(self, posterior: Posterior, carry: HybridCarry) -> Posterior:
         stage = self._stage(carry.second)
         return stage.steer(posterior, carry.stage) if isinstance(stage, Steers) else posterior
 
-    def report(self, carry: Carry) -> Mapping[str, Any]:
+    def report(self, carry: HybridCarry) -> Mapping[str, Any]:
         stage = self._stage(carry.second)
         own = stage.report(carry.stage) if isinstance(stage, Reports) else {}
         # What both stages report is summed.

@@ -36,11 +36,8 @@ class Extrapolated(Posterior):
     def mean_at(self, at_N: Tensor) -> Tensor:
         return self.drift_BLD.flatten(0, 1)[self._sent(at_N)]
 
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        return self.posterior.with_rows(state, rows_R, fresh)
 
-
-class Carry(NamedTuple):
+class SecondOrderCarry(NamedTuple):
     """The inner path's carry; of the last call its prediction and every token's step; and the
     posterior that gives the drift of the present move."""
 
@@ -72,17 +69,17 @@ class SecondOrder:
         if not isinstance(self.path, SentenceSDE | TokenSDE):
             raise ValueError(f"path must be a SentenceSDE or a TokenSDE, got {self.path!r}")
 
-    def init(self, state: State) -> Carry:
-        return Carry(self.path.init(state), None, None, None)
+    def init(self, state: State) -> SecondOrderCarry:
+        return SecondOrderCarry(self.path.init(state), None, None, None)
 
     def target(
-        self, state: State, posterior: Posterior, carry: Carry, clock: Clock
-    ) -> tuple[Tensor, Carry]:
+        self, state: State, posterior: Posterior, carry: SecondOrderCarry, clock: Clock
+    ) -> tuple[Tensor, SecondOrderCarry]:
         gamma_BL, inner = self.path.target(state, posterior, carry.path, clock)
         gamma_BL, now_BL = gamma_BL.cpu(), state.host.gamma_BL
         moves_BL = ~state.host.frozen_BL & (gamma_BL > now_BL)
         if not moves_BL.any():
-            return gamma_BL, Carry(inner, None, None, None)
+            return gamma_BL, SecondOrderCarry(inner, None, None, None)
         step_BL = send(torch.where(moves_BL, gamma_BL - now_BL, 0.0), state.z_BLD.device)
         x_hat_BLD = posterior.mean()
         drift = posterior
@@ -91,10 +88,10 @@ class SecondOrder:
             ratio_BL = torch.where(ratio_BL <= LONGEST, ratio_BL, 0.0)
             turn_BLD = ratio_BL[..., None].to(x_hat_BLD) * (x_hat_BLD - carry.x_hat_BLD)
             drift = Extrapolated(posterior, x_hat_BLD + turn_BLD)
-        return gamma_BL, Carry(inner, x_hat_BLD, step_BL, drift)
+        return gamma_BL, SecondOrderCarry(inner, x_hat_BLD, step_BL, drift)
 
-    def steer(self, posterior: Posterior, carry: Carry) -> Posterior:
+    def steer(self, posterior: Posterior, carry: SecondOrderCarry) -> Posterior:
         return posterior if carry.drift is None else carry.drift
 
-    def report(self, carry: Carry) -> Mapping[str, Any]:
+    def report(self, carry: SecondOrderCarry) -> Mapping[str, Any]:
         return self.path.report(carry.path) if isinstance(self.path, Reports) else {}

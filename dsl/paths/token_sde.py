@@ -19,7 +19,7 @@ from dsl.posterior import Posterior
 from dsl.state import OnHost, State, send
 
 
-class Carry(NamedTuple):
+class TokenCarry(NamedTuple):
     """``lag_BL``: how far each token is behind the linear grid, as a share of ``gamma_max``.
     ``x_hat_BLD``: the last prediction. ``shortfall_BL``: the SNR moved so far beyond the
     tolerance."""
@@ -69,13 +69,13 @@ class TokenSDE:
         if self.curvature not in ("secant", "jvp"):
             raise ValueError(f"curvature must be 'secant' or 'jvp', got {self.curvature!r}")
 
-    def init(self, state: State) -> Carry:
+    def init(self, state: State) -> TokenCarry:
         zero_BL = torch.zeros_like(state.gamma_BL, dtype=torch.float64)
-        return Carry(zero_BL, None, zero_BL)
+        return TokenCarry(zero_BL, None, zero_BL)
 
     def target(
-        self, state: State, posterior: Posterior, carry: Carry, clock: Clock
-    ) -> tuple[Tensor, Carry]:
+        self, state: State, posterior: Posterior, carry: TokenCarry, clock: Clock
+    ) -> tuple[Tensor, TokenCarry]:
         moves, left = self._moves(clock.budget), self._moves(clock.calls_left)
         step = self.gamma_max / moves
         x_hat_BLD = carry.x_hat_BLD
@@ -99,9 +99,9 @@ class TokenSDE:
         open_BL = ~state.frozen_BL & state.gamma_BL.isfinite()
         moved_BL = torch.where(open_BL, gamma_BL - state.gamma_BL, 0.0)
         beyond_BL = (moved_BL - weight_BL * step).clamp_min(0.0)
-        return gamma_BL, Carry(lag_BL, x_hat_BLD, carry.shortfall_BL + beyond_BL)
+        return gamma_BL, TokenCarry(lag_BL, x_hat_BLD, carry.shortfall_BL + beyond_BL)
 
-    def report(self, carry: Carry) -> Mapping[str, Tensor]:
+    def report(self, carry: TokenCarry) -> Mapping[str, Tensor]:
         return {"shortfall_B": carry.shortfall_BL.mean(1)}
 
     def _measures(self, calls_left: int) -> bool:

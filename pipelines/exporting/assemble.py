@@ -2,8 +2,7 @@
 
 The modules that a template imports, directly or not, follow each other in the order of their
 dependencies, with their comments. What they import from each other is dropped, what they import
-from elsewhere is gathered at the top. A name that two modules define gets its module's name in
-front.
+from elsewhere is gathered at the top. No two of them may give one name to different things.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "dsl"
 WIDTH = 100
-ANNOTATIONS = ("annotation", "returns")  # where a syntax tree holds them
 
 
 class Edit(NamedTuple):
@@ -57,15 +55,13 @@ class Module:
 def assemble(template: Path) -> str:
     """The source of one module that holds a template and all that it needs of the package.
 
-    Raises ValueError for source that cannot be joined, such as a local variable with the name of
-    something that has to be renamed.
+    Raises ValueError for source that cannot be joined, such as two functions of one name.
     """
     modules = _ordered(template)
-    names = _names(modules)
     outer = _merged(modules)
     docstring = ast.get_docstring(modules[-1].tree, clean=False) or ""
     parts = [f'"""{docstring}"""\n\n{_imports(outer)}']
-    parts += [_section(module, names, is_last=module is modules[-1]) for module in modules]
+    parts += [_section(module, is_last=module is modules[-1]) for module in modules]
     made = "\n\n".join(parts)
     compile(made, template.name, "exec")
     return made
@@ -98,9 +94,11 @@ def _read(name: str, path: Path) -> Module:
         match node:
             case ast.Expr(value=ast.Constant(value=str())):
                 module.dropped.append(node)
-            case ast.ImportFrom(module=str(origin)) if origin.split(".")[0] == PACKAGE:
+            case ast.ImportFrom(module=str(origin), names=names) if _is_inner(origin):
+                if any(alias.asname for alias in names):
+                    raise ValueError(f"{path}, line {node.lineno}: `as` cannot be joined")
                 module.dropped.append(node)
-                module.local |= {a.asname or a.name: _target(origin, a.name) for a in node.names}
+                module.local |= {alias.name: _target(origin, alias.name) for alias in names}
             case ast.Import() | ast.ImportFrom(level=0):
                 module.dropped.append(node)
                 module.outer |= dict(_statements(node))
@@ -115,6 +113,10 @@ def _read(name: str, path: Path) -> Module:
             case _:
                 raise ValueError(f"{path}, line {node.lineno}: a statement that cannot be joined")
     return module
+
+
+def _is_inner(origin: str) -> bool:
+    return origin.partition(".")[0] == PACKAGE
 
 
 def _target(origin: str, name: str) -> tuple[str, str]:
@@ -134,34 +136,17 @@ def _statements(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
 
 
 def _merged(modules: list[Module]) -> dict[str, str]:
-    """The import statements of all modules by the names that they give."""
-    merged: dict[str, str] = {}
+    """The import statements of all modules by the names that they give.
+
+    Raises ValueError for a name that means two things.
+    """
+    meanings: dict[str, str] = {}
     for module in modules:
-        for name, statement in module.outer.items():
-            if merged.setdefault(name, statement) != statement:
-                raise ValueError(f"{module.name}: `{statement}` and `{merged[name]}` clash")
-    return merged
-
-
-def _names(modules: list[Module]) -> dict[tuple[str, str], str]:
-    """What each module's own names are called in the one file."""
-    counts = Counter(name for module in modules for name in module.defined)
-    counts.update({name for module in modules for name in module.outer})
-    return {
-        (module.name, name): _longer(module.name, name) if counts[name] > 1 else name
-        for module in modules
-        for name in module.defined
-    }
-
-
-def _longer(module: str, name: str) -> str:
-    """`Carry` of `dsl.paths.hybrid` becomes `HybridCarry`, `_read` of `dsl.plain` `plain_read`."""
-    last = module.rpartition(".")[2]
-    if name.isupper():
-        return f"{last.upper()}_{name}"
-    if name[0].isupper():
-        return "".join(word.capitalize() for word in last.split("_")) + name
-    return f"{last}_{name.lstrip('_')}"
+        own = dict.fromkeys(module.defined, f"what {module.name} defines")
+        for name, meaning in {**module.outer, **own}.items():
+            if meanings.setdefault(name, meaning) != meaning:
+                raise ValueError(f"{name}: `{meanings[name]}` and `{meaning}` clash; rename one")
+    return {name: meanings[name] for module in modules for name in module.outer}
 
 
 def _imports(outer: dict[str, str]) -> str:
@@ -179,10 +164,10 @@ def _imports(outer: dict[str, str]) -> str:
     return "\n\n".join("\n".join(group) for group in groups)
 
 
-def _section(module: Module, names: dict[tuple[str, str], str], *, is_last: bool) -> str:
+def _section(module: Module, *, is_last: bool) -> str:
     """A module's own code, below its name and its docstring."""
     edits = [Edit(*module.span(node), "") for node in module.dropped]
-    edits += _renamings(module, names)
+    edits += _unqualified(module)
     source = module.source
     for edit in sorted(edits, reverse=True):
         source = source[: edit.start] + edit.text.encode() + source[edit.end :]
@@ -194,59 +179,20 @@ def _section(module: Module, names: dict[tuple[str, str], str], *, is_last: bool
     return f"{heading}\n\n\n{code}\n"
 
 
-def _renamings(module: Module, names: dict[tuple[str, str], str]) -> Iterator[Edit]:
-    """Where a module's source names something that is called otherwise in the one file."""
-    called = {name: names[module.name, name] for name in module.defined}
-    called |= {name: names[target] for name, target in module.local.items() if target[1]}
-    changed = {name: new for name, new in called.items() if name != new}
-    packages = {name: origin for name, (origin, inner) in module.local.items() if not inner}
-    _require_unshadowed(module, {*changed, *packages})
-    tops, annotations = {id(node) for node in module.tree.body}, _annotations(module.tree)
+def _unqualified(module: Module) -> Iterator[Edit]:
+    """`plain.read` becomes `read`; ValueError if a local variable or argument has either name."""
+    packages = {name for name, (_, inner) in module.local.items() if not inner}
+    found = [
+        node
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in packages
+    ]
+    names = {*packages, *(node.attr for node in found)}
     for node in ast.walk(module.tree):
         match node:
-            case ast.Attribute(value=ast.Name(id=package), attr=name) if package in packages:
-                yield Edit(*module.span(node), names[packages[package], name])
-            case ast.Name(id=name) if name in changed:
-                yield _checked(module, module.span(node), name, changed[name])
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) if (
-                id(node) in tops and name in changed
-            ):
-                start, _ = module.span(node)
-                start = module.source.index(f" {name}".encode(), start) + 1
-                yield Edit(start, start + len(name), changed[name])
-            case ast.Constant(value=str(text)) if id(node) in annotations:
-                words = re.sub(r"\w+", lambda word: changed.get(word[0], word[0]), text)
-                yield Edit(*module.span(node), f'"{words}"')
-
-
-def _annotations(tree: ast.Module) -> set[int]:
-    """The ids of the nodes of annotations, but for the strings of a `Literal`, which are values."""
-    found = [getattr(node, key, None) for node in ast.walk(tree) for key in ANNOTATIONS]
-    parts = [part for annotation in found if annotation for part in ast.walk(annotation)]
-    values = [
-        part
-        for literal in parts
-        if isinstance(literal, ast.Subscript) and ast.unparse(literal.value) == "Literal"
-        for part in ast.walk(literal)
-    ]
-    return {id(part) for part in parts} - {id(part) for part in values}
-
-
-def _checked(module: Module, span: tuple[int, int], name: str, new: str) -> Edit:
-    # Before Python 3.12, names inside of f-strings have no true positions.
-    if module.source[slice(*span)] != name.encode():
-        raise ValueError(f"{module.name}: {name} has to be renamed, inside an f-string too")
-    return Edit(*span, new)
-
-
-def _require_unshadowed(module: Module, names: set[str]) -> None:
-    """ValueError for a local variable or an argument with one of these names."""
-    for scope in ast.walk(module.tree):
-        if not isinstance(scope, ast.FunctionDef | ast.ClassDef | ast.Lambda):
-            continue
-        bound = {node.arg for node in ast.walk(scope) if isinstance(node, ast.arg)}
-        variables = [node for node in ast.walk(scope) if isinstance(node, ast.Name)]
-        bound |= {node.id for node in variables if not isinstance(node.ctx, ast.Load)}
-        if shadowed := bound & names:
-            why = f"{', '.join(shadowed)} is a local variable, and a name that has to be replaced"
-            raise ValueError(f"{module.path}, line {scope.lineno}: {why}")
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) if name in names:
+                why = f"{name} is a local variable, and a name that has to be replaced"
+                raise ValueError(f"{module.path}, line {node.lineno}: {why}")
+    yield from (Edit(*module.span(node), node.attr) for node in found)

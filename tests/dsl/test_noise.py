@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsl import philox
-from dsl.noise import Draws, Stream, generator, normal
+from dsl.noise import Draws, Stream, generator, standard_normal
 from tests.dsl.laws import chi_square_p, normal_p
 from tests.gpu import GPU, standing_in
 
@@ -107,7 +107,7 @@ def test_training_generator_is_keyed_by_seed_step_and_lane() -> None:
 def test_a_gpus_normals_of_training_are_keyed_by_the_generator_of_the_cpu() -> None:
     def draw(*key: int) -> tuple[float, ...]:
         with standing_in():
-            drawn = normal(torch.Size((2, 3)), torch.float64, GPU, generator(*key))
+            drawn = standard_normal(torch.Size((2, 3)), torch.float64, GPU, generator(*key))
             return tuple(drawn.flatten().tolist())
 
     assert draw(1, 2, 3) == draw(1, 2, 3)

@@ -49,34 +49,31 @@ def test_the_file_of_a_model_stands_alone(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-def test_names_that_meet_get_their_modules_in_front(
+def test_a_module_that_is_named_is_named_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = written(
         tmp_path,
         monkeypatch,
-        one="from math import floor\nLIMIT = 1\n\nclass Carry:\n    limit = LIMIT\n\n"
-        "def made(x: 'Carry') -> int:\n    return floor(x.limit)\n",
-        two_more="from dsl import one\nfrom dsl.one import made as first\nLIMIT = 20\n\n"
-        "class Carry:\n    limit = LIMIT\n\n"
-        'def made(x: "Carry | None") -> int:\n    return x.limit + first(one.Carry())\n',
-        main='"""What it is."""\nfrom typing import Literal\nfrom dsl.two_more import Carry, made\n'
-        'def kind(of: Literal["made"] = "made") -> str:\n    return of\n\n'
-        "def total() -> int:\n    made_of = Carry()\n    return made(made_of)\n",
+        one="from math import floor\n\ndef made(x: 'float') -> int:\n    return floor(x)\n",
+        two='"""Not kept."""\nfrom dsl import one\n\n__all__ = ["half"]\n\n'
+        "def half(x: int) -> int:\n    return one.made(x / 2)\n",
+        main='"""What it is."""\nfrom typing import Literal\nfrom dsl.two import half\n\n'
+        'def kind(of: Literal["half"] = "half") -> int:\n    return half(43)\n',
     )
-    assert made.total() == 21
+    assert made.kind() == 21
     assert made.__doc__ == "What it is."
-    assert made.kind.__annotations__["of"] == Literal["made"]
-    assert set(made.two_more_made.__annotations__.values()) == {"TwoMoreCarry | None", int}
-    assert (made.OneCarry.limit, made.TwoMoreCarry.limit) == (1, 20)
-    assert (made.ONE_LIMIT, made.TWO_MORE_LIMIT) == (1, 20)
+    assert made.kind.__annotations__["of"] == Literal["half"]
 
 
 @pytest.mark.parametrize(
     "two",
     [
-        "import dsl.one\nx = 1\ndef f(x):\n    return x\n",
-        "x = 1\ndef f():\n    x = 2\n    return x\n",
+        "x = 1\ndef f():\n    return x\n",
+        "from dsl.one import x as f\n",
+        "from dsl import one\ndef f():\n    x = one.x\n    return x\n",
+        "from dsl import one\ndef f(one):\n    return one.x\n",
+        "from dsl import one\ndef f(x):\n    return one.x\n",
         "from random import floor\n",
         "if True:\n    y = 1\n",
     ],
