@@ -189,7 +189,9 @@ class ChainDenoiser(MarkovDenoiser):
         histories = first.numel() // tokens  # R, given: an empty batch does not tell it
         ahead = [start.reshape(rows, tokens, histories)]
         for i in range(first.ndim, length):
-            ahead.append(self._renamed(self._next(ahead[-1]) + evidence_BLV[:, i, None]))
+            history_BRV = self._next(ahead[-1]) + evidence_BLV[:, i, None]
+            # From here on its first token stands apart from the rest.
+            ahead.append(history_BRV.reshape(rows, tokens, histories))
         behind_BVR = torch.zeros_like(ahead[-1])
         joint = []
         for i, ahead_BVR in zip(reversed(range(first.ndim, length)), reversed(ahead), strict=False):
@@ -224,14 +226,11 @@ class ChainDenoiser(MarkovDenoiser):
         sum_BVR = torch.einsum("brw,vrw->bvr", (after_BRV - top_BR1).exp(), self.probs_VRV)
         return sum_BVR.log() + top_BR1.transpose(1, 2)
 
-    def _renamed(self, history_BRV: Tensor) -> Tensor:
-        """Histories ``[B, R, V]`` as ``[B, V, R]``: their first token apart from the rest."""
-        rows, histories, tokens = history_BRV.shape
-        return history_BRV.reshape(rows, tokens, histories)
-
 
 class ChainPosterior(Posterior):
     """Marginals that were computed all at once: a message passes every position anyway."""
+
+    by_row = ("log_probs_BLV",)
 
     def __init__(self, state: State, table_VD: Tensor, log_probs_BLV: Tensor) -> None:
         super().__init__(state, table_VD)
@@ -240,11 +239,6 @@ class ChainPosterior(Posterior):
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
         log_probs_NV = self.log_probs_BLV.flatten(0, 1)[at_N]
         return log_probs_NV.masked_fill(log_probs_NV < NEVER / 2, -torch.inf)
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "ChainPosterior":
-        assert isinstance(fresh, ChainPosterior)
-        log_probs_BLV = self.log_probs_BLV.index_copy(0, rows_R, fresh.log_probs_BLV)
-        return ChainPosterior(state, self.table_VD, log_probs_BLV)
 
 
 def log(probs: Tensor) -> Tensor:

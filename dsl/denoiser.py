@@ -153,17 +153,14 @@ class Denoiser(nn.Module):
         return NetworkPosterior(state, table_VD, hidden_BLW, head, evidence_BLD)
 
     def _read(self, state: State, table_VD: Tensor) -> Tensor:
-        with products_in(self._products, table_VD.device):
-            return self._hidden(state, table_VD)
-
-    def _hidden(self, state: State, table_VD: Tensor) -> Tensor:
         values_UW = self.backbone.values_UW
-        inputs_BLW = self.converter(state, table_VD, values_UW, self.passes)
-        if self.config.backbone.causal:
-            start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
-            inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)
-        # The last norm of some networks answers in float32, in which the head would be slow.
-        return in_compute_dtype(self.backbone(inputs_BLW))
+        with products_in(self._products, table_VD.device):
+            inputs_BLW = self.converter(state, table_VD, values_UW, self.passes)
+            if self.config.backbone.causal:
+                start_B1W = values_UW[-1].to(inputs_BLW).expand(len(inputs_BLW), 1, -1)
+                inputs_BLW = torch.cat([start_B1W, inputs_BLW[:, :-1]], dim=1)
+            # The last norm of some networks answers in float32, in which the head would be slow.
+            return in_compute_dtype(self.backbone(inputs_BLW))
 
 
 class NetworkPosterior(Posterior):
@@ -171,6 +168,8 @@ class NetworkPosterior(Posterior):
 
     ``evidence_BLD`` is what skips the backbone, None without a skip.
     """
+
+    by_row = ("hidden_BLW", "evidence_BLD")
 
     def __init__(
         self,
@@ -224,15 +223,6 @@ class NetworkPosterior(Posterior):
     def _keys_PA(self) -> Tensor:
         nowhere_N = torch.empty(0, dtype=torch.int64, device=self.table_VD.device)
         return narrow.keys(self._evidence(nowhere_N)[1], self.head[0])
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "NetworkPosterior":
-        assert isinstance(fresh, NetworkPosterior)
-        hidden_BLW = self.hidden_BLW.index_copy(0, rows_R, fresh.hidden_BLW)
-        evidence_BLD = self.evidence_BLD
-        if evidence_BLD is not None:
-            assert fresh.evidence_BLD is not None
-            evidence_BLD = evidence_BLD.index_copy(0, rows_R, fresh.evidence_BLD)
-        return NetworkPosterior(state, self.table_VD, hidden_BLW, self.head, evidence_BLD)
 
 
 @torch.no_grad()

@@ -83,6 +83,8 @@ class ExactDenoiser:
 class ExactPosterior(Posterior):
     """Marginals of a weighted set of sequences, one weight vector ``weights_BS`` a row."""
 
+    by_row = ("weights_BS",)
+
     def __init__(
         self, state: State, table_VD: Tensor, sequences_SL: Tensor, weights_BS: Tensor
     ) -> None:
@@ -100,8 +102,3 @@ class ExactPosterior(Posterior):
         # Not log(0): its derivative is 0/0, and curvature differentiates the posterior.
         tiny = torch.finfo(probs_NV.dtype).tiny
         return probs_NV.clamp_min(tiny).log().masked_fill(probs_NV == 0, -torch.inf)
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> "ExactPosterior":
-        assert isinstance(fresh, ExactPosterior)
-        weights_BS = self.weights_BS.index_copy(0, rows_R, fresh.weights_BS)
-        return ExactPosterior(state, self.table_VD, self.sequences_SL, weights_BS)

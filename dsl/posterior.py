@@ -7,9 +7,10 @@ Shapes: B rows, L positions, V tokens, D table dimension, N asked positions (fla
 R rows.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ class Posterior(ABC):
 
     At revealed positions it is one-hot (the token is known); everywhere else subclasses say, for
     just the positions asked for. Nothing of size B·L·V exists unless `log_probs` is called.
+    ``by_row`` names the attributes that `with_rows` merges: tensors ``[B, ...]`` and posteriors.
     """
+
+    by_row: ClassVar[tuple[str, ...]]
 
     def __init__(self, state: State, table_VD: Tensor) -> None:
         self.state = state
@@ -42,10 +46,18 @@ class Posterior(ABC):
         """As `_log_probs_unrevealed`, but probabilities ``[N, V]``."""
         return self._log_probs_unrevealed(at_N).exp()
 
-    @abstractmethod
     def with_rows(self, state: State, rows_R: Tensor, fresh: "Posterior") -> "Posterior":
         """The posterior of ``state``: its rows ``rows_R`` from ``fresh``, which has R rows, and all
         other rows from this posterior. ``rows_R`` lie on the table's device."""
+        merged = copy.copy(self)
+        merged.state = state
+        for name in self.by_row:
+            own, new = getattr(self, name), getattr(fresh, name)
+            if isinstance(own, Posterior):
+                setattr(merged, name, own.with_rows(state, rows_R, new))
+            elif own is not None:
+                setattr(merged, name, own.index_copy(0, rows_R, new))
+        return merged
 
     def log_probs_at(self, at_N: Tensor) -> Tensor:
         """``[N, V]`` log-probabilities at flat positions ``at_N``."""

@@ -184,9 +184,6 @@ class _Deferred(Posterior):
     def _log_probs_unrevealed(self, at_N: Tensor) -> Tensor:
         return self._resolved()._log_probs_unrevealed(at_N)
 
-    def log_probs_at(self, at_N: Tensor) -> Tensor:
-        return self._resolved().log_probs_at(at_N)
-
     def mean_at(self, at_N: Tensor) -> Tensor:
         if self._mean_BLD is not None:
             return self._mean_BLD.flatten(0, 1)[self._sent(at_N)]
@@ -203,6 +200,3 @@ class _Deferred(Posterior):
 
     def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
         return self._resolved().draw(at_N, uniform_N)
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        return self._resolved().with_rows(state, rows_R, fresh)

@@ -181,6 +181,8 @@ def require_temperature(temperature: float) -> None:
 class TruncatedPosterior(Posterior):
     """A posterior, sharpened at the positions asked for."""
 
+    by_row = ("posterior",)
+
     def __init__(self, options: Truncated, posterior: Posterior) -> None:
         super().__init__(posterior.state, posterior.table_VD)
         self.options = options
@@ -202,8 +204,3 @@ class TruncatedPosterior(Posterior):
         # bit as in a batch without evidence.
         own_NV = z_ND @ self.table_VD.to(scores_NV).T
         return self.options.cut(scores_NV - own_NV).add_(own_NV)
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        assert isinstance(fresh, TruncatedPosterior)
-        merged = self.posterior.with_rows(state, rows_R, fresh.posterior)
-        return TruncatedPosterior(self.options, merged)

@@ -84,6 +84,8 @@ class _Told:
 class _ToldPosterior(Posterior):
     """A posterior with unchanged probabilities that draws the tokens of a given text."""
 
+    by_row = ("posterior",)
+
     def __init__(self, told: _Told, posterior: Posterior) -> None:
         super().__init__(posterior.state, posterior.table_VD)
         self.told = told
@@ -97,7 +99,3 @@ class _ToldPosterior(Posterior):
 
     def draw(self, at_N: Tensor, uniform_N: Tensor) -> Tensor:
         return self.told.draw(self.posterior, at_N)
-
-    def with_rows(self, state: State, rows_R: Tensor, fresh: Posterior) -> Posterior:
-        assert isinstance(fresh, _ToldPosterior)
-        return _ToldPosterior(self.told, self.posterior.with_rows(state, rows_R, fresh.posterior))
