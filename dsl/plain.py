@@ -5,6 +5,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from inspect import formatannotation
 from typing import Any
 
 
@@ -31,7 +32,7 @@ def read(annotation: Any, value: Any, where: str) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     if not _fits(annotation, value):
         words = [*kinds, *_words(annotation)]
-        wanted = _offer(value, words) if words else f"Give {annotation}"
+        wanted = _offer(value, words) if words else f"Give {formatannotation(annotation)}"
         raise ValueError(f"{where}: {value!r} does not fit. {wanted}")
     return value
 

@@ -110,8 +110,7 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: padded rows, or an id that is no token.
         """
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError("rows must have one length: a DSL model knows no padding")
+        _require_no_padding(attention_mask)
         known_BL = input_ids != self.config.mask_token_id
         state = State.from_tokens(self.denoiser.table_VD, input_ids * known_BL, known_BL)
         state = state.like(self.denoiser.table_VD)
@@ -154,8 +153,9 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a path, a budget, a length or an id that does not fit.
         """
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError("rows must have one length: a DSL model knows no padding")
+        _require_no_padding(attention_mask)
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget must be at least one call, got {budget}")
         state = self._state(input_ids, rows, length, snr)
         if path is None:
             path = getattr(self.generation_config, "path", None)
@@ -193,3 +193,8 @@ class DSLForMaskedLM(PreTrainedModel, GenerationMixin):
         return State.from_tokens(
             self.denoiser.table_VD.detach(), tokens_BL, gamma_BL.isinf(), gamma_BL
         )
+
+
+def _require_no_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError("rows must have one length: a DSL model knows no padding")

@@ -441,7 +441,10 @@ INFORMATION = {"kind": "information", "nats": [0, 1]}
         (3, "path: 3 does not fit"),
         ({"kind": "sentence_sde"}, "needs gamma_max"),
         ({"kind": "sentence_sde", "gama_max": 3}, "Did you mean 'gamma_max'"),
-        ({"kind": "sentence_sde", "gamma_max": "3"}, "path.gamma_max: '3'"),
+        (
+            {"kind": "sentence_sde", "gamma_max": "3"},
+            "'3' does not fit. Give float",
+        ),
         ({"kind": "sentence_sde", "gamma_max": -3}, "must be positive"),
         ({"kind": "sentence_sde", "gamma_max": 3, "grid": "lag"}, "Did you mean 'log'"),
         ({"kind": "hybrid", "first": "hybrid", "second": "masked", "split": [1, 1]}, "path.first"),
