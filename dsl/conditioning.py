@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dsl.vocabulary import Vocabulary
 
 BLANK = "_"
 Mode = Literal["infill", "prompt", "correct"]
-MODES: tuple[str, ...] = ("infill", "prompt", "correct")
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)

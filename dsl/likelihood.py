@@ -98,11 +98,15 @@ def path_integral(
     table_VD = denoiser.table_VD
     tokens_BL = token_ids(tokens_BL, table_VD)
     rows, length = tokens_BL.shape
-    contours = _Contours(path, grid, gamma_max, steps)
+    if path not in _PATHS:
+        raise ValueError(f"path must be one of {', '.join(_PATHS)}, got {path!r}")
+    knots = [named(grid).gamma(step / steps, gamma_max) for step in range(steps + 1)]
+    knots_K = torch.tensor(knots, dtype=torch.float64)
     terms = []
     for step in range(steps):
         draws = Draws(seed, first_row, step)
-        low_BL, high_BL = contours.piece(step, tokens_BL, Draws(seed, first_row, steps + step))
+        window = _PATHS[path](rows, length, Draws(seed, first_row, steps + step))
+        low_BL, high_BL = (_risen(knots_K, time / steps, *window) for time in (step, step + 1))
         along_B1 = draws.uniform(rows, 1, Stream.PATH)
         rise_BL = high_BL - low_BL
         state = observe(table_VD, tokens_BL, low_BL + along_B1 * rise_BL, draws)
@@ -299,39 +303,13 @@ _PATHS: Mapping[str, Callable[[int, int, Draws], tuple[Tensor, Tensor]]] = Mappi
 )
 
 
-class _Contours:
-    """Monotone curves of SNR from 0 to ``gamma_max`` for every token.
-
-    Each token rises in a window of time of its own, by one profile for all. Between two knots of
-    the profile the rise is linear.
-    """
-
-    def __init__(
-        self,
-        path: PathName,
-        grid: Grid | Literal["linear", "log"],
-        gamma_max: float,
-        steps: int,
-    ) -> None:
-        if path not in _PATHS:
-            raise ValueError(f"path must be one of {', '.join(_PATHS)}, got {path!r}")
-        self.windows = _PATHS[path]
-        rise = named(grid)
-        knots = [rise.gamma(step / steps, gamma_max) for step in range(steps + 1)]
-        self.knots = torch.tensor(knots, dtype=torch.float64)
-
-    def piece(self, step: int, tokens_BL: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """SNR at the start and at the end of a step, ``[B, L]`` float64 each, on the CPU."""
-        rows, length = tokens_BL.shape
-        start_BL, stop_BL = self.windows(rows, length, draws)
-        pieces = len(self.knots) - 1
-
-        def gamma(time: float) -> Tensor:
-            share_BL = ((time - start_BL) / (stop_BL - start_BL)).clamp(0, 1) * pieces
-            piece_BL = share_BL.long().clamp_max(pieces - 1)
-            return self.knots[piece_BL].lerp(self.knots[piece_BL + 1], share_BL - piece_BL)
-
-        return gamma(step / pieces), gamma((step + 1) / pieces)
+def _risen(knots_K: Tensor, time: float, start_BL: Tensor, stop_BL: Tensor) -> Tensor:
+    """SNR ``[B, L]`` at a time in [0, 1], float64 on the CPU, of tokens that rise through all knots
+    between their own start and stop, linearly between two."""
+    pieces = len(knots_K) - 1
+    share_BL = ((time - start_BL) / (stop_BL - start_BL)).clamp(0, 1) * pieces
+    piece_BL = share_BL.long().clamp_max(pieces - 1)
+    return knots_K[piece_BL].lerp(knots_K[piece_BL + 1], share_BL - piece_BL)
 
 
 def _require_finite_snr(name: str, gamma: float) -> None:

@@ -39,8 +39,7 @@ def queries(query_NK: Tensor, *narrow_NW: Tensor) -> Tensor:
     relative error is 2^-16, where bfloat16 alone has 2^-8.
     """
     (high_ND, low_ND), one_N1 = _parts(query_NK[:, :-1], 2), query_NK[:, -1:].bfloat16()
-    columns = *narrow_NW, high_ND, low_ND, high_ND, one_N1, one_N1, one_N1
-    return _aligned(torch.cat(columns, dim=1))
+    return beside(*narrow_NW, high_ND, low_ND, high_ND, one_N1, one_N1, one_N1)
 
 
 def keys(key_VK: Tensor, *narrow_VW: Tensor) -> Tensor:
@@ -48,13 +47,14 @@ def keys(key_VK: Tensor, *narrow_VW: Tensor) -> Tensor:
     key_PK = padded(key_VK).clamp_min(NEVER)
     key_PK[len(key_VK) :, -1] = NEVER
     high_PD, low_PD = _parts(key_PK[:, :-1], 2)
-    columns = *map(padded, narrow_VW), high_PD, high_PD, low_PD, *_parts(key_PK[:, -1:], 3)
-    return _aligned(torch.cat(columns, dim=1))
+    bias = _parts(key_PK[:, -1:], 3)
+    return beside(*map(padded, narrow_VW), high_PD, high_PD, low_PD, *bias)
 
 
 def beside(*narrow: Tensor) -> Tensor:
     """Narrow factors side by side, and zeros up to a multiple of `COLUMNS`."""
-    return _aligned(torch.cat(narrow, dim=1))
+    columns = torch.cat(narrow, dim=1)
+    return F.pad(columns, (0, -columns.shape[1] % COLUMNS))
 
 
 def padded(rows_VK: Tensor) -> Tensor:
@@ -75,7 +75,3 @@ def _parts(wide: Tensor, count: int) -> list[Tensor]:
         parts.append(wide.bfloat16())
         wide = wide - parts[-1].to(wide)
     return parts
-
-
-def _aligned(columns: Tensor) -> Tensor:
-    return F.pad(columns, (0, -columns.shape[1] % COLUMNS))

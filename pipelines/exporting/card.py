@@ -107,8 +107,7 @@ def _registered(address: str, uri: str) -> Provenance:
     try:
         run = tracking.connect(uri).get_run(version.run_id)
         tags = run.data.tags
-        data = next((vars(given.dataset) for given in run.inputs.dataset_inputs), {})
-        data = {name.lstrip("_"): value for name, value in data.items()}
+        data = next((dict(given.dataset) for given in run.inputs.dataset_inputs), {})
         data |= json.loads(data.get("profile") or "{}")
     except MlflowException:  # the run was deleted, the model was kept
         pass

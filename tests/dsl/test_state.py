@@ -62,7 +62,7 @@ def test_ids_are_checked_where_they_count() -> None:
 
 
 def test_tokens_that_are_no_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match="tokens must be ids, got"):
+    with pytest.raises(ValueError, match=r"texts must be ids \[B, L\], got"):
         State.from_tokens(TABLE, TOKENS.double(), ~NONE)
 
 
