@@ -49,6 +49,8 @@ OUTPUTS = ("runs", "data")  # where verbs and presets write by default
 EXCLUDES = ["/.cluster", "/tests", *(f"/{name}" for name in OUTPUTS)]
 LIVE = ("PENDING", "RUNNING")  # what Ray says of a job that has not ended
 RAY = str(Path(sys.executable).with_name("ray"))
+# A head is on this machine: a proxy could not reach it, and would be told the token.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +211,8 @@ def _made_by_jobs(folder: Path) -> list[str]:
 
 
 def _environment(state: Path) -> dict[str, str]:
-    """The environment of a `ray` command: the token, and the interpreter that jobs find first."""
+    """The environment of a `ray` command: the token, no proxy on the way to the head, and the
+    interpreter that jobs find first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     try:
         token = (state / "token").read_text()
@@ -218,6 +221,10 @@ def _environment(state: Path) -> dict[str, str]:
         raise InfraError(str(state), "the token of the cluster is gone", fix) from None
     hidden = {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", COMMIT_VARIABLE}
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    here = "127.0.0.1"
+    if not urllib.request.proxy_bypass_environment(here):  # for all hosts, say
+        others = kept.get("no_proxy") or kept.get("NO_PROXY")
+        kept["no_proxy"] = f"{others},{here}" if others else here
     return {**kept, **QUIET, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
@@ -225,7 +232,7 @@ def _ask(url: str, token: str, method: str = "GET") -> Any:
     """The head's answer; OSError if it refuses or does not answer."""
     headers = {"Authorization": f"Bearer {token}"}
     request = urllib.request.Request(url, headers=headers, method=method)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with DIRECT.open(request, timeout=10) as answer:
         return json.load(answer)
 
 

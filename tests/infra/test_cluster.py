@@ -8,10 +8,12 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +172,53 @@ def test_the_commit_of_an_image_is_that_of_its_own_code(
     assert cluster.commit(tmp_path) is None
 
 
+# Of a machine whose way out is a proxy, which here listens to nobody.
+BEHIND = {"http_proxy": "http://127.0.0.1:1", "all_proxy": "http://127.0.0.1:1"}
+UNPROXIED = """
+import os, sys
+from pathlib import Path
+from infra import head
+state, url = sys.argv[1:]
+print(head._ask(url, "secret"), head._environment(Path(state))["no_proxy"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "127.0.0.1"),
+        ({"NO_PROXY": ".local"}, ".local,127.0.0.1"),
+        ({"no_proxy": "127.0.0.1,.local"}, "127.0.0.1,.local"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+    ids=str,
+)
+def test_a_head_is_asked_past_a_proxy(tmp_path: Path, given: dict[str, str], expected: str) -> None:
+    """Which would not find it, and would be told the token. `ray job` is told so, too."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.headers["Authorization"] == "Bearer secret"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'"here"')
+
+    (tmp_path / "token").write_text("secret")
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = subprocess.run(
+            [sys.executable, "-c", UNPROXIED, str(tmp_path), url],
+            cwd=ROOT, env={**os.environ, **BEHIND, **given}, capture_output=True, text=True,
+        )  # fmt: skip
+        server.shutdown()
+    assert done.stdout == f"here {expected}\n", done.stderr
+
+
 def command(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "infra.cluster", "--state", str(state), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env={**os.environ, **BEHIND}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -234,7 +279,7 @@ def test_a_head_that_asks_for_a_token(running_head: Path) -> None:
     forever = ["python", "-c", SLOW_TO_END, str(last)]
     long = subprocess.Popen(
         [sys.executable, "-m", "infra.cluster", "--state", str(state), "submit", "--", *forever],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, **BEHIND}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert long.stdout is not None
     assert any(line.startswith("begun") for line in long.stdout)
