@@ -16,6 +16,16 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+# What a shell, a git hook or a proxy may have set would lead the tests, and all that they start, to
+# clusters, servers, repositories and accounts that are not theirs.
+FOREIGN = re.compile(
+    r"(AWS|GIT|MLFLOW)_.*|RAY_(ADDRESS|API_SERVER_ADDRESS|AUTH_TOKEN.*)|HF_(TOKEN|ENDPOINT)"
+    r"|HUGGING_FACE_HUB_TOKEN|.*_proxy",
+    re.IGNORECASE,
+)
+for name in filter(FOREIGN.fullmatch, list(os.environ)):
+    del os.environ[name]
+
 # Ray reads these when it is first imported, so they are set before any test module is.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
