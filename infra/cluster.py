@@ -35,6 +35,8 @@ SAY_S = 30.0  # between two lines about that wait
 STARTING = ("InitializingState", "SchedulingState", "ReschedulingState", "RestartingState")
 COMMIT_VARIABLE = "SUBMITTED_COMMIT"  # of the code that came with a job
 COMMIT_FILE = "COMMIT"  # beside code that an image holds without its .git
+# With one of these git works on another repository than that of the folder it is in.
+OF_A_REPOSITORY = ("GIT_DIR", "GIT_COMMON_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 LOCAL = "local"
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -284,7 +286,7 @@ def job_id() -> str | None:
 
 def commit(folder: Path = ROOT) -> Revision | None:
     """The commit of the code: the one submitted with the job, else what a file in `folder` says,
-    else git's of `folder`."""
+    else that of the repository that `folder` lies in, also in a git hook of another."""
     told = os.environ.get(COMMIT_VARIABLE, "")
     if not told:
         with suppress(FileNotFoundError):
@@ -293,9 +295,12 @@ def commit(folder: Path = ROOT) -> Revision | None:
     if sha:
         return Revision(sha, bool(dirty))
 
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_REPOSITORY}
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return ran.stdout.strip()
 
     try:
         return Revision(git("rev-parse", "HEAD"), bool(git("status", "--porcelain")))

@@ -141,7 +141,7 @@ def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def git(folder: Path, *arguments: str) -> None:
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
 
 
@@ -150,13 +150,22 @@ def test_commit_from_git_or_from_the_submission(
 ) -> None:
     monkeypatch.delenv(cluster.COMMIT_VARIABLE, raising=False)
     assert cluster.commit(tmp_path) is None
-    git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", "first")
-    clean = cluster.commit(tmp_path)
+    code, other = tmp_path / "code", tmp_path / "other"
+    for folder in (code, other):
+        folder.mkdir()
+        git(folder, "init")
+        git(folder, "commit", "--allow-empty", "-m", folder.name)
+    clean = cluster.commit(code)
     assert clean is not None
     assert (len(clean.sha), clean.dirty) == (40, False)
-    (tmp_path / "file").touch()
-    assert cluster.commit(tmp_path) == Revision(clean.sha, True)
+    (code / "file").touch()
+    dirty = Revision(clean.sha, True)
+    assert cluster.commit(code) == dirty
+    # As in a hook of the other one.
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
+    assert cluster.commit(code) == dirty
     monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Revision("abc", True)))
     assert cluster.commit(tmp_path) == Revision("abc", True)
 
