@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+from unittest.mock import DEFAULT
 
 import pytest
 import yaml
 
-from infra import config
+from infra import config, head
 from pipelines.evaluate import EvaluateConfig
 from pipelines.evaluation import promotion
 from pipelines.evaluation.questions.frontier import Frontier
@@ -31,8 +33,10 @@ from pipelines.verb import VERBS
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "pipelines/presets").glob("*.yaml"))
-MODULES = sorted((ROOT / "pipelines").glob("*.py"))
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("[ip]*/**/README.md"))]
+ROOMS = ("dsl", "infra", "pipelines", "tests")
+MODULES = [*sorted((ROOT / "pipelines").glob("*.py")), ROOT / "infra/head.py"]
+READMES = [ROOT / "README.md", *sorted(f for r in ROOMS for f in (ROOT / r).rglob("README.md"))]
+HEAD = ("up", "submit", "logs", "down")
 SHOWN = {
     ".md": r"^```sh\n(.*?)^```$",
     ".yaml": r"^#   ([^\n]*)$",
@@ -55,24 +59,29 @@ def shown(file: Path) -> str:
     return "\n".join([*found, *(f"python pipelines/{command}" for command in within)])
 
 
-def calls(script: str, place: Path) -> list[list[str]]:
-    """The arguments of every `python` that a script would run. No other program is found there."""
-    (place / "bin").mkdir()
-    for name, stub in (("python", NOTED), ("ray", SUBMITTED)):
-        (place / "bin" / name).write_text(stub)
-        (place / "bin" / name).chmod(0o755)
-    (place / "notes").touch()
-    env = {"PATH": str(place / "bin"), "NOTES": str(place / "notes")}
-    given = ["/bin/bash", "-c", script]
-    ran = subprocess.run(
-        given, cwd=place, env=env, stdin=subprocess.DEVNULL, stderr=PIPE, text=True
-    )
+@cache
+def calls(file: Path) -> tuple[tuple[str, list[str]], ...]:
+    """Every module that a file shows `python` to run, and the arguments it is given. No other
+    program is found while the file's commands run."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "bin").mkdir()
+        for name, stub in (("python", NOTED), ("ray", SUBMITTED)):
+            (place / "bin" / name).write_text(stub)
+            (place / "bin" / name).chmod(0o755)
+        (place / "notes").touch()
+        env = {"PATH": str(place / "bin"), "NOTES": str(place / "notes")}
+        given = ["/bin/bash", "-c", shown(file)]
+        ran = subprocess.run(
+            given, cwd=place, env=env, stdin=subprocess.DEVNULL, stderr=PIPE, text=True
+        )
+        notes = (place / "notes").read_text()
     assert "syntax error" not in ran.stderr
     assert "unexpected EOF" not in ran.stderr
-    found, noted = [], iter((place / "notes").read_text().split("\0")[:-1])
+    found, noted = [], iter(notes.split("\0")[:-1])
     for count in noted:
-        found.append([next(noted) for _ in range(int(count))])
-    return found
+        found.append(module([next(noted) for _ in range(int(count))]))
+    return tuple(found)
 
 
 def module(arguments: list[str]) -> tuple[str, list[str]]:
@@ -95,49 +104,58 @@ LENGTH = 64  # of rows that another preset prepares
 TRAINING = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": SweepConfig}
 
 
+EVALUATIONS = [
+    pytest.param(given, id=f"{file.relative_to(ROOT)}-{number}")
+    for file in SHOWING
+    for number, (name, given) in enumerate(calls(file))
+    if name == "pipelines.evaluate"
+]
+
+
+def taken(name: str, given: list[str]) -> bool:
+    """Whether a module takes the arguments, and a head the job that they give it."""
+    if name == "infra.cluster":
+        with mock.patch.multiple(head, **dict.fromkeys(HEAD, DEFAULT)) as asked:
+            asked["submit"].return_value = asked["logs"].return_value = 0
+            code = head.main(given)
+            jobs = [call.args[1] for call in asked["submit"].call_args_list]
+        return code == 0 and all(job[0] == "python" and taken(*module(job[1:])) for job in jobs)
+    main = importlib.import_module(name).main
+    with mock.patch.object(sys, "argv", [name, *given, "--print-config"]):
+        return main() == 0
+
+
 @pytest.mark.parametrize("file", SHOWING, ids=lambda file: str(file.relative_to(ROOT)))
-def test_every_command_is_taken(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = []
-    for arguments in calls(shown(file), tmp_path):
-        name, given = module(arguments)
-        if not name.startswith("pipelines."):
-            continue
-        main = importlib.import_module(name).main
-        with mock.patch.object(sys, "argv", [name, *given, "--print-config"]):
-            if main() != 0:
-                refused.append((name, given, capsys.readouterr().err))
+def test_every_command_is_taken(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = [
+        (name, given, capsys.readouterr().err)
+        for name, given in calls(file)
+        if name.startswith(("pipelines.", "infra.")) and not taken(name, given)
+    ]
     assert not refused
 
 
-@pytest.mark.parametrize("file", SHOWING, ids=lambda file: str(file.relative_to(ROOT)))
-def test_every_evaluation_draws_what_it_compares(file: Path, tmp_path: Path) -> None:
-    for arguments in calls(shown(file), tmp_path):
-        name, given = module(arguments)
-        if name != "pipelines.evaluate":
-            continue
-        asked = settings(EvaluateConfig, "evaluate", given)
-        length = SECTIONS[given[0]].get("prepare", {}).get("length", LENGTH)
-        rows: Any = SimpleNamespace(manifest=SimpleNamespace(length=length))
-        subjects = [
-            Subject(name=model, kind=model if model in KINDS else DSL.name, origin={}, facts={})
-            for model in asked.models
-        ]
-        parts: Any = None
-        survey = Survey(config=asked, parts=parts, held_out=rows, subjects=subjects, readers=())
-        promotion.require(survey)
-        if asked.frontier:
-            Frontier().require(asked, rows, "")
+@pytest.mark.parametrize("given", EVALUATIONS)
+def test_every_evaluation_draws_what_it_compares(given: list[str]) -> None:
+    asked = settings(EvaluateConfig, "evaluate", given)
+    length = SECTIONS[given[0]].get("prepare", {}).get("length", LENGTH)
+    rows: Any = SimpleNamespace(manifest=SimpleNamespace(length=length))
+    subjects = [
+        Subject(name=model, kind=model if model in KINDS else DSL.name, origin={}, facts={})
+        for model in asked.models
+    ]
+    parts: Any = None
+    survey = Survey(config=asked, parts=parts, held_out=rows, subjects=subjects, readers=())
+    promotion.require(survey)
+    if asked.frontier:
+        Frontier().require(asked, rows, "")
 
 
-def test_no_model_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_no_model_takes_the_place_of_another() -> None:
     """Two runs with one name in the registry: what asks for it gets the later one."""
     asked = [(verb, [name]) for name, of in SECTIONS.items() for verb in TRAINING if verb in of]
-    for number, file in enumerate(SHOWING):
-        (place := tmp_path / str(number)).mkdir()
-        found = [module(arguments) for arguments in calls(shown(file), place)]
-        asked += [(name.removeprefix("pipelines."), given) for name, given in found]
+    for file in SHOWING:
+        asked += [(name.removeprefix("pipelines."), given) for name, given in calls(file)]
     runs: dict[str, set[str]] = {}
     for verb, given in asked:
         if verb in TRAINING and (made := settings(TRAINING[verb], verb, given)).register:
@@ -145,8 +163,9 @@ def test_no_model_takes_the_place_of_another(tmp_path: Path) -> None:
     assert {register: names for register, names in runs.items() if len(names) > 1} == {}
 
 
-def test_there_are_commands(tmp_path: Path) -> None:
+def test_there_are_commands() -> None:
     """A guard of the guard: the shell and the patterns find them."""
-    found = calls(shown(ROOT / "pipelines/presets/README.md"), tmp_path)
-    assert ["pipelines/finetune.py", "frequent"] in [arguments[:2] for arguments in found]
-    assert os.path.isfile(ROOT / found[0][0])
+    found = calls(ROOT / "pipelines/presets/README.md")
+    assert ("pipelines.finetune", "frequent") in [(name, given[0]) for name, given in found]
+    assert [given[0] for _, given in calls(ROOT / "infra/head.py")] == [*HEAD]
+    assert len(EVALUATIONS) > 5
