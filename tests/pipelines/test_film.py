@@ -135,18 +135,28 @@ class References(HTMLParser):
             self.inside = False
 
 
-def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
-    hostile = "</script><script>alert(1)</script>"
-    spelled = dsl.Vocabulary.char().to_json().replace('"a"', json.dumps(hostile))
-    vocabulary, ids = dsl.Vocabulary.from_json(spelled), [2, 1, 1]  # 1 was "a"
+HOSTILE = "</script><script>alert(1)</script>"
+IDS = [2, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def filmed() -> tuple[str, dsl.sampling.Sample]:
+    """The page of a film of two rows of IDS, in whose vocabulary 1 is HOSTILE; and the sample."""
+    spelled = dsl.Vocabulary.char().to_json().replace('"a"', json.dumps(HOSTILE))
+    vocabulary = dsl.Vocabulary.from_json(spelled)
     table_VD = torch.nn.functional.normalize(torch.randn(vocabulary.size, 4), dim=-1)
-    film, path = Film(vocabulary, {"text": hostile}), dsl.paths.SentenceSDE(gamma_max=9.0)
-    law = dsl.ExactDenoiser(table_VD, torch.tensor([ids]))
-    given = conditioning.read("_" * len(ids), vocabulary)
+    film, path = Film(vocabulary, {"text": HOSTILE}), dsl.paths.SentenceSDE(gamma_max=9.0)
+    law = dsl.ExactDenoiser(table_VD, torch.tensor([IDS]))
+    given = conditioning.read("_" * len(IDS), vocabulary)
     state = conditioning.state([given, given], table_VD)
     sampled = dsl.sample(law, path, state, budget=4, seed=0, recorders=[film])
+    return film.page(), sampled
 
-    page = film.page()
+
+def test_the_film_refers_to_nothing_and_obeys_no_text(
+    filmed: tuple[str, dsl.sampling.Sample],
+) -> None:
+    page, sampled = filmed
     parsed = References.of(page)
     assert not parsed.found
     assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
@@ -155,19 +165,23 @@ def test_the_film_refers_to_nothing_and_obeys_no_text(tmp_path: Path) -> None:
     assert data["autoplay"] is True
     assert len(data["frames"]) == sampled.calls + 1
     first, last = data["frames"][0], data["frames"][-1]
-    assert first["tokens"] == [ids, ids], "what is likeliest, where nothing is known yet"
-    assert last["tokens"] == sampled.tokens_BL.tolist() == [ids, ids]
-    assert "".join(data["texts"][str(i)] for i in ids) == "b" + 2 * hostile
+    assert first["tokens"] == [IDS, IDS], "what is likeliest, where nothing is known yet"
+    assert last["tokens"] == sampled.tokens_BL.tolist() == [IDS, IDS]
+    assert "".join(data["texts"][str(i)] for i in IDS) == "b" + 2 * HOSTILE
     assert {g for row in last["gamma"] for g in row} == {None}
     assert [frame["gamma"][0][0] for frame in data["frames"]] == [0, 3, 6, 9, None]
     assert all(
         0 <= sure <= 100 for frame in data["frames"] for row in frame["sure"] for sure in row
     )
 
-    # Where a browser is installed, the film plays to its end.
-    (tmp_path / "film.html").write_text(page)
+
+def test_the_film_plays_to_its_end_in_a_browser(
+    filmed: tuple[str, dsl.sampling.Sample], tmp_path: Path
+) -> None:
+    """Where one is installed."""
+    (tmp_path / "film.html").write_text(filmed[0])
     dumped, console = browser.dump(tmp_path / "film.html", tmp_path / "profile")
     assert console == []
     assert "call 4 of 4" in dumped
     shown = re.sub(r"<[^>]+>", "", dumped.split('id="reels"')[1])
-    assert hostile.replace("<", "&lt;").replace(">", "&gt;") in shown
+    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in shown

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -142,7 +143,9 @@ def test_every_model_that_sees_masks_is_asked_of_its_own_texts(
     assert made["metrics"]["dsl/revealed 0.5/masked/4/entropy"] == rows[-1]["entropy"]
     assert (report / "drafts.png").exists()
     # The parts hold no more texts than were asked for.
-    (tmp_path / "judged/parts/drafts/dsl/real/0.5/00000000.parquet").stat()
+    parts = sorted((tmp_path / "judged/parts/drafts/dsl/real/0.5").iterdir())
+    assert [part.name for part in parts] == ["00000000.parquet"]
+    assert [pq.read_metadata(part).num_rows for part in parts] == [4]
 
 
 @pytest.mark.parametrize("wrong", ["revealed=[]", "revealed=[1.0]", "rows=1"])
