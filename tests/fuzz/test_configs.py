@@ -17,8 +17,6 @@ from pipelines.verb import PRESETS, VERBS
 from tests.fuzz import mutate
 from tests.fuzz.mutate import seeds
 
-pytestmark = pytest.mark.timeout(120)
-
 TYPES = {
     "prepare": "prepare.PrepareConfig",
     "pretrain": "pretrain.PretrainConfig",

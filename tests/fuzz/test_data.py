@@ -25,8 +25,6 @@ from tests.fuzz.judge import judge
 from tests.fuzz.mutate import seeds
 from tests.infra.common import alone, rows_of
 
-pytestmark = pytest.mark.timeout(120)
-
 ROWS_NL = np.random.default_rng(0).integers(0, 50, (40, 8))
 ORDER = StreamConfig(num_lanes=2, rows_per_microbatch=4)
 

@@ -40,8 +40,6 @@ from tests.infra.workers import Patient
 
 __all__ = ["prepared", "saved"]
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Any:

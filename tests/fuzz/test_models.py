@@ -26,8 +26,6 @@ from tests.fuzz import mutate
 from tests.fuzz.judge import judge
 from tests.fuzz.mutate import seeds
 
-pytestmark = pytest.mark.timeout(120)
-
 Damage = Callable[[Random, bytes], bytes]
 
 CHARACTERS = Vocabulary.char()

@@ -33,9 +33,6 @@ from tests.fuzz.mutate import seeds
 from tests.infra.workers import Patient
 from tests.pipelines.sweeping import small
 
-pytestmark = pytest.mark.timeout(120)
-
-
 # --- checkpoints -------------------------------------------------------------------------------
 
 NUMBERS = {

@@ -27,12 +27,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
-    """What the condition holds, once it holds something."""
+def until(condition: Callable[[], Any], seconds: float = 300.0, *, every_s: float = 0.02) -> Any:
+    """What the condition holds, once it holds something; asked again every so many seconds."""
     limit = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < limit, f"not within {seconds:.0f} s"
-        time.sleep(0.02)
+        time.sleep(every_s)
     return found
 
 

@@ -128,8 +128,8 @@ def test_a_killed_holder_is_followed_at_once(
     run = Folder.at(str(tmp_path / "run"))
     first = holder(run)
     first.send_signal(signal.SIGKILL)
-    while not Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].startswith(" Z"):
-        time.sleep(0.01)  # a zombie, which nobody has waited for yet
+    state = Path(f"/proc/{first.pid}/stat")
+    until(lambda: state.read_text().rpartition(")")[2].startswith(" Z"))  # nobody has waited for it
     with held(run) as mine:
         assert mine.number == 2
         assert lease._folder(run).names() == ["000002.json"]

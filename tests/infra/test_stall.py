@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from infra import stall
 from infra.errors import DataError
+from tests.infra.common import free_port, until
 
 TIMEOUT_S = 8  # long for a step of these, even where the machine is busy
 
@@ -50,9 +52,7 @@ dist.destroy_process_group()  # else its threads may abort a process that ends
 
 def ranks(script: str, how: str, victim: int) -> list[subprocess.Popen[str]]:
     """Two processes of one group, of which one may be made to hang."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-c", script, str(port), str(rank), how, str(victim)],
@@ -106,13 +106,40 @@ def test_a_rank_that_is_killed_is_no_bug_of_the_other(victim: int) -> None:
     assert (group[1 - victim].returncode, group[victim].wait(300)) == (4, -signal.SIGKILL)
 
 
-def test_what_a_rank_does_has_the_whole_time_each() -> None:
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_what_a_rank_does_has_the_whole_time_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two things in one step, which together take longer than one may."""
-    script = RANK.format(timeout=4).replace(
-        "dist.all_reduce", "time.sleep(3); this.doing('else'); time.sleep(3); dist.all_reduce"
-    )
-    script = script.replace("import os", "import time, os").replace("10_000", "41")
-    assert [rank.wait(300) for rank in ranks(script, "not", 1)] == [0, 0]
+    now, read = 0.0, 0
+
+    def clock() -> float:
+        nonlocal read
+        read += 1
+        return now
+
+    def pass_s(seconds: float) -> None:
+        """Returns once the thread that keeps the time has read it some times."""
+        nonlocal now, read
+        now, read = now + seconds, 0
+        until(lambda: read > 20)
+
+    monkeypatch.setattr(stall, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    monkeypatch.setattr(stall, "BEAT_S", 0.01)
+    with stall.detected(10, 38) as rank:
+        for what in ("one thing", "another"):
+            rank.doing(what)
+            pass_s(9)
+            assert rank.report is None
+        now += 2
+        told = until(lambda: rank.report)
+    assert told == "nothing was finished for 10 s: rank 0 last finished step 38, another"
 
 
 def test_a_loop_that_ends_is_not_disturbed() -> None:
@@ -120,6 +147,7 @@ def test_a_loop_that_ends_is_not_disturbed() -> None:
     assert [rank.wait(300) for rank in ranks(script, "not", 1)] == [0, 0]
 
 
+@pytest.mark.usefixtures("group")
 def test_a_rank_that_went_on_while_all_were_asked_is_not_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -138,9 +166,5 @@ def test_a_rank_that_went_on_while_all_were_asked_is_not_reported(
         raise DataError("part-00000.parquet", "damaged")
 
     monkeypatch.setattr(stall.Rank, "_ask", ask)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(DataError), stall.detected(0.1, 0) as rank:
-            go_on(rank)
-    finally:
-        dist.destroy_process_group()
+    with pytest.raises(DataError), stall.detected(0.1, 0) as rank:
+        go_on(rank)

@@ -379,9 +379,11 @@ def test_a_database_is_made_once_and_whole(tmp_path: Path) -> None:
     database = tmp_path / "runs" / "mlflow.db"
     half_made = database.with_name("mlflow.db.new")
     killed = opening(database, "killed")
-    while not half_made.exists() or not half_made.stat().st_size:
-        assert killed.poll() is None, killed.communicate()[1]
-        time.sleep(0.01)
+    until(
+        lambda: killed.poll() is not None or (half_made.exists() and half_made.stat().st_size),
+        every_s=0.005,
+    )
+    assert killed.poll() is None, killed.communicate()[1]
     killed.kill()
     killed.communicate()
     assert not database.exists()

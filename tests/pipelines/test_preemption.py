@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from infra.preemption import (
 from infra.storage import Folder
 from pipelines import pretrain
 from pipelines.training import launch
+from tests.infra.common import until
 from tests.infra.workers import in_workers
 from tests.pipelines import tiny
 
@@ -101,12 +101,9 @@ def test_a_machine_that_goes_makes_for_a_checkpoint_and_an_end_prevails(
     monkeypatch.setattr(preemption, "node_is_leaving", lambda: True)
     run = Folder.at("memory://leaving/run")
     with notices(run) as latest:
-        while latest() is Notice.NONE:
-            time.sleep(0.01)
-        assert latest() is Notice.SAVE
+        assert until(latest) is Notice.SAVE
         run.write_bytes(preemption.STOP, b"")
-        while latest() is not Notice.END:
-            time.sleep(0.01)
+        until(lambda: latest() is Notice.END)
 
 
 def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
@@ -134,8 +131,7 @@ def test_the_first_sigterm_asks_to_stop_and_the_second_ends(
         assert not stop_requested(run)
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()
-        while not stop_requested(run):
-            time.sleep(0.01)
+        until(lambda: stop_requested(run))
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Terminated), stoppable(run) as asked:

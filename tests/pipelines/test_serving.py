@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from infra import registry, tracking
 from infra.storage import Folder
 from pipelines import models
 from pipelines.verb import TrackingConfig
-from tests.infra.common import free_port
+from tests.infra.common import free_port, until
 from tests.pipelines.test_model import HYBRID, drawn, saved
 
 
@@ -43,9 +42,8 @@ def served(model_uri: str, tracking_uri: str, folder: Path) -> Iterator[str]:
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        while not answers(address):
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.5)
+        until(lambda: server.poll() is not None or answers(address))
+        assert server.poll() is None, log.read_text()
         yield address
     finally:
         os.killpg(server.pid, 15)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from infra.storage import Folder
 from pipelines.evaluation import engine, preparation
 from pipelines.evaluation.cells import REFERENCES
 from pipelines.evaluation.parts import Parts, lists
+from tests.infra.common import until
 from tests.pipelines import tiny
 from tests.pipelines.evaluation.conftest import SETTINGS, Run
 
@@ -206,8 +206,7 @@ def test_kill_and_go_on(run: Run, world: Path, tmp_path: Path) -> None:
     line = [sys.executable, str(SCRIPT), *SETTINGS, *arguments(world, tmp_path / "killed")]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     drawn = tmp_path / "killed/judged/samples/dsl-masked-4"
-    while process.poll() is None and not drawn.exists():
-        time.sleep(0.005)
+    until(lambda: process.poll() is not None or drawn.exists(), 900, every_s=0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it had not ended by itself
     before = parts(tmp_path / "killed")

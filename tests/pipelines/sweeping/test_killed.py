@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from pipelines.sweeping import tuning
 from pipelines.sweeping.settings import SweepConfig
 from pipelines.sweeping.trials import Trials
 from pipelines.verb import TrackingConfig
+from tests.infra.common import until
 from tests.pipelines import tiny
 from tests.pipelines.sweeping import small
 
@@ -58,7 +58,6 @@ class Swept(NamedTuple):
     before: dict[str, bytes]  # the files of the finished trial when the driver was killed
     checkpoints: list[int]  # of the interrupted trial at that time
     made: dict[str, Any]
-    left: int  # processes of Ray after the end
 
     @property
     def trials(self) -> Path:
@@ -85,13 +84,12 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swep
 
     third = trials / "trial-002"
     process = begin()
-    while process.poll() is None and 10 not in committed(str(third / "checkpoints")):
-        time.sleep(0.005)
+    begun = str(third / "checkpoints")
+    until(lambda: process.poll() is not None or 10 in committed(begun), 900, every_s=0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL  # it had not ended by itself
-    while alive(ray_files):  # Ray ends with its driver
-        time.sleep(0.1)
+    until(lambda: not alive(ray_files))  # Ray ends with its driver
     assert not (third / "result.json").exists()
     checkpoints = committed(str(third / "checkpoints"))
     before = files(trials / "trial-000")
@@ -102,10 +100,9 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swep
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert not tuning.workplace(config).exists()
-    while left := alive(ray_files):
-        time.sleep(0.1)
+    until(lambda: not alive(ray_files))
     made = json.loads(out.splitlines()[-1])
-    yield Swept(config, before, checkpoints, made, left)
+    yield Swept(config, before, checkpoints, made)
     shutil.rmtree(ray_files, ignore_errors=True)
 
 
