@@ -19,6 +19,7 @@ from dsl.paths import from_dict
 from infra import registry, tracking
 from infra.storage import Folder
 from pipelines import models
+from pipelines.model import PARAMS
 from pipelines.verb import TrackingConfig
 from tests.infra.common import free_port, until
 from tests.pipelines.test_model import HYBRID, drawn, saved
@@ -87,6 +88,8 @@ def test_a_request_is_answered_with_text(tmp_path: Path) -> None:
         given = {"text": "a__d", "seed": 2, "temperature": 0.5}
         wanted = drawn(folder, **given, path=from_dict(HYBRID))
         assert asked(address, inputs=["a__d"], params=params) == wanted
+        every = {name: default for name, (_, default) in PARAMS.items()}
+        assert asked(address, inputs=["the "], params=every) == drawn(folder, text="the ")
         masked = asked(address, inputs=["the "], params={"path": "masked", "budget": 3})
         assert masked == drawn(folder, text="the ", budget=3)
         with pytest.raises(urllib.error.HTTPError) as caught:
