@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from infra import cluster, head
+from infra import cluster, head, local
 from infra.cluster import Revision
 from infra.errors import DataError, InfraError, PeerLost, Problem
 from infra.preemption import Terminated
@@ -110,19 +111,53 @@ def test_what_ended_a_worker_is_told_rather_than_what_the_others_saw() -> None:
     assert "a worker died, any number of restarts allowed: K" in str(failed(killed, restarts=-1))
 
 
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({}, {"RAY_AUTH_TOKEN"}),
+        ({"RAY_AUTH_TOKEN": "mine"}, set()),
+        ({"RAY_AUTH_MODE": "disabled"}, set()),
+        ({"RAY_AUTH_TOKEN_PATH": "/file"}, set()),
+    ],
+    ids=str,
+)
+def test_a_local_cluster_gets_a_token_of_its_own(given: dict[str, str], added: set[str]) -> None:
+    """Unless the environment says which one, or that none is to be."""
+    with mock.patch.dict(os.environ, given, clear=True):
+        local.require_token()
+        first = dict(os.environ)
+        local.require_token()
+        assert os.environ == first
+    assert {name: first[name] for name in given} == given
+    assert first.keys() - given.keys() == added
+    assert all(len(first[name]) == 64 for name in added)
+
+
 @pytest.mark.long
-def test_a_local_cluster_is_the_one_its_processes_find() -> None:
-    """However many there are on the machine, and whichever is the latest."""
+def test_a_local_cluster_is_the_one_its_processes_find(tmp_path: Path) -> None:
+    """However many there are on the machine, and whichever is the latest. Without the token of its
+    processes nobody is answered, and it lies in no file of the home folder, where Ray keeps one."""
     script = """
-import os, ray
+import os, urllib.request, urllib.error
+from pathlib import Path
+from infra import head
 from infra.cluster import ClusterConfig, connected
-from ray._private.services import canonicalize_bootstrap_address_or_die as found
 with connected(ClusterConfig(num_cpus=1)):
+    import ray
+    jobs = f"http://{ray._private.worker.global_worker.node.webui_url}/api/jobs/"
+    try:
+        answered = urllib.request.urlopen(jobs, timeout=60).status
+    except urllib.error.HTTPError as error:
+        answered = error.code
+    assert answered == 401, answered
+    head._ask(jobs, os.environ["RAY_AUTH_TOKEN"])
+    assert not (Path.home() / ".ray/auth_token").exists()
+    from ray._private.services import canonicalize_bootstrap_address_or_die as found
     told, theirs = ray.get(ray.remote(lambda: ("RAY_ADDRESS" in os.environ, found(None))).remote())
     assert (told, theirs) == (True, ray.get_runtime_context().gcs_address)
 assert not {"RAY_ADDRESS", "RAY_GCS_SERVER_PORT"} & set(os.environ)
 """
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
