@@ -79,13 +79,17 @@ def test_a_summary_without_a_gate_or_a_registered_model() -> None:
     assert "interval" not in text
 
 
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("finished", "existing"), [(False, "resume"), (True, "resume"), (True, "restart")]
+)
 def test_ray_is_started_once_for_all_verbs_and_for_none_that_are_finished(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     finished: bool,
+    existing: Any,
 ) -> None:
+    idle = finished and existing == "resume"
     monkeypatch.chdir(tmp_path)
     for name in ("mdlm", "dsl", "evaluation") if finished else ():
         (tmp_path / f"runs/quickstart-{name}").mkdir(parents=True)
@@ -105,12 +109,15 @@ def test_ray_is_started_once_for_all_verbs_and_for_none_that_are_finished(
     (tmp_path / "evaluation.json").write_text(json.dumps(TABLES))
     made = {**MADE, "evaluate": {**MADE["evaluate"], "tables": f"{tmp_path}/evaluation.json"}}
     ran: list[str] = []
+    told: list[str] = []
     configured = quickstart._module
 
     def module(name: str) -> Any:
         def execute(config: Any, show: Any = None) -> Any:
-            with nullcontext() if finished else cluster.connected(ClusterConfig()):
+            with nullcontext() if idle else cluster.connected(ClusterConfig()):
                 ran.append(name)
+            if name != "generate":
+                told.append(config.existing)
             if show:
                 show({"text": "a text", "calls": config.budget})
             return made.get(name)
@@ -118,10 +125,11 @@ def test_ray_is_started_once_for_all_verbs_and_for_none_that_are_finished(
         return SimpleNamespace(**{**vars(configured(name)), "execute": execute})
 
     monkeypatch.setattr(quickstart, "_module", module)
-    result = quickstart.execute(QuickstartConfig())
-    assert starts == ([] if finished else ["ray"])
+    result = quickstart.execute(QuickstartConfig(existing=existing))
+    assert starts == ([] if idle else ["ray"])
     assert not connected[0]
     assert ran[:4] == ["prepare", "pretrain", "finetune", "evaluate"]
+    assert told == [existing] * 4
     assert set(ran[4:]) == {"generate"}
     assert result["texts"] == len(ran[4:])
     assert "a text" in capsys.readouterr().err
