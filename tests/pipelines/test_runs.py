@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from infra import tracking
+from infra import cluster, tracking
 from infra.checkpoints import committed
+from infra.cluster import Revision
+from infra.config import digest
 from infra.errors import InfraError
 from infra.lease import Lease, held
 from infra.preemption import Terminated
@@ -318,3 +320,24 @@ def test_every_milestone_is_a_checkpoint_that_stays(tmp_path: Path, data: Path) 
     kept = ["train.checkpoint.milestone_every=5", "train.checkpoint.keep=1"]
     tiny.execute("pretrain", f"data={data}", f"root={tmp_path}", "name=run", *kept)
     assert committed(str(tmp_path / "run" / "checkpoints")) == [5, 10, 12]
+
+
+def test_a_run_says_where_it_came_from(
+    tmp_path: Path, data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cluster.COMMIT_VARIABLE, str(Revision("c0ffee", True)))
+    told = {"metadata": {"job_submission_id": "job-1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
+    init, uri = str(finished / "model"), f"sqlite:///{tmp_path}/mlflow.db"
+    argv = [f"data={data}", f"root={tmp_path}", "name=run", f"init={init}", f"tracking.uri={uri}"]
+    made = tiny.execute("finetune", *argv)
+    tags = tracking.connect(uri).get_run(made["run_id"]).data.tags
+    expected = {
+        "verb": "finetune",
+        "commit": "c0ffee",
+        "dirty": "true",
+        "config_hash": digest(tiny.load("finetune", *argv)),
+        "ray_job_id": "job-1",
+        "parent_model": init,
+    }
+    assert {name: tags.get(name) for name in expected} == expected
