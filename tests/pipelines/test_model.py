@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,8 @@ from pipelines.verb import TrackingConfig
 from tests.dsl import hubs
 
 LENGTH = 10
+CHARACTERS = dsl.Vocabulary.char()
+README = Path(__file__).parents[2] / "README.md"
 HYBRID = {
     "kind": "hybrid",
     "first": {"kind": "sentence_sde", "gamma_max": 9.0},
@@ -42,9 +45,8 @@ HYBRID = {
 }
 
 
-def saved(folder: Path, *, causal: bool = False) -> Path:
+def saved(folder: Path, *, causal: bool = False, vocabulary: dsl.Vocabulary = CHARACTERS) -> Path:
     torch.manual_seed(0)
-    vocabulary = dsl.Vocabulary.char()
     backbone = DiTConfig(
         tokens=vocabulary.size, width=16, blocks=1, heads=2, cond_dim=8, dropout=0.0, causal=causal
     )
@@ -242,6 +244,24 @@ def test_it_comes_back_from_the_registry(run: RunHandle, made: ModelVersion, fol
     assert model.predict(["the "], params=params) == wanted
     with pytest.raises(mlflow.MlflowException, match="seed"):
         model.predict(["the "], params={"seed": "three"})
+
+
+def test_the_python_of_the_readme_runs(
+    run: RunHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = dsl.Vocabulary.train_bpe(["The"], 257)
+    folder = saved(tmp_path / "runs/quickstart-dsl/model", vocabulary=vocabulary)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    made = models.register(Folder.at(str(folder)), "dsl-quickstart", run, tags={"objective": "dsl"})
+    registry.set_alias(made.uri, "champion", run.uri)
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(run.uri)
+    try:
+        exec(code, found := dict[str, Any]())
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert found["sample"].tokens_BL.shape == (4, 64)
 
 
 def test_it_says_which_versions_made_it(run: RunHandle, made: ModelVersion, tmp_path: Path) -> None:
