@@ -193,16 +193,23 @@ class SweepCallback(tune.Callback):
     def __init__(self, config: SweepConfig, trials: Trials) -> None:
         self.config, self.trials = config, trials
         self.count = config.search.count(config.space)
-        self.began, self.first = time.monotonic(), self._steps()
+        # Read once: this runs in Tune's own loop, for which the store would be too slow.
+        known = trials.all()
+        self.steps = {trial.name: trial.step for trial in known}
+        self.ended = {t.name for t in known if t.state not in ("running", "lost")}
+        self.began, self.first = time.monotonic(), sum(self.steps.values())
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if BOUND in result:
-            self._show(f"{trial.config['trial']} at step {result['step']}", result[BOUND])
+            name, step = trial.config["trial"], result["step"]
+            self.steps[name] = step
+            self._show(f"{name} at step {step}", result[BOUND])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
+        self.ended.add(name)
         found = self.trials.read(name)
         if found.state == "running":
             self._stopped(found, trial.last_result)
@@ -212,6 +219,7 @@ class SweepCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
+        self.ended.add(name)
         if self.trials.read(name).state == "running":
             self.trials.end(name, "lost", "its process died")
         say(f"{name}  lost  {self.trials.read(name).why}")
@@ -225,23 +233,18 @@ class SweepCallback(tune.Callback):
         self.trials.end(trial.name, "stopped", f"{why} at step {rung}")
         _close(self.trials, self.trials.read(trial.name))
 
-    def _steps(self) -> int:
-        return sum(trial.step for trial in self.trials.all())
-
     def _show(self, trial: str, bound: float) -> None:
         """A line of progress. The rest takes at most the time that it says: trials may be
         stopped."""
-        known = self.trials.all()
         steps = self.config.finetune.train.steps
-        left = steps * (self.count - len(known))
-        left += sum(steps - trial.step for trial in known if trial.state == "running")
-        done = max(sum(trial.step for trial in known) - self.first, 1)
+        left = steps * (self.count - len(self.steps.keys() | self.ended))
+        left += sum(steps - at for name, at in self.steps.items() if name not in self.ended)
+        done = max(sum(self.steps.values()) - self.first, 1)
         elapsed = max(time.monotonic() - self.began, 1e-9)
-        ended = sum(trial.state != "running" for trial in known)
         facts = trial, f"bound {bound:.4f}"
         rate, what = f"{done / elapsed:,.1f} steps/s", f"sweep {self.config.name}"
         eta_s = left * elapsed / done
-        progress(line(what, ended, self.count, "trials", *facts, rate=rate, eta_s=eta_s))
+        progress(line(what, len(self.ended), self.count, "trials", *facts, rate=rate, eta_s=eta_s))
 
 
 def close(trials: Trials) -> None:

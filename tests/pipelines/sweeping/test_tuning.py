@@ -302,6 +302,36 @@ def test_a_trial_whose_process_died_is_lost(tmp_path: Path) -> None:
     assert (trials.read(name).state, trials.read(name).why) == ("lost", "its process died")
 
 
+def test_a_line_of_progress_reads_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shown at every validation of every trial, in Tune's own loop."""
+    config = small.load(f"root={tmp_path}", "finetune.train.steps=60")
+    trials = Trials(folder=config.folder / "trials")
+    names = [trials.add(n, {"converter.beta": 0.3}) for n in range(2)]
+    small.write(Path(config.folder.path) / "trials" / names[0], 3.0, 2.0)
+    trials.end(names[1], "failed", "because")
+    shown: list[str] = []
+    monkeypatch.setattr(tuning, "progress", shown.append)
+    clock = Mock(return_value=0.0)
+    monkeypatch.setattr(tuning.time, "monotonic", clock)
+    callback = tuning.SweepCallback(config, trials)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read_bytes", lambda *_: pytest.fail("a file was read"))
+        patch.setattr(Folder, "names", lambda *_: pytest.fail("a folder was read"))
+        for name, step in ((names[0], 30), ("trial-002", 20)):
+            clock.return_value += 10.0
+            callback.on_trial_result(1, [], of_tune(name), {"step": step, BOUND: 2.5})
+    trials.add(2, {"converter.beta": 1.0})
+    trials.end("trial-002", "failed", "because")
+    callback.on_trial_complete(1, [], of_tune("trial-002"))
+    callback.on_trial_result(1, [], of_tune(names[0]), {"step": 40, BOUND: 2.5})
+    assert shown == [
+        # 10 of 60 - 20 + 60 steps have taken 10 seconds, 30 of them 20.
+        "sweep tried  1/3 trials  trial-000 at step 30  bound 2.5000  1.0 steps/s  ETA 1:30",
+        "sweep tried  1/3 trials  trial-002 at step 20  bound 2.5000  1.5 steps/s  ETA 0:46",
+        "sweep tried  2/3 trials  trial-000 at step 40  bound 2.5000  2.0 steps/s  ETA 0:10",
+    ]
+
+
 ROOM = {
     "one CPU each": (WorkersConfig(), {"CPU": 4}, 4),
     "a quarter of a GPU": (WorkersConfig(gpu=True, gpu_share=0.25), {"CPU": 16, "GPU": 2}, 8),
