@@ -42,7 +42,13 @@ class Sweep(runs.Task):
     config: SweepConfig
     verb: str = "sweep"
 
-    free = ("existing", "register", "concurrent", "tracking.", "finetune.workers.cluster.")
+    # What the trials and the second level may change themselves when they are continued, except
+    # how a trial's workers compute, which is the same for all of them.
+    free = (
+        "existing", "register", "concurrent", "tracking.",
+        "finetune.workers.cluster.", "finetune.workers.max_failures",
+        "finetune.train.checkpoint.", "finetune.train.log_every", "second.workers.",
+    )  # fmt: skip
 
     def stands(self, result: Mapping[str, Any]) -> bool:
         """Not where a trial was lost, which is tried again."""

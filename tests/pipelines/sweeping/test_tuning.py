@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from infra import tracking
+from infra.config import to_yaml
 from infra.errors import ConfigError, DataError, InfraError
 from infra.parallel import ParallelConfig
 from infra.storage import Folder
-from pipelines import finetune, sweep
+from pipelines import finetune, runs, sweep
 from pipelines.evaluation import preparation
 from pipelines.sweep import expected_steps
 from pipelines.sweeping import second, tuning
@@ -261,6 +263,24 @@ def test_a_second_level_that_the_data_cannot_meet_is_told_before_any_trial(
         with pytest.raises(kind, match="^" + re.escape(where)):
             sweep.execute(config)
         assert not config.folder.exists()
+
+
+def test_a_sweep_goes_on_with_what_its_trials_and_second_level_may_change(tmp_path: Path) -> None:
+    def load(*argv: str) -> SweepConfig:
+        return small.load(f"root={tmp_path}", "second={paths: {masked: {path: masked}}}", *argv)
+
+    first = load()
+    first.folder.write_bytes(tracking.CONFIG, to_yaml(first, "sweep").encode())
+    free = (
+        "second.workers.count=1", "finetune.workers.max_failures=9", "finetune.train.log_every=5",
+        "finetune.train.checkpoint.keep=1", "finetune.workers.cluster.address=auto",
+    )  # fmt: skip
+    with runs.opened(load(*free), "sweep", sweep.Sweep.free) as holder:
+        assert holder.run.exists(tracking.CONFIG)
+    for decisive in ("second.keep=1", "finetune.workers.gpu=true", "finetune.train.steps=50"):
+        refused = pytest.raises(ConfigError, match=re.escape(decisive.partition("=")[0]))
+        with refused, runs.opened(load(decisive), "sweep", sweep.Sweep.free):
+            pass
 
 
 def test_only_settings_of_the_second_level_are_told_as_such(
