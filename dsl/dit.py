@@ -22,7 +22,8 @@ SINUSOID = 256  # width of the timestep sinusoid in every public checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class DiTShape:
-    """The sizes and settings of a DiT that a user chooses. Defaults: the public checkpoints'.
+    """The sizes and settings of a DiT that a user chooses. Defaults: the sizes of the public
+    checkpoints (which were trained with a dropout of 0.1), and no dropout.
 
     start: initial values for training from scratch. "zero", as in the public code: the gates of
         the blocks and the head are 0, so every block is the identity and the posterior uniform.
