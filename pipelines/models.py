@@ -172,7 +172,8 @@ def load_folder(folder: Folder, address: str = "", *, trust_remote_code: bool = 
         config = weights.read_config(local)
         metadata = config["metadata"]
         kind, length = metadata.get("objective", DSL.name), metadata.get("length")
-        if kind not in KINDS or (length is not None and (type(length) is not int or length < 1)):
+        known = isinstance(kind, str) and kind in KINDS
+        if not known or (length is not None and (type(length) is not int or length < 1)):
             why = f"objective {kind!r} and length {length!r} are none of a model"
             raise DataError(folder.url_of(CONFIG), why, "Copy the file again")
         try:

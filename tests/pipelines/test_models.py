@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dsl
+from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTShape
 from infra.storage import Folder
 from pipelines import models
@@ -16,6 +17,7 @@ from tests.dsl.test_mdlm import training_file, write_folder
 from tests.pipelines import tiny
 
 SIZES = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
+SHAPE = {"width": 16, "blocks": 1, "heads": 2, "cond_dim": 8}
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,15 @@ def test_a_training_file_may_lie_in_a_store(tmp_path: Path) -> None:
     address = store.url_of("run.ckpt")
     model = models.load(address, converter=ConverterConfig(), tracking_uri="")
     assert model.denoiser.config.backbone.width == 16
+
+
+@pytest.mark.parametrize("objective", ["other", [], {}, None])
+def test_a_folder_that_says_another_objective_is_one_message(
+    data: str, tmp_path: Path, objective: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DenoiserConfig(backbone=DiTShape(**SHAPE).config(28, causal=False), embed_dim=8)
+    dsl.save(Denoiser(config), tmp_path / "model", metadata={"objective": objective})
+    given = [f"data={data}", f"root={tmp_path}", "name=run", f"init={tmp_path / 'model'}"]
+    code, said = tiny.outcome(capsys, "finetune", *given, "backbone=null", "--dry-run")
+    assert code == 3
+    assert f"config.json: objective {objective!r} and length None are none of a model" in said
