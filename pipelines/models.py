@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -98,12 +98,11 @@ def _read(
 ) -> Model:
     if address.startswith("models:/"):
         with registry.downloaded(address, tracking_uri) as local:
-            folder = Folder.at(str(local))
-            return load_folder(folder, address, trust_remote_code=trust_remote_code)
+            saved = Folder.at(str(local))
+            return load_folder(saved, address, trust_remote_code=trust_remote_code)
     folder = Folder.at(address)
-    for place in (folder, folder / "model"):
-        if is_ours(place):
-            return load_folder(place, address, trust_remote_code=trust_remote_code)
+    if saved := _saved(folder):
+        return load_folder(saved, address, trust_remote_code=trust_remote_code)
     if not folder.exists():
         raise DataError(
             address, "no such model", "Give a run, a model folder or models:/name@alias"
@@ -115,9 +114,21 @@ def _read(
         raise DataError(address, "a run without a model", fix)
     with _needed(folder) as local:
         if huggingface.is_folder_of(local):
-            return _adapted(local, address, converter, adapt, trust_remote_code)
-        denoiser = mdlm.from_mdlm(local, **vars(converter))
-    return Model(denoiser=denoiser, vocabulary=None, kind=MDLM.name, length=None, address=address)
+            with _adapting(address, local):
+                denoiser = huggingface.from_transformers(
+                    local, adapt=adapt, trust_remote_code=trust_remote_code, **vars(converter)
+                )
+            vocabulary = Vocabulary.load(local)
+        else:
+            denoiser, vocabulary = mdlm.from_mdlm(local, **vars(converter)), None
+    return Model(
+        denoiser=denoiser, vocabulary=vocabulary, kind=MDLM.name, length=None, address=address
+    )
+
+
+def _saved(folder: Folder) -> Folder | None:
+    """The model folder that `save` wrote: this one, or that of this run."""
+    return next((place for place in (folder, folder / "model") if is_ours(place)), None)
 
 
 def _needed(folder: Folder) -> AbstractContextManager[Path]:
@@ -128,35 +139,20 @@ def _needed(folder: Folder) -> AbstractContextManager[Path]:
     return folder.local(*names)
 
 
-def _adapted(
-    local: Path,
-    address: str,
-    converter: ConverterConfig,
-    adapt: Adapt | None,
-    trust_remote_code: bool,
-) -> Model:
-    """A model of the transformers library."""
+@contextmanager
+def _adapting(address: str, local: Path) -> Iterator[None]:
+    """Tell a network that cannot be used as is asked, whose files are in `local`, as a setting."""
     try:
-        denoiser = huggingface.from_transformers(
-            local, adapt=adapt, trust_remote_code=trust_remote_code, **vars(converter)
-        )
+        yield
     except AdaptationError as error:
         raise ConfigError(address, str(error).removeprefix(f"{local}: ")) from error
-    return Model(
-        denoiser=denoiser,
-        vocabulary=Vocabulary.load(local),
-        kind=MDLM.name,
-        length=None,
-        address=address,
-    )
 
 
 def digest(address: str) -> str:
     """SHA-256 of the names and contents of the files that `load` would read."""
     folder = Folder.at(address)
-    place = next((place for place in (folder, folder / "model") if is_ours(place)), folder)
     found = hashlib.sha256()
-    with _needed(place) as local:
+    with _needed(_saved(folder) or folder) as local:
         files = [path for path in local.rglob("*") if path.is_file()] or [local]
         for path in sorted(files):
             with path.open("rb") as file:
@@ -176,10 +172,8 @@ def load_folder(folder: Folder, address: str = "", *, trust_remote_code: bool = 
         if not known or (length is not None and (type(length) is not int or length < 1)):
             why = f"objective {kind!r} and length {length!r} are none of a model"
             raise DataError(folder.url_of(CONFIG), why, "Copy the file again")
-        try:
+        with _adapting(address, local):
             denoiser = weights.load(local, trust_remote_code=trust_remote_code)
-        except AdaptationError as error:
-            raise ConfigError(address, str(error).removeprefix(f"{local}: ")) from error
         vocabulary = Vocabulary.load(local) if (local / TOKENIZER).exists() else None
         tokens = denoiser.config.backbone.tokens
         if vocabulary and config.get("mask_token_id") == tokens:
