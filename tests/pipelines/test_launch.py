@@ -22,7 +22,7 @@ from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTConfig
 from dsl.noise import generator
 from dsl.objective import DSLObjective
-from infra import checkpoints, config, journal, mixture, stream
+from infra import checkpoints, journal, mixture, stream
 from infra.checkpoints import committed, consolidate
 from infra.errors import ConfigError, DataError
 from infra.mixture import Mixture
@@ -411,16 +411,6 @@ def test_the_learning_rate_rises_then_stays_or_falls() -> None:
     falling = [cosine(step) for step in range(4, 13)]
     assert falling == sorted(falling, reverse=True)
     assert OptimizerConfig(lr=2.0, warmup=0).lr_at(1, 9) == 2.0
-
-
-def test_the_preset_text8_trains_both_models_from_scratch_with_one_backbone() -> None:
-    mdlm, of_dsl = (
-        config.load(tiny.CONFIGS[verb], verb=verb, argv=["text8"], presets=tiny.PRESETS)
-        for verb in ("pretrain", "finetune")
-    )
-    assert (mdlm.init, of_dsl.init) == ("scratch", "scratch")
-    assert of_dsl.backbone == mdlm.backbone
-    assert of_dsl.backbone.dropout == 0.1
 
 
 def test_a_folder_of_dsl_save_is_a_model(tmp_path: Path) -> None:

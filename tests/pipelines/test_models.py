@@ -10,6 +10,7 @@ import torch
 import dsl
 from dsl.denoiser import Denoiser, DenoiserConfig
 from dsl.dit import DiTShape
+from infra import config
 from infra.storage import Folder
 from pipelines import models
 from pipelines.models import ConverterConfig
@@ -96,9 +97,19 @@ def test_a_training_file_may_lie_in_a_store(tmp_path: Path) -> None:
 def test_a_folder_that_says_another_objective_is_one_message(
     data: str, tmp_path: Path, objective: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = DenoiserConfig(backbone=DiTShape(**SHAPE).config(28, causal=False), embed_dim=8)
-    dsl.save(Denoiser(config), tmp_path / "model", metadata={"objective": objective})
+    of = DenoiserConfig(backbone=DiTShape(**SHAPE).config(28, causal=False), embed_dim=8)
+    dsl.save(Denoiser(of), tmp_path / "model", metadata={"objective": objective})
     given = [f"data={data}", f"root={tmp_path}", "name=run", f"init={tmp_path / 'model'}"]
     code, said = tiny.outcome(capsys, "finetune", *given, "backbone=null", "--dry-run")
     assert code == 3
     assert f"config.json: objective {objective!r} and length None are none of a model" in said
+
+
+def test_the_preset_text8_trains_both_models_from_scratch_with_one_backbone() -> None:
+    mdlm, of_dsl = (
+        config.load(tiny.CONFIGS[verb], verb=verb, argv=["text8"], presets=tiny.PRESETS)
+        for verb in ("pretrain", "finetune")
+    )
+    assert (mdlm.init, of_dsl.init) == ("scratch", "scratch")
+    assert of_dsl.backbone == mdlm.backbone
+    assert of_dsl.backbone.dropout == 0.1
