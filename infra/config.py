@@ -140,6 +140,13 @@ def digest(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def at_least(least: int, config: Any, *names: str) -> None:
+    """ValueError for a field of these that is smaller; one that is None passes."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def describe(config_type: Any) -> Iterator[Field]:
     """Every field a user may set, for `--help`; a union lists the fields of each kind."""
 

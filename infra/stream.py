@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from infra.config import at_least
 from infra.errors import ConfigError, DataError
 from infra.shards import Manifest, check_files, read_group
 from infra.storage import Folder
@@ -51,9 +52,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
-        for name in ("num_lanes", "rows_per_microbatch", "window_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(1, self, "num_lanes", "rows_per_microbatch", "window_groups")
 
     def lanes(self, rank: int, world_size: int) -> tuple[int, ...]:
         """The lanes that a worker serves: those congruent to its rank."""

@@ -22,7 +22,7 @@ from typing import Any
 from dsl.errors import PathError
 from dsl.paths import AnyPath, Hybrid, choose
 from infra import tracking
-from infra.config import to_tree
+from infra.config import at_least, to_tree
 from infra.errors import ConfigError
 from infra.storage import Folder
 from pipelines import models, prompts, verb
@@ -56,8 +56,7 @@ class ExportConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget must be at least 1, got {self.budget}")
+        at_least(1, self, "budget")
 
 
 def load(config: ExportConfig) -> Model:

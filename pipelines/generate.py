@@ -34,7 +34,7 @@ from dsl.precision import Precision, dtype_of
 from dsl.sampling import Recorder
 from dsl.truncation import Nucleus, Truncated, require_temperature
 from infra import tracking
-from infra.config import to_tree
+from infra.config import at_least, to_tree
 from infra.console import Meter
 from infra.errors import ConfigError
 from infra.storage import Folder
@@ -93,9 +93,7 @@ class GenerateConfig:
             raise ValueError("give either a text or an input file")
         if not 0 < self.snr < math.inf:
             raise ValueError(f"snr must be positive and finite, got {self.snr}")
-        for name in ("rows", "batch", "budget", "length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, self, "rows", "batch", "budget", "length")
         for name, bits in (("seed", 64), ("first_row", 32)):
             if not 0 <= (value := getattr(self, name)) < 2**bits:
                 raise ValueError(f"{name} must lie in [0, 2^{bits}), got {value}")

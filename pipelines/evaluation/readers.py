@@ -13,6 +13,7 @@ import torch
 
 from dsl.denoiser import Denoiser
 from dsl.precision import Precision
+from infra.config import at_least
 from infra.errors import Problem
 from pipelines import models
 from pipelines.evaluation import hub
@@ -132,8 +133,7 @@ class OwnReader(NetworkReader):
     where: ClassVar[str]  # the dotted path of what names it in the configuration
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        at_least(1, self, "batch")
 
     @property
     def label(self) -> str:

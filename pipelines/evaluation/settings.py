@@ -8,6 +8,7 @@ from typing import Literal, Union
 
 from dsl.precision import Precision
 from dsl.vocabulary import TOKENIZER
+from infra.config import at_least
 from infra.pool import PoolConfig
 from pipelines.evaluation.cells import CHAMPION, REAL, REFERENCES, UNIGRAM, PathConfig
 from pipelines.evaluation.gate import require_resamples
@@ -60,9 +61,7 @@ class Questions(Sections):
 
     def __post_init__(self) -> None:
         require_names(self.paths)
-        for name in ("batch", "corpus_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(1, self, "batch", "corpus_rows")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in [0, 2^64), got {self.seed}")
         for question in self.questions:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from infra.config import at_least
 from pipelines.sweeping.space import Choice, Settings, Space, label
 from pipelines.sweeping.trials import SEED, Trial
 
@@ -64,8 +65,11 @@ class Random(Planned):
     trials: int = 12
     kind: Literal["random"] = "random"
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "trials")
+
     def require(self, space: Space) -> None:
-        _require_positive(self.trials)
+        """Any space will do."""
 
     def planned(self, space: Space, seed: int) -> list[Settings]:
         different: dict[str, Settings] = {}
@@ -85,8 +89,11 @@ class Optuna:
     trials: int = 12
     kind: Literal["optuna"] = "optuna"
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "trials")
+
     def require(self, space: Space) -> None:
-        _require_positive(self.trials)
+        """Any space will do."""
 
     def count(self, space: Space) -> int:
         return self.trials
@@ -195,8 +202,3 @@ def _require_choices(kind: str, space: Space) -> None:
     for key, knob in space.items():
         if not isinstance(knob, Choice):
             raise ValueError(f"search {kind} is of choices, and space.{key} is {knob.kind}")
-
-
-def _require_positive(trials: int) -> None:
-    if trials < 1:
-        raise ValueError(f"search.trials must be at least 1, got {trials}")

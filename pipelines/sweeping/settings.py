@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from infra import tracking
-from infra.config import overridden, to_tree
+from infra.config import at_least, overridden, to_tree
 from infra.errors import ConfigError
 from pipelines.evaluation.cells import PathConfig
 from pipelines.evaluation.questions.frontier import Frontier
@@ -43,10 +43,8 @@ class Asha:
     reduction: int = 3
 
     def __post_init__(self) -> None:
-        if self.grace < 1 or self.reduction < 2:
-            raise ValueError(
-                f"grace must be at least 1 and reduction 2, got {self.grace} and {self.reduction}"
-            )
+        at_least(1, self, "grace")
+        at_least(2, self, "reduction")
 
     def rungs(self, steps: int) -> list[int]:
         """The steps below `steps` at which trials are stopped."""
@@ -85,8 +83,7 @@ class Select:
     calls: int | None = None
 
     def __post_init__(self) -> None:
-        if self.calls is not None and self.calls < 1:
-            raise ValueError(f"calls must be at least 1, got {self.calls}")
+        at_least(1, self, "calls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +101,7 @@ class SecondConfig(Questions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep < 1:
-            raise ValueError(f"keep must be at least 1, got {self.keep}")
+        at_least(1, self, "keep")
         if self.select:
             self._require_measured(self.select)
 
@@ -155,8 +151,7 @@ class SweepConfig(RunSettings):
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
         if not self.space:
             raise ValueError("space must hold at least one knob")
-        if self.concurrent is not None and self.concurrent < 1:
-            raise ValueError(f"concurrent must be at least 1, got {self.concurrent}")
+        at_least(1, self, "concurrent")
         if self.asha and not self.judged_at:
             train = self.finetune.train
             why = f"no validation from there on is before the last of the {train.steps} steps"

@@ -10,6 +10,7 @@ from dsl.denoiser import BackboneShape, Denoiser
 from dsl.huggingface import Adapt
 from dsl.lora import Lora
 from infra.cluster import ClusterConfig
+from infra.config import at_least
 from infra.mixture import MixtureConfig
 from infra.parallel import ParallelConfig
 from infra.stream import StreamConfig
@@ -69,10 +70,7 @@ class CheckpointConfig:
     corrupt: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep", "milestone_every", "max_failures"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, self, "every", "keep", "milestone_every", "max_failures")
 
     def due(self, step: int) -> bool:
         """Whether there is to be a checkpoint after a step."""
@@ -97,11 +95,8 @@ class TrainConfig:
     bound_samples: int = 4
 
     def __post_init__(self) -> None:
-        if self.bound_samples < 2:
-            raise ValueError(f"bound_samples must be at least 2, got {self.bound_samples}")
-        for name in ("steps", "log_every", "validate_every", "validation_microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(2, self, "bound_samples")
+        at_least(1, self, "steps", "log_every", "validate_every", "validation_microbatches")
 
 
 @dataclass(frozen=True, kw_only=True)

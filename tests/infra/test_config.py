@@ -344,3 +344,19 @@ def test_a_section_that_is_off_by_default_is_described_as_off() -> None:
         ("adapter", "{lr, betas} | null", "null"),
         ("adapter.lr", "float", "required"),
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    rows: int = 1
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        config.at_least(1, self, "rows", "budget")
+
+
+def test_a_count_that_is_too_small_is_told_by_its_name() -> None:
+    assert Counted() == Counted(rows=1, budget=None)
+    for name in ("rows", "budget"):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0$"):
+            Counted(**{name: 0})

@@ -44,6 +44,7 @@ REPOSITORY = Path(pretrain.__file__).parents[1]
         ("prepare", ["vocabulary={kind: bpe, size: 9999999}"], "1,048,576, got 9999999"),
         ("pretrain", ["objective=dsl"], "objective (command line)"),
         ("pretrain", ["train.steps=0"], "steps must be at least 1, got 0"),
+        ("pretrain", ["train.bound_samples=1"], "bound_samples must be at least 2, got 1"),
         ("pretrain", ["register=team/dsl"], "register must be a name without / : @ '"),
         ("finetune", ["register=''"], "register must be a name without"),
         ("pretrain", ["train.optimizer.clip=nan"], "expected float, got 'nan'"),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dsl.denoiser import Denoiser
 from dsl.likelihood import log_prob_of
+from infra.config import at_least
 from pipelines.evaluation.cells import REAL, Cell, longest, require_distinct
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.metrics import Score, mean
@@ -63,8 +64,7 @@ class DraftsConfig:
         if not self.revealed or not all(0 < share < 1 for share in self.revealed):
             raise ValueError(f"revealed holds shares in (0, 1), got {list(self.revealed)}")
         require_distinct("revealed", self.revealed)
-        if self.rows < 2:
-            raise ValueError(f"rows must be at least 2, got {self.rows}")
+        at_least(2, self, "rows")
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsl import likelihood
 from dsl.vocabulary import END_OF_TEXT
+from infra.config import at_least
 from infra.errors import ConfigError, DataError
 from pipelines.evaluation import hub, metrics, packaged
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
@@ -203,8 +204,7 @@ class NGramJudge(Reader):
     reads_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.order is not None and self.order < 1:
-            raise ValueError(f"order must be at least 1, got {self.order}")
+        at_least(1, self, "order")
 
     @property
     def label(self) -> str:

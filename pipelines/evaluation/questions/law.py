@@ -24,6 +24,7 @@ from torch import Tensor
 import dsl
 from dsl.chain import ChainDenoiser
 from dsl.denoiser import Denoiser
+from infra.config import at_least
 from infra.storage import Folder
 from pipelines.evaluation.cells import REAL, REFERENCES, Cell, labels
 from pipelines.evaluation.conditions import Condition, shown
@@ -62,8 +63,7 @@ class LawConfig:
     paths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows must be at least 1, got {self.rows}")
+        at_least(1, self, "rows")
 
 
 @cache

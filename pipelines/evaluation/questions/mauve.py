@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from infra.config import at_least
 from infra.errors import ConfigError, DataError
 from pipelines.evaluation.cells import REAL, REFERENCES
 from pipelines.evaluation.features import AnyFeaturizer, Features, HubFeaturizer, same_length
@@ -58,12 +59,10 @@ class MauveConfig:
     buckets: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds < LEAST_SEEDS:
-            raise ValueError(f"seeds must be at least {LEAST_SEEDS}, got {self.seeds}")
+        at_least(LEAST_SEEDS, self, "seeds")
         if not 0 < self.scaling < math.inf:
             raise ValueError(f"scaling must be positive, got {self.scaling}")
-        if self.buckets is not None and self.buckets < 2:
-            raise ValueError(f"buckets must be at least 2, got {self.buckets}")
+        at_least(2, self, "buckets")
 
 
 def per_seed(p_NF: np.ndarray, q_MF: np.ndarray, config: MauveConfig) -> list[float]:

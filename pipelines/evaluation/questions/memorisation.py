@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from infra.config import at_least
 from pipelines.evaluation.cells import REAL
 from pipelines.evaluation.copies import share_copied
 from pipelines.evaluation.held_out import HeldOut
@@ -42,8 +43,7 @@ class MemorisationConfig:
     stretch: int = 32
 
     def __post_init__(self) -> None:
-        if self.stretch < 1:
-            raise ValueError(f"stretch must be at least 1, got {self.stretch}")
+        at_least(1, self, "stretch")
 
     def size(self, length: int) -> int:
         """Tokens of a stretch, in rows of so many."""
