@@ -34,18 +34,19 @@ class Bar(NamedTuple):
 
     sign: Literal["≤", "≥"]
     limit: float
-    here: bool
+    here: bool = True
     unit: str = ""
 
     def __str__(self) -> str:
-        limit = f"{self.limit:,.2f}".rstrip("0").rstrip(".")
-        return f"{self.sign} {limit} {self.unit}".rstrip()
+        return f"{self.sign} {self.limit:.3g} {self.unit}".rstrip()
+
+    def met(self, value: float) -> bool:
+        return value <= self.limit if self.sign == "≤" else value >= self.limit
 
     def verdict(self, value: float) -> str:
         if not self.here:
             return "not judged at these sizes"
-        met = value <= self.limit if self.sign == "≤" else value >= self.limit
-        return "met" if met else "not met"
+        return "met" if self.met(value) else "not met"
 
 
 def ratio(

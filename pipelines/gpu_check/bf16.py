@@ -20,6 +20,7 @@ from dsl.noise import generator
 from infra import parallel
 from infra.parallel import ParallelConfig
 from pipelines.benchmarks import train
+from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import Check
 from pipelines.training.learner import Learner
@@ -38,10 +39,10 @@ def run(check: Check) -> Iterator[Finding]:
     for how, shared in (("bf16", False), ("bf16 through FSDP2", True)):
         half = _trained(check, "bfloat16", rows_RL, shared=shared)
         what = f"loss in {how}: largest relative gap in {STEPS} steps"
-        yield Finding(what, _gap(full.losses, half.losses), "", check.at_most(MOST_GAP))
+        yield Finding(what, _gap(full.losses, half.losses), "", Bar("≤", MOST_GAP))
         for group, cosine in _cosines(full.gradients, half.gradients).items():
             what = f"gradient in {how}: cosine, {group}"
-            yield Finding(what, cosine, "", check.at_least(LEAST_COSINE))
+            yield Finding(what, cosine, "", Bar("≥", LEAST_COSINE))
 
 
 class _Trained(NamedTuple):

@@ -15,6 +15,7 @@ from infra import parallel
 from infra.mixture import ALONE
 from infra.parallel import ParallelConfig
 from pipelines.benchmarks import train
+from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import Check
 from pipelines.training.learner import Learner
@@ -37,6 +38,6 @@ def run(check: Check) -> Iterator[Finding]:
             seconds = time.perf_counter() - began
         how = "a step and a validation" + ", blocks recomputed" * checkpointing
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-        yield Finding(f"graphs of {how}", graphs, "", check.at_least(1))
-        yield Finding(f"graph breaks of {how}", breaks, "", check.at_most(0))
+        yield Finding(f"graphs of {how}", graphs, "", Bar("≥", 1))
+        yield Finding(f"graph breaks of {how}", breaks, "", Bar("≤", 0))
         yield Finding(f"{how}, compilation included", seconds, "s")

@@ -39,11 +39,11 @@ class Finding(NamedTuple):
             return ""
         if not self.bar.here or not isinstance(self.value, int | float):
             return UNMEASURED
-        return PASS if self.bar.verdict(self.value) == "met" else FAIL
+        return PASS if self.bar.met(self.value) else FAIL
 
     def row(self) -> dict[str, Any]:
         """As JSON holds it, in which a number that is not finite is a text."""
-        bar = f"{self.bar.sign} {self.bar.limit:g}" if self.bar else ""
+        bar = str(self.bar or "")
         finite = not isinstance(self.value, float) or math.isfinite(self.value)
         value = self.value if finite else str(self.value)
         return {**self._asdict(), "value": value, "bar": bar, "verdict": self.verdict}
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
 def finished(how: str, *, whole: bool) -> Finding:
     """Whether a stage came to its end; it fails the check where it did not."""
-    return Finding(f"the stage {how}", int(whole), "", Bar("≥", 1, here=True))
+    return Finding(f"the stage {how}", int(whole), "", Bar("≥", 1))
 
 
 def table(rows: Iterable[Row]) -> Table:

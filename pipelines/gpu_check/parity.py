@@ -24,6 +24,7 @@ from dsl.paths import AnyPath
 from dsl.posterior import Denoises
 from dsl.state import State
 from pipelines.benchmarks import train
+from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import OBJECTIVES, Check, Named
 
@@ -105,7 +106,7 @@ def _of_loss(check: Check, name: Named, dtype: torch.dtype) -> Iterator[Finding]
             loss = objective(tokens_BL.to(objective.denoiser.table_VD.device), noise).value
             loss.backward()
             losses.append(loss.detach().cpu())
-    bar = check.at_most(ALLOWED[dtype], here=check.gpu)
+    bar = Bar("≤", ALLOWED[dtype], here=check.gpu)
     kind = f"{name}, {str(dtype).removeprefix('torch.')}"
     yield Finding(f"loss of {kind}: relative difference", _apart(*losses), "", bar)
     ours, theirs = (_gradients(objective) for objective in (here, there))
@@ -140,7 +141,7 @@ def _of_texts(check: Check) -> Iterator[Finding]:
             name: int((_texts(here, path) != _texts(there, path)).any(1).sum())
             for name, path in PATHS.items()
         }
-        bar = check.at_most(0, here=check.gpu)
+        bar = Bar("≤", 0, here=check.gpu)
         which = ", ".join(name for name, rows in differ.items() if rows) or "on every path"
         what = f"texts of the {law} law that differ from the CPU's ({which})"
         yield Finding(what, sum(differ.values()), f"of {len(differ) * ROWS}", bar)
@@ -155,7 +156,7 @@ def _of_batches(check: Check) -> Iterator[Finding]:
         )
         differ = sum(int((whole != half).any(1).sum()) for whole, half in pairs)
         what = f"texts of the {law} law that depend on the batch"
-        yield Finding(what, differ, f"of {len(PATHS) * ROWS // 2}", check.at_most(0))
+        yield Finding(what, differ, f"of {len(PATHS) * ROWS // 2}", Bar("≤", 0))
 
 
 def _texts(law: Denoises, path: AnyPath, *, half: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ from dsl.state import State
 from dsl.truncation import Truncated
 from pipelines.benchmarks import reference, sampler
 from pipelines.benchmarks.measure import Procedure, interleaved
+from pipelines.benchmarks.results import Bar
 from pipelines.benchmarks.settings import SamplerConfig, build
 from pipelines.gpu_check import profiles
 from pipelines.gpu_check.findings import Finding
@@ -69,7 +70,7 @@ def _of_rows(check: Check, denoiser: Denoiser, size: SamplerConfig) -> Iterator[
         yield Finding(f"{call}: peak memory", memory, "GiB")
         if name in ("masked", "remask", "sde"):
             waits = profiles.synchronisations(lambda p=procedure: p(0), check.device)
-            bar = check.at_most(MOST_WAITS, here=check.gpu)
+            bar = Bar("≤", MOST_WAITS, here=check.gpu)
             yield Finding(f"{call}: waits for the GPU", waits, "", bar)
     yield from _ratios(check, ms, size.rows)
 

@@ -16,7 +16,6 @@ import torch
 from dsl.dit import DiTShape
 from dsl.objective import DSLObjective, MDLMObjective, Objective
 from dsl.support import Mixed
-from pipelines.benchmarks.results import Bar
 from pipelines.benchmarks.settings import (
     BenchmarkConfig,
     ModelConfig,
@@ -109,12 +108,6 @@ class Check:
             train=StepConfig(rows=rows, length=length),
             sampler=replace(SamplerConfig(), rows=rows, length=length, budget=self.sizes.budget),
         )
-
-    def at_most(self, limit: float, *, here: bool = True) -> Bar:
-        return Bar("≤", limit, here)
-
-    def at_least(self, limit: float, *, here: bool = True) -> Bar:
-        return Bar("≥", limit, here)
 
     @property
     def speed_counts(self) -> bool:

@@ -14,6 +14,7 @@ from infra import parallel
 from infra.parallel import ParallelConfig
 from pipelines.benchmarks import train
 from pipelines.benchmarks.measure import interleaved
+from pipelines.benchmarks.results import Bar
 from pipelines.gpu_check import profiles
 from pipelines.gpu_check.findings import Finding
 from pipelines.gpu_check.settings import OBJECTIVES, Check, Named
@@ -71,7 +72,7 @@ def _at_all_sizes(check: Check, name: Named, learner: Learner) -> Iterator[Findi
             yield Finding(f"{what}, {how}", rows_RL.size / seconds, "tokens/s")
     except torch.OutOfMemoryError:
         yield Finding(f"{what}, and all that would follow", "out of memory")
-    bar = check.at_least(LEAST_MFU[name], here=check.speed_counts)
+    bar = Bar("≥", LEAST_MFU[name], here=check.speed_counts)
     none = 0.0 if check.speed_counts else None  # on the card of the bar this is a failure
     yield Finding(f"{name} step: best MFU", max(found, default=none), "%", bar)
 
@@ -93,6 +94,6 @@ def _inside(check: Check, name: Named, learner: Learner) -> Iterator[Finding]:
     step = partial(learner.step, 1, {0: train.microbatch(check.benchmark(rows))})
     step()  # it may compile, and waits for each kernel that it tries
     waits = profiles.synchronisations(step, check.device)
-    bar = check.at_most(MOST_SYNCHRONISATIONS, here=check.gpu)
+    bar = Bar("≤", MOST_SYNCHRONISATIONS, here=check.gpu)
     yield Finding(f"{name} step: waits for the GPU", waits, "", bar)
     yield Finding(f"{name} step, B = {rows}: kernels", profiles.kernels(step, check.device))
