@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from infra import journal
@@ -138,10 +139,10 @@ def _repeats(config: SweepConfig) -> dict[str, int]:
 
 def expected_steps(config: SweepConfig) -> float:
     """The mean steps of a trial, if 1 / `reduction` of them go on wherever they are judged."""
-    ends = [*config.judged_at, config.finetune.train.steps]
+    places = [0, *config.judged_at, config.finetune.train.steps]
     reduction = config.asha.reduction if config.asha else 1
-    stretches = zip([0, *ends], ends, strict=False)
-    return sum((end - begin) / reduction**nth for nth, (begin, end) in enumerate(stretches))
+    stretches = enumerate(pairwise(places))
+    return sum((end - begin) / reduction**nth for nth, (begin, end) in stretches)
 
 
 def _speed(config: SweepConfig) -> tuple[float | None, str]:

@@ -155,9 +155,6 @@ class Proposals(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Nothing to do: `Trials` is the state."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing to do."""
-
 
 class Halving(FIFOScheduler):
     """Stops trials as `Asha.stops` decides, which also sees the validations before a restart."""
