@@ -161,14 +161,20 @@ def _copy_models(
 
 def require_same(before: Mapping[str, Origin], now: Mapping[str, Origin], folder: Folder) -> None:
     """ConfigError unless an evaluation is of the very models that are meant now, as far as it has
-    written down what they were."""
-    known = (before[name].items() <= now[name].items() for name in before.keys() & now.keys())
-    if before.keys() != now.keys() or not all(known):
+    written down what they were. The run that made a model may be archived meanwhile."""
+    pairs = ((before[name], now[name]) for name in before.keys() & now.keys())
+    same = (_versioned(earlier).items() <= _versioned(later).items() for earlier, later in pairs)
+    if before.keys() != now.keys() or not all(same):
         raise ConfigError(
             "name",
             f"{folder.url} is an evaluation of other versions of these models",
             "Choose another name, or existing=restart to wipe it",
         )
+
+
+def _versioned(origin: Origin) -> Origin:
+    """What of an origin says which weights these are."""
+    return {key: value for key, value in origin.items() if key not in ("run", "run_id")}
 
 
 def require_same_device(config: EvaluateConfig) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,32 +149,6 @@ def test_every_kind_of_model_through_one_door(run: Run, world: Path) -> None:
     (folder / "result.json").write_text(json.dumps(result))
     code, _, err = run(*argv)
     assert code == 2
-    assert "existing=restart" in err
-
-
-def test_a_finished_evaluation_stands_for_its_weights_and_its_data_alone(
-    run: Run, world: Path, tmp_path: Path
-) -> None:
-    weights, data = tmp_path / "weights", tmp_path / "shards"
-    shutil.copytree(world / "dsl", weights)
-    shutil.copytree(world / "data/shards", data)
-    argv = [f"models={{a: {weights}}}", f"data={data}"]
-    code, made, err = run(*argv)
-    assert code == 0, err
-    assert run(*argv)[1] == made
-
-    shutil.copytree(world / "flat", weights, dirs_exist_ok=True)
-    code, _, err = run(*argv)
-    assert code == 2
-    assert "is an evaluation of other versions of these models" in err
-    shutil.copytree(world / "dsl", weights, dirs_exist_ok=True)
-
-    manifest = json.loads((data / "manifest.json").read_text())
-    manifest["splits"]["train"][0]["sha256"] = 64 * "0"
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    code, _, err = run(*argv)
-    assert code == 3
-    assert "not the data that this run began with" in err
     assert "existing=restart" in err
 
 
