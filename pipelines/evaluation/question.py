@@ -44,7 +44,8 @@ Columns = Mapping[str, Any]  # of a part: values by name, one for each row
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A part to be made: its place, which is number ``first`` of ``group``, and how its table is
-    made: a pure function of the configuration, the models, and the parts of earlier stages.
+    made: a pure function of the configuration, the models, and the parts of earlier stages, but for
+    the seconds that it took.
     """
 
     group: str

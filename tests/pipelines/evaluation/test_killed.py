@@ -226,4 +226,6 @@ def test_kill_and_go_on(run: Run, world: Path, tmp_path: Path) -> None:
     for name in after:
         if "/samples/" in name:
             texts = [pq.read_table(tmp_path / run / name) for run in ("whole", "killed")]
-            assert texts[0].equals(texts[1])
+            kept = [column for column in texts[0].column_names if column != "seconds"]
+            assert texts[0].column_names == texts[1].column_names
+            assert texts[0].select(kept).equals(texts[1].select(kept))
