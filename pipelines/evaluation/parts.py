@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,19 +55,27 @@ class Parts:
 
     def read(self, group: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a group as one table, in the order of their numbers."""
-        tables = [table.replace_schema_metadata() for table in self._each(group, columns)]
-        # A column that is null throughout a part may have been kept there without a type.
-        return pa.concat_tables(tables, promote_options="default")
+        return _joined(self._each(group, sorted(self.present(group)), columns))
+
+    def rows(self, group: str, first: int, count: int, columns: Sequence[str]) -> pa.Table:
+        """``count`` rows of a group from ``first`` on, fewer where it ends before, out of the parts
+        that hold them."""
+        starts = sorted(self.present(group))
+        begin, end = bisect_right(starts, first) - 1, bisect_left(starts, first + count)
+        table = _joined(self._each(group, starts[begin:end], columns))
+        return table.slice(first - starts[begin], count)
 
     def notes(self, group: str) -> list[dict[str, Any]]:
         """What is to be known of each part of a group."""
-        tables = self._each(group, [])
+        tables = self._each(group, sorted(self.present(group)), [])
         return [json.loads(table.schema.metadata[NOTES]) for table in tables]
 
-    def _each(self, group: str, columns: Sequence[str] | None) -> list[pa.Table]:
+    def _each(
+        self, group: str, starts: Sequence[int], columns: Sequence[str] | None
+    ) -> list[pa.Table]:
         with ThreadPoolExecutor(READERS) as pool:
             read = partial(self.one, group, columns=columns)
-            return list(pool.map(read, sorted(self.present(group))))
+            return list(pool.map(read, starts))
 
     def one(self, group: str, first: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A single part; DataError for a file that is none."""
@@ -83,6 +92,13 @@ class Parts:
             where, why = self.folder.url_of(name), f"not a part of an evaluation ({error})"
             raise DataError(where, why, "Remove it; the same command makes it again") from None
         return table
+
+
+def _joined(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables one below the other."""
+    bare = [table.replace_schema_metadata() for table in tables]
+    # A column that is null throughout a part may have been kept there without a type.
+    return pa.concat_tables(bare, promote_options="default")
 
 
 def matrix(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:

@@ -277,7 +277,7 @@ def parts_of_texts(group: str, source: str, texts: int, measure: OfTexts) -> Ite
 
 def tokens_of(workspace: Workspace, source: str, first: int, count: int) -> np.ndarray:
     """Tokens of texts of a source, ``[B, L]`` int64."""
-    table = workspace.parts.read(f"samples/{source}", ["tokens"]).slice(first, count)
+    table = workspace.parts.rows(f"samples/{source}", first, count, ["tokens"])
     return matrix(table["tokens"], np.int64)
 
 
@@ -290,7 +290,7 @@ def repeats(survey: Survey, texts: int) -> range:
 def _of_texts(
     workspace: Workspace, *, source: str, first: int, count: int, measure: OfTexts
 ) -> pa.Table:
-    table = workspace.parts.read(f"samples/{source}", ["text", "tokens"]).slice(first, count)
+    table = workspace.parts.rows(f"samples/{source}", first, count, ["text", "tokens"])
     tokens_BL = matrix(table["tokens"], np.int64)
     return pa.table(dict(measure(workspace, table["text"].to_pylist(), tokens_BL)))
 

@@ -145,7 +145,7 @@ def _score(workspace: Workspace, *, source: str, first: int) -> pa.Table:
 
 def _read(parts: Any, source: str, first: int, rows: int) -> Features:
     """Of these texts of a source."""
-    table = parts.read(f"parts/features/{source}", ["features", "tokens"]).slice(first, rows)
+    table = parts.rows(f"parts/features/{source}", first, rows, ["features", "tokens"])
     return Features(matrix(table["features"], np.float32), table["tokens"].to_numpy())
 
 

@@ -68,7 +68,7 @@ class Made:
     def parts(self) -> Made:
         return self
 
-    def read(self, group: str, columns: list[str]) -> pa.Table:
+    def rows(self, group: str, first: int, count: int, columns: list[str]) -> pa.Table:
         model = {"parts/features/references": "real"}.get(group, group.rpartition("/")[2])
         features_NF = self.features_NF[model]
         tokens_N = self.tokens_N.get(model, np.full(len(features_NF), 64))

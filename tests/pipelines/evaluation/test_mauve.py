@@ -142,13 +142,13 @@ def test_only_texts_of_equal_length_are_scored() -> None:
     features_NF = {"parts/features/references": normal(0), "parts/features/dsl": normal(1)}
 
     def score(tokens: int) -> Any:
-        def read(group: str, columns: list[str]) -> pa.Table:
+        def rows(group: str, first: int, count: int, columns: list[str]) -> pa.Table:
             size = 64 if group.endswith("references") else tokens
             column = lists(features_NF[group])
             return pa.table({"features": column, "tokens": np.full(LEAST, size)})
 
         asked = SimpleNamespace(mauve=MauveConfig(), samples=SimpleNamespace(rows=LEAST))
-        workspace: Any = SimpleNamespace(config=asked, parts=SimpleNamespace(read=read))
+        workspace: Any = SimpleNamespace(config=asked, parts=SimpleNamespace(rows=rows))
         return mauve._score(workspace, source="dsl", first=0)["mauve"].to_pylist()[0]
 
     assert score(64) == score(63) == mauve.per_seed(normal(1), normal(0), MauveConfig())
