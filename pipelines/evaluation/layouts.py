@@ -85,7 +85,7 @@ def by_budget(texts: Rows, merit: Merit, published: PublishedTable) -> Table:
     columns = tuple(Column(f"T={budget}", f"T={budget}", merit.show) for budget in budgets)
     return with_sources(
         f"{merit.title} by budget",
-        f"T: denoiser calls. {_anchors(texts, merit)}",
+        " ".join(filter(None, ("T: denoiser calls.", _anchors(texts, merit)))),
         (MODEL, PATH, *columns),
         list(lines.values()),
         published,

@@ -48,6 +48,8 @@ def test_a_line_for_each_model_and_path_and_a_column_for_each_budget() -> None:
         ["dsl", "sde", "–", "–"],
     ]
     assert "unigram 0.010, real 0.970 ± 0.010" in table.note
+    alone = layouts.by_budget(TEXTS[2:], MAUVE, published_table("owt_mauve"))
+    assert alone.note.startswith("T: denoiser calls. Published, not run here: ")
 
 
 @pytest.mark.parametrize("order", [1, -1])
