@@ -191,9 +191,10 @@ class Frontier(Question):
                 f"Intervals at {100 * asked.confidence:g}% from "
                 f"{asked.resamples:,} resamples of the same rows of all texts. In a resample that "
                 "is lost the diversity is not reached: its value counts as the least at the lower "
-                "end of the interval and as the greatest at the upper one. Below every model: the "
-                "share of resamples in which what no model has written has no headline, or a worse "
-                "one than the best walk of each model. Ahead: bits per byte fewer than the best "
+                "end of the interval and as the greatest at the upper one. Below every model: of "
+                "the resamples in which every model has a headline, the share in which what no "
+                "model has written has none, or a worse one than the best walk of each model; not "
+                "given where a model has no headline. Ahead: bits per byte fewer than the best "
                 "walk of the first model in as many calls, which is chosen anew in each resample. "
                 "The other walk is not: the best of many walks against one is found ahead too "
                 "often, of six that are no better in more than 45 of 300 simulated cases; against "
@@ -258,15 +259,19 @@ def _head(found: Measured, confidence: float) -> Row:
 
 
 def _below(found: Measured, measured: Sequence[Measured]) -> Row:
-    """By judge, in which share of the resamples a source that no model has written has no headline,
-    or a worse one than the best walk of every model. Nothing for a walk, or for real text."""
+    """By judge, of the resamples in which every model has a headline, the share in which a source
+    that no model has written has none, or a worse one than the best walk of every model. Nothing
+    for a walk, for real text, and where a model has no headline."""
     walks = [other for other in measured if "path" in other.curve.labels]
     if not walks or "path" in found.curve.labels or found.curve.name == REAL:
         return {}
-    row = {}
+    row: Row = {}
     for name, bits_R in found.bits_R.items():
         worst_R = np.max(list(_best(walks, name).values()), axis=0)
-        row[f"below_{name}"] = float((np.isnan(bits_R) | (bits_R > worst_R))[1:].mean())
+        known_R = np.isfinite(worst_R)
+        if known_R[0] and known_R[1:].any():
+            below_R = np.isnan(bits_R) | (bits_R > worst_R)
+            row[f"below_{name}"] = float(below_R[1:][known_R[1:]].mean())
     return row
 
 

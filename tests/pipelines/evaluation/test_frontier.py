@@ -202,10 +202,14 @@ def test_an_adversary_must_beat_the_best_walk_of_some_model() -> None:
     ]
     adversary = measured([0, 4, 2.5, 1, none], model="nonsense")
     assert _below(adversary, walks) == {"below_judge": 0.5}
-    # A model that does not reach the diversity of real text is beaten by whoever does.
-    lost = measured([none] * 5, model="c", path="m")
-    assert _below(adversary, [*walks, lost]) == {"below_judge": 0.25}
     assert _below(walks[0], walks) == {}
+    # Where a model does not reach the diversity of real text, there is nothing to be below.
+    seldom = measured([3, none, 3, 3, none], model="c", path="m")
+    assert _below(adversary, [*walks, seldom]) == {"below_judge": 0.0}
+    for bits in ([none] * 5, [none, 3, 3, 3, 3], [3, none, none, none, none]):
+        lost = measured(bits, model="c", path="m")
+        assert _below(adversary, [*walks, lost]) == {}
+        assert _below(measured([none] * 5, model="nonsense"), [lost]) == {}
 
 
 def test_a_walk_is_compared_with_the_best_of_the_first_model_in_as_many_calls() -> None:
