@@ -16,13 +16,14 @@ The table is printed as Markdown, the plot shows the same for the last judge.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from infra.documents import from_json
+from infra import documents
 from infra.errors import DataError
 from infra.storage import Folder
 from pipelines import verb
@@ -32,6 +33,7 @@ from pipelines.report.drawing import GREY, groups, measured, panels, style
 from pipelines.sweeping.arms import paired
 
 REPORT = "report/evaluation.json"
+ANEW = "Evaluate again"
 HEAD = "| text | judge | calls | best walk | bits per byte | best walk | bits per byte | fewer |"
 
 
@@ -175,18 +177,37 @@ class Evaluation(NamedTuple):
 
 
 def read(run: str) -> Evaluation:
-    """An evaluation; DataError where it has no headline."""
+    """An evaluation; DataError where it has no headline, or a report of another shape."""
     folder = Folder.at(run)
-    try:
-        tables = from_json(folder.read_bytes(REPORT))
-    except ValueError as error:
-        raise DataError(folder.url_of(REPORT), str(error), "Evaluate again") from error
-    rows: Rows = tables.get("headline", ())
+    said = documents.load(folder, REPORT, dict[str, Any], ANEW)
+    kept = json.dumps({key: said[key] for key in ("headline", "data", "models") if key in said})
+    found: _Said = documents.parse(kept.encode(), _Said, folder.url_of(REPORT), ANEW)
+    rows: Rows = found.headline
+    if wrong := [number for number, row in enumerate(rows) if not _has_labels(row)]:
+        why = f"headline.{wrong[0]} does not say of which model and walk it is"
+        raise DataError(folder.url_of(REPORT), why, ANEW)
     if not any(row["model"] == REAL for row in rows) or not judges(rows):
         why = "this evaluation has no headline"
         raise DataError(folder.url_of(REPORT), why, "Evaluate again with `frontier` and a judge")
-    data, models = tables.get("data", {}).get("digest", ""), list(tables.get("models", {}))
-    return Evaluation(folder.url, rows, data, models, judges(rows))
+    digest = found.data.get("digest", "")
+    return Evaluation(folder.url, rows, digest, list(found.models), judges(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What is read of a report."""
+
+    headline: list[dict[str, int | float | str | list[int] | None]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
+
+
+def _has_labels(row: Row) -> bool:
+    """Whether a row says of which model it is and, where it is of a walk, of how many calls."""
+    walk = [("path", str), ("budget", int)] if "path" in row else []
+    named = all(isinstance(row.get(key), form) for key, form in [("model", str), *walk])
+    split = row.get("split")
+    return named and (not split or (isinstance(split, list) and len(split) == 2))
 
 
 def together(runs: Sequence[str]) -> list[Rows]:

@@ -163,3 +163,26 @@ def test_an_evaluation_without_a_headline_is_one_message(tmp_path: Path, tables:
     (tmp_path / "report/evaluation.json").write_text(json.dumps(tables))
     with pytest.raises(DataError, match="has no headline"):
         claim.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        ([1], "should be an object"),
+        ({"headline": [1]}, "headline.0"),
+        ({"headline": {"model": "real"}}, "headline"),
+        ({"headline": [REAL, {"path": "masked"}]}, "headline.1"),
+        ({"headline": [REAL, {"model": "more", "path": "masked"}]}, "headline.1"),
+        ({"headline": [REAL, head("more", "masked", 16, 3.0, split=[8])]}, "headline.1"),
+        ({"headline": [REAL], "models": ["more"]}, "models"),
+        ({"headline": [REAL], "data": "d"}, "data"),
+    ],
+)
+def test_a_report_of_another_shape_is_one_message(tmp_path: Path, report: Any, words: str) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/evaluation.json").write_text(json.dumps(report))
+    with pytest.raises(DataError) as raised:
+        claim.read(str(tmp_path))
+    assert raised.value.where == str(tmp_path / "report/evaluation.json")
+    assert words in raised.value.why
+    assert raised.value.fix == "Evaluate again"
