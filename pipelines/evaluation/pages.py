@@ -13,6 +13,7 @@ from infra import journal
 from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell
 from pipelines.evaluation.gate import Decision
 from pipelines.evaluation.question import Drawn
+from pipelines.evaluation.questions.adversaries import Adversaries
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.verdict import fooled, leading, ranked, verdict
@@ -78,7 +79,7 @@ def report(
     others = [name for name in config.beside if name not in (UNIGRAM, REAL)]
     if others:
         tables |= {"fooled": _fooled(fooled(texts, config.merits, others))}
-        topics["Adversaries"] = {"fooled"}
+        topics[Adversaries.title] = {"fooled"}
     merit = leading(texts, config.merits)
     shown = {name for name, _, png in drawn if png}
     # A plot that is made for a merit says more than the merit against calls, though none reach it.

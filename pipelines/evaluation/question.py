@@ -2,7 +2,8 @@
 
 Each question is one file in `pipelines/evaluation/questions` and one entry in the list there. The
 file holds its settings, its parts, what it computes, its tables and plots, and what the gate may
-compare. Nothing else knows a question by name.
+compare. Of the rest, the page alone knows a question by name: which figures the adversaries fool,
+it can say only once all questions have answered.
 
 Shapes: B rows of a part, L positions.
 """
