@@ -31,7 +31,7 @@ def run(config: BenchmarkConfig) -> Table:
         network = network.to(device).eval()
         texts = written(tokenizer, size)
         ours = HubFeaturizer(model=folder, max_tokens=size.max_tokens, batch=size.batch)
-        featurize = ours.load(device, lambda address: None)
+        featurize = ours.load("evaluate", device)
         sides = {
             "ours": lambda number: featurize(texts, np.empty((len(texts), 0))),
             "mauve_text": lambda number: one_by_one(network, tokenizer, texts),

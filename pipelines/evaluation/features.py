@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from dsl.state import State
 from infra.errors import ConfigError
 from pipelines.evaluation import hub
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader
+from pipelines.evaluation.readers import HubReader, OwnReader
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.workspace import Workspace
 
 EQUAL = 0.02  # by which mean lengths may differ: cut text is divided into other tokens at its ends
 
@@ -63,13 +66,12 @@ class HubFeaturizer(HubReader):
     pooling: Pooling = "last"
 
     head: ClassVar[hub.Head] = "AutoModel"
-    where: ClassVar[str] = "mauve.featurizer.model"
 
-    def check_data(self, held_out: HeldOut) -> None:
+    def check_data(self, key: str, held_out: HeldOut) -> None:
         """ConfigError where held-out texts end before `max_tokens`."""
         import transformers
 
-        folder = hub.find(self.model, self.where)
+        folder = hub.find(self.model, self.where(key))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **hub.CAUTION)
         texts = [held_out.vocabulary.decode(row_L) for row_L in held_out.rows_NL.tolist()]
         size_N = np.array([len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]])
@@ -78,10 +80,10 @@ class HubFeaturizer(HubReader):
                 f"{self.max_tokens} tokens, and held-out texts have {size_N.min()} to "
                 f"{size_N.max()} of {self.model}: MAUVE compares texts of equal length"
             )
-            raise ConfigError("mauve.featurizer.max_tokens", why, f"At most {size_N.min()}")
+            raise ConfigError(f"{key}.max_tokens", why, f"At most {size_N.min()}")
 
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
-        opened = self.open(device)
+    def load(self, key: str, device: torch.device | str) -> Featurize:
+        opened = self.open(key, device)
         tokenizer, network = opened.tokenizer, opened.network
 
         @torch.no_grad()
@@ -107,10 +109,8 @@ class OwnFeaturizer(OwnReader):
 
     pooling: Pooling = "last"
 
-    where: ClassVar[str] = "mauve.featurizer.model"
-
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Featurize:
-        denoiser = self.open(device, open_model)
+    def load_in(self, key: str, workspace: Workspace) -> Featurize:
+        denoiser = self.open(key, workspace)
 
         @torch.no_grad()
         def featurize(texts: Sequence[str], tokens_NL: np.ndarray) -> Features:

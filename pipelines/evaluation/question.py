@@ -132,16 +132,10 @@ class Question:
     def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
         """A `Problem` for settings that this data, or its readers, cannot meet; `uri` of the
         registry. Nothing has been written yet."""
-        for reader in self.readers(config).values():
-            self.require_reader(reader, config, held_out, uri)
-
-    def require_reader(
-        self, reader: Reader, config: Questions, held_out: HeldOut, uri: str
-    ) -> None:
-        """The same for one of its readers."""
-        how = {"converter": config.converter, "trust_remote_code": config.trust_remote_code}
-        reader.check(uri, **how)
-        reader.check_data(held_out)
+        for key, reader in self.readers(config).items():
+            how = {"converter": config.converter, "trust_remote_code": config.trust_remote_code}
+            reader.check(key, uri, **how)
+            reader.check_data(key, held_out)
 
     def prepare(self, workspace: Workspace, held_out: HeldOut) -> None:
         """Write the parts that need the training split, as far as they are not there. They follow

@@ -4,7 +4,7 @@ whatever else a question defines."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,12 +23,10 @@ if TYPE_CHECKING:
     from pipelines.evaluation.held_out import HeldOut
     from pipelines.evaluation.workspace import Workspace
 
-# From the address of one of our own models to the model, which speaks the data's vocabulary.
-OpenModel = Callable[[str], Model]
-
 
 class Reader(ABC):
-    """The base class of what reads texts."""
+    """The base class of what reads texts. `key` is the dotted path of the section that asks for it,
+    which errors name."""
 
     reads_training: ClassVar[bool] = False  # needs the rows of the training split, too
 
@@ -41,33 +39,22 @@ class Reader(ABC):
         """The models of our own that it opens."""
         return ()
 
-    def check(self, uri: str, **how: Any) -> None:  # noqa: B027 - nothing to check is a fine answer
+    def check(self, key: str, uri: str, **how: Any) -> None:  # noqa: B027 - there may be nothing to
         """A `Problem` where its model cannot be used; `uri` of the registry.
 
         how: the `converter` and `trust_remote_code` with which models of our own are opened.
         """
 
-    def check_data(self, held_out: HeldOut) -> None:  # noqa: B027
+    def check_data(self, key: str, held_out: HeldOut) -> None:  # noqa: B027
         """A `Problem` where it cannot read texts of this data."""
 
     @abstractmethod
-    def load_in(self, workspace: Workspace) -> Any:
+    def load_in(self, key: str, workspace: Workspace) -> Any:
         """A function of texts and their tokens."""
 
 
-class NetworkReader(Reader):
-    """A reader that is a network, on the device of the workspace."""
-
-    @abstractmethod
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Any:
-        """A function of texts and their tokens; `open_model` opens models of our own."""
-
-    def load_in(self, workspace: Workspace) -> Any:
-        return self.load(workspace.device, workspace.own_reader)
-
-
 @dataclass(frozen=True, kw_only=True)
-class PretrainedReader(NetworkReader):
+class PretrainedReader(Reader):
     """A network in the files of Hugging Face. It sees `max_tokens` of its own tokenizer's at once,
     and `batch` texts of like length share a call. `precision`: of its matrix products, `auto` takes
     bfloat16 on a GPU and float32 elsewhere."""
@@ -77,7 +64,6 @@ class PretrainedReader(NetworkReader):
     precision: Precision = "auto"
 
     head: ClassVar[hub.Head]
-    where: ClassVar[str]  # the dotted path of what names it in the configuration
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 2), ("batch", 1)):
@@ -89,21 +75,33 @@ class PretrainedReader(NetworkReader):
     def name(self) -> str:
         """What people call it."""
 
+    def where(self, key: str) -> str:
+        """The dotted path of the setting that names it."""
+        return f"{key}.model"
+
     @abstractmethod
-    def place(self) -> str:
+    def place(self, key: str) -> str:
         """Its folder, or its name on the hub; a `Problem` where there is neither."""
+
+    @abstractmethod
+    def load(self, key: str, device: torch.device | str) -> Any:
+        """A function of texts and their tokens."""
+
+    def load_in(self, key: str, workspace: Workspace) -> Any:
+        return self.load(key, workspace.device)
 
     @property
     def label(self) -> str:
         return f"{self.name}, {self.max_tokens} tokens"
 
-    def check(self, uri: str, **how: Any) -> None:
+    def check(self, key: str, uri: str, **how: Any) -> None:
         """Have the model on this machine, or say what to do; see `hub.check`."""
-        hub.check(self.place(), self.head, max_tokens=self.max_tokens, where=self.where)
+        place, where = self.place(key), self.where(key)
+        hub.check(place, self.head, max_tokens=self.max_tokens, where=where)
 
-    def open(self, device: torch.device | str) -> hub.Opened:
-        place, precision = self.place(), self.precision
-        return hub.open(place, self.head, device, where=self.where, precision=precision)
+    def open(self, key: str, device: torch.device | str) -> hub.Opened:
+        place, where = self.place(key), self.where(key)
+        return hub.open(place, self.head, device, where=where, precision=self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,20 +115,18 @@ class HubReader(PretrainedReader):
     def name(self) -> str:
         return self.model
 
-    def place(self) -> str:
+    def place(self, key: str) -> str:
         return self.model
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnReader(NetworkReader):
+class OwnReader(Reader):
     """`model` is an address as `pipelines.models.load` takes it; figures compare with each other
     and not with published ones."""
 
     model: str
     batch: int = 64
     kind: Literal["own"] = "own"
-
-    where: ClassVar[str]  # the dotted path of what names it in the configuration
 
     def __post_init__(self) -> None:
         at_least(1, self, "batch")
@@ -142,7 +138,7 @@ class OwnReader(NetworkReader):
     def addresses(self) -> tuple[str, ...]:
         return (self.model,)
 
-    def check(self, uri: str, **how: Any) -> None:
+    def check(self, key: str, uri: str, **how: Any) -> None:
         """A `Problem` or dsl.WeightsError where there is no such model, or one that cannot be used;
         `uri` of the registry. how: see `Reader.check`."""
         try:
@@ -151,16 +147,16 @@ class OwnReader(NetworkReader):
             )
         except Problem as problem:
             why = f"{problem.where}: {problem.why}"
-            raise type(problem)(self.where, why, problem.fix) from problem
-        self.require(model)
+            raise type(problem)(f"{key}.model", why, problem.fix) from problem
+        self.require(key, model)
 
-    def require(self, model: Model) -> None:
+    def require(self, key: str, model: Model) -> None:
         """DataError for a model that cannot be used."""
 
-    def open(self, device: torch.device | str, open_model: OpenModel) -> Denoiser:
-        model = open_model(self.model)
-        self.require(model)
-        return model.denoiser.to(device).eval()
+    def open(self, key: str, workspace: Workspace) -> Denoiser:
+        model = workspace.own_reader(self.model)
+        self.require(key, model)
+        return model.denoiser
 
     def batches(self, tokens_NL: np.ndarray) -> Iterator[torch.Tensor]:
         """``[B, L]``, `batch` rows at a time."""

@@ -51,10 +51,11 @@ class Workspace:
             self._opened = (name, self._open(name))
         return self._opened[1]
 
-    def reader(self, reader: Reader) -> Any:
-        """What `load_in` of a reader answers: a function of texts and their tokens."""
+    def reader(self, key: str, reader: Reader) -> Any:
+        """What `load_in` of a reader answers: a function of texts and their tokens. key: the dotted
+        path of the section that asks for it, which errors name."""
         if reader not in self._readers:
-            self._readers[reader] = reader.load_in(self)
+            self._readers[reader] = reader.load_in(key, self)
         return self._readers[reader]
 
     def own_reader(self, address: str) -> Model:

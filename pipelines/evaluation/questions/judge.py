@@ -34,14 +34,13 @@ from pipelines.evaluation.question import (
     entries,
     parts_of_texts,
 )
-from pipelines.evaluation.readers import HubReader, OpenModel, OwnReader, PretrainedReader, Reader
+from pipelines.evaluation.readers import HubReader, OwnReader, PretrainedReader, Reader
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.kinds import AR, KINDS
 from pipelines.models import Model
 from pipelines.report import Column, Row
 
-WHERE = "judge.model"
 FOLDER = "parts/judged"
 
 
@@ -66,14 +65,14 @@ Reads = Callable[[Sequence[str], np.ndarray], Read]
 
 
 def judged(
-    judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
+    key: str, judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
 ) -> Columns:
     """The columns of `Judged`, of texts and their ids in the data's vocabulary. DataError where the
-    judge gives no numbers."""
-    read: Read = workspace.reader(judge)(texts, tokens_NL)
+    judge, whose section has this dotted path, gives no numbers."""
+    read: Read = workspace.reader(key, judge)(texts, tokens_NL)
     if not np.isfinite(read.nats_N).all():
         why = f"what {judge.label} finds of a text is infinite or NaN"
-        raise DataError(WHERE, why, "Name another model, or take precision=float32")
+        raise DataError(f"{key}.model", why, "Name another model, or take precision=float32")
     bytes_N = metrics.text_bytes(tokens_NL, workspace.vocabulary)
     return Judged(*read, bytes_N)._asdict()
 
@@ -107,9 +106,9 @@ class PretrainedJudge(PretrainedReader):
 
     head: ClassVar[hub.Head] = "AutoModelForCausalLM"
 
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
-        tokenizer, network, start = self.open(device)
-        _require_causal(self.name, network, start)
+    def load(self, key: str, device: torch.device | str) -> Reads:
+        tokenizer, network, start = self.open(key, device)
+        _require_causal(self.name, network, start, self.where(key))
         marks = {start, tokenizer.eos_token_id}
         end = tokenizer.eos_token or tokenizer.decode([start])
 
@@ -138,8 +137,6 @@ class PretrainedJudge(PretrainedReader):
 class HubJudge(PretrainedJudge, HubReader):
     """A judge of the Hugging Face hub, or of a local folder."""
 
-    where: ClassVar[str] = WHERE
-
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedJudge(PretrainedJudge):
@@ -149,14 +146,15 @@ class PackagedJudge(PretrainedJudge):
 
     kind: Literal["packaged"] = "packaged"
 
-    where: ClassVar[str] = "judge.kind"
-
     @property
     def name(self) -> str:
         return packaged.NAME
 
-    def place(self) -> str:
-        return str(packaged.find(self.where))
+    def where(self, key: str) -> str:
+        return f"{key}.kind"
+
+    def place(self, key: str) -> str:
+        return str(packaged.find(self.where(key)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +164,15 @@ class OwnJudge(OwnReader):
     It reads the very ids that were drawn, and every one of them counts, ends of documents too.
     """
 
-    where: ClassVar[str] = WHERE
-
-    def require(self, model: Model) -> None:
+    def require(self, key: str, model: Model) -> None:
         """DataError where the model is not autoregressive."""
         if not KINDS[model.kind].causal:
             why = f"{model.address} is a {model.kind} model, and only an {AR.name} model can judge"
-            fix = f"Pretrain one with objective={AR.name}, or take judge.kind=hub"
-            raise DataError(WHERE, why, fix)
+            fix = f"Pretrain one with objective={AR.name}, or take {key}.kind=hub"
+            raise DataError(f"{key}.model", why, fix)
 
-    def load(self, device: torch.device | str, open_model: OpenModel) -> Reads:
-        denoiser = self.open(device, open_model)
+    def load_in(self, key: str, workspace: Workspace) -> Reads:
+        denoiser = self.open(key, workspace)
 
         def judge(texts: Sequence[str], tokens_NL: np.ndarray) -> Read:
             rows, length = tokens_NL.shape
@@ -211,7 +207,7 @@ class NGramJudge(Reader):
         order = f"at most {ORDER}" if self.order is None else self.order
         return f"an n-gram model of the training split (order {order})"
 
-    def check_data(self, held_out: HeldOut) -> None:
+    def check_data(self, key: str, held_out: HeldOut) -> None:
         """ConfigError for an order whose n-grams cannot be counted in this data."""
         length, most = held_out.training_RL.shape[1], most_order(held_out.vocabulary.size)
         if (self.order or 1) > min(length, most):
@@ -224,9 +220,9 @@ class NGramJudge(Reader):
                 )
             )
             why = f"order {self.order}, and {tokens}"
-            raise ConfigError("judge.order", why, f"At most {min(length, most)}, or leave it out")
+            raise ConfigError(f"{key}.order", why, f"At most {min(length, most)}, or leave it out")
 
-    def load_in(self, workspace: Workspace) -> Reads:
+    def load_in(self, key: str, workspace: Workspace) -> Reads:
         size = workspace.vocabulary.size
         model = NGram(workspace.training_RL, size, self.order or default_order(size))
 
@@ -264,14 +260,14 @@ def _nats(logits_LV: Tensor, window: Sequence[int], done: int, marks: set[int]) 
 
 
 @torch.no_grad()
-def _require_causal(model: str, network: Any, start: int) -> None:
+def _require_causal(model: str, network: Any, start: int, where: str) -> None:
     """DataError where a prediction changes with the token it is of."""
     device = network.device
     pairs = torch.tensor([[start, start], [start, (start + 1) % network.config.vocab_size]])
     one, other = network(input_ids=pairs.to(device)).logits[:, 0]
     if not torch.allclose(one, other, atol=1e-4):
         why = f"{model} sees the tokens that it is to predict"
-        raise DataError(WHERE, why, "Name a causal model, such as gpt2-large")
+        raise DataError(where, why, "Name a causal model, such as gpt2-large")
 
 
 # --- the question ------------------------------------------------------------------------------
@@ -315,7 +311,7 @@ class Judge(Question):
         return {self.section: config.judge}
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
-        measure = partial(judged, survey.config.judge)
+        measure = partial(judged, self.section, survey.config.judge)
         return parts_of_texts(_group(source), source, texts, measure)
 
     def of_source(self, survey: Survey, source: str) -> Row:

@@ -3,20 +3,16 @@ tokenizers compare."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from infra.errors import ConfigError, Problem
+from infra.errors import ConfigError
 from pipelines.evaluation.gate import OfTexts, Resamples, ratios
-from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.question import (
-    Columns,
     Merit,
     Part,
     Question,
@@ -27,27 +23,12 @@ from pipelines.evaluation.question import (
 )
 from pipelines.evaluation.questions.judge import AnyJudge, Judged, bits_per_byte, judged
 from pipelines.evaluation.survey import Survey
-from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row
 
 
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """Errors of a judge, under the dotted path that it has among several."""
-    try:
-        yield
-    except Problem as problem:
-        # Not the address of a model, which may hold that word, too.
-        where = re.sub(r"^judge\.", f"judges.{name}.", problem.where)
-        fix = problem.fix.replace("judge.kind", f"judges.{name}.kind")
-        raise type(problem)(where, problem.why, fix) from problem
-
-
-def _judged(
-    name: str, judge: AnyJudge, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
-) -> Columns:
-    with named(name):
-        return judged(judge, workspace, texts, tokens_NL)
+def _section(name: str) -> str:
+    """The dotted path of a judge's settings."""
+    return f"judges.{name}"
 
 
 def _folder(name: str) -> str:
@@ -113,16 +94,11 @@ class Judges(Question):
         return {name: _folder(name) for name in config.judges}
 
     def readers(self, config: Questions) -> Mapping[str, AnyJudge]:
-        return {f"judges.{name}": judge for name, judge in config.judges.items()}
-
-    def require(self, config: Questions, held_out: HeldOut, uri: str) -> None:
-        for name, judge in config.judges.items():
-            with named(name):
-                self.require_reader(judge, config, held_out, uri)
+        return {_section(name): judge for name, judge in config.judges.items()}
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterator[Part]:
         for name, judge in survey.config.judges.items():
-            measure = partial(_judged, name, judge)
+            measure = partial(judged, _section(name), judge)
             yield from parts_of_texts(_group(name, source), source, texts, measure)
 
     def of_source(self, survey: Survey, source: str) -> Row:

@@ -43,6 +43,7 @@ from pipelines.report import Column, Row
 
 LEAST = 500  # texts in a set: at 50 anything scores near 1
 LEAST_SEEDS = 5
+READER = "mauve.featurizer"  # the dotted path of the featurizer's settings
 FIRST_SEED = 25  # mauve-text's default
 
 
@@ -121,12 +122,10 @@ def _compute() -> Callable[..., Any]:
 def _features(
     featurizer: AnyFeaturizer, workspace: Workspace, texts: Sequence[str], tokens_NL: np.ndarray
 ) -> Columns:
-    found: Features = workspace.reader(featurizer)(texts, tokens_NL)
+    found: Features = workspace.reader(READER, featurizer)(texts, tokens_NL)
     if not np.isfinite(found.features_NF).all():
         why = f"features of {featurizer.label} are infinite or NaN"
-        raise DataError(
-            "mauve.featurizer.model", why, "Name another model, or take precision=float32"
-        )
+        raise DataError(f"{READER}.model", why, "Name another model, or take precision=float32")
     return {"features": lists(found.features_NF), "tokens": found.tokens_N}
 
 
@@ -208,7 +207,7 @@ class Mauve(Question):
             raise ConfigError("mauve.buckets", why, "Ask for fewer, or leave it out")
 
     def readers(self, config: Questions) -> Mapping[str, AnyFeaturizer]:
-        return {"mauve.featurizer": config.mauve.featurizer}
+        return {READER: config.mauve.featurizer}
 
     def of_texts(self, survey: Survey, source: str, texts: int) -> Iterable[Part]:
         measure = partial(_features, survey.config.mauve.featurizer)

@@ -69,7 +69,7 @@ def test_evaluate_compares_equal_features(tmp_path: Path) -> None:
     texts = evaluate.written(tokenizer, size)
     assert {len(tokenizer.encode(text)) for text in texts} <= set(range(1, size.max_tokens + 1))
     ours = evaluate.HubFeaturizer(model=str(tmp_path), max_tokens=size.max_tokens, batch=2)
-    read = ours.load(CPU, lambda address: None)(texts, np.empty((len(texts), 0)))
+    read = ours.load("evaluate", CPU)(texts, np.empty((len(texts), 0)))
     theirs_NF = evaluate.one_by_one(network.eval(), tokenizer, texts)
     np.testing.assert_allclose(read.features_NF, theirs_NF, rtol=1e-4, atol=1e-5)
 

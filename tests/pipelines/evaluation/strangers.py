@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from dsl.vocabulary import END_OF_TEXT, Vocabulary
-from pipelines.models import Model
 from tests.pipelines import tiny
 
 POSITIONS = 48
@@ -59,10 +58,6 @@ def save(model: Any, encoder: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     encoder.save_pretrained(folder)
     return folder
-
-
-def none_of_ours(address: str) -> Model:
-    raise AssertionError(f"{address}: a model of the hub opens none of ours")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from infra.storage import Folder
 from pipelines import models
 from pipelines.evaluation import held_out, hub
 from pipelines.evaluation.features import HubFeaturizer, OwnFeaturizer
+from pipelines.evaluation.questions.mauve import READER
 from tests.pipelines import tiny
 from tests.pipelines.evaluation import strangers
 from tests.pipelines.evaluation.small import own
@@ -49,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def featurize(folder: Path, texts: list[str], **settings: Any) -> np.ndarray:
     featurizer = HubFeaturizer(model=str(folder), **settings)
-    read = featurizer.load("cpu", strangers.none_of_ours)(texts, NO_TOKENS[: len(texts)])
+    read = featurizer.load(READER, "cpu")(texts, NO_TOKENS[: len(texts)])
     return read.features_NF
 
 
@@ -127,31 +129,31 @@ def test_real_texts_must_be_as_long_as_the_cut(folder: Path, world: Path) -> Non
     tokenizer = hub.open(str(folder), "AutoModel", "cpu", where="").tokenizer
     texts = [data.vocabulary.decode(row) for row in data.rows_NL.tolist()]
     shortest = min(len(tokenizer(text)["input_ids"]) for text in texts)
-    HubFeaturizer(model=str(folder), max_tokens=shortest).check_data(data)
+    HubFeaturizer(model=str(folder), max_tokens=shortest).check_data(READER, data)
     with pytest.raises(ConfigError, match=rf"max_tokens.*At most {shortest}$"):
-        HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check_data(data)
+        HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check_data(READER, data)
 
 
 def test_lengths_are_the_tokens_that_were_read(folder: Path) -> None:
     featurizer = HubFeaturizer(model=str(folder), max_tokens=3)
-    read = featurizer.load("cpu", strangers.none_of_ours)(["", "x", TEXTS[1]], NO_TOKENS[:3])
+    read = featurizer.load(READER, "cpu")(["", "x", TEXTS[1]], NO_TOKENS[:3])
     assert read.tokens_N.tolist() == [1, 1, 3]
 
 
 def test_a_folder_is_checked_without_a_hub(folder: Path, cache: Any) -> None:
     cache("http://127.0.0.1:9")
-    HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check("")
+    HubFeaturizer(model=str(folder), max_tokens=strangers.POSITIONS).check(READER, "")
 
 
 def test_a_name_is_downloaded_once(folder: Path, cache: Any) -> None:
     featurizer = HubFeaturizer(model="someone/gpt2-tiny", max_tokens=8)
     with strangers.hub({"someone/gpt2-tiny": folder}) as endpoint:
         cache(endpoint)
-        featurizer.check("")
+        featurizer.check(READER, "")
     cache("http://127.0.0.1:9")  # and now without a network
-    featurizer.check("")
+    featurizer.check(READER, "")
     np.testing.assert_array_equal(
-        featurizer.load("cpu", strangers.none_of_ours)(TEXTS, NO_TOKENS).features_NF,
+        featurizer.load(READER, "cpu")(TEXTS, NO_TOKENS).features_NF,
         featurize(folder, TEXTS, max_tokens=8),
     )
 
@@ -173,7 +175,7 @@ def test_nothing_is_unpickled(folder: Path, tmp_path: Path, cache: Any) -> None:
 
 def refused(kind: type[Problem], model: str, max_tokens: int = 8) -> str:
     with pytest.raises(kind) as error:
-        HubFeaturizer(model=model, max_tokens=max_tokens).check("")
+        HubFeaturizer(model=model, max_tokens=max_tokens).check(READER, "")
     assert type(error.value) is kind
     assert len(str(error.value)) < 500
     return str(error.value)
@@ -291,9 +293,8 @@ def test_own_features_are_pooled_hidden_states(kind: str, pooling: Any) -> None:
     assert featurizer.addresses() == ("runs/own",)
     assert featurizer.label.startswith("stand-in: ")
     opened = []
-    read = featurizer.load("cpu", lambda address: opened.append(address) or model)(
-        [""] * 7, tokens_NL
-    )
+    workspace: Any = SimpleNamespace(own_reader=lambda address: opened.append(address) or model)
+    read = featurizer.load_in(READER, workspace)([""] * 7, tokens_NL)
     assert opened == ["runs/own"]
     tokens_BL = torch.from_numpy(tokens_NL.astype(np.int64))
     if kind == "ar":  # it reads a token one place later
@@ -313,19 +314,20 @@ def test_own_features_are_pooled_hidden_states(kind: str, pooling: Any) -> None:
 def test_the_last_token_has_been_read(kind: str) -> None:
     tokens_NL = np.zeros((2, 12), np.uint16)
     tokens_NL[1, -1] = 5
-    featurize = OwnFeaturizer(model="runs/own").load("cpu", lambda address: own(kind))
+    workspace: Any = SimpleNamespace(own_reader=lambda address: own(kind))
+    featurize = OwnFeaturizer(model="runs/own").load_in(READER, workspace)
     one_F, other_F = featurize([""] * 2, tokens_NL).features_NF
     assert np.abs(one_F - other_F).max() > 1e-3
 
 
 def test_own_model_is_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such model"):
-        OwnFeaturizer(model=str(tmp_path / "absent")).check("")
+        OwnFeaturizer(model=str(tmp_path / "absent")).check(READER, "")
     model = own("ar")
     assert model.vocabulary
     folder = Folder.at(str(tmp_path / "ar"))
     models.save(folder, model.denoiser, model.vocabulary, kind="ar", length=12)
-    OwnFeaturizer(model=folder.url).check("")
+    OwnFeaturizer(model=folder.url).check(READER, "")
 
 
 # --- configuration -------------------------------------------------------------------------------

@@ -40,9 +40,7 @@ NO_TOKENS = np.zeros((len(TEXTS), 0), np.int64)
 
 
 def judged(folder: Path, texts: list[str], **settings: Any) -> Read:
-    return HubJudge(model=str(folder), **settings).load("cpu", strangers.none_of_ours)(
-        texts, NO_TOKENS
-    )
+    return HubJudge(model=str(folder), **settings).load("judge", "cpu")(texts, NO_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +175,7 @@ def test_a_model_of_another_trade_is_refused(tmp_path: Path) -> None:
         T5ForConditionalGeneration(settings), strangers.tokenizer(), tmp_path / "t5"
     )
     with pytest.raises(DataError, match="of type t5, which is not a causal one"):
-        HubJudge(model=str(folder), max_tokens=20).check("")
+        HubJudge(model=str(folder), max_tokens=20).check("judge", "")
 
 
 def test_weights_without_a_head_of_their_own_judge_as_well(folder: Path, tmp_path: Path) -> None:
@@ -201,9 +199,9 @@ def test_weights_without_a_head_of_their_own_judge_as_well(folder: Path, tmp_pat
 def test_own_judge_multiplies_conditionals() -> None:
     model = own("ar")
     tokens_NL = np.random.default_rng(1).integers(0, 28, (3, 12))
-    found = OwnJudge(model="ar", batch=2).load("cpu", lambda _: model)(
-        ["x", f"é{END_OF_TEXT}", ""], tokens_NL
-    )
+    workspace: Any = SimpleNamespace(own_reader=lambda _: model)
+    read = OwnJudge(model="ar", batch=2).load_in("judge", workspace)
+    found = read(["x", f"é{END_OF_TEXT}", ""], tokens_NL)
     tokens_BL = torch.from_numpy(tokens_NL)
     nats_B = torch.zeros(3, dtype=torch.float64)
     for place in range(12):
@@ -218,12 +216,13 @@ def test_own_judge_multiplies_conditionals() -> None:
 
 @pytest.mark.parametrize("kind", ["mdlm", "dsl"])
 def test_only_ar_models_judge(kind: str) -> None:
+    workspace: Any = SimpleNamespace(own_reader=own)
     with pytest.raises(DataError, match=f"{kind} is a {kind} model, and only an ar model"):
-        OwnJudge(model=kind).load("cpu", own)
+        OwnJudge(model=kind).load_in("judge", workspace)
 
 
 def test_judges_say_which_models_they_need(folder: Path) -> None:
-    HubJudge(model=str(folder), max_tokens=20).check("")
+    HubJudge(model=str(folder), max_tokens=20).check("judge", "")
     assert OwnJudge(model="runs/ar").addresses() == ("runs/ar",)
     assert HubJudge().addresses() == ()
 
@@ -235,10 +234,10 @@ def test_ngram_judge_finds_what_its_model_says() -> None:
     generator = np.random.default_rng(0)
     training_RL, tokens_NL = generator.integers(0, 28, (50, 8)), generator.integers(0, 28, (2, 8))
     workspace: Any = SimpleNamespace(vocabulary=Vocabulary.char(), training_RL=training_RL)
-    found = NGramJudge(order=3).load_in(workspace)([f"é{END_OF_TEXT}", "ab"], tokens_NL)
+    found = NGramJudge(order=3).load_in("judge", workspace)([f"é{END_OF_TEXT}", "ab"], tokens_NL)
     np.testing.assert_array_equal(found.nats_N, NGram(training_RL, 28, 3).nats(tokens_NL).sum(1))
     assert found.tokens_N.tolist() == [8, 8]
-    by_default = NGramJudge().load_in(workspace)(["", ""], tokens_NL)
+    by_default = NGramJudge().load_in("judge", workspace)(["", ""], tokens_NL)
     six = NGram(training_RL, 28, 6).nats(tokens_NL).sum(1)
     np.testing.assert_array_equal(by_default.nats_N, six)
 
@@ -251,10 +250,10 @@ def test_an_order_without_counts_is_refused(order: int, length: int, size: int, 
     data: Any = SimpleNamespace(
         training_RL=np.zeros((1, length), int), vocabulary=SimpleNamespace(size=size)
     )
-    NGramJudge().check_data(data)
-    NGramJudge(order=order - 1).check_data(data)
+    NGramJudge().check_data("judge", data)
+    NGramJudge(order=order - 1).check_data("judge", data)
     with pytest.raises(ConfigError, match=f"judge.order: .*{why}"):
-        NGramJudge(order=order).check_data(data)
+        NGramJudge(order=order).check_data("judge", data)
 
 
 # --- bytes ---------------------------------------------------------------------------------------
@@ -267,11 +266,11 @@ def test_bytes_are_those_of_the_ids_even_where_a_text_tears_a_character() -> Non
     texts = [vocabulary.decode(row) for row in tokens_NL]
     assert "\ufffd" in texts[0]  # which is three bytes of its own
 
-    def reader(_: Any) -> Any:
+    def reader(*_: Any) -> Any:
         return lambda texts, tokens_NL: Read(np.array([1.0, 2.0]), np.array([3, 3]))
 
     workspace: Any = SimpleNamespace(reader=reader, vocabulary=vocabulary)
-    found = judge.judged(NGramJudge(), workspace, texts, tokens_NL)
+    found = judge.judged("judge", NGramJudge(), workspace, texts, tokens_NL)
     assert found["bytes_N"].tolist() == [2, 3]
     assert (found["nats_N"].tolist(), found["tokens_N"].tolist()) == ([1.0, 2.0], [3, 3])
 
@@ -281,10 +280,12 @@ def test_a_judge_that_gives_no_numbers_is_said(nats: float) -> None:
     """Instead of texts that were found to be diverse like none of the frontier."""
     read = Read(np.array([1.0, nats]), np.array([8, 8]))
     workspace: Any = SimpleNamespace(
-        reader=lambda _: lambda texts, tokens_NL: read, vocabulary=Vocabulary.char()
+        reader=lambda *_: lambda texts, tokens_NL: read, vocabulary=Vocabulary.char()
     )
     with pytest.raises(DataError, match=r"judge.model: .*runs/broken.* infinite or NaN"):
-        judge.judged(OwnJudge(model="runs/broken"), workspace, ["", ""], np.zeros((2, 8), int))
+        judge.judged(
+            "judge", OwnJudge(model="runs/broken"), workspace, ["", ""], np.zeros((2, 8), int)
+        )
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_texts_give_what_mauve_text_makes_of_them(tmp_path: Path) -> None:
         p_text=p, q_text=q, featurize_model_name=str(folder), max_text_length=16, seed=25
     )
     featurizer = HubFeaturizer(model=str(folder), max_tokens=16, batch=64)
-    featurize = featurizer.load("cpu", lambda address: pytest.fail(address))
+    featurize = featurizer.load(mauve.READER, "cpu")
     p_NF, q_MF = (featurize(texts, np.zeros((LEAST, 0))).features_NF for texts in (p, q))
     found = mauve.one(p_NF, q_MF, MauveConfig(), 25)
     assert 0.01 < found < 0.99
@@ -131,7 +131,7 @@ def test_what_means_nothing_is_refused(
 
 def test_a_featurizer_that_overflows_is_said_before_anything_is_scored() -> None:
     found = Features(np.array([[1.0, math.inf]]), np.array([8]))
-    workspace: Any = SimpleNamespace(reader=lambda _: lambda texts, tokens_NL: found)
+    workspace: Any = SimpleNamespace(reader=lambda *_: lambda texts, tokens_NL: found)
     given = OwnFeaturizer(model="runs/broken"), workspace, [""], np.zeros((1, 8), int)
     with pytest.raises(DataError, match=r"mauve.featurizer.model: .*runs/broken.* infinite or NaN"):
         mauve._features(*given)

@@ -18,7 +18,6 @@ from infra.errors import ConfigError, DataError, InfraError
 from pipelines.evaluation import hub, packaged
 from pipelines.evaluation.questions.judge import HubJudge, PackagedJudge
 from tests.pipelines import tiny
-from tests.pipelines.evaluation import strangers
 from tests.pipelines.evaluation.conftest import Refused, Run
 
 NAMES = (packaged.PACKAGE, *packaged.CONVERTERS)
@@ -253,13 +252,13 @@ def test_a_small_file_is_read_as_the_hub_reads_it(
         PackagedJudge(max_tokens=20),
         HubJudge(model=str(place), max_tokens=20),
     ]
-    one, other = (judge.load("cpu", strangers.none_of_ours)(texts, ids_NL) for judge in judges)
+    one, other = (judge.load("judge", "cpu")(texts, ids_NL) for judge in judges)
     for mine, theirs in zip(one, other, strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert one.nats_N[0] > 0
-    PackagedJudge(max_tokens=POSITIONS).check("")
+    PackagedJudge(max_tokens=POSITIONS).check("judge", "")
     with pytest.raises(ConfigError, match=r"judge\.max_tokens"):
-        PackagedJudge(max_tokens=POSITIONS + 1).check("")
+        PackagedJudge(max_tokens=POSITIONS + 1).check("judge", "")
 
 
 @convertible
@@ -299,7 +298,7 @@ def test_it_reads_prose_better_than_its_words_shuffled() -> None:
     )
     words = prose.split()
     np.random.default_rng(0).shuffle(words)
-    judge = PackagedJudge().load("cpu", strangers.none_of_ours)
+    judge = PackagedJudge().load("judge", "cpu")
     found = judge([prose, " ".join(words)], np.zeros((2, 0), np.int64))
     read, shuffled = np.exp(found.nats_N / found.tokens_N)
     assert read < 60 < 200 < shuffled

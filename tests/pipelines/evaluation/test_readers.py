@@ -31,7 +31,7 @@ def test_a_reader_is_opened_with_the_settings_of_the_evaluation(
 ) -> None:
     hubs.coded(tmp_path / "coded")
     opened = []
-    monkeypatch.setattr(OwnFeaturizer, "require", lambda self, model: opened.append(model))
+    monkeypatch.setattr(OwnFeaturizer, "require", lambda self, key, model: opened.append(model))
     mauve = SimpleNamespace(featurizer=OwnFeaturizer(model=str(tmp_path / "coded")))
     with pytest.raises(ConfigError, match=r"^mauve.featurizer.model: .*trust_remote_code"):
         Mauve().require(asked(mauve=mauve), HELD_OUT, "")
