@@ -87,18 +87,19 @@ def courses(journals: Mapping[str, Rows]) -> bytes | None:
 def by_snr(rows: Rows, ways: Mapping[str, str]) -> bytes | None:
     """The values under the keys of `ways` against positive SNR: a curve for each model."""
     rows = [row for row in measured(rows, "gamma") if row["gamma"] > 0]
-    return _curves(_by_model(rows), [("gamma", "SNR", *way) for way in ways.items()])
+    return by_model(rows, [("gamma", "SNR", *way) for way in ways.items()])
 
 
 def by_state(rows: Rows, way: str, label: str) -> bytes | None:
     """The values under `way`, whose axis says `label`, against the share of tokens revealed and
     against SNR: a curve for each model."""
     across = ("revealed", "share of tokens revealed"), ("gamma", "SNR")
-    return _curves(_by_model(rows), [(*x, way, label) for x in across])
+    return by_model(rows, [(*x, way, label) for x in across])
 
 
-def _by_model(rows: Rows) -> dict[str, list[Row]]:
-    return groups(rows, itemgetter("model"))
+def by_model(rows: Rows, wanted: Sequence[XY]) -> bytes | None:
+    """A panel for each of the axes that are wanted: a curve for each model."""
+    return _curves(groups(rows, itemgetter("model")), wanted)
 
 
 def _curves(by_name: Mapping[str, Rows], wanted: Sequence[XY]) -> bytes | None:

@@ -34,8 +34,8 @@ from pipelines.evaluation.questions.states import mean_errors
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.kinds import ModelKind
-from pipelines.report import Column, Row, Rows, Table
-from pipelines.report.drawing import curve, groups, measured, panels, styles
+from pipelines.report import Column, Row, Table
+from pipelines.report.plots import by_model
 
 VISIBLE = Revealed(share=0.5)
 
@@ -114,21 +114,6 @@ class Robustness(RowQuestion):
             yield {**row, **entries("nats", mean(nats_N)), **rise}
 
     def plots(self, survey: Survey, tables: Mapping[str, Table]) -> Iterator[Drawn]:
-        yield "robustness", self.title, _plot(tables["robustness"].rows)
-
-
-def _plot(rows: Rows) -> bytes | None:
-    """The rise against the share replaced: a curve for each model."""
-    rows = measured(rows, "rise")
-    if not rows:
-        return None
-    made = panels([""], width=5.5, beside=1.5)
-    (axes,) = made.axes
-    by_model = groups(rows, lambda row: row["model"])
-    lines = styles(by_model)
-    for model, part in by_model.items():
-        curve(axes, part, "replaced", "rise", label=model, **lines[model])
-    axes.set(xlabel="share of the visible tokens replaced", ylabel="rise, nats per masked token")
-    axes.grid(alpha=0.3)
-    made.legend()
-    return made.png()
+        across, up = "share of the visible tokens replaced", "rise, nats per masked token"
+        png = by_model(tables["robustness"].rows, [("replaced", across, "rise", up)])
+        yield "robustness", self.title, png
