@@ -98,12 +98,23 @@ def word_counts(
     return np.array([sum(row) for row in found]), np.array([len(row) for row in found])
 
 
+def numbered(rows_NL: np.ndarray, n: int) -> np.ndarray:
+    """The n-grams within rows as numbers from 0 on, in the order of their ids, ``[N, L - n + 1]``:
+    equal where the n-grams are."""
+    numbers, size = np.zeros(rows_NL.shape, np.int64), 1 + int(rows_NL.max())
+    for place in range(n):  # each time from 0 on, as ids of several tokens would outgrow 64 bits
+        ahead = rows_NL[:, place:]
+        longer = numbers[:, : ahead.shape[1]] * size + ahead
+        numbers = np.unique(longer, return_inverse=True)[1].reshape(longer.shape)
+    return numbers
+
+
 def distinct(rows_NL: np.ndarray, n: int) -> float:
     """Different n-grams of tokens as a share of all of them; NaN where rows are shorter."""
     if rows_NL.shape[1] < n:
         return math.nan
-    grams = np.lib.stride_tricks.sliding_window_view(rows_NL, n, axis=1).reshape(-1, n)
-    return len(np.unique(grams, axis=0)) / len(grams)
+    numbers = numbered(rows_NL, n)
+    return (int(numbers.max()) + 1) / numbers.size
 
 
 def entropies(rows_NL: np.ndarray) -> np.ndarray:
@@ -120,8 +131,7 @@ def repetitions(rows_NL: np.ndarray, n: int = REPEATED) -> np.ndarray:
     """The share of each row's n-grams that it had before, in [0, 1); NaN where rows are shorter."""
     if rows_NL.shape[1] < n:
         return np.full(len(rows_NL), math.nan)
-    grams_NGn = np.lib.stride_tricks.sliding_window_view(rows_NL, n, axis=1)
-    return np.array([1 - len(np.unique(row_Gn, axis=0)) / len(row_Gn) for row_Gn in grams_NGn])
+    return np.array([1 - len(np.unique(row_G)) / len(row_G) for row_G in numbered(rows_NL, n)])
 
 
 def text_bytes(rows_NL: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -130,10 +130,7 @@ def phrases(given: Material, generator: np.random.Generator) -> np.ndarray:
 
 def _bank(training_RL: np.ndarray, width: int, most: int) -> np.ndarray:
     """The most frequent n-grams within rows, ``[P, W]``; of equal ones those of lower ids first."""
-    numbers = training_RL
-    for place in range(1, width):  # numbers as they are would outgrow 64 bits
-        longer = numbers[:, :-1] * (1 + training_RL.max()) + training_RL[:, place:]
-        numbers = np.unique(longer, return_inverse=True)[1].reshape(longer.shape)
+    numbers = metrics.numbered(training_RL, width)
     _, first_P, count_P = np.unique(numbers, return_index=True, return_counts=True)
     first_P = first_P[np.argsort(-count_P, kind="stable")[:most]]
     row_P, place_P = np.unravel_index(first_P, numbers.shape)

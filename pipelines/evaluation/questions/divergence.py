@@ -30,6 +30,7 @@ from infra.errors import ConfigError
 from pipelines.evaluation.cells import REAL, REFERENCES, require_distinct
 from pipelines.evaluation.gate import OfTexts, Resamples, means
 from pipelines.evaluation.held_out import HeldOut
+from pipelines.evaluation.metrics import numbered
 from pipelines.evaluation.question import (
     Drawn,
     Part,
@@ -69,8 +70,8 @@ def scores(p_NL: np.ndarray, q_ML: np.ndarray, order: int) -> tuple[np.ndarray, 
     The divergence is half the sum of the two means; see `divergence`. Row i of both is dealt into
     one fold, so a row that stands in the same place of both never meets itself.
     """
-    p_NG, q_MG = _numbered(p_NL, q_ML, order)
-    size = 1 + int(max(p_NG.max(), q_MG.max()))
+    numbers = numbered(np.concatenate([p_NL, q_ML]), order)
+    (p_NG, q_MG), size = np.split(numbers, [len(p_NL)]), 1 + int(numbers.max())
     p_fold_N, q_fold_M = (np.arange(len(rows)) % FOLDS for rows in (p_NG, q_MG))
     p_counts_FG, q_counts_FG = (
         np.stack([np.bincount(rows[fold == f].ravel(), minlength=size) for f in range(FOLDS)])
@@ -105,17 +106,6 @@ def divergence(p_N: np.ndarray, q_M: np.ndarray, draws: Resamples) -> np.ndarray
 def _bits(log_ratio_G: np.ndarray) -> np.ndarray:
     """``1 + log2 d`` where ``d = P / (P + Q)`` and ``log_ratio = log(P / Q)``."""
     return 1 - np.logaddexp(0, -log_ratio_G) / np.log(2)
-
-
-def _numbered(p_NL: np.ndarray, q_ML: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of both as numbers from 0 on, equal where the n-grams are."""
-    tokens = np.concatenate([p_NL, q_ML])
-    numbers = np.zeros(tokens.shape, np.int64)
-    for place in range(order):
-        longer = numbers[:, : tokens.shape[1] - place]
-        longer = longer * (1 + int(tokens.max())) + tokens[:, place:]
-        numbers = np.unique(longer, return_inverse=True)[1].reshape(longer.shape)
-    return numbers[: len(p_NL)], numbers[len(p_NL) :]
 
 
 # --- parts -------------------------------------------------------------------------------------
