@@ -65,7 +65,8 @@ def certify(out: Folder, seed: int) -> dict[str, Any]:
     the number of texts, which `LAW`, the row of the chain's own draws, shows. ``nats`` is the exact
     -log P of the texts per token, which should be that of `LAW` and neither more nor less.
     """
-    letters_NL = _letters()
+    ids = torch.tensor([ALPHABET.index(c) for c in letters()])
+    letters_NL = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     generator = torch.Generator().manual_seed(seed)
     table_VD = F.normalize(torch.randn(len(ALPHABET), DIM, generator=generator), dim=-1)
     law = ChainDenoiser.fit(table_VD, letters_NL, order=1)
@@ -78,12 +79,10 @@ def certify(out: Folder, seed: int) -> dict[str, Any]:
     return {"figure": _draw(drawn, out), "drawn": drawn, "rows": ROWS, "length": LENGTH}
 
 
-def _letters() -> Tensor:
-    """The embedded text in letters and spaces, ``[N, L]``."""
-    letters = "".join(c if c in ALPHABET else " " for c in "\n".join(embedded()).lower())
-    text = " ".join(letters.split())
-    ids = torch.tensor([ALPHABET.index(c) for c in text])
-    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+def letters() -> str:
+    """The embedded text in letters and single spaces."""
+    found = "".join(c if c in ALPHABET else " " for c in "\n".join(embedded()).lower())
+    return " ".join(found.split())
 
 
 def _judged(law: ChainDenoiser, tokens_BL: Tensor) -> dict[str, float]:

@@ -25,8 +25,8 @@ import dsl
 from dsl.paths import AnyPath, Hybrid, Masked, Order, Remask, SentenceSDE
 from dsl.recorders import Trajectory
 from infra.storage import Folder
-from pipelines.corpus import embedded
 from pipelines.examples import toys
+from pipelines.examples.chain import letters
 from pipelines.film import Film
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ WIDE, HIGH, MARGIN = 9.6, 24, 90  # pixels of a letter, of a line, and before th
 def film(out: Path) -> None:
     """Write `film.svg`: a text localising, one line a still."""
     vocabulary = dsl.Vocabulary.char()
-    letters = " ".join("".join(c if c.isascii() and c.isalpha() else " " for c in text).lower()
-                       for text in embedded())  # fmt: skip
-    text = " ".join(letters.split())
+    text = letters()
     step = (len(text) - LETTERS) // TEXTS
     texts = [text[start : start + LETTERS] for start in range(0, TEXTS * step, step)]
     law = dsl.ExactDenoiser(_table(vocabulary.size), torch.tensor(vocabulary.encode(texts)))

@@ -23,8 +23,8 @@ from dsl.paths import Clock, Hybrid, Masked, Path, Remask, SecondOrder, Sentence
 from dsl.posterior import Posterior
 from dsl.state import State
 from infra.storage import Folder
-from pipelines.corpus import embedded
 from pipelines.examples import chain
+from pipelines.examples.chain import ALPHABET, letters
 from pipelines.report.drawing import Panels, panels
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 LETTERS = "ABCDEFG"
 GARBLED = "__CDBFF"
 ROWS = 2000
-ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 WINDOWS, WINDOW = 1000, 16  # texts and letters of `windows`
 BATCH = 125  # rows of `windows` at a time: each is compared with all texts
 ADAPTIVE = TokenSDE(gamma_max=20.0, delta=0.2)
@@ -201,8 +200,7 @@ def _recorded(
 
 def _windows(seed: int) -> Tensor:
     """``[S, L]`` distinct windows of the embedded text, in letters and spaces."""
-    letters = "".join(c if c in ALPHABET else " " for c in "\n".join(embedded()).lower())
-    text = " ".join(letters.split())
+    text = letters()
     starts = torch.randperm(len(text) - WINDOW, generator=torch.Generator().manual_seed(seed))
     found = {text[start : start + WINDOW] for start in starts[: 2 * WINDOWS].tolist()}
     return torch.tensor([[ALPHABET.index(c) for c in line] for line in sorted(found)[:WINDOWS]])
