@@ -75,7 +75,8 @@ def sureness(
     posterior and the cross-entropy of the tokens that stood there, in ``nats``."""
     how = {"seed": seed, "first_row": first_row, "step": LATER}
     tokens_BL, state = shown(denoiser, tokens_BL, Revealed(share=revealed), **how)
-    both_2B = mean_hidden(denoiser(state), _both, tokens_BL, state.masked_BL).double().cpu()
+    hidden_BL = state.masked_BL
+    both_2B = mean_hidden(denoiser(state), _both, tokens_BL[hidden_BL], hidden_BL).double().cpu()
     return dict(zip(WAYS, both_2B.numpy(), strict=True))
 
 

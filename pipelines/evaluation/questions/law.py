@@ -42,7 +42,7 @@ from pipelines.evaluation.question import (
     require_paths,
 )
 from pipelines.evaluation.questions.divergence import CONFIDENCE, LEAST, estimated, scores
-from pipelines.evaluation.questions.states import conditions
+from pipelines.evaluation.questions.states import conditions, mean_hidden
 from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
@@ -85,8 +85,7 @@ def gaps(
     (``entropy``) and the Kullback-Leibler divergence of the network's from it (``gap``)."""
     tokens_BL, state = shown(denoiser, tokens_BL, condition, seed=seed, first_row=first_row)
     hidden_BL = ~state.revealed_BL
-    at_A = hidden_BL.flatten().nonzero().squeeze(1)
-    log_p_AV = exact(state).log_probs_at(at_A.cpu())
+    log_p_AV = exact(state).log_probs_at(hidden_BL.flatten().nonzero().squeeze(1).cpu())
 
     def both(log_q_AV: Tensor, log_p_AV: Tensor) -> Tensor:
         log_p_AV = log_p_AV.to(log_q_AV.device)
@@ -95,10 +94,7 @@ def gaps(
         gap_A = torch.where(p_AV > 0, p_AV * (log_p_AV - log_q_AV), 0).sum(1)
         return torch.stack([gap_A, torch.special.entr(p_AV).sum(1)], dim=1)
 
-    values_AK = denoiser(state).summarise(both, at_A, log_p_AV)
-    values_BLK = values_AK.new_zeros(*tokens_BL.shape, 2)
-    values_BLK[hidden_BL] = values_AK
-    gap_B, entropy_B = (values_BLK.sum(1) / hidden_BL.sum(1, keepdim=True)).T.double().cpu()
+    gap_B, entropy_B = mean_hidden(denoiser(state), both, log_p_AV, hidden_BL).double().cpu()
     return {"gap": gap_B.numpy(), "entropy": entropy_B.numpy()}
 
 

@@ -83,21 +83,22 @@ def mean_errors(posterior: Posterior, tokens_BL: Tensor, hidden_BL: Tensor) -> T
         off_AD = table_VD[tokens_A] - log_probs_AV.exp().to(table_VD) @ table_VD
         return torch.stack([-log_prob_of(log_probs_AV, tokens_A), off_AD.square().sum(1)], dim=1)
 
-    return mean_hidden(posterior, both, tokens_BL, hidden_BL)
+    return mean_hidden(posterior, both, tokens_BL[hidden_BL], hidden_BL)
 
 
 def mean_hidden(
     posterior: Posterior,
     function: Callable[[Tensor, Tensor], Tensor],
-    tokens_BL: Tensor,
+    given_A: Tensor,
     hidden_BL: Tensor,
 ) -> Tensor:
-    """What ``function`` of log-probabilities ``[A, V]`` and tokens ``[A]`` answers, ``[A, K]``, as
-    means over the hidden tokens of each row, ``[K, B]``; from one projection onto the vocabulary.
+    """What ``function`` of log-probabilities ``[A, V]`` and of what is given of the hidden tokens,
+    ``[A, …]``, answers, ``[A, K]``, as means over those of each row, ``[K, B]``; from one
+    projection onto the vocabulary.
     """
     at_A = hidden_BL.flatten().nonzero().squeeze(1)
-    values_AK = posterior.summarise(function, at_A, tokens_BL.flatten()[at_A])
-    values_BLK = values_AK.new_zeros(*tokens_BL.shape, values_AK.shape[1])
+    values_AK = posterior.summarise(function, at_A, given_A)
+    values_BLK = values_AK.new_zeros(*hidden_BL.shape, values_AK.shape[1])
     values_BLK[hidden_BL] = values_AK
     return (values_BLK.sum(1) / hidden_BL.sum(1, keepdim=True)).T
 
