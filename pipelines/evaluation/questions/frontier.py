@@ -285,22 +285,20 @@ def _ahead(found: Measured, measured: Sequence[Measured], confidence: float) -> 
     its four in fewer than 5, at 95 % (`tests/pipelines/evaluation/test_frontier.py`)."""
     walks = [other for other in measured if "path" in other.curve.labels]
     labels = found.curve.labels
-    if "path" not in labels or labels["model"] == walks[0].curve.labels["model"]:
+    if "path" not in labels or labels["model"] == (first := walks[0].curve.labels["model"]):
         return {}
-    rivals = [
-        walk
-        for walk in walks
-        if walk.curve.labels["model"] == walks[0].curve.labels["model"]
-        and walk.curve.labels["budget"] == labels["budget"]
-    ]
+    asked = (first, labels["budget"])
+    rivals = [w for w in walks if (w.curve.labels["model"], w.curve.labels["budget"]) == asked]
+    if not rivals:
+        return {}
     row: Row = {}
     for name, bits_R in found.bits_R.items():
-        for best_R in _best(rivals, name).values():
-            with np.errstate(invalid="ignore"):
-                ahead_R = np.where(np.isfinite(best_R), best_R, np.nan) - bits_R
-            if math.isfinite(ahead_R[0]):
-                key, (low, high) = f"ahead_{name}", percentiles(ahead_R[1:], confidence)
-                row |= {key: float(ahead_R[0]), **_ends(key, low, high)}
+        best_R = _best(rivals, name)[first]
+        with np.errstate(invalid="ignore"):
+            ahead_R = np.where(np.isfinite(best_R), best_R, np.nan) - bits_R
+        if math.isfinite(ahead_R[0]):
+            key, (low, high) = f"ahead_{name}", percentiles(ahead_R[1:], confidence)
+            row |= {key: float(ahead_R[0]), **_ends(key, low, high)}
     return row
 
 
