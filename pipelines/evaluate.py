@@ -39,7 +39,7 @@ def plan(config: EvaluateConfig) -> dict[str, Any]:
     texts = dict.fromkeys(walks, config.samples.rows * config.samples.repeats)
     texts |= further(config, walks)
     return {
-        "run": (config.folder).url,
+        "run": config.folder.url,
         "models": ", ".join(f"{name}: {address}" for name, address in config.models.items()),
         "split": f"{config.split}, {manifest.rows(config.split)} rows of {manifest.length} tokens",
         "likelihood_rows": config.likelihood.rows,
@@ -61,18 +61,17 @@ class EvaluationTask(runs.Task):
     keys = ("run", "models")
 
     def stands(self, result: Mapping[str, Any]) -> bool:
-        folder = self.config.folder
-        origins = preparation.origins(self.config, folder, self._uri)
-        preparation.require_same(result["models"], origins, folder)
+        origins = preparation.origins(self.config, self._uri)
+        preparation.require_same(result["models"], origins, self.config.folder)
         manifest = shards.read_manifest(self.config.data)
         tracking.require_same_data(result.get("data"), runs.dataset({self.config.data: manifest}))
         return True
 
     def prepare(self, folder: Folder) -> tuple[Dataset, Mapping[str, str]]:
         config, self.began = self.config, time.monotonic()
-        self.origins = preparation.origins(config, folder, self._uri)
+        self.origins = preparation.origins(config, self._uri)
         rows = preparation.rows(config)
-        self.survey = preparation.prepare(config, folder, self.origins, rows, self._uri)
+        self.survey = preparation.prepare(config, self.origins, rows, self._uri)
         self.data = runs.dataset({config.data: rows.manifest})
         return self.data, _lineage(self.origins)
 
@@ -81,7 +80,7 @@ class EvaluationTask(runs.Task):
 
     def conclude(self, run: Run) -> Made:
         folder = run.folder
-        self.decision = promotion.decide(self.survey, folder, self.origins, self._uri)
+        self.decision = promotion.decide(self.survey, self.origins, self._uri)
         wall = time.monotonic() - self.began
         spent = engine.time_table(self.costs, wall=wall, config=self.config)
         made, metrics = report(self.survey, self.decision, spent)

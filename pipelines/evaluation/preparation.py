@@ -30,7 +30,7 @@ SUBJECTS = "subjects.json"  # written last: where it is, all that a restart need
 ANEW = "existing=restart makes the evaluation anew"
 
 
-def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origin]:
+def origins(config: EvaluateConfig, uri: str) -> dict[str, Origin]:
     """Where every model comes from; with a gate, the present champion stands among them.
 
     Where this evaluation has already made its candidate the champion, the other models are those
@@ -48,8 +48,8 @@ def origins(config: EvaluateConfig, folder: Folder, uri: str) -> dict[str, Origi
             raise ConfigError(f"models.{config.gate.model}", why, "Name a models:/name@candidate")
         champion = registry.get_alias(candidate["name"], CHAMPION, uri)
         is_champion = champion and champion.uri == candidate["version"]
-        if is_champion and promotion.decided(folder):
-            earlier = {subject.name: subject.origin for subject in _before(folder)}
+        if is_champion and promotion.decided(config.folder):
+            earlier = {subject.name: subject.origin for subject in _before(config.folder)}
             return {**earlier, config.gate.model: candidate}
         if champion and not is_champion:
             where = f"models.{CHAMPION}"
@@ -72,7 +72,7 @@ def rows(config: EvaluateConfig) -> HeldOut:
 
 
 def prepare(
-    config: EvaluateConfig, folder: Folder, origins: Mapping[str, Origin], rows: HeldOut, uri: str
+    config: EvaluateConfig, origins: Mapping[str, Origin], rows: HeldOut, uri: str
 ) -> Survey:
     """The evaluation, once all models are known to fit; their weights and the texts beside them are
     copied into the run directory, unless an earlier attempt has done so. Parts that follow from the
@@ -81,6 +81,7 @@ def prepare(
     Raises ConfigError where that attempt found other versions of the models, or computed elsewhere,
     and DataError where it has left parts of models, and nothing that says of which.
     """
+    folder = config.folder
 
     def survey(subjects: Sequence[Subject], readers: Sequence[Subject]) -> Survey:
         return Survey(
@@ -107,8 +108,8 @@ def prepare(
     }
     wheres = {copied(address): where for address, where in read_by.items()}
     made = survey(
-        _copy_models(config, folder, origins, rows, uri),
-        _copy_models(config, folder, reading, rows, uri, wheres),
+        _copy_models(config, origins, rows, uri),
+        _copy_models(config, reading, rows, uri, wheres),
     )
     (folder / MODELS).write_bytes("tokenizer.json", rows.vocabulary.to_json().encode())
     promotion.require(made)
@@ -137,7 +138,6 @@ def _require_no_parts(config: EvaluateConfig) -> None:
 
 def _copy_models(
     config: EvaluateConfig,
-    folder: Folder,
     origins: Mapping[str, Origin],
     rows: HeldOut,
     uri: str,
@@ -149,7 +149,7 @@ def _copy_models(
             name,
             origin,
             rows,
-            folder / MODELS,
+            config.folder / MODELS,
             where=wheres.get(name, f"models.{name}"),
             converter=config.converter,
             uri=uri,

@@ -26,15 +26,13 @@ def decided(folder: Folder) -> bool:
     return folder.exists(DECISION)
 
 
-def decide(
-    survey: Survey, folder: Folder, origins: Mapping[str, Origin], uri: str
-) -> Decision | None:
+def decide(survey: Survey, origins: Mapping[str, Origin], uri: str) -> Decision | None:
     """Whether the candidate is to be champion; None without a gate, or where it is already.
 
     It is written down before the alias moves: afterwards there would be no other champion to
     compare with.
     """
-    config = survey.config
+    config, folder = survey.config, survey.config.folder
     if not config.gate:
         return None
     if decided(folder):
