@@ -21,9 +21,11 @@ from pipelines.evaluation.survey import Survey
 DECISION = "decision.json"
 
 
-def decided(folder: Folder) -> bool:
-    """Whether an attempt at this evaluation has come to a decision, and may have acted on it."""
-    return folder.exists(DECISION)
+def decided(folder: Folder) -> Decision | None:
+    """What an attempt at this evaluation has decided, and may have acted on; DataError for a file
+    that is no decision."""
+    fix = "Remove the file; the same command decides anew"
+    return documents.load(folder, DECISION, Decision, fix) if folder.exists(DECISION) else None
 
 
 def decide(survey: Survey, origins: Mapping[str, Origin], uri: str) -> Decision | None:
@@ -35,8 +37,8 @@ def decide(survey: Survey, origins: Mapping[str, Origin], uri: str) -> Decision 
     config, folder = survey.config, survey.config.folder
     if not config.gate:
         return None
-    if decided(folder):
-        return written(folder)
+    if before := decided(folder):
+        return before
     candidate = origins[config.gate.model]
     holder = registry.get_alias(candidate["name"], CHAMPION, uri)
     if holder and holder.uri == candidate["version"]:
@@ -52,13 +54,6 @@ def decide(survey: Survey, origins: Mapping[str, Origin], uri: str) -> Decision 
     )
     folder.write_bytes(DECISION, json.dumps(asdict(made), indent=1).encode())
     return made
-
-
-def written(folder: Folder) -> Decision:
-    """What an attempt decided; DataError for a file that is no decision."""
-    fix = "Remove the file; the same command decides anew"
-    decision: Decision = documents.load(folder, DECISION, Decision, fix)
-    return decision
 
 
 def conclude(

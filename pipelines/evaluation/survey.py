@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from infra.errors import ConfigError
 from pipelines.evaluation.cells import REFERENCES, UNIGRAM, Cell, cells
@@ -86,7 +85,7 @@ class Survey:
     def columns(self, group: str, *names: str) -> dict[str, np.ndarray]:
         """The columns of all parts of a group (these, or every one), each ``[N]``."""
         table = self.parts.read(group, names or None)
-        return {name: _numbers(table[name]) for name in table.column_names}
+        return {name: table[name].to_numpy() for name in table.column_names}
 
     def texts(self, source: str, rows: int) -> list[str]:
         """The first texts of a source."""
@@ -109,7 +108,3 @@ def further(config: Questions, walked: Sequence[Cell]) -> dict[Cell, int]:
         for cell, rows in question.cells(config, walked).items():
             wanted[cell] = max(rows, wanted.get(cell, 0))
     return wanted
-
-
-def _numbers(column: pa.ChunkedArray) -> Any:
-    return column.combine_chunks().to_numpy(zero_copy_only=False)

@@ -292,5 +292,5 @@ def test_a_decision(decided: Path, tmp_path: Path, seed: str) -> None:
     """What moves an alias is of the right kind in every part."""
     folder = mutate.damaged(decided, tmp_path, seed, promotion.DECISION, mutate.json_)
     place = Folder.at(str(folder))
-    found = judge(lambda: promotion.written(place), promotion.DECISION)
+    found = judge(lambda: promotion.decided(place), promotion.DECISION)
     assert found is None or (type(found.accepted) is bool and type(found.metric.low) is float)

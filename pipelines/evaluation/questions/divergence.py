@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import ConfigError
-from pipelines.evaluation.cells import REAL, REFERENCES, require_distinct
+from pipelines.evaluation.cells import REAL, REFERENCES, labels, require_distinct
 from pipelines.evaluation.gate import OfTexts, Resamples, means
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import numbered
@@ -38,7 +38,7 @@ from pipelines.evaluation.question import (
     Questions,
     tokens_of,
 )
-from pipelines.evaluation.questions.texts import LABELS, labels
+from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row, Table

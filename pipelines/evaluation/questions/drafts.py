@@ -29,7 +29,7 @@ from torch import Tensor
 from dsl.denoiser import Denoiser
 from dsl.likelihood import log_prob_of
 from infra.config import at_least
-from pipelines.evaluation.cells import REAL, Cell, longest, require_distinct
+from pipelines.evaluation.cells import REAL, Cell, labels, longest, require_distinct
 from pipelines.evaluation.conditions import Revealed, shown
 from pipelines.evaluation.metrics import Score, mean
 from pipelines.evaluation.parts import chunks
@@ -42,7 +42,7 @@ from pipelines.evaluation.question import (
     tokens_of,
 )
 from pipelines.evaluation.questions.states import mean_hidden
-from pipelines.evaluation.questions.texts import LABELS, labels
+from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
 from pipelines.report import Column, Row, Rows, Table

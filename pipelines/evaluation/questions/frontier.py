@@ -31,7 +31,6 @@ from pipelines.evaluation.grid import (
     texts_of,
 )
 from pipelines.evaluation.held_out import HeldOut
-from pipelines.evaluation.parts import matrix
 from pipelines.evaluation.question import (
     CONFIDENCE,
     Drawn,
@@ -40,6 +39,7 @@ from pipelines.evaluation.question import (
     Question,
     Questions,
     require_paths,
+    tokens_of,
 )
 from pipelines.evaluation.questions.texts import LABELS
 from pipelines.evaluation.survey import Survey
@@ -58,8 +58,7 @@ POINT = (Column("temperature", "Temperature", "g"), Column("diversity", "Diversi
 
 
 def _diversity(workspace: Workspace, *, source: str, kind: Kind) -> pa.Table:
-    tokens = workspace.parts.read(f"samples/{source}", ["tokens"])["tokens"]
-    tokens_NL = matrix(tokens[: texts_of(workspace.config)], np.int64)
+    tokens_NL = tokens_of(workspace, source, 0, texts_of(workspace.config))
     return pa.table({"diversity": DIVERSITIES[kind].of(tokens_NL, workspace.vocabulary.size)})
 
 

@@ -24,7 +24,7 @@ from pipelines.evaluation.cells import REAL, REFERENCES, UNIGRAM, Cell, labels
 from pipelines.evaluation.gate import OfTexts, Resamples, means, ratios
 from pipelines.evaluation.held_out import HeldOut
 from pipelines.evaluation.metrics import NGRAMS
-from pipelines.evaluation.parts import chunks, matrix, texts
+from pipelines.evaluation.parts import chunks, texts
 from pipelines.evaluation.question import (
     Columns,
     Drawn,
@@ -35,6 +35,7 @@ from pipelines.evaluation.question import (
     entries,
     parts_of_texts,
     repeats,
+    tokens_of,
 )
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
@@ -118,8 +119,7 @@ def _read(workspace: Workspace, texts: Sequence[str], tokens_BL: np.ndarray) -> 
 
 def _distinct(workspace: Workspace, *, source: str, first: int) -> pa.Table:
     """The share of n-grams that are different, in one repeat of a source."""
-    tokens = workspace.parts.read(f"samples/{source}", ["tokens"])["tokens"]
-    tokens_NL = matrix(tokens[first : first + workspace.config.samples.rows], np.int64)
+    tokens_NL = tokens_of(workspace, source, first, workspace.config.samples.rows)
     return pa.table({f"distinct_{n}": [metrics.distinct(tokens_NL, n)] for n in NGRAMS})
 
 

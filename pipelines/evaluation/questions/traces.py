@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from dsl.recorders import Rewrites, Schedule, Sharpening
-from pipelines.evaluation.cells import Cell, longest
+from pipelines.evaluation.cells import Cell, labels, longest
 from pipelines.evaluation.question import Drawn, Part, Question
-from pipelines.evaluation.questions.texts import draw, labels
+from pipelines.evaluation.questions.texts import draw
 from pipelines.evaluation.subjects import Subject
 from pipelines.evaluation.survey import Survey
 from pipelines.evaluation.workspace import Workspace
