@@ -147,7 +147,7 @@ class Asked(Posterior):
         raise NotImplementedError
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     now=st.lists(st.sampled_from(SNRS), min_size=6, max_size=6),
     later=st.lists(st.sampled_from(SNRS), min_size=6, max_size=6),

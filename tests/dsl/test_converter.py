@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +75,6 @@ def test_every_kind_of_token_against_the_formula():
     assert torch.equal(weights_BLU[state.revealed_BL], hard_BLU[state.revealed_BL])
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), scale=st.floats(0, 1e6), prior=st.floats(1e-12, 1))
 @torch.no_grad()
 def test_weights_are_a_distribution(seed, scale, prior):

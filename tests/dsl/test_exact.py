@@ -60,7 +60,7 @@ def bayes(law: Law, state: State) -> Tensor:
     return probs_BLV
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     gamma=st.lists(SNRS, min_size=6, max_size=6),
     text=st.integers(0, 4**3 - 1),

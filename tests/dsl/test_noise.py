@@ -16,7 +16,7 @@ from tests.gpu import GPU, standing_in
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**64 - 1),
     step=st.integers(0, 10**6),
@@ -148,7 +148,7 @@ def test_a_gpus_draws_are_keyed_by_seed_row_and_step() -> None:
     assert torch.equal(found, on_gpu(shape, seed=3, first_row=5, step=7))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**64 - 1),
     step=st.integers(0, 2**32 - 1),

@@ -74,13 +74,13 @@ def check(path: AnyPath, state: State, budget: int, seed: int) -> None:
     assert torch.equal(made.tokens_BL[known_BL], state.tokens_BL[known_BL])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(path=st.sampled_from(PATHS), state=states, budget=st.integers(1, 12), seed=st.integers(0, 9))
 def test_any_state_any_budget(path: AnyPath, state: State, budget: int, seed: int) -> None:
     check(path, state, budget, seed)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     stages=st.sampled_from(HYBRIDS),
     split=st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(any),
@@ -98,7 +98,7 @@ HIGHER: list[AnyPath] = [  # their first move is beyond what a first stage of SN
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     stages=st.tuples(st.sampled_from(CONTINUOUS), st.sampled_from([ONE_EACH, *HIGHER]))
     | st.tuples(st.just(ONE_EACH), st.sampled_from(CONTINUOUS)),

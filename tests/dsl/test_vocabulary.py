@@ -5,7 +5,7 @@ import pickle
 import pydoc_data.topics
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -18,14 +18,12 @@ CHAR = Vocabulary.char()
 BPE = Vocabulary.train_bpe(CORPUS, 400)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(), max_size=4))
 def test_bytes_round_trip_any_text(texts):
     assert [BPE.decode(ids) for ids in BPE.encode(texts)] == texts
     assert [BPE.bytes_of(ids) for ids in BPE.encode(texts)] == [t.encode() for t in texts]
 
 
-@settings(deadline=None)
 @given(st.text(alphabet=CHARACTERS))
 def test_characters_round_trip_text8(text):
     (ids,) = CHAR.encode([text])
@@ -34,7 +32,6 @@ def test_characters_round_trip_text8(text):
     assert CHAR.bytes_of(ids) == text.encode()
 
 
-@settings(deadline=None)
 @given(text=st.text(min_size=1), cut=st.integers(0, 50))
 def test_bytes_add_up_across_any_cut(text, cut):
     (ids,) = BPE.encode([text])
@@ -215,7 +212,6 @@ def test_rows_of_a_text_keep_their_space(spaced):
     assert spaced.bytes_of([*marked, *marked, spaced.eos]) == 2 * once
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_bytes_and_characters_read_alike_everywhere(text):
     if text:

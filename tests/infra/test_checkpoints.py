@@ -475,9 +475,7 @@ def test_other_tools_can_read_the_shards(saved: Path) -> None:
     assert torch.equal(held["a[0,0]"], numbers(1)["a"])
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drawn=st.dictionaries(
         st.text(min_size=1),

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import journal, tracking
@@ -79,7 +79,6 @@ def test_journal_holds_what_was_logged(tmp_path: Path) -> None:
     assert (rows[1]["loss"], rows[1]["low"]) == (math.inf, -math.inf)
 
 
-@settings(deadline=None)
 @given(total=st.integers(1, 30), cut=st.integers(0, 400), resume=st.integers(0, 30))
 def test_a_killed_and_resumed_journal_has_each_step_once(
     tmp_path_factory: pytest.TempPathFactory, total: int, cut: int, resume: int

@@ -127,7 +127,7 @@ def bpe() -> Vocabulary:
     return Vocabulary.train_bpe(embedded(), 2000)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts, data=st.data())
 def test_no_token_crosses_a_seam(bpe: Vocabulary, text: str, data: st.DataObject) -> None:
     """A byte-level BPE gives the parts of a text the ids that it gives the whole."""
@@ -137,7 +137,7 @@ def test_no_token_crosses_a_seam(bpe: Vocabulary, text: str, data: st.DataObject
     assert ids(bpe, parts) == ids(bpe, [text])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts, size=st.integers(2, 40), chunk=st.integers(1, 50))
 def test_pieces_make_up_the_document(text: str, size: int, chunk: int) -> None:
     """Whatever chunks it arrives in; one piece holds at most two sizes, and only the last ends."""

@@ -33,7 +33,6 @@ from infra.stream import Plan
 from pipelines import models, pretrain, runs
 from pipelines.training import launch, learner, worker
 from pipelines.training.learner import Microbatches
-from pipelines.training.settings import OptimizerConfig
 from tests.infra.common import alone
 from tests.pipelines import tiny
 from tests.pipelines.tiny import STEPS, curve, tensors
@@ -401,16 +400,6 @@ def test_a_dry_run_touches_nothing(
     if verb == "pretrain":
         assert planned["parameters"] == sum(p.numel() for p in model.parameters())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_learning_rate_rises_then_stays_or_falls() -> None:
-    constant = partial(OptimizerConfig(lr=2.0, warmup=4).lr_at, steps=12)
-    assert [constant(step) for step in (1, 2, 4, 5, 12)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    cosine = partial(OptimizerConfig(lr=2.0, warmup=4, schedule="cosine").lr_at, steps=12)
-    assert [cosine(step) for step in (2, 4, 8, 12)] == pytest.approx([1.0, 2.0, 1.1, 0.2])
-    falling = [cosine(step) for step in range(4, 13)]
-    assert falling == sorted(falling, reverse=True)
-    assert OptimizerConfig(lr=2.0, warmup=0).lr_at(1, 9) == 2.0
 
 
 def test_a_folder_of_dsl_save_is_a_model(tmp_path: Path) -> None:

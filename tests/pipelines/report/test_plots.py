@@ -114,9 +114,7 @@ def test_nothing_to_show_is_no_plot(name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", PLOTS)
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_missing_values_never_break_a_plot(
     name: str, data: st.DataObject, drawn: list[Figure]
