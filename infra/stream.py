@@ -54,6 +54,11 @@ class StreamConfig:
             raise ValueError(f"seed must be in [0, 2^64), got {self.seed}")
         at_least(1, self, "num_lanes", "rows_per_microbatch", "window_groups")
 
+    @property
+    def rows_per_step(self) -> int:
+        """Of all lanes together."""
+        return self.num_lanes * self.rows_per_microbatch
+
     def lanes(self, rank: int, world_size: int) -> tuple[int, ...]:
         """The lanes that a worker serves: those congruent to its rank."""
         if self.num_lanes % world_size:
@@ -118,7 +123,7 @@ class Plan:
             group_G=np.concatenate([np.arange(len(groups)) for groups in rows]),
             rows_G=np.concatenate([np.asarray(groups) for groups in rows]),
         )
-        needed = config.num_lanes * config.rows_per_microbatch
+        needed = config.rows_per_step
         if plan.rows < needed:
             raise DataError(
                 (folder / split).url,

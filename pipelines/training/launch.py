@@ -77,8 +77,7 @@ def plan(
         model = given(config, converter)
         denoiser, kind = model.denoiser, model.kind
         models.require_maps(denoiser, config.lora)
-    rows = config.train.stream.num_lanes * config.train.stream.rows_per_microbatch
-    tokens = config.train.steps * rows * manifest.length
+    tokens = config.train.steps * config.train.stream.rows_per_step * manifest.length
     learner = objective(config.trained(denoiser))
     parameters = sum(p.numel() for p in learner.parameters())
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)

@@ -155,8 +155,7 @@ def _progress(
     saved: Mapping[str, Any],
     what: str,
 ) -> Progress:
-    stream = learner.config.stream
-    tokens = stream.num_lanes * stream.rows_per_microbatch * length
+    tokens = learner.config.stream.rows_per_step * length
     # What data sheets give is the rate of bf16.
     peak = parallel.peak_flops() if sharding.dtype(learner.device) is torch.bfloat16 else None
     return Progress(

@@ -118,7 +118,7 @@ def validation_rows(
     mixture: MixtureConfig, manifests: Mapping[str, Manifest], config: TrainConfig
 ) -> dict[str, np.ndarray]:
     """Held-out rows ``[N, L]`` of every source: whole microbatches, equally many for every lane."""
-    share = config.stream.num_lanes * config.stream.rows_per_microbatch
+    share = config.stream.rows_per_step
     made = {}
     for name, url in mixture.sources.items():
         data, manifest = Folder.at(url), manifests[name]
