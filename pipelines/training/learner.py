@@ -60,9 +60,9 @@ class Learner:
                 # Directions and biases must not be rounded to 8 bits: they are what an SNR is of.
                 float32=(denoiser.table, denoiser.converter),
             )
-        trained = [p for p in self.objective.parameters() if p.requires_grad]
+        self.trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained,
+            self.trained,
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -96,9 +96,7 @@ class Learner:
             return losses[lane].value
 
         parallel.accumulate(self.objective, sorted(microbatches), loss_of)
-        norm = parallel.clip_grad_norm(
-            [p for group in self.optimizer.param_groups for p in group["params"]], optimizer.clip
-        )
+        norm = parallel.clip_grad_norm(self.trained, optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.objective)

@@ -31,8 +31,8 @@ class Monitor:
     what: str
     began: float
     stall_s: float
-    reports: Callable[[dict[str, float]], None] = lambda metrics: None
-    show: Show = lambda step, metrics: None
+    reports: Callable[[dict[str, float]], None]
+    show: Show
 
     @contextmanager
     def following(self, done: int | None) -> Iterator[None]:

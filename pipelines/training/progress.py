@@ -113,17 +113,18 @@ class Progress:
     def line(self, metrics: Mapping[str, float]) -> None:
         """A line for a person, every few seconds; from the first worker."""
         now = time.perf_counter()
-        recent = now - self.since < SECONDS_BETWEEN_LINES and self.step < self.steps
-        if parallel.world()[0] or recent:
+        early = now - self.since < SECONDS_BETWEEN_LINES and self.step < self.steps
+        if parallel.world()[0] or early:
             return
         speed = self.metrics(None)
-        facts = [
-            f"loss {metrics['loss']:.4f}",
-            *(f"{k} {v:.4f}" for k, v in metrics.items() if k == "validation/loss"),
-            *(f"{v} workers" for k, v in speed.items() if k == "speed/workers" and v > 1),
-            f"data wait {speed['speed/data_wait_percent']:.1f} %",
-            *(f"MFU {v:.1f} %" for k, v in speed.items() if k == "speed/mfu_percent"),
-        ]
+        facts = [f"loss {metrics['loss']:.4f}"]
+        if (validated := metrics.get("validation/loss")) is not None:
+            facts.append(f"validation/loss {validated:.4f}")
+        if (workers := speed["speed/workers"]) > 1:
+            facts.append(f"{workers} workers")
+        facts.append(f"data wait {speed['speed/data_wait_percent']:.1f} %")
+        if (mfu := speed.get("speed/mfu_percent")) is not None:
+            facts.append(f"MFU {mfu:.1f} %")
         rate = f"{speed['speed/tokens_per_s']:,.0f} tokens/s"
         shown = console.line(
             self.what,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,16 +47,20 @@ class Assignment:
     began: float
 
 
+def _unseen(step: int, metrics: Mapping[str, float]) -> None:
+    """Show nothing."""
+
+
 def in_ray(assignment: Assignment) -> None:
     """Train as one process of the group that Ray Train has started."""
     import ray.train
 
     # Ray announces every report on the console, in a logger that its own setting does not reach.
     logging.getLogger().setLevel(logging.WARNING)
-    with parallel.flushed(), ExitStack() as stack:
-        first = parallel.world()[0] == 0
-        shown = {"show": stack.enter_context(gauges(assignment.config.name))} if first else {}
-        train(assignment, batches=readahead.ray_batches, reports=ray.train.report, **shown)
+    first = parallel.world()[0] == 0
+    shown = gauges(assignment.config.name) if first else nullcontext(_unseen)
+    with parallel.flushed(), shown as show:
+        train(assignment, batches=readahead.ray_batches, reports=ray.train.report, show=show)
 
 
 def train(
@@ -64,7 +68,7 @@ def train(
     *,
     batches: Batches = read,
     reports: Callable[[dict[str, float]], None] = lambda metrics: None,
-    show: Show = lambda step, metrics: None,
+    show: Show = _unseen,
 ) -> None:
     """Train as one process of a group, or as the only one; `reports` and `show` as Monitor has
     them."""
