@@ -1,4 +1,4 @@
-"""`generate` of an exported folder: lengths, conventions, and what the README shows of it."""
+"""`generate` of an exported folder: lengths, budgets, conventions, and what the README shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ prompt = tokenizer("the ", return_tensors="pt", add_special_tokens=False).input_
 def drawn(*known, **settings):
     return model.generate(*known, path="masked", budget={BUDGET}, seed={SEED}, **settings).tolist()
 
+def refused(**settings):
+    try:
+        model.generate(**settings)
+    except ValueError as error:
+        return str(error)
+
 print(json.dumps({{{{
+    "refused": refused(budget=0),
     "shown": list(ids.shape),
     "prompt": drawn(prompt),
     "longer": drawn(length={LONGER}),
@@ -82,3 +89,7 @@ def test_a_convention_is_that_of_dsl(found: dict[str, Any], denoiser: dsl.Denois
         for convention in ("keep", "drop")
     }  # fmt: skip
     assert found["sharp"] == texts[SHARP["convention"]] != texts["keep"]
+
+
+def test_a_budget_of_no_calls_is_refused(found: dict[str, Any]) -> None:
+    assert found["refused"] == "budget must be at least one call, got 0"
