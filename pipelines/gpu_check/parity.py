@@ -73,7 +73,7 @@ def noise_of_the_cpu() -> Iterator[None]:
 
     with (
         mock.patch.object(Draws, "normal", of_draws),
-        mock.patch.object(channel, "normal", of_generator),
+        mock.patch.object(channel, "standard_normal", of_generator),
     ):
         yield
 
