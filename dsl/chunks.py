@@ -14,9 +14,12 @@ def spans(positions: int, width: int, device: torch.device, *, factor: int = 1) 
 
     width: numbers per position, at least 1. factor: how many times larger chunks are on a CPU.
     """
-    elements = factor * CHUNK_ELEMENTS
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        elements = memory // GPU_BYTES_PER_ELEMENT
-    size = max(1, int(elements) // width)
+    size = max(1, int(elements(device, factor)) // width)
     return [slice(start, start + size) for start in range(0, positions, size)]
+
+
+def elements(device: torch.device, factor: int) -> int:
+    """How many numbers fit into a chunk on a device; ``factor`` counts on a CPU only."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_ELEMENT
+    return factor * CHUNK_ELEMENTS

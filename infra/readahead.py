@@ -6,8 +6,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
@@ -21,6 +21,7 @@ from infra.stream import Pieces, Plan, Window, read_window
 WINDOWS_PER_HORIZON = 128  # of one Ray Data execution, in an endless stream of them
 STEPS_AHEAD = 64
 READERS = 2  # tasks at a time, for one worker and one source
+END_S = 10.0  # for a thread to end what it does with Ray
 PAUSE_S = 0.05  # of Ray Data's scheduling thread, between two looks at its tasks
 
 T = TypeVar("T")
@@ -106,21 +107,27 @@ def _again(plan: Plan, missed: Sequence[tuple[int, Window]]) -> Iterator[tuple[i
         yield lane, plan.read(window)
 
 
-def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same endless items, drawn ahead by a thread that keeps up to `depth` of them ready."""
+def _ahead(items: Generator[T, None, None], depth: int) -> Iterator[T]:
+    """The same endless items, drawn ahead by a thread that keeps up to `depth` of them ready.
+
+    When this is closed, the thread ends first: Ray ends a process that leaves it while a thread
+    still asks it for something.
+    """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     done = threading.Event()
 
     def draw() -> None:
         try:
-            for item in items:
-                ready.put((item, None))
-                if done.is_set():
-                    return
+            with closing(items):
+                for item in items:
+                    ready.put((item, None))
+                    if done.is_set():
+                        return
         except BaseException as error:
             ready.put((None, error))
 
-    threading.Thread(target=draw, name="stream", daemon=True).start()
+    thread = threading.Thread(target=draw, name="stream", daemon=True)
+    thread.start()
     try:
         while True:
             item, error = ready.get()
@@ -131,3 +138,4 @@ def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
         done.set()
         with suppress(queue.Empty):  # make room, so that a waiting thread sees that it is done
             ready.get_nowait()
+        thread.join(END_S)
