@@ -77,10 +77,10 @@ def _of_rows(check: Check, denoiser: Denoiser, size: SamplerConfig) -> Iterator[
 
 def _ratios(check: Check, ms: Mapping[str, float], rows: int) -> Iterator[Finding]:
     here = check.speed_counts and rows == max(check.sizes.sampler_rows)
-    for ratios, bar in ((MOST, check.at_most), (LEAST, check.at_least)):
+    for ratios, sign in ((MOST, "≤"), (LEAST, "≥")):
         for ours, theirs, limit in ratios:
             what = f"{SAID[ours]} / {SAID[theirs]}, B = {rows}"
-            yield Finding(what, ms[ours] / ms[theirs], "x", bar(limit, here=here))
+            yield Finding(what, ms[ours] / ms[theirs], "x", Bar(sign, limit, here=here))
 
 
 def procedures(denoiser: Denoiser, size: SamplerConfig) -> dict[str, Procedure]:
